@@ -1,0 +1,135 @@
+"""One fused step: what it computes (`Step`) and the tensors it reads (`Operands`).
+
+A step is ``act((conv(x) + bias - mean) * rsqrt(var + eps) * scale + shift + residual)`` where every part but the
+convolution is optional: a BatchNorm in eval mode gives all of mean, var, scale and shift; `cnnfast.ops` gives scale and
+shift alone. Fusion builds steps from modules, `ops` from arguments; every backend runs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from . import reference
+from .spec import Activation, ConvSpec, collapse_upsample
+
+__all__ = ["Operands", "Step", "Upsample", "run_reference", "upsample_step"]
+
+PADDING_MODES = ("zeros", "replicate", "reflect")
+
+
+@dataclass(frozen=True)
+class Upsample:
+    """Nearest upsampling ahead of a stride-1 convolution that pads by ``padding`` in ``mode``."""
+
+    scale: tuple[int, int]
+    padding: tuple[int, int]
+    mode: str = "zeros"
+
+
+@dataclass(frozen=True)
+class Step:
+    """``spec`` is the 2-D convolution that runs on the (replicate-padded by ``pad``) input.
+
+    With ``upsample``, the step is an upsampling and a plain convolution whose weight (C_out, C_in/g, kh, kw) is summed to
+    the weight of ``spec`` by `reference.collapse_weight`.
+    """
+
+    spec: ConvSpec
+    activation: Activation = Activation()
+    upsample: Upsample | None = None
+    pad: tuple[int, int] = (0, 0)
+
+    def output_size(self, input_size: Sequence[int]) -> tuple[int, ...]:
+        return self.spec.output_size([n + 2 * p for n, p in zip(input_size, self.pad, strict=True)])
+
+    def pad_input(self, x: torch.Tensor) -> torch.Tensor:
+        """x (N, C, H, W) with its border repeated ``pad`` times."""
+        ph, pw = self.pad
+        return F.pad(x, (pw, pw, ph, ph), mode="replicate") if ph or pw else x
+
+    def conv_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight of ``spec`` from the layer's own weight."""
+        if self.upsample is None:
+            return weight
+        return reference.collapse_weight(weight, self.upsample.scale, self.spec.groups)
+
+
+def upsample_step(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: tuple[int, int],
+    upsample: Upsample,
+    groups: int = 1,
+    activation: Activation = Activation(),  # noqa: B008 (frozen)
+) -> Step:
+    """The step of nearest upsampling + convolution. ValueError where the collapse does not hold.
+
+    Replicate padding commutes with nearest upsampling: the small input is padded by ``ceil(p/r)`` and the surplus cropped
+    by the transposed convolution's own padding. Reflecting ``p <= r - 1`` pixels only meets copies of the border pixel, so
+    it is replication there; a larger reflection is not.
+    """
+    u = upsample
+    if u.mode not in PADDING_MODES:
+        raise ValueError(f"padding_mode={u.mode!r} must be one of {PADDING_MODES}")
+    if u.mode == "reflect" and any(p > r - 1 for p, r in zip(u.padding, u.scale, strict=True)):
+        raise ValueError(f"reflect padding={u.padding} is larger than scale_factor - 1 = {tuple(r - 1 for r in u.scale)}")
+    pad = (0, 0)
+    padding: tuple[int, ...] = u.padding
+    if u.mode != "zeros":
+        pad = tuple(-(-p // r) for p, r in zip(u.padding, u.scale, strict=True))  # type: ignore[assignment]
+        padding = (0, 0)
+    spec = collapse_upsample(in_channels, out_channels, kernel_size, u.scale, padding, groups)
+    if u.mode != "zeros":
+        crop = tuple(m * r - p for m, r, p in zip(pad, u.scale, u.padding, strict=True))
+        spec = replace(spec, padding=tuple(p + c for p, c in zip(spec.padding, crop, strict=True)))
+    return Step(spec, activation, u, pad)
+
+
+class Operands(NamedTuple):
+    """The tensors of one call. x (N, C_in, H, W); weight in the layer's own shape; residual like the output; every other
+    one of C_out elements (``slope``, PReLU's weight, of 1 or C_out)."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+    mean: torch.Tensor | None = None
+    var: torch.Tensor | None = None
+    eps: float = 0.0
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    slope: torch.Tensor | None = None
+
+    def folded(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(scale, shift) that stand for bias, mean, var, scale and shift together, computed in ``dtype``."""
+        scale = None if self.scale is None else self.scale.to(dtype)
+        shift = None if self.shift is None else self.shift.to(dtype)
+        offset = None if self.bias is None else self.bias.to(dtype)
+        if self.var is not None:
+            inv = torch.rsqrt(self.var.to(dtype) + self.eps)
+            scale = inv if scale is None else inv * scale
+        if self.mean is not None:
+            offset = -self.mean.to(dtype) if offset is None else offset - self.mean.to(dtype)
+        if offset is not None:
+            offset = offset if scale is None else offset * scale
+            shift = offset if shift is None else shift + offset
+        return scale, shift
+
+
+def run_reference(step: Step, o: Operands) -> torch.Tensor:
+    """The step by torch's own operators, as an unfused model would run it: any dtype, any device, differentiable."""
+    if step.upsample is None:
+        y = reference.conv(o.x, o.weight, o.bias, step.spec)
+    else:
+        u = step.upsample
+        y = reference.upsample_conv(o.x, o.weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
+    scale, shift = o.scale, o.shift
+    if o.mean is not None:
+        y = F.batch_norm(y, o.mean, o.var, scale, shift, training=False, eps=o.eps)
+        scale = shift = None
+    return reference.epilogue(y, scale, shift, o.residual, step.activation, o.slope)
