@@ -1,7 +1,7 @@
 """The Triton kernels, imported as ``cnnfast.kernels``. Nothing is imported here: each module needs triton.
 
-The folder lies at the top of the repository, and another package of the name ``kernels`` exists: so this one refuses to be
-imported under that name.
+The folder lies at the top of the repository, and another package of the name ``kernels`` exists: so this one refuses to
+be imported under that name.
 """
 
 if __name__ != "cnnfast.kernels":

@@ -1,0 +1,60 @@
+# The commands of the project. `make demo` and `make test` set up all they need, in $(VENV).
+#   PYTHON   the interpreter to start from; a torch >= 2.11 that it can import is reused
+#   VENV     where the environment goes; empty (`make VENV= demo`): use PYTHON as it is, install nothing
+
+PYTHON ?= python3
+VENV ?= .venv
+
+ifeq ($(strip $(VENV)),)
+RUN := $(PYTHON)
+installed =
+else
+RUN := $(VENV)/bin/python
+# One stamp per extra of pyproject.toml: while it is newer than the requirements, pip does not run.
+installed = $(VENV)/.installed-$(1)
+endif
+# Never installs: the environment where there is one, else PYTHON.
+RUN_AS_IS := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
+
+.PHONY: help demo test test-all check bench gpu clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
+
+demo: $(call installed,demo) ## 64 faces by plain PyTorch and by cnnfast: differences, times, out/*.png
+	$(RUN) -m cnnfast demo --output out
+
+test: $(call installed,test) ## the tests, about five minutes on two cores
+	$(RUN) tests/run.py
+
+test-all: $(call installed,test) ## every test: all architectures and dtypes
+	$(RUN) tests/run.py --all
+
+check: $(call installed,dev) ## ruff and mypy
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy cnnfast
+
+bench: $(call installed,bench) ## benchmarks against eager, torch.compile, onnxruntime and OpenVINO
+	$(RUN) -m benchmarks
+
+gpu: ## on a machine with an NVIDIA GPU: kernel tests, and times against cuDNN; installs nothing
+	$(RUN_AS_IS) -m benchmarks.gpu
+
+clean: ## caches and build files; the environment and the weights' cache stay
+	rm -rf build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
+
+ifneq ($(strip $(VENV)),)
+requirements := pyproject.toml constraints.txt .ci/venv.py
+
+$(VENV)/.installed-%: $(requirements)
+	$(PYTHON) .ci/venv.py $(VENV) $*
+	@touch $@
+
+# ttsem runs the Triton kernels on a CPU. It declares a newer Python than it needs, and the tests do without it.
+$(VENV)/.installed-test: $(requirements)
+	$(PYTHON) .ci/venv.py $(VENV) test
+	-$(RUN) -m pip --disable-pip-version-check install --no-deps --ignore-requires-python ttsem==0.1.0
+	@touch $@
+endif

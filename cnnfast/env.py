@@ -1,0 +1,208 @@
+"""What this machine can run: versions, processor, devices, and every backend with the reason where it is off."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from . import __version__
+
+__all__ = ["Backend", "backends", "cpu_features", "cpu_name", "nvidia_problem", "report"]
+
+MIN_CAPABILITY = (8, 0)  # below it no tensor-core code comes out of Triton
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend; ``off`` is why it is not used here, None where it is."""
+
+    name: str
+    off: str | None
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"off: {self.off}" if self.off is not None else f"on{f' ({self.detail})' if self.detail else ''}"
+
+
+def package_version(name: str) -> str:
+    """The installed version of a distribution, or "not installed"."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+# --- processor --------------------------------------------------------------------------------------------------------
+
+
+def cpu_name() -> str:
+    """The processor's model name where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+        if found:
+            return found.group(1)
+    return platform.processor() or platform.machine()
+
+
+def cpu_features() -> list[str]:
+    """Instruction sets that decide about the speed of oneDNN, as torch sees them (before any limit set for oneDNN)."""
+    checks = {
+        "avx2": "_is_avx2_supported",
+        "avx512": "_is_avx512_supported",
+        "avx512_vnni": "_is_vnni_supported",
+        "avx512_bf16": "_is_avx512_bf16_supported",
+        "amx": "_is_amx_tile_supported",
+        "amx_fp16": "_is_amx_fp16_supported",
+    }
+    # Private functions of torch.cpu, not all of them in every version: what is missing is not reported.
+    return [name for name, check in checks.items() if getattr(torch.cpu, check, lambda: False)()]
+
+
+# --- GPU --------------------------------------------------------------------------------------------------------------
+
+
+def visible_nvidia_devices() -> list[str]:
+    """NVIDIA devices that the system shows, whatever torch makes of them; by name where nvidia-smi tells it."""
+    tool = shutil.which("nvidia-smi")
+    if tool is not None:
+        try:
+            listed = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=20, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return [f"unknown (nvidia-smi does not answer: {error})"]
+        names = [line.split(" (UUID")[0] for line in listed.stdout.splitlines() if line.startswith("GPU ")]
+        if names:
+            return names
+    nodes = sorted(str(p) for p in Path("/dev").glob("nvidia[0-9]*"))
+    if nodes:
+        return nodes
+    return ["/proc/driver/nvidia"] if Path("/proc/driver/nvidia/version").is_file() else []
+
+
+def cuda_error() -> str | None:
+    """Why torch cannot use CUDA; None where it can (a small sum was computed on the device)."""
+    if torch.version.cuda is None:
+        return f"this torch ({torch.__version__}) is built without CUDA: install a CUDA build of torch"
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            if not torch.cuda.is_available():
+                torch.cuda.init()  # raises with the cause
+                return "torch.cuda.is_available() is False" + _said(caught)
+            value = torch.ones(2, device="cuda").sum().item()
+        except (RuntimeError, AssertionError) as error:
+            why = str(error).strip().splitlines()
+            note = f" (CUDA_VISIBLE_DEVICES={hidden!r})" if hidden is not None else ""
+            return (why[0] if why else type(error).__name__) + note + _said(caught)
+    return None if value == 2.0 else f"a sum on the device gave {value} instead of 2"
+
+
+def _said(caught: list[warnings.WarningMessage]) -> str:
+    texts = [str(w.message).strip().splitlines()[0] for w in caught if str(w.message).strip()]
+    return f" [{'; '.join(texts)}]" if texts else ""
+
+
+def nvidia_problem() -> str | None:
+    """A sentence about a visible NVIDIA device that torch cannot use, with the cause; None where there is none."""
+    devices = visible_nvidia_devices()
+    error = cuda_error() if devices else None
+    return None if error is None else f"NVIDIA device visible ({', '.join(devices)}), but torch cannot use it: {error}"
+
+
+def cuda_devices() -> list[str]:
+    """One line for each CUDA device that torch can use."""
+    if cuda_error() is not None:
+        return []
+    lines = []
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        lines.append(
+            f"cuda:{i} {p.name}, compute capability {p.major}.{p.minor}, {p.multi_processor_count} multiprocessors, "
+            f"{p.total_memory / 2**30:.0f} GiB"
+        )
+    return lines
+
+
+# --- backends ---------------------------------------------------------------------------------------------------------
+
+
+def _triton_off() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "triton is not installed (it exists for Linux: pip install triton)"
+        return f"triton cannot be imported: {error}"
+    problem = nvidia_problem()
+    if problem is not None:
+        return problem
+    if cuda_error() is not None:
+        return "no CUDA device"
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability[0]}.{capability[1]} of {torch.cuda.get_device_name()} is below 8.0"
+    return None
+
+
+def _onednn_off() -> str | None:
+    if not torch.backends.mkldnn.is_available():
+        return "this torch is built without oneDNN"
+    missing = [name for name in ONEDNN_OPS if not _has_op(name)]
+    return f"this torch has no {', '.join(missing)}" if missing else None
+
+
+ONEDNN_OPS = ("mkldnn::_reorder_convolution_transpose_weight", "mkldnn::_convolution_transpose_pointwise")
+
+
+def _has_op(name: str) -> bool:
+    return bool(torch._C._jit_get_schemas_for_operator(name))
+
+
+def backends() -> list[Backend]:
+    """Every backend, in the order in which ``auto`` prefers them."""
+    threads = f"{torch.get_num_threads()} threads"
+    return [
+        Backend("triton", _triton_off(), f"triton {package_version('triton')}"),
+        Backend("aten, oneDNN packed", _onednn_off(), threads),
+        Backend("aten", None, "PyTorch's own operators"),
+    ]
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def _lines() -> Iterator[tuple[str, str]]:
+    yield "cnnfast", f"{__version__} ({Path(__file__).resolve().parent})"
+    yield "python", f"{platform.python_version()} ({sys.executable})"
+    yield "torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"
+    for name in ("triton", "numpy"):
+        yield name, package_version(name)
+    yield "system", platform.platform()
+    yield "processor", f"{cpu_name()}, {os.cpu_count()} CPUs"
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    isa = f"{torch.backends.cpu.get_cpu_capability()}; {' '.join(cpu_features()) or 'none of those that matter'}"
+    yield "instruction sets", isa + (f"; oneDNN limited to {limit}" if limit else "")
+    for line in cuda_devices() or [nvidia_problem() or "no NVIDIA device visible"]:
+        yield "device", line
+    for backend in backends():
+        yield f"backend {backend.name}", str(backend)
+
+
+def report() -> str:
+    """The text of ``python -m cnnfast env``: what to paste into a bug report."""
+    rows = list(_lines())
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

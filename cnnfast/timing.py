@@ -1,0 +1,97 @@
+"""Times of functions that are compared with each other: measured in turn, reported as medians with their spread.
+
+Machines drift (clock rates, neighbours, caches), so candidates are never timed one after the other: every repeat times
+a short block of calls of each of them, in an order that rotates, and the medians over the repeats are compared.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Timing", "measure"]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call, one value per repeat (each the mean of a block of ``calls`` calls)."""
+
+    seconds: tuple[float, ...]
+    calls: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def low(self) -> float:
+        """The lower quartile (nearest rank)."""
+        return self._rank(0.25)
+
+    @property
+    def high(self) -> float:
+        """The upper quartile (nearest rank)."""
+        return self._rank(0.75)
+
+    def _rank(self, q: float) -> float:
+        ordered = sorted(self.seconds)
+        return ordered[max(0, math.ceil(q * len(ordered)) - 1)]
+
+    def __str__(self) -> str:
+        return f"{1e3 * self.median:.2f} ms [{1e3 * self.low:.2f}, {1e3 * self.high:.2f}]"
+
+
+def measure(
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int = 20,
+    block_seconds: float = 0.02,
+    device: torch.device | str = "cpu",
+    on_repeat: Callable[[], object] | None = None,
+) -> dict[str, Timing]:
+    """Time each candidate ``repeats`` times, interleaved. The keys of the result are those of ``candidates``.
+
+    A block holds about as many calls as fit into ``block_seconds``, at least one and at most 1000. On a CUDA
+    ``device`` blocks are timed by events on the current stream, otherwise by the wall clock. ``on_repeat`` is called
+    after every repeat (a progress bar). What a candidate raises is raised.
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats} must be at least 1")
+    clock = _cuda_block if torch.device(device).type == "cuda" else _wall_block
+    calls = {}
+    for name, call in candidates.items():
+        clock(call, 1)  # packs weights, picks algorithms, compiles
+        once = min(clock(call, 1), clock(call, 1))
+        calls[name] = max(1, min(1000, round(block_seconds / max(once, 1e-7))))
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    names = list(candidates)
+    for repeat in range(repeats):
+        turn = repeat % len(names) if names else 0
+        for name in names[turn:] + names[:turn]:
+            seconds[name].append(clock(candidates[name], calls[name]) / calls[name])
+        if on_repeat is not None:
+            on_repeat()
+    return {name: Timing(tuple(values), calls[name]) for name, values in seconds.items()}
+
+
+def _wall_block(call: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return time.perf_counter() - start
+
+
+def _cuda_block(call: Callable[[], object], calls: int) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

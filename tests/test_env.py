@@ -1,0 +1,120 @@
+"""``python -m cnnfast env``: what it reports, and the reasons it gives on machines unlike this one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import cnnfast
+from cnnfast import env
+
+
+def backend_off(name: str) -> str | None:
+    return {b.name: b.off for b in env.backends()}[name]
+
+
+def fake_nvidia_smi(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+@pytest.fixture
+def no_cuda_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+
+
+def test_report_names_versions_and_every_backend() -> None:
+    report = env.report()
+    for part in (cnnfast.__version__, torch.__version__, "triton", "numpy", sys.executable, "processor"):
+        assert part in report
+    for backend in env.backends():
+        assert f"backend {backend.name}" in report
+
+
+def test_command_line() -> None:
+    done = subprocess.run([sys.executable, "-m", "cnnfast", "env"], capture_output=True, text=True, check=True)
+    assert f"cnnfast {cnnfast.__version__}" in " ".join(done.stdout.split())
+
+
+def test_instruction_sets_are_consistent() -> None:
+    features = env.cpu_features()
+    if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        assert "avx512" in features and "avx2" in features
+    if "amx" in features:
+        assert "avx512_bf16" in features
+
+
+def test_onednn_limit_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert "oneDNN limited to AVX2" in env.report()
+
+
+def test_a_visible_device_that_a_cpu_build_cannot_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_cuda_build: None
+) -> None:
+    fake_nvidia_smi(tmp_path, monkeypatch, "echo 'GPU 0: NVIDIA H100 (UUID: GPU-1234)'")
+    assert env.visible_nvidia_devices() == ["GPU 0: NVIDIA H100"]
+    problem = env.nvidia_problem()
+    assert problem is not None and "GPU 0: NVIDIA H100" in problem
+    assert f"this torch ({torch.__version__}) is built without CUDA" in problem
+    assert problem in env.report()
+
+
+def test_cuda_that_fails_to_initialise_gives_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nMore text.")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "init", fail)
+    monkeypatch.setattr(env, "visible_nvidia_devices", lambda: ["/dev/nvidia0"])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    problem = env.nvidia_problem()
+    assert problem is not None and "driver on your system is too old" in problem and "More text" not in problem
+    assert "CUDA_VISIBLE_DEVICES='7'" in problem
+
+
+def test_nvidia_smi_without_a_device_is_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvidia_smi(tmp_path, monkeypatch, "echo 'No devices were found'; exit 6")
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter(()))
+    monkeypatch.setattr(Path, "is_file", lambda self: False)
+    assert env.visible_nvidia_devices() == []
+    assert env.nvidia_problem() is None
+
+
+def test_triton_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "not installed" in (backend_off("triton") or "")
+
+
+def test_triton_without_a_device(monkeypatch: pytest.MonkeyPatch, no_cuda_build: None) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(env, "visible_nvidia_devices", lambda: [])
+    assert backend_off("triton") == "no CUDA device"
+
+
+def test_triton_on_an_old_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(env, "cuda_error", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    assert backend_off("triton") == "compute capability 7.5 of Tesla T4 is below 8.0"
+
+
+def test_onednn_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert backend_off("aten, oneDNN packed") == "this torch is built without oneDNN"
+    assert backend_off("aten") is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_working_device_has_no_problem() -> None:
+    assert env.nvidia_problem() is None and env.cuda_error() is None
+    assert torch.cuda.get_device_name(0) in env.report()
