@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import contextvars
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
-__all__ = ["BACKENDS", "backend", "current_backend", "resolve_backend"]
+import torch
+
+from .block import Operands, Step
+from .plan import Device, device_for, lower
+from .spec import Precision
+
+__all__ = [
+    "BACKENDS",
+    "allocate",
+    "backend",
+    "conv_tf32",
+    "cuda_why_not",
+    "precision_of",
+    "resolve_backend",
+    "target_device",
+    "triton_why_not",
+    "why_not",
+]
 
 BACKENDS = ("auto", "triton", "aten")
 _current: contextvars.ContextVar[str] = contextvars.ContextVar("cnnfast_backend", default="auto")
@@ -16,11 +35,6 @@ def _check_backend(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
     return name
-
-
-def current_backend() -> str:
-    """The backend that calls without an explicit one use."""
-    return _current.get()
 
 
 def resolve_backend(name: str | None) -> str:
@@ -34,9 +48,110 @@ def backend(name: str) -> Iterator[None]:
 
     ``"auto"`` takes Triton for CUDA tensors where it applies and PyTorch's operators otherwise (oneDNN's packed ones on a
     CPU where they are faster); ``"triton"`` launches the Triton kernel or raises with the reason; ``"aten"`` never uses Triton.
+    ValueError for another name.
     """
     token = _current.set(_check_backend(name))
     try:
         yield
     finally:
         _current.reset(token)
+
+
+# --- why not Triton -----------------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def triton_why_not() -> str | None:
+    """Why Triton cannot be used in this environment at all."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+@lru_cache(maxsize=64)
+def cuda_why_not(index: int) -> str | None:
+    """Why Triton's tensor-core code does not exist for the CUDA device ``index``."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"compute capability {major}.{minor} is below 8.0"
+    return None
+
+
+MIN_CHANNELS = 16  # of a group: one tensor-core fragment
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LIMIT = 2**31
+
+
+@lru_cache(maxsize=4096)
+def _spec_why_not(step: Step, batch: int, input_size: tuple[int, int], dtype: torch.dtype) -> str | None:
+    s = step.spec
+    if dtype not in _DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(str(d) for d in _DTYPES)}"
+    channels_in, channels_out = s.in_channels // s.groups, s.out_channels // s.groups
+    if channels_in < MIN_CHANNELS:
+        return f"{channels_in} input channels per group are fewer than {MIN_CHANNELS}"
+    if s.groups > 1 and channels_out < MIN_CHANNELS:
+        return f"{channels_out} output channels per group are fewer than {MIN_CHANNELS} (groups={s.groups})"
+    if s.groups > 65535:
+        return f"groups={s.groups} exceeds the grid limit of 65535"
+    if not s.transposed and s.stride != (1, 1):
+        return f"plain convolution with stride {s.stride}"
+    padded = [n + 2 * p for n, p in zip(input_size, step.pad, strict=True)]
+    out = s.output_size(padded)
+    for what, channels, size in (("input", s.in_channels, padded), ("output", s.out_channels, out)):
+        if channels * size[0] * size[1] >= _LIMIT:
+            return f"one {what} image has 2^31 elements or more"
+    low = lower(s, tuple(padded))
+    if low.rows(batch, out) >= _LIMIT - 1024:
+        return "2^31 output positions or more in a phase"
+    return None
+
+
+def why_not(step: Step, operands: Operands) -> str | None:
+    """Why the Triton kernel cannot run this step on these tensors, or None. The one predicate that decides a fallback."""
+    x = operands.x
+    reason = triton_why_not()
+    if reason is None and x.is_cuda:
+        reason = cuda_why_not(x.device.index or 0)
+    return reason or _spec_why_not(step, x.shape[0], (x.shape[2], x.shape[3]), x.dtype)
+
+
+# --- the device and its numerics ------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=64)
+def _cuda_device(index: int) -> Device:
+    p = torch.cuda.get_device_properties(index)
+    return device_for(p.major * 10 + p.minor, p.multi_processor_count)
+
+
+def target_device(x: torch.Tensor) -> Device:
+    """The GPU that a launch on ``x`` is planned for: its CUDA device; for other tensors what Triton's active driver stands
+    for (an interpreter or emulator), or the table's first entry."""
+    if x.is_cuda:
+        return _cuda_device(x.device.index or 0)
+    from triton.runtime.driver import driver
+
+    try:
+        target = driver.active.get_current_target()
+    except RuntimeError:  # Triton's interpreter needs no driver, and there is none
+        return device_for(80)
+    return device_for(target.arch) if isinstance(target.arch, int) else device_for(80)
+
+
+def conv_tf32() -> bool:
+    """Whether PyTorch lets float32 convolutions use TF32 (its newer switch where it exists: mixing both raises)."""
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if conv is not None and hasattr(conv, "fp32_precision"):
+        return bool(conv.fp32_precision == "tf32")
+    return bool(torch.backends.cudnn.allow_tf32)
+
+
+def precision_of(dtype: torch.dtype) -> Precision:
+    return Precision(dtype, dtype == torch.float32 and conv_tf32())
+
+
+def allocate(like: torch.Tensor, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The one allocator of outputs: uninitialised, on ``like``'s device, in the memory format asked for."""
+    fmt = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=fmt)

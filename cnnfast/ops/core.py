@@ -1,0 +1,79 @@
+"""`run_step`: one fused step on whatever backend applies. Fusion and the public functions both end here."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import cpu, dispatch
+from ..block import Operands, Step, run_reference
+
+__all__ = ["is_channels_last", "needs_gradient", "run_step", "to_format", "traced"]
+
+
+def is_channels_last(t: torch.Tensor) -> bool:
+    """ATen's ``suggest_memory_format`` of a 4-D tensor: strides ordered C < W < H < N, sizes of one not deciding alone."""
+    s = t.stride()
+    if t.dim() != 4 or s[1] == 0:
+        return False
+    size, least = t.shape, 0
+    for d in (1, 3, 2, 0):
+        if size[d] == 0 or s[d] < least:
+            return False
+        if d == 0 and least == s[1]:
+            return False
+        least = s[d] * size[d] if size[d] > 1 else s[d]
+    return True
+
+
+def to_format(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def needs_gradient(o: Operands) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in o)
+
+
+def traced(x: torch.Tensor) -> bool:
+    """Whether something other than plain execution watches: a dispatch mode, functorch, a subclass, tracing or compiling.
+
+    A kernel launched from Python would be invisible to it.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return (
+        type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def run_step(step: Step, o: Operands, *, channels_last: bool | None = None, backend: str | None = None) -> torch.Tensor:
+    """Run ``step`` on ``o`` (x (N, C, H, W)) -> (N, C_out, OH, OW) in x's dtype.
+
+    ``channels_last`` forces the result's memory format; None takes eager's (channels_last where x or the weight is).
+    Where a gradient is needed, or something watches (`traced`), PyTorch's operators run. RuntimeError where an explicit
+    ``backend="triton"`` cannot run the step, with the reason.
+    """
+    name = dispatch.resolve_backend(backend)
+    if channels_last is None:
+        channels_last = is_channels_last(o.x) or is_channels_last(o.weight)
+    gradient = needs_gradient(o)
+    watched = traced(o.x)
+    if name == "triton" or (name == "auto" and o.x.is_cuda and not gradient and not watched):
+        reason = dispatch.why_not(step, o)
+        if gradient:
+            reason = "a gradient is needed, and the kernel has none yet"
+        elif watched:
+            reason = "tensors are being traced or transformed"
+        if reason is None:
+            from . import launch  # imports triton
+
+            return launch.run(step, o, channels_last)
+        if name == "triton":
+            raise RuntimeError(f'backend="triton" cannot run this: {reason}')
+    if gradient or watched:
+        return to_format(run_reference(step, o), channels_last)
+    if o.x.device.type == "cpu" and cpu.why_not(step, o) is None:
+        return cpu.run(step, o, channels_last)
+    return to_format(run_reference(step, o), channels_last)

@@ -1,0 +1,178 @@
+"""From a step and its tensors to a launch: operands in the kernel's layouts, and the constants of the launch, cached."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .. import dispatch
+from ..block import Operands, Step
+from ..kernels import conv_transpose as kernels
+from ..plan import Device, Lowering, Plan, choose_plan, tap_map
+from ..spec import Precision
+
+__all__ = ["LAUNCHES", "kernel_weight", "prepare", "run"]
+
+
+# --- weights ------------------------------------------------------------------------------------------------------------
+
+
+def _identity_map(low: Lowering) -> bool:
+    """Whether a merged lowering's columns, in order, are exactly the taps of the weight: (kh, kw, channel)."""
+    return low.kernel == (1, 1) and tap_map(low) == tuple([[t] for t in range(k)] for k in low.spec.kernel_size)
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """How the kernel addresses a weight: element (group, tap, k, column) at their products with these strides.
+
+    ``packed``: the tensor is `pack`'s; otherwise it is the channels_last parameter itself, read in place.
+    """
+
+    packed: bool
+    group: int
+    tap: int
+    k: int
+    column: int
+
+
+@lru_cache(maxsize=4096)
+def weight_layout(low: Lowering) -> WeightLayout:
+    s = low.spec
+    taps, cin = math.prod(s.kernel_size), s.in_channels // s.groups
+    cout = s.out_channels // s.groups
+    if not s.transposed:  # [C_out][tap][C_in/g]
+        return WeightLayout(False, cout * taps * cin, cin, 1, taps * cin)
+    if low.regime == "phases":  # [C_in][tap][C_out/g]
+        return WeightLayout(False, cin * taps * cout, cout, taps * cout, 1)
+    if _identity_map(low):
+        return WeightLayout(False, cin * taps * cout, 0, taps * cout, 1)
+    union, columns = math.prod(low.kernel), low.columns
+    return WeightLayout(True, union * cin * columns, cin * columns, columns, 1)
+
+
+def pack(low: Lowering, weight: torch.Tensor) -> torch.Tensor:
+    """(C_in, C_out/g, kh, kw) -> (g, union taps, C_in/g, merge_h * merge_w * C_out/g), zeros where a phase lacks a tap."""
+    s = low.spec
+    map_h, map_w = tap_map(low)
+    w = F.pad(weight, (0, 1, 0, 1))  # index -1 is the zero row
+    index_h = torch.tensor(map_h, device=w.device).flatten() % w.shape[2]
+    index_w = torch.tensor(map_w, device=w.device).flatten() % w.shape[3]
+    w = w.index_select(2, index_h).index_select(3, index_w)
+    w = w.view(s.groups, low.channels_in, -1, low.merge[0], low.kernel[0], low.merge[1], low.kernel[1])
+    return w.permute(0, 4, 6, 1, 3, 5, 2).contiguous()
+
+
+def kernel_weight(step: Step, low: Lowering, weight: torch.Tensor) -> torch.Tensor:
+    """The weight as `weight_layout` addresses it. A channels_last parameter is used in place; others are copied each call,
+    so that no write to a parameter, ``.data`` included, can go unseen."""
+    weight = step.conv_weight(weight)
+    if weight_layout(low).packed:
+        return pack(low, weight)
+    return weight.contiguous(memory_format=torch.channels_last)
+
+
+# --- the launch ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Everything of a launch that does not depend on the tensors' contents or addresses."""
+
+    plan: Plan
+    grid: tuple[int, int, int]
+    constants: dict[str, Any]
+    output_shape: tuple[int, int, int, int]
+    reduce: dict[str, Any] | None  # constants of the second pass of split K
+    reduce_grid: tuple[int, int, int]
+
+
+LAUNCHES: list[str] | None = None
+"""Set to a list to record the kernel and plan of every launch (tests assert what ran)."""
+
+
+def constants(plan: Plan, precision: Precision, step: Step, channels_last: bool, slopes: int, big: bool) -> dict[str, Any]:
+    """Compile-time arguments of `conv_transpose_kernel`. Sizes of the batch and the image are not among them."""
+    low = plan.lowering
+    s, layout = low.spec, weight_layout(low)
+    params = (*step.activation.params, 0.0, 0.0)
+    gcd = [math.gcd(st, d) if low.transposed else 1 for st, d in zip(s.stride, s.dilation, strict=True)]
+    inverse = [
+        pow(d // g, -1, st // g) if low.transposed and st > g else 0
+        for st, d, g in zip(s.stride, s.dilation, gcd, strict=True)
+    ]
+    dilation = (1, 1) if low.merged else s.dilation
+    return dict(
+        GROUPS=s.groups, CIN=low.channels_in, COUT=s.out_channels, COLS=low.columns,
+        KH=low.kernel[0], KW=low.kernel[1], SH=low.phases[0], SW=low.phases[1],
+        PAD_H=low.padding[0], PAD_W=low.padding[1], DH=dilation[0], DW=dilation[1],
+        GH=gcd[0], GW=gcd[1], INV_H=inverse[0], INV_W=inverse[1], TRANSPOSED=low.transposed,
+        TAPS_H=low.uniform_taps(0), TAPS_W=low.uniform_taps(1), MAX_TAPS=low.max_taps,
+        MERGE_H=low.merge[0], MERGE_W=low.merge[1],
+        W_GROUP=layout.group, W_TAP=layout.tap, W_K=layout.k, W_COL=layout.column,
+        Y_CHANNELS_LAST=channels_last, SLOPES=slopes, P0=params[0], P1=params[1], ACT=step.activation.name,
+        TF32=precision.tf32, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, GROUP_M=plan.group_m,
+        UNROLL=plan.unroll, SPLIT_K=plan.split_k, BIG=big, num_warps=plan.num_warps, num_stages=plan.num_stages,
+    )  # fmt: skip
+
+
+REDUCE_M, REDUCE_N = 16, 64
+
+
+@lru_cache(maxsize=4096)
+def prepare(
+    step: Step,
+    batch: int,
+    input_size: tuple[int, int],
+    precision: Precision,
+    device: Device,
+    channels_last: bool,
+    slopes: int,
+    plan: Plan | None = None,
+) -> Launch:
+    """The launch of ``step`` on a (padded) input of this size. A given ``plan`` replaces the heuristic's (tuning, tests)."""
+    s = step.spec
+    plan = plan or choose_plan(s, batch, input_size, precision, device)
+    out = s.output_size(input_size)
+    big = batch * s.in_channels * math.prod(input_size) >= 2**31
+    consts = constants(plan, precision, step, channels_last, slopes, big)
+    reduce, reduce_grid = None, (0, 0, 0)
+    if plan.split_k > 1:
+        names = ("COUT", "Y_CHANNELS_LAST", "SLOPES", "P0", "P1", "ACT", "SPLIT_K")
+        reduce = {**{n: consts[n] for n in names}, "BLOCK_M": REDUCE_M, "BLOCK_N": REDUCE_N}
+        reduce_grid = (-(-batch * math.prod(out) // REDUCE_M), -(-s.out_channels // REDUCE_N), 1)
+    return Launch(
+        plan, plan.grid(batch, out), consts, (batch, s.out_channels, out[0], out[1]), reduce, reduce_grid
+    )
+
+
+def run(step: Step, o: Operands, channels_last: bool, plan: Plan | None = None) -> torch.Tensor:
+    """Launch the kernel. x in any layout; the result in the memory format asked for. The caller asked `dispatch.why_not`."""
+    x = step.pad_input(o.x).contiguous(memory_format=torch.channels_last)
+    n, _, h, w = x.shape
+    slopes = 0 if o.slope is None else o.slope.numel()
+    launch = prepare(
+        step, n, (h, w), dispatch.precision_of(x.dtype), dispatch.target_device(x), channels_last, slopes, plan
+    )
+    y = dispatch.allocate(x, launch.output_shape, channels_last)
+    if y.numel() == 0:
+        return y
+    weight = kernel_weight(step, launch.plan.lowering, o.weight)
+    residual = o.residual
+    if residual is not None:
+        fmt = torch.channels_last if channels_last else torch.contiguous_format
+        residual = residual.contiguous(memory_format=fmt)
+    vectors = (o.bias, o.mean, o.var, o.scale, o.shift, o.slope)
+    if LAUNCHES is not None:
+        LAUNCHES.append(launch.plan.name)
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            kernels.launch(x, weight, y, residual, vectors, o.eps, launch)
+    else:
+        kernels.launch(x, weight, y, residual, vectors, o.eps, launch)
+    return y

@@ -1,0 +1,322 @@
+"""Transposed (and plain stride-1) convolution as a gather, with epilogue: y = act((conv(x) + bias - mean) * s + shift + residual).
+
+Implicit GEMM over the input grid. For a phase (rh, rw) of the output, with q = (qh, qw) on the input grid:
+
+    y[n, SH*qh + rh, SW*qw + rw, c] = epilogue(sum_{taps j} sum_k x[n, qh + off_h(j), qw + off_w(j), k] * w[tap(j), k, c])
+
+M = rows (n, qh, qw) of the phase; N = output channels; K = taps of the phase x input channels of the group, taps outside.
+x and y are channels-last, dense; w is addressed by four constant strides (group, tap, k, column), so that a channels-last
+parameter is read in place. One program owns a BLOCK_M x BLOCK_N tile of one phase, group and K split.
+
+With MERGE_H x MERGE_W > 1 the columns are (a, b, channel): one pass over x feeds all phases, and the store puts column
+(a, b, c) of row q at output (MERGE_H*qh + a, MERGE_W*qw + b, c). That is how few output channels, a 1x1 input, kernel =
+stride and a pixel shuffle are done; the gather is then a plain convolution over the union of the phases' neighbourhoods.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .activation import act
+from .indexing import inside, phase_taps, tile_order
+
+
+@triton.jit
+def round_tf32(v):
+    """float32 to TF32's mantissa, to nearest and ties away: the tensor core would truncate."""
+    return ((v.to(tl.int32, bitcast=True) + 0x1000) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _vector(ptr, offs, mask, default: tl.constexpr):
+    if ptr is None:
+        return tl.full(offs.shape, default, tl.float32)
+    else:
+        return tl.load(ptr + offs, mask=mask, other=default).to(tl.float32)
+
+
+@triton.jit
+def epilogue(
+    acc,
+    chan,
+    chan_mask,
+    residual,
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
+    scale_ptr,
+    shift_ptr,
+    slope_ptr,
+    eps,
+    SLOPES: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    ACT: tl.constexpr,
+):
+    """acc (BLOCK_M, BLOCK_N) float32, chan (BLOCK_N,) its output channels. Every pointer may be None."""
+    if bias_ptr is not None or mean_ptr is not None:
+        center = _vector(bias_ptr, chan, chan_mask, 0.0) - _vector(mean_ptr, chan, chan_mask, 0.0)
+        acc += center[None, :]
+    if var_ptr is not None or scale_ptr is not None:
+        factor = _vector(scale_ptr, chan, chan_mask, 1.0)
+        if var_ptr is not None:
+            factor *= 1.0 / tl.sqrt(_vector(var_ptr, chan, chan_mask, 1.0) + eps)
+        acc *= factor[None, :]
+    if shift_ptr is not None:
+        acc += _vector(shift_ptr, chan, chan_mask, 0.0)[None, :]
+    if residual is not None:
+        acc += residual.to(tl.float32)
+    if ACT == "prelu":
+        slope = _vector(slope_ptr, chan * (1 if SLOPES > 1 else 0), chan_mask, 0.0)[None, :]
+    else:
+        slope = 0.0
+    return act(acc, slope, P0, P1, ACT)
+
+
+@triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW"])
+def conv_transpose_kernel(
+    x_ptr,  # (N, H, W, GROUPS * CIN)
+    w_ptr,  # element (g, tap, k, column) at g*W_GROUP + tap*W_TAP + k*W_K + column*W_COL
+    y_ptr,  # (N, OH, OW, COUT), or (N, COUT, OH, OW) when not Y_CHANNELS_LAST; SPLIT_K > 1: (SPLIT_K, N, OH, OW, COUT) float32
+    residual_ptr,  # as y
+    bias_ptr,  # (COUT,), like the next five
+    mean_ptr,
+    var_ptr,
+    scale_ptr,
+    shift_ptr,
+    slope_ptr,
+    N,
+    H,
+    W,
+    OH,
+    OW,
+    eps,
+    GROUPS: tl.constexpr,
+    CIN: tl.constexpr,  # input channels of a group
+    COUT: tl.constexpr,  # all output channels
+    COLS: tl.constexpr,  # columns of a group: merged phases x output channels of a group
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,  # phases on the grid
+    SW: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    GH: tl.constexpr,  # gcd(stride, dilation)
+    GW: tl.constexpr,
+    INV_H: tl.constexpr,  # inverse of D/G modulo S/G
+    INV_W: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TAPS_H: tl.constexpr,  # taps of a phase where all phases have the same number, else 0
+    TAPS_W: tl.constexpr,
+    MAX_TAPS: tl.constexpr,
+    MERGE_H: tl.constexpr,
+    MERGE_W: tl.constexpr,
+    W_GROUP: tl.constexpr,
+    W_TAP: tl.constexpr,
+    W_K: tl.constexpr,
+    W_COL: tl.constexpr,
+    Y_CHANNELS_LAST: tl.constexpr,
+    SLOPES: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    ACT: tl.constexpr,
+    TF32: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    UNROLL: tl.constexpr,  # channel blocks of one trip through the loop
+    SPLIT_K: tl.constexpr,
+    BIG: tl.constexpr,  # x has 2^31 elements or more
+):
+    # --- which tile -------------------------------------------------------------------------------------------------
+    num_m = tl.cdiv(N * tl.cdiv(OH, SH * MERGE_H) * tl.cdiv(OW, SW * MERGE_W), BLOCK_M)
+    pid_m, pid_n, phase = tile_order(tl.program_id(0), num_m, tl.cdiv(COLS, BLOCK_N), SH * SW, GROUP_M)
+    split = tl.program_id(1)
+    group = tl.program_id(2)
+    rh = phase // SW
+    rw = phase % SW
+    QH = tl.cdiv(OH - rh, SH * MERGE_H)
+    QW = tl.cdiv(OW - rw, SW * MERGE_W)
+    M = N * QH * QW
+    if pid_m * BLOCK_M >= M:  # this phase is smaller than the largest one
+        return
+    th0, taps_h, off_h = phase_taps(rh, KH, SH, PAD_H, DH, GH, INV_H, TRANSPOSED)
+    tw0, taps_w, off_w = phase_taps(rw, KW, SW, PAD_W, DW, GW, INV_W, TRANSPOSED)
+    if TAPS_H > 0:
+        taps_h = TAPS_H
+    if TAPS_W > 0:
+        taps_w = TAPS_W
+    STEP_H: tl.constexpr = -(DH // GH) if TRANSPOSED else DH
+    STEP_W: tl.constexpr = -(DW // GW) if TRANSPOSED else DW
+    TAP_STEP_H: tl.constexpr = SH // GH if TRANSPOSED else 1
+    TAP_STEP_W: tl.constexpr = SW // GW if TRANSPOSED else 1
+
+    # --- rows: (n, qh, qw) and which taps fall on the input ----------------------------------------------------------
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = offs_m < M
+    n = offs_m // (QH * QW)
+    q = offs_m - n * (QH * QW)
+    qh = q // QW
+    qw = q - qh * QW
+    CHANNELS: tl.constexpr = GROUPS * CIN
+    offs_k = tl.arange(0, BLOCK_K)
+    # Offsets are int32 inside an image, and over the whole tensor where it has less than 2^31 elements.
+    first_row = (qh * W + qw) * CHANNELS + group * CIN
+    if BIG:
+        x_rows = (x_ptr + tl.where(row_mask, n, 0).to(tl.int64) * (H * W * CHANNELS))[:, None]
+    else:
+        x_rows = x_ptr
+        first_row += n * (H * W * CHANNELS)
+    here = first_row[:, None] + offs_k[None, :]
+    if MAX_TAPS <= 32:
+        bits = tl.zeros((BLOCK_M,), tl.int32)
+        for j in tl.static_range(MAX_TAPS):  # not a loop: its result would be pinned to a layout that the loads convert
+            j_h = j // taps_w
+            j_w = j - j_h * taps_w
+            on = inside(qh + off_h + j_h * STEP_H, H) & inside(qw + off_w + j_w * STEP_W, W) & row_mask
+            bits |= on.to(tl.int32) << j
+        bits = bits[:, None]
+
+    # --- the product: taps outside, channels inside, one loop; a trip is UNROLL channel blocks of one tap ---------------
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = offs_n < COLS
+    w_tile = w_ptr + group * W_GROUP + offs_k[:, None] * W_K + offs_n[None, :] * W_COL
+    TRIP: tl.constexpr = BLOCK_K * UNROLL
+    TRIPS: tl.constexpr = (CIN + TRIP - 1) // TRIP
+    steps = taps_h * taps_w * TRIPS
+    per_split = tl.cdiv(steps, SPLIT_K)
+    first = split * per_split
+    x_tap = (off_h * W + off_w) * CHANNELS
+    x_tap_row = STEP_H * W * CHANNELS
+    w_tap = (th0 * KW + tw0) * W_TAP
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(first, tl.minimum(first + per_split, steps)):
+        t = step // TRIPS
+        k0 = (step - t * TRIPS) * TRIP
+        jh = t // taps_w
+        jw = t - jh * taps_w
+        if MAX_TAPS <= 32:
+            ok = ((bits >> t) & 1) != 0
+        else:
+            ok = (inside(qh + off_h + jh * STEP_H, H) & inside(qw + off_w + jw * STEP_W, W) & row_mask)[:, None]
+        x_off = x_tap + jh * x_tap_row + jw * (STEP_W * CHANNELS) + k0
+        w_off = w_tap + jh * (TAP_STEP_H * KW * W_TAP) + jw * (TAP_STEP_W * W_TAP) + k0 * W_K
+        # A masked, pipelined load still forms its address: a row outside the image points at the tensor's start.
+        x_ptrs = x_rows + tl.where(ok, here + x_off, offs_k[None, :])
+        w_ptrs = w_tile + w_off
+        for u in tl.static_range(UNROLL):
+            left = CIN - k0 - u * BLOCK_K
+            if CIN % TRIP == 0:
+                a = tl.load(x_ptrs + u * BLOCK_K, mask=ok, other=0.0)
+            else:
+                a = tl.load(x_ptrs + u * BLOCK_K, mask=ok & (offs_k < left)[None, :], other=0.0)
+            if CIN % TRIP == 0 and COLS % BLOCK_N == 0:
+                b = tl.load(w_ptrs + u * (BLOCK_K * W_K))
+            elif CIN % TRIP == 0:
+                b = tl.load(w_ptrs + u * (BLOCK_K * W_K), mask=col_mask[None, :], other=0.0)
+            else:
+                b = tl.load(w_ptrs + u * (BLOCK_K * W_K), mask=(offs_k < left)[:, None] & col_mask[None, :], other=0.0)
+            if TF32:
+                acc = tl.dot(round_tf32(a), round_tf32(b), acc, input_precision="tf32")
+            else:
+                acc = tl.dot(a, b, acc, input_precision="ieee")
+
+    # --- the store: column -> (a, b, channel), row -> output position --------------------------------------------------
+    CHANNELS_OUT: tl.constexpr = COUT // GROUPS
+    merged = offs_n // CHANNELS_OUT
+    chan = group * CHANNELS_OUT + offs_n - merged * CHANNELS_OUT
+    oh = qh * (SH * MERGE_H) + rh
+    ow = qw * (SW * MERGE_W) + rw
+    mask = row_mask[:, None] & col_mask[None, :]
+    if MERGE_H * MERGE_W > 1:
+        a_h = merged // MERGE_W
+        a_w = merged - a_h * MERGE_W
+        mask = mask & (oh[:, None] + a_h[None, :] < OH) & (ow[:, None] + a_w[None, :] < OW)
+    else:
+        a_h = merged * 0
+        a_w = merged * 0
+    if Y_CHANNELS_LAST or SPLIT_K > 1:
+        offs_y = ((oh * OW + ow) * COUT)[:, None] + ((a_h * OW + a_w) * COUT + chan)[None, :]
+    else:
+        offs_y = (oh * OW + ow)[:, None] + (chan * (OH * OW) + a_h * OW + a_w)[None, :]
+    image_y = n.to(tl.int64) * (OH * OW * COUT)
+    if SPLIT_K > 1:
+        image_y += split.to(tl.int64) * N * (OH * OW * COUT)
+        tl.store(y_ptr + image_y[:, None] + offs_y, acc, mask=mask)
+    else:
+        residual = None
+        if residual_ptr is not None:
+            residual = tl.load(residual_ptr + image_y[:, None] + offs_y, mask=mask, other=0.0)
+        acc = epilogue(
+            acc, chan, col_mask, residual, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, slope_ptr, eps, SLOPES, P0, P1, ACT
+        )
+        tl.store(y_ptr + image_y[:, None] + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "POSITIONS"])
+def split_k_epilogue_kernel(
+    work_ptr,  # (SPLIT_K, N, POSITIONS, COUT) float32 partial sums
+    y_ptr,  # (N, POSITIONS, COUT), or (N, COUT, POSITIONS) when not Y_CHANNELS_LAST
+    residual_ptr,  # as y
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
+    scale_ptr,
+    shift_ptr,
+    slope_ptr,
+    N,
+    POSITIONS,
+    eps,
+    COUT: tl.constexpr,
+    Y_CHANNELS_LAST: tl.constexpr,
+    SLOPES: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    ACT: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Sum the splits in a fixed order and finish. One program owns BLOCK_M rows (image, position) x BLOCK_N channels."""
+    total = N.to(tl.int64) * POSITIONS
+    offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    chan = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = chan < COUT
+    mask = (offs_m < total)[:, None] & col_mask[None, :]
+    offs_work = offs_m[:, None] * COUT + chan[None, :]
+    offs = offs_work
+    if not Y_CHANNELS_LAST:
+        n = offs_m // POSITIONS
+        offs = (n * (POSITIONS * COUT) + offs_m - n * POSITIONS)[:, None] + (chan * POSITIONS)[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for split in range(SPLIT_K):
+        acc += tl.load(work_ptr + split * total * COUT + offs_work, mask=mask, other=0.0)
+    residual = None
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
+    acc = epilogue(
+        acc, chan, col_mask, residual, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, slope_ptr, eps, SLOPES, P0, P1, ACT
+    )
+    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def launch(x, weight, y, residual, vectors, eps, how) -> None:
+    """Fill y. x (N, C_in, H, W) and weight in the kernel's layouts, y and residual in one memory format; ``vectors`` are
+    bias, mean, var, scale, shift and slope, each (C_out,) or None; ``how`` is `cnnfast.ops.launch.Launch`."""
+    n, _, h, w = x.shape
+    _, _, oh, ow = y.shape
+    if how.reduce is None:
+        conv_transpose_kernel[how.grid](
+            x, weight, y, residual, *vectors, n, h, w, oh, ow, eps, **how.constants
+        )
+        return
+    c = y.shape[1]
+    work = y.new_empty((how.plan.split_k, n, oh, ow, c), dtype=torch.float32)
+    empty = (None,) * len(vectors)
+    conv_transpose_kernel[how.grid](x, weight, work, None, *empty, n, h, w, oh, ow, eps, **how.constants)
+    split_k_epilogue_kernel[how.reduce_grid](work, y, residual, *vectors, n, oh * ow, eps, **how.reduce)
