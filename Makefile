@@ -46,15 +46,15 @@ clean: ## caches and build files; the environment and the weights' cache stay
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
 
 ifneq ($(strip $(VENV)),)
-requirements := pyproject.toml constraints.txt .ci/venv.py
+requirements := pyproject.toml constraints.txt .ci/environment.py
 
 $(VENV)/.installed-%: $(requirements)
-	$(PYTHON) .ci/venv.py $(VENV) $*
+	$(PYTHON) .ci/environment.py $(VENV) $*
 	@touch $@
 
 # ttsem runs the Triton kernels on a CPU. It declares a newer Python than it needs, and the tests do without it.
 $(VENV)/.installed-test: $(requirements)
-	$(PYTHON) .ci/venv.py $(VENV) test
+	$(PYTHON) .ci/environment.py $(VENV) test
 	-$(RUN) -m pip --disable-pip-version-check install --no-deps --ignore-requires-python ttsem==0.1.0
 	@touch $@
 endif

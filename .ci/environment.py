@@ -1,4 +1,4 @@
-"""Make the virtual environment that the Makefile uses: `PYTHON .ci/venv.py FOLDER EXTRA`. Standard library only.
+"""Make the virtual environment that the Makefile uses: `PYTHON .ci/environment.py FOLDER EXTRA`. Standard library only.
 
 A torch that PYTHON can import is reused and not installed again: the environment then sees PYTHON's packages. What will
 be downloaded is said before it is.
@@ -114,5 +114,5 @@ def main(folder: Path, extra: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[2] not in EXTRAS:
-        raise SystemExit("usage: python .ci/venv.py FOLDER " + "|".join(EXTRAS))
+        raise SystemExit("usage: python .ci/environment.py FOLDER " + "|".join(EXTRAS))
     main(Path(sys.argv[1]).absolute(), sys.argv[2])
