@@ -17,11 +17,9 @@ from pathlib import Path
 
 import torch
 
-from . import __version__
+from . import __version__, cpu, dispatch
 
-__all__ = ["Backend", "backends", "cpu_features", "cpu_name", "nvidia_problem", "report"]
-
-MIN_CAPABILITY = (8, 0)  # below it no tensor-core code comes out of Triton
+__all__ = ["Backend", "backends", "cpu_name", "nvidia_problem", "report"]
 
 
 @dataclass(frozen=True)
@@ -55,20 +53,6 @@ def cpu_name() -> str:
         if found:
             return found.group(1)
     return platform.processor() or platform.machine()
-
-
-def cpu_features() -> list[str]:
-    """Instruction sets that decide about the speed of oneDNN, as torch sees them (before any limit set for oneDNN)."""
-    checks = {
-        "avx2": "_is_avx2_supported",
-        "avx512": "_is_avx512_supported",
-        "avx512_vnni": "_is_vnni_supported",
-        "avx512_bf16": "_is_avx512_bf16_supported",
-        "amx": "_is_amx_tile_supported",
-        "amx_fp16": "_is_amx_fp16_supported",
-    }
-    # Private functions of torch.cpu, not all of them in every version: what is missing is not reported.
-    return [name for name, check in checks.items() if getattr(torch.cpu, check, lambda: False)()]
 
 
 # --- GPU --------------------------------------------------------------------------------------------------------------
@@ -151,32 +135,15 @@ def _triton_off() -> str | None:
         return problem
     if cuda_error() is not None:
         return "no CUDA device"
-    capability = torch.cuda.get_device_capability()
-    if capability < MIN_CAPABILITY:
-        return f"compute capability {capability[0]}.{capability[1]} of {torch.cuda.get_device_name()} is below 8.0"
-    return None
-
-
-def _onednn_off() -> str | None:
-    if not torch.backends.mkldnn.is_available():
-        return "this torch is built without oneDNN"
-    missing = [name for name in ONEDNN_OPS if not _has_op(name)]
-    return f"this torch has no {', '.join(missing)}" if missing else None
-
-
-ONEDNN_OPS = ("mkldnn::_reorder_convolution_transpose_weight", "mkldnn::_convolution_transpose_pointwise")
-
-
-def _has_op(name: str) -> bool:
-    return bool(torch._C._jit_get_schemas_for_operator(name))
+    return dispatch.cuda_why_not(torch.cuda.current_device())
 
 
 def backends() -> list[Backend]:
     """Every backend, in the order in which ``auto`` prefers them."""
-    threads = f"{torch.get_num_threads()} threads"
+    onednn = f"{cpu.instruction_set().name}, {torch.get_num_threads()} threads"
     return [
         Backend("triton", _triton_off(), f"triton {package_version('triton')}"),
-        Backend("aten, oneDNN packed", _onednn_off(), threads),
+        Backend("aten, oneDNN packed", cpu._missing(), onednn),
         Backend("aten", None, "PyTorch's own operators"),
     ]
 
@@ -193,8 +160,8 @@ def _lines() -> Iterator[tuple[str, str]]:
     yield "system", platform.platform()
     yield "processor", f"{cpu_name()}, {os.cpu_count()} CPUs"
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    isa = f"{torch.backends.cpu.get_cpu_capability()}; {' '.join(cpu_features()) or 'none of those that matter'}"
-    yield "instruction sets", isa + (f"; oneDNN limited to {limit}" if limit else "")
+    isa = f"{torch.backends.cpu.get_cpu_capability()} (PyTorch), {cpu.instruction_set().name} (oneDNN)"
+    yield "instruction sets", isa + (f", limited by ONEDNN_MAX_CPU_ISA={limit}" if limit else "")
     for line in cuda_devices() or [nvidia_problem() or "no NVIDIA device visible"]:
         yield "device", line
     for backend in backends():

@@ -1,0 +1,259 @@
+"""``python -m cnnfast demo``: faces by a trained generator, in plain PyTorch and in cnnfast, compared and timed.
+
+Needs the extra ``demo`` (matplotlib, pillow, tqdm), imported where it is used.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from . import env
+from .generators import create_model
+from .layers import Sequential
+from .timing import Timing, measure
+
+__all__ = ["FLOAT32_TOLERANCE", "Options", "Row", "run"]
+
+# Largest |cnnfast - PyTorch| over largest |PyTorch| that float32 may show: a few roundings of sums of 8192 products.
+FLOAT32_TOLERANCE = 1e-5
+
+FACES = 64
+DTYPES = (torch.float32, torch.bfloat16)
+BATCHES = (1, 16)
+CANDIDATES = ("eager", "eager channels_last", "cnnfast")
+
+UNSTEADY = 0.25  # quartiles apart by this part of the median: neighbours, not the network
+
+# Builds the generator in eval mode, out of the given container of layers.
+Builder = Callable[[type[nn.Sequential]], nn.Module]
+
+
+@dataclass(frozen=True)
+class Options:
+    """``repeats``: interleaved timings of each candidate; ``device`` None: CUDA where torch can use it."""
+
+    output: Path = Path("out")
+    seed: int = 0
+    repeats: int = 20
+    device: str | None = None
+    weights_file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Times of one dtype and batch size, by candidate."""
+
+    dtype: torch.dtype
+    batch: int
+    times: Mapping[str, Timing]
+
+    @property
+    def title(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}, batch {self.batch}"
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster cnnfast is than the best of the others."""
+        best = min(t.median for name, t in self.times.items() if name != "cnnfast")
+        return best / self.times["cnnfast"].median
+
+
+def run(options: Options, build: Builder | None = None) -> int:
+    """The whole demonstration; prints to standard output and writes ``faces.png`` and ``timing.png``.
+
+    Returns the exit status: 1 where float32 differs from plain PyTorch by more than `FLOAT32_TOLERANCE`.
+    """
+    problem = env.nvidia_problem()
+    if problem is not None:
+        print(f"WARNING: {problem}\nThe CPU is used instead.\n")
+    device = torch.device(options.device or ("cuda" if env.cuda_error() is None else "cpu"))
+    print(f"cnnfast {env.__version__}, torch {torch.__version__}, {_device_text(device)}")
+    if build is None:
+
+        def build(container: type[nn.Sequential]) -> nn.Module:
+            return create_model("dcgan_faces", pretrained=True, weights_file=options.weights_file, sequential=container)
+
+    z = torch.randn(FACES, 100, 1, 1, generator=torch.Generator().manual_seed(options.seed))
+    pictures, error = _compare(build, z, device)
+    rows = _measure(build, z, device, options.repeats)
+    print("\n" + table(rows))
+    options.output.mkdir(parents=True, exist_ok=True)
+    _write(options.output / "faces.png", lambda path: draw_faces(path, pictures))
+    _write(options.output / "timing.png", lambda path: draw_times(path, rows, _device_text(device)))
+    print(f"\nwrote {options.output / 'faces.png'} and {options.output / 'timing.png'}")
+    if not error <= FLOAT32_TOLERANCE:
+        print(f"FAILED: float32 relative error {error:.3g} is above {FLOAT32_TOLERANCE:g}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _device_text(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{env.cpu_name()}, {torch.get_num_threads()} threads"
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _exact_float32() -> Iterator[None]:
+    """No TF32 on a GPU while results are compared (it is PyTorch's default for convolutions)."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _compare(build: Builder, z: torch.Tensor, device: torch.device) -> tuple[dict[str, torch.Tensor], float]:
+    """The float32 pictures of both, (N, 3, H, W) on the CPU, and cnnfast's relative error. Prints what it found."""
+    images = {}
+    with _exact_float32():
+        for name, container in (("plain PyTorch", nn.Sequential), ("cnnfast", Sequential)):
+            for dtype in DTYPES:
+                model = build(container).to(device, dtype)
+                with torch.inference_mode():  # not around the models: parameters made in it have no version
+                    images[name, dtype] = model(z.to(device, dtype)).float().cpu()
+    expected = images["plain PyTorch", torch.float32]
+    largest, error = difference(images["cnnfast", torch.float32], expected)
+    print(f"\n{len(z)} faces, the same weights and noise, cnnfast against plain PyTorch:")
+    print(f"  float32:  largest difference {largest:.2e}, relative error {error:.2e}")
+    low = {name: difference(images[name, torch.bfloat16], expected)[0] for name in ("plain PyTorch", "cnnfast")}
+    print(
+        f"  bfloat16: largest difference to float32 {low['cnnfast']:.3f}"
+        f" (plain PyTorch's own bfloat16: {low['plain PyTorch']:.3f})"
+    )
+    return {name: image for (name, dtype), image in images.items() if dtype == torch.float32}, error
+
+
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """(largest absolute difference, the same over the largest expected magnitude)."""
+    largest = (actual.double() - expected.double()).abs().max().item()
+    return largest, largest / expected.double().abs().max().item()
+
+
+# --- times ------------------------------------------------------------------------------------------------------------
+
+
+def _measure(build: Builder, z: torch.Tensor, device: torch.device, repeats: int) -> list[Row]:
+    from tqdm import tqdm
+
+    rows = []
+    with tqdm(total=len(DTYPES) * len(BATCHES) * repeats, desc="timing", file=sys.stderr, leave=False) as bar:
+        for dtype in DTYPES:
+            models = {
+                "eager": build(nn.Sequential).to(device, dtype),
+                "eager channels_last": _channels_last(build(nn.Sequential).to(device, dtype)),
+                "cnnfast": _channels_last(build(Sequential).to(device, dtype)),
+            }
+            for batch in BATCHES:
+                x = z[:batch].to(device, dtype)
+                calls = {name: (lambda model=model, x=x: model(x)) for name, model in models.items()}
+                with torch.inference_mode():
+                    times = measure(calls, repeats=repeats, device=device, on_repeat=lambda: bar.update())
+                rows.append(Row(dtype, batch, times))
+    return rows
+
+
+def _channels_last(model: nn.Module) -> nn.Module:
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def table(rows: list[Row]) -> str:
+    """The times as text: milliseconds per batch, medians with quartiles."""
+    head = ["", *CANDIDATES, "cnnfast against the best eager"]
+    body = [[row.title, *(_cell(row.times[name]) for name in CANDIDATES), f"{row.ratio:.2f}x"] for row in rows]
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    lines = [
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in [head, *body]
+    ]
+    repeats = len(next(iter(rows[0].times.values())).seconds)
+    lines.append(f"ms per batch: median [quartiles] of {repeats} interleaved repeats; above 1x cnnfast is faster")
+    spread = max((t.high - t.low) / t.median for row in rows for t in row.times.values())
+    if spread > UNSTEADY:
+        lines.append("NOTE: the spread is large: other work runs on this machine; repeat when it is quiet")
+    return "\n".join(lines)
+
+
+def _cell(timing: Timing) -> str:
+    return f"{1e3 * timing.median:.2f} [{1e3 * timing.low:.2f}, {1e3 * timing.high:.2f}]"
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def grid(images: torch.Tensor, columns: int = 8, gap: int = 2) -> np.ndarray:
+    """(N, 3, H, W) in [-1, 1] -> one uint8 picture (rows*(H+gap)+gap, columns*(W+gap)+gap, 3) on white."""
+    n, _, h, w = images.shape
+    rows = -(-n // columns)
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    picture = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 255, np.uint8)
+    for i, (row, column) in zip(range(n), itertools.product(range(rows), range(columns)), strict=False):
+        top, left = gap + row * (h + gap), gap + column * (w + gap)
+        picture[top : top + h, left : left + w] = pixels[i]
+    return picture
+
+
+def draw_faces(path: Path, pictures: Mapping[str, torch.Tensor]) -> None:
+    """One PNG: each set of pictures as a grid under its name, side by side, pixel for pixel."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    grids = {name: grid(images) for name, images in pictures.items()}
+    title, margin = 30, 12
+    height = title + max(g.shape[0] for g in grids.values()) + margin
+    width = margin + sum(g.shape[1] + margin for g in grids.values())
+    sheet = Image.new("RGB", (width, height), "white")
+    pen, font, left = ImageDraw.Draw(sheet), ImageFont.load_default(16), margin
+    for name, pixels in grids.items():
+        pen.text((left + pixels.shape[1] // 2, title // 2), name, fill="black", font=font, anchor="mm")
+        sheet.paste(Image.fromarray(pixels), (left, title))
+        left += pixels.shape[1] + margin
+    sheet.save(path, format="PNG")
+
+
+def draw_times(path: Path, rows: list[Row], device: str) -> None:
+    """One PNG: a panel of bars for each dtype and batch size (their scales differ), whiskers at the quartiles."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.0 * len(rows), 3.6), layout="constrained")
+    colours = {"eager": "#9aa5b1", "eager channels_last": "#5b7083", "cnnfast": "#e4572e"}
+    for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+        times = [row.times[name] for name in CANDIDATES]
+        medians = np.array([1e3 * t.median for t in times])
+        whiskers = np.abs(np.array([[1e3 * t.low for t in times], [1e3 * t.high for t in times]]) - medians)
+        labels = [name.replace(" ", "\n") for name in CANDIDATES]
+        bars = axes.bar(labels, medians, yerr=whiskers, capsize=4, color=[colours[name] for name in CANDIDATES])
+        axes.bar_label(bars, fmt="%.2f", padding=2)
+        axes.margins(y=0.15)
+        axes.set_title(f"{row.title}: {row.ratio:.2f}x")
+        axes.set_ylabel("ms per batch")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"DCGAN 64x64 on {device} (lower is better; medians, quartiles)", fontsize=10)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _write(path: Path, draw: Callable[[Path], None]) -> None:
+    """``draw`` to a temporary name beside ``path``, then move it into place."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    os.close(handle)
+    try:
+        draw(Path(temporary))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

