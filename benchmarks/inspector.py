@@ -71,7 +71,12 @@ class _Utils:
         from cnnfast.plan import DEVICES
 
         d = DEVICES[self.arch]
-        return {"max_shared_mem": d.shared_memory, "multiprocessor_count": d.multiprocessors, "warpSize": 32, "max_num_regs": 65536}
+        return {
+            "max_shared_mem": d.shared_memory,
+            "multiprocessor_count": d.multiprocessors,
+            "warpSize": 32,
+            "max_num_regs": 65536,
+        }
 
     def load_binary(self, name: str, kernel: bytes, shared: int, device: int) -> tuple[None, bytes, int, int, int]:
         return None, kernel, 0, 0, 1024
@@ -136,7 +141,8 @@ def _run(tool: str, *args: str) -> str:
 
 
 def _main_loop(sass: str) -> list[str]:
-    """Instructions of the innermost loop that holds the most tensor-core (else multiply-add) instructions."""
+    """Instructions of the loop that holds the most tensor-core (else multiply-add) instructions; where a short loop was
+    unrolled away, everything from the first to the last of them."""
     lines, labels = [], {}
     for line in sass.splitlines():
         if m := re.match(r"^\s*(\.L_x_\d+):", line):
@@ -148,14 +154,16 @@ def _main_loop(sass: str) -> list[str]:
         m = re.search(r"\bBRA\b.*?`?\(?(\.L_x_\d+)", text)
         if m and labels.get(m.group(1), end + 1) <= end:
             loops.append(lines[labels[m.group(1)] : end + 1])
-    if not loops:
-        return []
 
     def weight(body: list[str]) -> tuple[int, int, int]:
         ops = [_opcode(t) for t in body]
         return sum(bool(_MMA.match(o)) for o in ops), sum(o.startswith("FFMA") for o in ops), -len(ops)
 
-    return max(loops, key=weight)
+    best = max(loops, key=weight, default=[])
+    if any(_MMA.match(_opcode(t)) for t in best):
+        return best
+    mma = [i for i, t in enumerate(lines) if _MMA.match(_opcode(t))]
+    return lines[mma[0] : mma[-1] + 1] if mma else best
 
 
 def _opcode(text: str) -> str:

@@ -77,7 +77,9 @@ def upsample_step(
     if u.mode not in PADDING_MODES:
         raise ValueError(f"padding_mode={u.mode!r} must be one of {PADDING_MODES}")
     if u.mode == "reflect" and any(p > r - 1 for p, r in zip(u.padding, u.scale, strict=True)):
-        raise ValueError(f"reflect padding={u.padding} is larger than scale_factor - 1 = {tuple(r - 1 for r in u.scale)}")
+        raise ValueError(
+            f"reflect padding={u.padding} is larger than scale_factor - 1 = {tuple(r - 1 for r in u.scale)}"
+        )
     pad = (0, 0)
     padding: tuple[int, ...] = u.padding
     if u.mode != "zeros":

@@ -151,7 +151,9 @@ def precision_of(dtype: torch.dtype) -> Precision:
     return Precision(dtype, dtype == torch.float32 and conv_tf32())
 
 
-def allocate(like: torch.Tensor, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
+def allocate(
+    like: torch.Tensor, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """The one allocator of outputs: uninitialised, on ``like``'s device, in the memory format asked for."""
     fmt = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=fmt)

@@ -162,7 +162,7 @@ def lower(spec: ConvSpec, input_size: tuple[int, ...]) -> Lowering:
         return Lowering("latent", spec, spec.output_size(input_size), (1, 1), (0, 0))  # type: ignore[arg-type]
     if spec.stride != (1, 1):
         merged = _merged(spec)
-        wasted = math.prod(merged.kernel) > spec.max_phase_taps
+        wasted = math.prod(merged.kernel) * math.prod(spec.stride) > math.prod(spec.kernel_size)
         if spec.out_channels // spec.groups < FEW_COLUMNS or not wasted:
             return merged
     return _phases(spec)
@@ -229,7 +229,7 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
 def _tiles(precision: Precision, device: Device) -> Iterator[tuple[int, int, int, int, int]]:
     """Candidate (block_m, block_n, num_warps, num_stages, bytes of k per block), tried in this order."""
     if precision.dtype == torch.float32 and not precision.tf32:
-        yield from ((64, 64, 4, 2, 64), (32, 64, 4, 2, 64), (32, 32, 4, 2, 64), (16, 32, 2, 2, 64), (16, 16, 2, 2, 64))
+        yield from ((64, 64, 8, 2, 64), (32, 64, 4, 2, 64), (32, 32, 4, 2, 64), (16, 32, 2, 2, 64), (16, 16, 2, 2, 64))
         return
     wide = precision.itemsize == 4
     for m, n in itertools.product((128, 64, 32, 16), (128, 64, 32, 16)):
@@ -249,7 +249,9 @@ def _seconds(plan: Plan, batch: int, output_size: tuple[int, ...], precision: Pr
         rate = 64.0
     mma = plan.block_m * plan.block_n * trip_k / rate
     load = (plan.block_m + plan.block_n) * trip_k * precision.itemsize / device.l2_bytes_per_clock
-    resident = max(1, min(device.shared_per_multiprocessor // (plan.shared_memory(precision.itemsize) + KIB), 16 // plan.num_warps))
+    resident = max(
+        1, min(device.shared_per_multiprocessor // (plan.shared_memory(precision.itemsize) + KIB), 16 // plan.num_warps)
+    )
     steps = -(-plan.steps() // plan.split_k)
     programs = math.prod(plan.grid(batch, output_size))
     per_sm = -(-programs // device.multiprocessors)
@@ -267,9 +269,7 @@ def _seconds(plan: Plan, batch: int, output_size: tuple[int, ...], precision: Pr
 
 
 @lru_cache(maxsize=4096)
-def choose_plan(
-    spec: ConvSpec, batch: int, input_size: tuple[int, ...], precision: Precision, device: Device
-) -> Plan:
+def choose_plan(spec: ConvSpec, batch: int, input_size: tuple[int, ...], precision: Precision, device: Device) -> Plan:
     """The plan for x (batch, C_in, *input_size) on ``device``. Deterministic: the same arguments give the same plan."""
     low = lower(spec, input_size)
     output_size = spec.output_size(input_size)

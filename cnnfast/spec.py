@@ -121,7 +121,9 @@ class ConvSpec:
     ) -> ConvSpec:
         """A spec from ints or sequences. ValueError for what no convolution can be (the wording is torch's where it has one)."""
         per_dim = [_tuple(v, ndim) for v in (kernel_size, stride, padding, output_padding, dilation)]
-        for name, value in zip(("kernel_size", "stride", "padding", "output_padding", "dilation"), per_dim, strict=True):
+        for name, value in zip(
+            ("kernel_size", "stride", "padding", "output_padding", "dilation"), per_dim, strict=True
+        ):
             if len(value) != ndim:
                 raise ValueError(f"{name} must be an int or {ndim} ints, got {value}")
         spec = cls(transposed, in_channels, out_channels, *per_dim, groups)
@@ -241,7 +243,12 @@ class ConvSpec:
 
 
 def collapse_upsample(
-    in_channels: int, out_channels: int, kernel_size: Sequence[int], scale: Sequence[int], padding: Sequence[int], groups: int = 1
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    scale: Sequence[int],
+    padding: Sequence[int],
+    groups: int = 1,
 ) -> ConvSpec:
     """The transposed convolution that equals nearest-neighbour upsampling by ``scale`` followed by a stride-1 convolution.
 

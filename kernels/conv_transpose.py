@@ -62,7 +62,7 @@ def epilogue(
     if var_ptr is not None or scale_ptr is not None:
         factor = _vector(scale_ptr, chan, chan_mask, 1.0)
         if var_ptr is not None:
-            factor *= 1.0 / tl.sqrt(_vector(var_ptr, chan, chan_mask, 1.0) + eps)
+            factor *= tl.rsqrt(_vector(var_ptr, chan, chan_mask, 1.0) + eps)
         acc *= factor[None, :]
     if shift_ptr is not None:
         acc += _vector(shift_ptr, chan, chan_mask, 0.0)[None, :]
@@ -131,7 +131,7 @@ def conv_transpose_kernel(
     GROUP_M: tl.constexpr,
     UNROLL: tl.constexpr,  # channel blocks of one trip through the loop
     SPLIT_K: tl.constexpr,
-    BIG: tl.constexpr,  # x has 2^31 elements or more
+    BIG: tl.constexpr,  # x or y has 2^31 elements or more
 ):
     # --- which tile -------------------------------------------------------------------------------------------------
     num_m = tl.cdiv(N * tl.cdiv(OH, SH * MERGE_H) * tl.cdiv(OW, SW * MERGE_W), BLOCK_M)
@@ -151,6 +151,7 @@ def conv_transpose_kernel(
         taps_h = TAPS_H
     if TAPS_W > 0:
         taps_w = TAPS_W
+    row_taps = tl.maximum(taps_w, 1)  # a divisor, also in a phase without taps
     STEP_H: tl.constexpr = -(DH // GH) if TRANSPOSED else DH
     STEP_W: tl.constexpr = -(DW // GW) if TRANSPOSED else DW
     TAP_STEP_H: tl.constexpr = SH // GH if TRANSPOSED else 1
@@ -176,7 +177,7 @@ def conv_transpose_kernel(
     if MAX_TAPS <= 32:
         bits = tl.zeros((BLOCK_M,), tl.int32)
         for j in tl.static_range(MAX_TAPS):  # not a loop: its result would be pinned to a layout that the loads convert
-            j_h = j // taps_w
+            j_h = j // row_taps
             j_w = j - j_h * taps_w
             on = inside(qh + off_h + j_h * STEP_H, H) & inside(qw + off_w + j_w * STEP_W, W) & row_mask
             bits |= on.to(tl.int32) << j
@@ -198,7 +199,7 @@ def conv_transpose_kernel(
     for step in range(first, tl.minimum(first + per_split, steps)):
         t = step // TRIPS
         k0 = (step - t * TRIPS) * TRIP
-        jh = t // taps_w
+        jh = t // row_taps
         jw = t - jh * taps_w
         if MAX_TAPS <= 32:
             ok = ((bits >> t) & 1) != 0
@@ -244,18 +245,35 @@ def conv_transpose_kernel(
         offs_y = ((oh * OW + ow) * COUT)[:, None] + ((a_h * OW + a_w) * COUT + chan)[None, :]
     else:
         offs_y = (oh * OW + ow)[:, None] + (chan * (OH * OW) + a_h * OW + a_w)[None, :]
-    image_y = n.to(tl.int64) * (OH * OW * COUT)
+    if BIG:
+        image_y = n.to(tl.int64) * (OH * OW * COUT)
+    else:
+        image_y = n * (OH * OW * COUT)
+    offs_y = image_y[:, None] + offs_y
     if SPLIT_K > 1:
-        image_y += split.to(tl.int64) * N * (OH * OW * COUT)
-        tl.store(y_ptr + image_y[:, None] + offs_y, acc, mask=mask)
+        tl.store(y_ptr + split.to(tl.int64) * N * (OH * OW * COUT) + offs_y, acc, mask=mask)
     else:
         residual = None
         if residual_ptr is not None:
-            residual = tl.load(residual_ptr + image_y[:, None] + offs_y, mask=mask, other=0.0)
+            residual = tl.load(residual_ptr + offs_y, mask=mask, other=0.0)
         acc = epilogue(
-            acc, chan, col_mask, residual, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, slope_ptr, eps, SLOPES, P0, P1, ACT
+            acc,
+            chan,
+            col_mask,
+            residual,
+            bias_ptr,
+            mean_ptr,
+            var_ptr,
+            scale_ptr,
+            shift_ptr,
+            slope_ptr,
+            eps,
+            SLOPES,
+            P0,
+            P1,
+            ACT,
         )
-        tl.store(y_ptr + image_y[:, None] + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "POSITIONS"])
@@ -300,7 +318,21 @@ def split_k_epilogue_kernel(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
     acc = epilogue(
-        acc, chan, col_mask, residual, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, slope_ptr, eps, SLOPES, P0, P1, ACT
+        acc,
+        chan,
+        col_mask,
+        residual,
+        bias_ptr,
+        mean_ptr,
+        var_ptr,
+        scale_ptr,
+        shift_ptr,
+        slope_ptr,
+        eps,
+        SLOPES,
+        P0,
+        P1,
+        ACT,
     )
     tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -311,9 +343,7 @@ def launch(x, weight, y, residual, vectors, eps, how) -> None:
     n, _, h, w = x.shape
     _, _, oh, ow = y.shape
     if how.reduce is None:
-        conv_transpose_kernel[how.grid](
-            x, weight, y, residual, *vectors, n, h, w, oh, ow, eps, **how.constants
-        )
+        conv_transpose_kernel[how.grid](x, weight, y, residual, *vectors, n, h, w, oh, ow, eps, **how.constants)
         return
     c = y.shape[1]
     work = y.new_empty((how.plan.split_k, n, oh, ow, c), dtype=torch.float32)

@@ -39,5 +39,6 @@ def assert_close(actual: torch.Tensor, expected64: torch.Tensor, yardstick: torc
     at = at or [list(torch.unravel_index(error.argmax(), error.shape))]
     lines = [f"{[int(i) for i in c]}: got {got[tuple(c)].item():.6g}, expected {ref[tuple(c)].item():.6g}" for c in at]
     raise AssertionError(
-        f"{what}: max error {worst:.3g} (allowed {limit:.3g}), RMS {rms:.3g} (allowed {rms_limit:.3g}); " + "; ".join(lines)
+        f"{what}: max error {worst:.3g} (allowed {limit:.3g}), RMS {rms:.3g} (allowed {rms_limit:.3g}); "
+        + "; ".join(lines)
     )

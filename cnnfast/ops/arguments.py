@@ -30,7 +30,9 @@ def parse_activation(
         params: tuple[float, ...] = ()
         if activation != "prelu" and param is not None:
             if isinstance(param, torch.Tensor):
-                raise ValueError(f"activation_param of {activation!r} must be a number, got a tensor (only prelu takes one)")
+                raise ValueError(
+                    f"activation_param of {activation!r} must be a number, got a tensor (only prelu takes one)"
+                )
             params = (float(param),) if isinstance(param, int | float) else tuple(float(p) for p in param)
         activation = _activation(activation or "identity", params)
     if activation.name != "prelu":
@@ -38,7 +40,9 @@ def parse_activation(
     if not isinstance(param, torch.Tensor):
         raise ValueError(f"prelu needs activation_param, a tensor of 1 or {out_channels} elements, got {param!r}")
     if param.dim() > 1 or param.numel() not in (1, out_channels):
-        raise ValueError(f"prelu's activation_param must have 1 or {out_channels} elements, got shape {tuple(param.shape)}")
+        raise ValueError(
+            f"prelu's activation_param must have 1 or {out_channels} elements, got shape {tuple(param.shape)}"
+        )
     return activation, param.reshape(-1)
 
 
@@ -48,7 +52,9 @@ def check_vectors(x: torch.Tensor, out_channels: int, **vectors: torch.Tensor | 
         if v is None:
             continue
         if v.shape != (out_channels,):
-            raise ValueError(f"{name} must have shape ({out_channels},), one value per output channel, got {tuple(v.shape)}")
+            raise ValueError(
+                f"{name} must have shape ({out_channels},), one value per output channel, got {tuple(v.shape)}"
+            )
         if not v.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {v.dtype}")
         if v.device != x.device:

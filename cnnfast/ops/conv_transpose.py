@@ -53,7 +53,9 @@ def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, step
         return False
     if x.dtype != weight.dtype or x.device != weight.device or not x.is_floating_point():
         return False
-    if bias is not None and (bias.shape != (step.spec.out_channels,) or bias.dtype != x.dtype or bias.device != x.device):
+    if bias is not None and (
+        bias.shape != (step.spec.out_channels,) or bias.dtype != x.dtype or bias.device != x.device
+    ):
         return False
     size = (1, x.shape[-1]) if ndim == 1 else x.shape[-2:]
     try:

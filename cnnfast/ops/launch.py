@@ -96,7 +96,9 @@ LAUNCHES: list[str] | None = None
 """Set to a list to record the kernel and plan of every launch (tests assert what ran)."""
 
 
-def constants(plan: Plan, precision: Precision, step: Step, channels_last: bool, slopes: int, big: bool) -> dict[str, Any]:
+def constants(
+    plan: Plan, precision: Precision, step: Step, channels_last: bool, slopes: int, big: bool
+) -> dict[str, Any]:
     """Compile-time arguments of `conv_transpose_kernel`. Sizes of the batch and the image are not among them."""
     low = plan.lowering
     s, layout = low.spec, weight_layout(low)
@@ -139,16 +141,14 @@ def prepare(
     s = step.spec
     plan = plan or choose_plan(s, batch, input_size, precision, device)
     out = s.output_size(input_size)
-    big = batch * s.in_channels * math.prod(input_size) >= 2**31
+    big = batch * max(s.in_channels * math.prod(input_size), s.out_channels * math.prod(out)) >= 2**31
     consts = constants(plan, precision, step, channels_last, slopes, big)
     reduce, reduce_grid = None, (0, 0, 0)
     if plan.split_k > 1:
         names = ("COUT", "Y_CHANNELS_LAST", "SLOPES", "P0", "P1", "ACT", "SPLIT_K")
         reduce = {**{n: consts[n] for n in names}, "BLOCK_M": REDUCE_M, "BLOCK_N": REDUCE_N}
         reduce_grid = (-(-batch * math.prod(out) // REDUCE_M), -(-s.out_channels // REDUCE_N), 1)
-    return Launch(
-        plan, plan.grid(batch, out), consts, (batch, s.out_channels, out[0], out[1]), reduce, reduce_grid
-    )
+    return Launch(plan, plan.grid(batch, out), consts, (batch, s.out_channels, out[0], out[1]), reduce, reduce_grid)
 
 
 def run(step: Step, o: Operands, channels_last: bool, plan: Plan | None = None) -> torch.Tensor:

@@ -86,7 +86,9 @@ def upsample_conv2d(
     x, w, b = autocast(input, weight, bias)
     assert x is not None and w is not None
     if x.dim() not in (3, 4):
-        raise RuntimeError(f"expected 3D (unbatched) or 4D (batched) input to upsample_conv2d, got shape {tuple(x.shape)}")
+        raise RuntimeError(
+            f"expected 3D (unbatched) or 4D (batched) input to upsample_conv2d, got shape {tuple(x.shape)}"
+        )
     upsample = Upsample(factor, pad, padding_mode)
     unbatched = x.dim() == 3
     x = x.unsqueeze(0) if unbatched else x
@@ -95,7 +97,9 @@ def upsample_conv2d(
     try:
         step = _step(tuple(w.shape), upsample, groups, act)
     except ValueError as error:
-        if padding_mode != "reflect" and not (padding_mode == "zeros" and any(p > k - 1 for p, k in zip(pad, (kh, kw), strict=True))):
+        if padding_mode != "reflect" and not (
+            padding_mode == "zeros" and any(p > k - 1 for p, k in zip(pad, (kh, kw), strict=True))
+        ):
             raise
         reason = str(error)
     if reason is None:
