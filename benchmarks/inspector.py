@@ -1,8 +1,9 @@
-"""What the compiler made of a launch: registers, stack, shared memory and the instructions of the main loop, without a GPU.
+"""What the compiler made of a launch: registers, stack, shared memory and the instructions of the main loop, without a
+GPU.
 
-`target(arch)` puts a driver for an NVIDIA architecture that is not there in Triton's place: every launch inside the block is
-specialised and compiled exactly as on such a GPU (the code path of a real launch), and not executed. The machine code is
-read back with the disassembler that comes in triton's wheel.
+`target(arch)` puts a driver for an NVIDIA architecture that is not there in Triton's place: every launch inside the
+block is specialised and compiled exactly as on such a GPU (the code path of a real launch), and not executed. The
+machine code is read back with the disassembler that comes in triton's wheel.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ class Upsample:
 class Step:
     """``spec`` is the 2-D convolution that runs on the (replicate-padded by ``pad``) input.
 
-    With ``upsample``, the step is an upsampling and a plain convolution whose weight (C_out, C_in/g, kh, kw) is summed to
-    the weight of ``spec`` by `reference.collapse_weight`.
+    With ``upsample``, the step is an upsampling and a plain convolution whose weight (C_out, C_in/g, kh, kw) is summed
+    to the weight of ``spec`` by `reference.collapse_weight`.
     """
 
     spec: ConvSpec
@@ -69,9 +69,9 @@ def upsample_step(
 ) -> Step:
     """The step of nearest upsampling + convolution. ValueError where the collapse does not hold.
 
-    Replicate padding commutes with nearest upsampling: the small input is padded by ``ceil(p/r)`` and the surplus cropped
-    by the transposed convolution's own padding. Reflecting ``p <= r - 1`` pixels only meets copies of the border pixel, so
-    it is replication there; a larger reflection is not.
+    Replicate padding commutes with nearest upsampling: the small input is padded by ``ceil(p/r)`` and the surplus
+    cropped by the transposed convolution's own padding. Reflecting ``p <= r - 1`` pixels only meets copies of the
+    border pixel, so it is replication there; a larger reflection is not.
     """
     u = upsample
     if u.mode not in PADDING_MODES:
@@ -93,8 +93,8 @@ def upsample_step(
 
 
 class Operands(NamedTuple):
-    """The tensors of one call. x (N, C_in, H, W); weight in the layer's own shape; residual like the output; every other
-    one of C_out elements (``slope``, PReLU's weight, of 1 or C_out)."""
+    """The tensors of one call. x (N, C_in, H, W); weight in the layer's own shape; residual like the output; every
+    other one of C_out elements (``slope``, PReLU's weight, of 1 or C_out)."""
 
     x: torch.Tensor
     weight: torch.Tensor

@@ -46,8 +46,9 @@ def resolve_backend(name: str | None) -> str:
 def backend(name: str) -> Iterator[None]:
     """Choose the backend of every cnnfast call inside the ``with`` block (per thread and task).
 
-    ``"auto"`` takes Triton for CUDA tensors where it applies and PyTorch's operators otherwise (oneDNN's packed ones on a
-    CPU where they are faster); ``"triton"`` launches the Triton kernel or raises with the reason; ``"aten"`` never uses Triton.
+    ``"auto"`` takes Triton for CUDA tensors where it applies and PyTorch's operators otherwise (oneDNN's packed ones on
+    a CPU where they are faster); ``"triton"`` launches the Triton kernel or raises with the reason; ``"aten"`` never
+    uses Triton.
     ValueError for another name.
     """
     token = _current.set(_check_backend(name))
@@ -57,7 +58,8 @@ def backend(name: str) -> Iterator[None]:
         _current.reset(token)
 
 
-# --- why not Triton -----------------------------------------------------------------------------------------------------
+# --- why not Triton
+# -----------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -108,7 +110,8 @@ def _spec_why_not(step: Step, batch: int, input_size: tuple[int, int], dtype: to
 
 
 def why_not(step: Step, operands: Operands) -> str | None:
-    """Why the Triton kernel cannot run this step on these tensors, or None. The one predicate that decides a fallback."""
+    """Why the Triton kernel cannot run this step on these tensors, or None. The one predicate that decides a
+    fallback."""
     x = operands.x
     reason = triton_why_not()
     if reason is None and x.is_cuda:
@@ -116,7 +119,8 @@ def why_not(step: Step, operands: Operands) -> str | None:
     return reason or _spec_why_not(step, x.shape[0], (x.shape[2], x.shape[3]), x.dtype)
 
 
-# --- the device and its numerics ------------------------------------------------------------------------------------------
+# --- the device and its numerics
+# ------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)
@@ -126,8 +130,8 @@ def _cuda_device(index: int) -> Device:
 
 
 def target_device(x: torch.Tensor) -> Device:
-    """The GPU that a launch on ``x`` is planned for: its CUDA device; for other tensors what Triton's active driver stands
-    for (an interpreter or emulator), or the table's first entry."""
+    """The GPU that a launch on ``x`` is planned for: its CUDA device; for other tensors what Triton's active driver
+    stands for (an interpreter or emulator), or the table's first entry."""
     if x.is_cuda:
         return _cuda_device(x.device.index or 0)
     from triton.runtime.driver import driver

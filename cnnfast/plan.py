@@ -1,7 +1,7 @@
 """How a convolution is launched: the form the kernel sees (`Lowering`), the tile (`Plan`), and the choice of both.
 
-Everything here is pure: no tensor, no GPU, no Triton. `choose_plan` is a model of time that compares candidates on the same
-work (tensor-core time, L2 time and latency per trip of the main loop, waves of programs); it was fitted to no GPU.
+Everything here is pure: no tensor, no GPU, no Triton. `choose_plan` is a model of time that compares candidates on the
+same work (tensor-core time, L2 time and latency per trip of the main loop, waves of programs); it was fitted to no GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -47,9 +47,10 @@ DEVICES: dict[int, Device] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def device_for(arch: int, multiprocessors: int | None = None) -> Device:
-    """The table's entry for a compute capability (87 -> 86, 121 -> 120), with the real number of multiprocessors if given."""
+    """The table's entry for a compute capability (87 -> 86, 121 -> 120), with the real number of multiprocessors if
+    given."""
     known = max((a for a in DEVICES if a <= arch), default=80)
     d = DEVICES[known]
     if multiprocessors is None or multiprocessors == d.multiprocessors:
@@ -57,7 +58,8 @@ def device_for(arch: int, multiprocessors: int | None = None) -> Device:
     return Device(known, d.name, multiprocessors, *(getattr(d, f) for f in list(Device.__dataclass_fields__)[3:]))
 
 
-# --- lowering: which gather the kernel runs -----------------------------------------------------------------------------
+# --- lowering: which gather the kernel runs
+# -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ def _reach(phases: tuple[Phase, ...]) -> tuple[int, int]:
 
 
 def tap_map(low: Lowering) -> tuple[list[list[int]], list[list[int]]]:
-    """For a merged lowering, per dimension ``map[a][u]``: the tap of ``spec`` that column block ``a`` applies at union tap
-    ``u``, or -1 where it has none."""
+    """For a merged lowering, per dimension ``map[a][u]``: the tap of ``spec`` that column block ``a`` applies at union
+    tap ``u``, or -1 where it has none."""
     s = low.spec
     out = []
     for dim in (0, 1):
@@ -168,7 +170,8 @@ def lower(spec: ConvSpec, input_size: tuple[int, ...]) -> Lowering:
     return _phases(spec)
 
 
-# --- plan: the tile ------------------------------------------------------------------------------------------------------
+# --- plan: the tile
+# ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
     if any(v & (v - 1) or v < 1 for v in (m, n, k, plan.num_warps, plan.unroll)) or min(m, n, k) < 16:
         return False
     threads = plan.num_warps * 32
-    # 128 accumulators a thread leave room for operands and addresses; a CUDA-core product (float32 exact) needs more of those.
+    # 128 accumulators a thread leave room for operands and addresses; a CUDA-core product (float32 exact) needs more of
+    # those.
     exact = precision.dtype == torch.float32 and not precision.tf32
     if m * n > threads * (32 if exact else 128) or m * n < threads * 2:
         return False
@@ -256,7 +260,8 @@ def _seconds(plan: Plan, batch: int, output_size: tuple[int, ...], precision: Pr
     programs = math.prod(plan.grid(batch, output_size))
     per_sm = -(-programs // device.multiprocessors)
     concurrent = min(resident, per_sm)
-    # A program alone cannot overlap its latency: a trip takes at least a share of the memory latency over the pipeline depth.
+    # A program alone cannot overlap its latency: a trip takes at least a share of the memory latency over the pipeline
+    # depth.
     latency = 700.0 / (plan.num_stages - 1) / concurrent
     tile = steps * max(mma, load, latency)
     prologue = 1500.0 / concurrent

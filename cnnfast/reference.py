@@ -39,7 +39,8 @@ def epilogue(
     activation: Activation,
     slope: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``act(y * scale[c] + shift[c] + residual)`` for y (N, C, *size): float32 inside (float64 stays), y's dtype outside."""
+    """``act(y * scale[c] + shift[c] + residual)`` for y (N, C, *size): float32 inside (float64 stays), y's dtype
+    outside."""
     dtype, ndim = y.dtype, y.dim() - 2
     if scale is None and shift is None and residual is None:
         # torch's activations compute low precision in float32 themselves and round once.
@@ -71,7 +72,8 @@ def conv_block(
 
 
 def gather_conv(x: torch.Tensor, weight: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
-    """A 2-D convolution by the phases of ``spec``: one matrix product per tap, scattered to its phase. x (N, C, H, W)."""
+    """A 2-D convolution by the phases of ``spec``: one matrix product per tap, scattered to its phase. x (N, C, H,
+    W)."""
     n, _, *size = x.shape
     out_size = spec.output_size(size)
     y = x.new_zeros(n, spec.out_channels, *out_size)
@@ -122,7 +124,8 @@ def upsample_conv(
     padding_mode: str = "zeros",
     groups: int = 1,
 ) -> torch.Tensor:
-    """Nearest upsampling by ``scale``, padding by ``padding_mode`` ("zeros", "replicate", "reflect"), stride-1 convolution."""
+    """Nearest upsampling by ``scale``, padding by ``padding_mode`` ("zeros", "replicate", "reflect"), stride-1
+    convolution."""
     x = F.interpolate(x, scale_factor=[float(r) for r in scale], mode="nearest")
     if padding_mode == "zeros":
         return F.conv2d(x, weight, bias, padding=tuple(padding), groups=groups)

@@ -2,10 +2,11 @@
 
 Everything else (plans, kernels, the CPU path, the reference) asks this file; no other file holds a geometry formula.
 
-Geometry. An output position ``o`` of a transposed convolution (kernel ``k``, stride ``s``, padding ``p``, dilation ``d``)
-receives input ``i`` through tap ``t`` where ``o + p = s*i + d*t``. With ``g = gcd(s, d)``, the positions with one residue
-``r = o mod s`` use the taps ``t0, t0 + s/g, t0 + 2s/g, ...`` and read ``i = q + off0 - j*d/g`` where ``o = s*q + r``: they
-form one *phase*, an ordinary stride-1 gather. A phase whose ``r + p`` is no multiple of ``g`` has no taps at all.
+Geometry. An output position ``o`` of a transposed convolution (kernel ``k``, stride ``s``, padding ``p``, dilation
+``d``) receives input ``i`` through tap ``t`` where ``o + p = s*i + d*t``. With ``g = gcd(s, d)``, the positions with
+one residue ``r = o mod s`` use the taps ``t0, t0 + s/g, t0 + 2s/g, ...`` and read ``i = q + off0 - j*d/g`` where ``o =
+s*q + r``: they form one *phase*, an ordinary stride-1 gather. A phase whose ``r + p`` is no multiple of ``g`` has no
+taps at all.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Phase:
-    """The outputs ``o = stride*q + residue`` of one dimension: output ``q`` reads input ``q + off0 + j*step`` through tap
-    ``tap0 + j*tap_step``, for ``0 <= j < taps``."""
+    """The outputs ``o = stride*q + residue`` of one dimension: output ``q`` reads input ``q + off0 + j*step`` through
+    tap ``tap0 + j*tap_step``, for ``0 <= j < taps``."""
 
     residue: int
     taps: int
@@ -60,7 +61,7 @@ def _tap_inverse(stride: int, dilation: int) -> int:
     return pow(dilation // g, -1, stride // g) if stride > g else 0
 
 
-@lru_cache(maxsize=None)
+@cache
 def phases_1d(kernel: int, stride: int, padding: int, dilation: int, transposed: bool) -> tuple[Phase, ...]:
     """The phases of one dimension: ``stride`` of them for a transposed convolution, one for a plain one.
 
@@ -119,7 +120,8 @@ class ConvSpec:
         transposed: bool = True,
         ndim: int = 2,
     ) -> ConvSpec:
-        """A spec from ints or sequences. ValueError for what no convolution can be (the wording is torch's where it has one)."""
+        """A spec from ints or sequences. ValueError for what no convolution can be (the wording is torch's where it has
+        one)."""
         per_dim = [_tuple(v, ndim) for v in (kernel_size, stride, padding, output_padding, dilation)]
         for name, value in zip(
             ("kernel_size", "stride", "padding", "output_padding", "dilation"), per_dim, strict=True
@@ -204,8 +206,9 @@ class ConvSpec:
         """The spec of the transposed linear map: same weight, channels swapped.
 
         A strided plain convolution forgets up to ``stride - 1`` trailing inputs; ``input_size`` (of this spec's input)
-        says how many, and becomes the adjoint's output padding. A transposed convolution whose output padding reaches its
-        stride (possible with a dilation) has an adjoint that yields trailing positions too many: crop to the input size.
+        says how many, and becomes the adjoint's output padding. A transposed convolution whose output padding reaches
+        its stride (possible with a dilation) has an adjoint that yields trailing positions too many: crop to the input
+        size.
         """
         if self.transposed:
             output_padding = (0,) * self.ndim
@@ -250,11 +253,12 @@ def collapse_upsample(
     padding: Sequence[int],
     groups: int = 1,
 ) -> ConvSpec:
-    """The transposed convolution that equals nearest-neighbour upsampling by ``scale`` followed by a stride-1 convolution.
+    """The transposed convolution that equals nearest-neighbour upsampling by ``scale`` followed by a stride-1
+    convolution.
 
     ``y[o] = sum_t W[t] x[(o + t - p) // r]``: tap ``j`` of the result holds the sum of the taps ``t`` with
-    ``k-1-j <= t < k-1-j+r`` (`reference.collapse_weight`), its kernel is ``k + r - 1``, its stride ``r`` and its padding
-    ``k - 1 - p``. Needs ``p <= k - 1``.
+    ``k-1-j <= t < k-1-j+r`` (`reference.collapse_weight`), its kernel is ``k + r - 1``, its stride ``r`` and its
+    padding ``k - 1 - p``. Needs ``p <= k - 1``.
     """
     for k, p in zip(kernel_size, padding, strict=True):
         if p > k - 1:
@@ -277,8 +281,9 @@ def collapse_upsample(
 class ActivationRow:
     """One row of the table: what every backend must agree on.
 
-    ``forward(x, *params)`` is torch's own function; ``defaults`` its parameters where the caller gives none (``None`` for
-    PReLU, whose parameter is a tensor); ``saves`` says whether the backward needs the input ("x") or the output ("y").
+    ``forward(x, *params)`` is torch's own function; ``defaults`` its parameters where the caller gives none (``None``
+    for PReLU, whose parameter is a tensor); ``saves`` says whether the backward needs the input ("x") or the output
+    ("y").
     The device functions of `kernels/activation.py` branch on ``name``.
     """
 
@@ -314,8 +319,8 @@ ACTIVATIONS: dict[str, ActivationRow] = {
 class Activation:
     """An activation by its name in `ACTIVATIONS`, with its numeric parameters (defaults are torch's).
 
-    ``Activation("leaky_relu", (0.2,))``, ``Activation("hardtanh", (0.0, 6.0))``. PReLU's slope is a tensor, so it is not
-    part of this value: it is passed beside it.
+    ``Activation("leaky_relu", (0.2,))``, ``Activation("hardtanh", (0.0, 6.0))``. PReLU's slope is a tensor, so it is
+    not part of this value: it is passed beside it.
     """
 
     name: str = "identity"

@@ -32,7 +32,8 @@ def _sigmoid(x):
 
 @triton.jit
 def act(x, slope, P0: tl.constexpr, P1: tl.constexpr, ACT: tl.constexpr):
-    """Activation ``ACT`` of x (float32). ``slope`` is PReLU's weight, broadcast against x; P0 and P1 are the parameters.
+    """Activation ``ACT`` of x (float32). ``slope`` is PReLU's weight, broadcast against x; P0 and P1 are the
+    parameters.
 
     Comparisons are written so that NaN passes through, as it does in torch.
     """

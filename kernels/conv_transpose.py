@@ -1,16 +1,20 @@
-"""Transposed (and plain stride-1) convolution as a gather, with epilogue: y = act((conv(x) + bias - mean) * s + shift + residual).
+"""Transposed (and plain stride-1) convolution as a gather, with epilogue: y = act((conv(x) + bias - mean) * s + shift +
+residual).
 
 Implicit GEMM over the input grid. For a phase (rh, rw) of the output, with q = (qh, qw) on the input grid:
 
-    y[n, SH*qh + rh, SW*qw + rw, c] = epilogue(sum_{taps j} sum_k x[n, qh + off_h(j), qw + off_w(j), k] * w[tap(j), k, c])
+    y[n, SH*qh + rh, SW*qw + rw, c] = epilogue(sum_{taps j} sum_k x[n, qh + off_h(j), qw + off_w(j), k] * w[tap(j), k,
+    c])
 
-M = rows (n, qh, qw) of the phase; N = output channels; K = taps of the phase x input channels of the group, taps outside.
-x and y are channels-last, dense; w is addressed by four constant strides (group, tap, k, column), so that a channels-last
-parameter is read in place. One program owns a BLOCK_M x BLOCK_N tile of one phase, group and K split.
+M = rows (n, qh, qw) of the phase; N = output channels; K = taps of the phase x input channels of the group, taps
+outside.
+x and y are channels-last, dense; w is addressed by four constant strides (group, tap, k, column), so that a
+channels-last parameter is read in place. One program owns a BLOCK_M x BLOCK_N tile of one phase, group and K split.
 
 With MERGE_H x MERGE_W > 1 the columns are (a, b, channel): one pass over x feeds all phases, and the store puts column
 (a, b, c) of row q at output (MERGE_H*qh + a, MERGE_W*qw + b, c). That is how few output channels, a 1x1 input, kernel =
-stride and a pixel shuffle are done; the gather is then a plain convolution over the union of the phases' neighbourhoods.
+stride and a pixel shuffle are done; the gather is then a plain convolution over the union of the phases'
+neighbourhoods.
 """
 
 from __future__ import annotations
@@ -79,7 +83,7 @@ def epilogue(
 def conv_transpose_kernel(
     x_ptr,  # (N, H, W, GROUPS * CIN)
     w_ptr,  # element (g, tap, k, column) at g*W_GROUP + tap*W_TAP + k*W_K + column*W_COL
-    y_ptr,  # (N, OH, OW, COUT), or (N, COUT, OH, OW) when not Y_CHANNELS_LAST; SPLIT_K > 1: (SPLIT_K, N, OH, OW, COUT) float32
+    y_ptr,  # (N, OH, OW, COUT), or (N, COUT, OH, OW) when not Y_CHANNELS_LAST; SPLIT_K > 1: (SPLIT_K, N, OH, OW, COUT)
     residual_ptr,  # as y
     bias_ptr,  # (COUT,), like the next five
     mean_ptr,
@@ -183,7 +187,8 @@ def conv_transpose_kernel(
             bits |= on.to(tl.int32) << j
         bits = bits[:, None]
 
-    # --- the product: taps outside, channels inside, one loop; a trip is UNROLL channel blocks of one tap ---------------
+    # --- the product: taps outside, channels inside, one loop; a trip is UNROLL channel blocks of one tap
+    # ---------------
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = offs_n < COLS
     w_tile = w_ptr + group * W_GROUP + offs_k[:, None] * W_K + offs_n[None, :] * W_COL
@@ -227,7 +232,8 @@ def conv_transpose_kernel(
             else:
                 acc = tl.dot(a, b, acc, input_precision="ieee")
 
-    # --- the store: column -> (a, b, channel), row -> output position --------------------------------------------------
+    # --- the store: column -> (a, b, channel), row -> output position
+    # --------------------------------------------------
     CHANNELS_OUT: tl.constexpr = COUT // GROUPS
     merged = offs_n // CHANNELS_OUT
     chan = group * CHANNELS_OUT + offs_n - merged * CHANNELS_OUT
@@ -300,7 +306,8 @@ def split_k_epilogue_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Sum the splits in a fixed order and finish. One program owns BLOCK_M rows (image, position) x BLOCK_N channels."""
+    """Sum the splits in a fixed order and finish. One program owns BLOCK_M rows (image, position) x BLOCK_N
+    channels."""
     total = N.to(tl.int64) * POSITIONS
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     chan = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -338,8 +345,8 @@ def split_k_epilogue_kernel(
 
 
 def launch(x, weight, y, residual, vectors, eps, how) -> None:
-    """Fill y. x (N, C_in, H, W) and weight in the kernel's layouts, y and residual in one memory format; ``vectors`` are
-    bias, mean, var, scale, shift and slope, each (C_out,) or None; ``how`` is `cnnfast.ops.launch.Launch`."""
+    """Fill y. x (N, C_in, H, W) and weight in the kernel's layouts, y and residual in one memory format; ``vectors``
+    are bias, mean, var, scale, shift and slope, each (C_out,) or None; ``how`` is `cnnfast.ops.launch.Launch`."""
     n, _, h, w = x.shape
     _, _, oh, ow = y.shape
     if how.reduce is None:

@@ -8,8 +8,8 @@ import triton.language as tl
 
 @triton.jit
 def tile_order(pid, num_m, num_n, PHASES: tl.constexpr, GROUP_M: tl.constexpr):
-    """pid -> (m tile, n tile, phase). A group of GROUP_M row tiles meets every phase and column tile before the next group,
-    so that its input stays in L2; later phases, which have the most taps, come first."""
+    """pid -> (m tile, n tile, phase). A group of GROUP_M row tiles meets every phase and column tile before the next
+    group, so that its input stays in L2; later phases, which have the most taps, come first."""
     width = GROUP_M * PHASES * num_n
     group = pid // width
     first_m = group * GROUP_M

@@ -14,7 +14,8 @@ __all__ = ["assert_close", "round_tf32"]
 
 
 def round_tf32(x: torch.Tensor) -> torch.Tensor:
-    """float32 values rounded to TF32's ten explicit mantissa bits, to nearest, ties away from zero (as cuDNN rounds)."""
+    """float32 values rounded to TF32's ten explicit mantissa bits, to nearest, ties away from zero (as cuDNN
+    rounds)."""
     bits = x.float().contiguous().view(torch.int32)
     return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
 

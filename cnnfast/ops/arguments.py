@@ -1,4 +1,5 @@
-"""Arguments of the public operators: checked, completed, brought to the form that `block.Step` and `block.Operands` have."""
+"""Arguments of the public operators: checked, completed, brought to the form that `block.Step` and `block.Operands`
+have."""
 
 from __future__ import annotations
 
@@ -73,7 +74,8 @@ def check_residual(x: torch.Tensor, residual: torch.Tensor | None, shape: Sequen
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors in autocast's dtype where it is on for the first one's device, as it treats a convolution's arguments."""
+    """The tensors in autocast's dtype where it is on for the first one's device, as it treats a convolution's
+    arguments."""
     first = tensors[0]
     if first is None or not torch.is_autocast_enabled(first.device.type):
         return tensors

@@ -122,10 +122,11 @@ def _conv_transpose(
     return y.squeeze(0) if unbatched else y
 
 
-_DOC = """{ndim}-D transposed convolution with an epilogue: ``act(scale * (conv_transpose(input) + bias) + shift + residual)``.
+_DOC = """{ndim}-D transposed convolution with an epilogue: ``act(scale * (conv_transpose(input) + bias) + shift +
+residual)``.
 
-    The positional arguments, their checks and errors are those of `torch.nn.functional.conv_transpose{ndim}d`. Sums, scale,
-    shift, residual and activation are computed in float32 and rounded once, to the input's dtype.
+    The positional arguments, their checks and errors are those of `torch.nn.functional.conv_transpose{ndim}d`. Sums,
+    scale, shift, residual and activation are computed in float32 and rounded once, to the input's dtype.
 
     Args:
         input: ({batched}) or ({unbatched}); float32, float16 or bfloat16 for the fast paths (other dtypes run in ATen).
@@ -135,7 +136,8 @@ _DOC = """{ndim}-D transposed convolution with an epilogue: ``act(scale * (conv_
         scale, shift: (C_out,), any floating dtype, or None.
         residual: the output's shape and the input's dtype, or None.
         activation: an `Activation`, or its name in `cnnfast.spec.ACTIVATIONS`, or None.
-        activation_param: a number (slope of leaky_relu, alpha of elu), two (bounds of hardtanh), or prelu's weight, a tensor
+        activation_param: a number (slope of leaky_relu, alpha of elu), two (bounds of hardtanh), or prelu's weight, a
+        tensor
             of 1 or C_out elements.
         backend: "auto", "triton", "aten", or None for the context's (`cnnfast.backend`).
 

@@ -11,7 +11,8 @@ __all__ = ["is_channels_last", "needs_gradient", "run_step", "to_format", "trace
 
 
 def is_channels_last(t: torch.Tensor) -> bool:
-    """ATen's ``suggest_memory_format`` of a 4-D tensor: strides ordered C < W < H < N, sizes of one not deciding alone."""
+    """ATen's ``suggest_memory_format`` of a 4-D tensor: strides ordered C < W < H < N, sizes of one not deciding
+    alone."""
     s = t.stride()
     if t.dim() != 4 or s[1] == 0:
         return False
@@ -34,7 +35,8 @@ def needs_gradient(o: Operands) -> bool:
 
 
 def traced(x: torch.Tensor) -> bool:
-    """Whether something other than plain execution watches: a dispatch mode, functorch, a subclass, tracing or compiling.
+    """Whether something other than plain execution watches: a dispatch mode, functorch, a subclass, tracing or
+    compiling.
 
     A kernel launched from Python would be invisible to it.
     """

@@ -1,4 +1,5 @@
-"""From a step and its tensors to a launch: operands in the kernel's layouts, and the constants of the launch, cached."""
+"""From a step and its tensors to a launch: operands in the kernel's layouts, and the constants of the launch,
+cached."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ from ..spec import Precision
 __all__ = ["LAUNCHES", "kernel_weight", "prepare", "run"]
 
 
-# --- weights ------------------------------------------------------------------------------------------------------------
+# --- weights
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _identity_map(low: Lowering) -> bool:
@@ -57,7 +59,8 @@ def weight_layout(low: Lowering) -> WeightLayout:
 
 
 def pack(low: Lowering, weight: torch.Tensor) -> torch.Tensor:
-    """(C_in, C_out/g, kh, kw) -> (g, union taps, C_in/g, merge_h * merge_w * C_out/g), zeros where a phase lacks a tap."""
+    """(C_in, C_out/g, kh, kw) -> (g, union taps, C_in/g, merge_h * merge_w * C_out/g), zeros where a phase lacks a
+    tap."""
     s = low.spec
     map_h, map_w = tap_map(low)
     w = F.pad(weight, (0, 1, 0, 1))  # index -1 is the zero row
@@ -69,15 +72,16 @@ def pack(low: Lowering, weight: torch.Tensor) -> torch.Tensor:
 
 
 def kernel_weight(step: Step, low: Lowering, weight: torch.Tensor) -> torch.Tensor:
-    """The weight as `weight_layout` addresses it. A channels_last parameter is used in place; others are copied each call,
-    so that no write to a parameter, ``.data`` included, can go unseen."""
+    """The weight as `weight_layout` addresses it. A channels_last parameter is used in place; others are copied each
+    call, so that no write to a parameter, ``.data`` included, can go unseen."""
     weight = step.conv_weight(weight)
     if weight_layout(low).packed:
         return pack(low, weight)
     return weight.contiguous(memory_format=torch.channels_last)
 
 
-# --- the launch ---------------------------------------------------------------------------------------------------------
+# --- the launch
+# ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,8 @@ def prepare(
     slopes: int,
     plan: Plan | None = None,
 ) -> Launch:
-    """The launch of ``step`` on a (padded) input of this size. A given ``plan`` replaces the heuristic's (tuning, tests)."""
+    """The launch of ``step`` on a (padded) input of this size. A given ``plan`` replaces the heuristic's (tuning,
+    tests)."""
     s = step.spec
     plan = plan or choose_plan(s, batch, input_size, precision, device)
     out = s.output_size(input_size)
@@ -152,7 +157,8 @@ def prepare(
 
 
 def run(step: Step, o: Operands, channels_last: bool, plan: Plan | None = None) -> torch.Tensor:
-    """Launch the kernel. x in any layout; the result in the memory format asked for. The caller asked `dispatch.why_not`."""
+    """Launch the kernel. x in any layout; the result in the memory format asked for. The caller asked
+    `dispatch.why_not`."""
     x = step.pad_input(o.x).contiguous(memory_format=torch.channels_last)
     n, _, h, w = x.shape
     slopes = 0 if o.slope is None else o.slope.numel()

@@ -55,11 +55,13 @@ def upsample_conv2d(
 
     Args:
         input: (N, C_in, H, W) or (C_in, H, W); float32, float16 or bfloat16 for the fast paths.
-        weight: (C_out, C_in/groups, kh, kw) with odd kh and kw, the input's dtype, as `torch.nn.functional.conv2d` takes it.
+        weight: (C_out, C_in/groups, kh, kw) with odd kh and kw, the input's dtype, as `torch.nn.functional.conv2d`
+        takes it.
         bias: (C_out,) or None.
         scale_factor: integer upsampling factor, or one per dimension.
         padding: of the convolution, in upsampled pixels, at most k - 1; None for (k - 1) / 2, which keeps the size.
-        padding_mode: "zeros", "replicate" or "reflect" (that of at most scale_factor - 1 pixels is replication; a larger one runs unfused).
+        padding_mode: "zeros", "replicate" or "reflect" (that of at most scale_factor - 1 pixels is replication; a
+        larger one runs unfused).
         groups: as in torch.
         scale, shift, residual, activation, activation_param, backend: as in `conv_transpose2d`.
 
@@ -67,7 +69,8 @@ def upsample_conv2d(
         (N, C_out, H * r + 2 * padding - kh + 1, ...) in the input's dtype.
 
     Raises:
-        ValueError: an even kernel, a scale factor or padding that is no fit, an unknown padding mode, activation or backend.
+        ValueError: an even kernel, a scale factor or padding that is no fit, an unknown padding mode, activation or
+        backend.
         RuntimeError: what torch raises; ``backend="triton"`` where the kernel cannot run this, with the reason.
     """
     dispatch.resolve_backend(backend)
