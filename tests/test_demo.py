@@ -118,6 +118,23 @@ def test_missing_weights_end_with_a_message(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
 
 
+def test_missing_packages_are_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "REQUIRES", {"tqdm": "tqdm", "pillow": "no_such_module", "more": "nor_this_one"})
+    assert demo.run(options(tmp_path), small) == 2
+    captured = capsys.readouterr()
+    assert captured.err == "error: the demo needs pillow, more: pip install pillow more\n" and captured.out == ""
+
+
+def test_a_gpu_that_is_asked_for_and_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(env, "cuda_error", lambda: "no driver")
+    assert demo.run(Options(output=tmp_path, device="cuda:1"), small) == 2
+    assert capsys.readouterr().err == "error: --device cuda:1: no driver\n"
+
+
 @pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--repeats", "x"], ["--unknown"]])
 def test_bad_arguments(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-m", "cnnfast", "demo", *arguments], capture_output=True, text=True)

