@@ -74,8 +74,8 @@ class Row:
 def run(options: Options, build: Builder | None = None) -> int:
     """The whole demonstration; prints to standard output and writes ``faces.png`` and ``timing.png``.
 
-    Returns the exit status: 1 where float32 differs from plain PyTorch by more than `FLOAT32_TOLERANCE`, 2 where it cannot
-    run here (a message says why).
+    Returns the exit status: 1 where float32 differs from plain PyTorch by more than `FLOAT32_TOLERANCE`, 2 where it
+    cannot run here (a message says why).
     """
     obstacle = _obstacle(options)
     if obstacle is not None:
@@ -109,10 +109,14 @@ def _obstacle(options: Options) -> str | None:
     missing = [package for package, module in REQUIRES.items() if importlib.util.find_spec(module) is None]
     if missing:
         return f"the demo needs {', '.join(missing)}: pip install {' '.join(missing)}"
-    if options.device is not None and options.device.startswith("cuda"):
-        error = env.cuda_error()
-        return None if error is None else f"--device {options.device}: {error}"
-    return None
+    if options.device is None:
+        return None
+    try:
+        device = torch.device(options.device)
+    except RuntimeError as error:
+        return f"--device {options.device}: {str(error).splitlines()[0]}"
+    problem = env.cuda_error() if device.type == "cuda" else None
+    return None if problem is None else f"--device {options.device}: {problem}"
 
 
 def _device_text(device: torch.device) -> str:

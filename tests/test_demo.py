@@ -133,6 +133,8 @@ def test_a_gpu_that_is_asked_for_and_not_there(
     monkeypatch.setattr(env, "cuda_error", lambda: "no driver")
     assert demo.run(Options(output=tmp_path, device="cuda:1"), small) == 2
     assert capsys.readouterr().err == "error: --device cuda:1: no driver\n"
+    assert demo.run(Options(output=tmp_path, device="gpu"), small) == 2
+    assert "error: --device gpu: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--repeats", "x"], ["--unknown"]])
