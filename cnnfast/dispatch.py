@@ -18,6 +18,7 @@ __all__ = [
     "BACKENDS",
     "allocate",
     "backend",
+    "check_backend",
     "conv_tf32",
     "cuda_why_not",
     "precision_of",
@@ -31,15 +32,18 @@ BACKENDS = ("auto", "triton", "aten")
 _current: contextvars.ContextVar[str] = contextvars.ContextVar("cnnfast_backend", default="auto")
 
 
-def _check_backend(name: str) -> str:
-    if name not in BACKENDS:
+def check_backend(name: str | None) -> None:
+    """ValueError for a backend that does not exist (None stands for the context's)."""
+    if name is not None and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}")
-    return name
 
 
 def resolve_backend(name: str | None) -> str:
     """``name``, or the context's choice where it is None. ValueError for an unknown one."""
-    return _current.get() if name is None else _check_backend(name)
+    if name is None:
+        return _current.get()
+    check_backend(name)
+    return name
 
 
 @contextmanager
@@ -51,7 +55,8 @@ def backend(name: str) -> Iterator[None]:
     uses Triton.
     ValueError for another name.
     """
-    token = _current.set(_check_backend(name))
+    check_backend(name)
+    token = _current.set(name)
     try:
         yield
     finally:

@@ -86,7 +86,7 @@ def _conv_transpose(
     activation_param: ActivationParam,
     backend: str | None,
 ) -> torch.Tensor:
-    dispatch.resolve_backend(backend)
+    dispatch.check_backend(backend)
     channels = weight.shape[1] * groups if weight.dim() == ndim + 2 and isinstance(groups, int) else 0
     act, slope = parse_activation(activation, activation_param, channels)
     x, w, b = autocast(input, weight, bias)
@@ -98,7 +98,7 @@ def _conv_transpose(
     function = F.conv_transpose1d if ndim == 1 else F.conv_transpose2d
     if not _fits(x, w, b, step, ndim):
         y = function(x, w, b, stride, padding, output_padding, groups, dilation)
-        if backend == "triton":
+        if dispatch.resolve_backend(backend) == "triton":
             raise RuntimeError(f'backend="triton" cannot run this: dtype {x.dtype} or an empty input')
         unbatched = y.dim() == ndim + 1
         y = y.unsqueeze(0) if unbatched else y

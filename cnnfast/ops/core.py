@@ -7,7 +7,7 @@ import torch
 from .. import cpu, dispatch
 from ..block import Operands, Step, run_reference
 
-__all__ = ["is_channels_last", "needs_gradient", "run_step", "to_format", "traced"]
+__all__ = ["is_channels_last", "needs_gradient", "run_step", "to_format", "watched"]
 
 
 def is_channels_last(t: torch.Tensor) -> bool:
@@ -34,14 +34,11 @@ def needs_gradient(o: Operands) -> bool:
     return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in o)
 
 
-def traced(x: torch.Tensor) -> bool:
-    """Whether something other than plain execution watches: a dispatch mode, functorch, a subclass, tracing or
-    compiling.
+def watched(x: torch.Tensor) -> bool:
+    """Whether functorch, a tensor subclass, a tracer or a dispatch mode (fake tensors) takes part.
 
-    A kernel launched from Python would be invisible to it.
+    They know the rules of PyTorch's own operators; a kernel launched from Python would pass them by.
     """
-    if torch.compiler.is_compiling():
-        return True
     return (
         type(x) not in (torch.Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
@@ -54,28 +51,34 @@ def run_step(step: Step, o: Operands, *, channels_last: bool | None = None, back
     """Run ``step`` on ``o`` (x (N, C, H, W)) -> (N, C_out, OH, OW) in x's dtype.
 
     ``channels_last`` forces the result's memory format; None takes eager's (channels_last where x or the weight is).
-    Where a gradient is needed, or something watches (`traced`), PyTorch's operators run. RuntimeError where an explicit
-    ``backend="triton"`` cannot run the step, with the reason.
+    Where a gradient is needed, or something watches, PyTorch's operators run; under `torch.compile` and `torch.export`
+    the operator ``cnnfast::conv_block`` stands for the step. RuntimeError where an explicit ``backend="triton"`` cannot
+    run the step, with the reason.
     """
-    name = dispatch.resolve_backend(backend)
     if channels_last is None:
         channels_last = is_channels_last(o.x) or is_channels_last(o.weight)
     gradient = needs_gradient(o)
-    watched = traced(o.x)
-    if name == "triton" or (name == "auto" and o.x.is_cuda and not gradient and not watched):
-        reason = dispatch.why_not(step, o)
+    if torch.compiler.is_compiling():
         if gradient:
-            reason = "a gradient is needed, and the kernel has none yet"
-        elif watched:
-            reason = "tensors are being traced or transformed"
+            return to_format(run_reference(step, o), channels_last)
+        from .library import conv_block
+
+        return conv_block(step, o, channels_last, backend)
+    name = dispatch.resolve_backend(backend)
+    unseen = watched(o.x)
+    if name == "triton" or (name == "auto" and o.x.is_cuda and not gradient and not unseen):
+        if gradient:
+            reason: str | None = "a gradient is needed, and the kernel has none yet"
+        elif unseen:
+            reason = "a tensor subclass, transform, tracer or dispatch mode is active"
+        else:
+            reason = dispatch.why_not(step, o)
         if reason is None:
             from . import launch  # imports triton
 
             return launch.run(step, o, channels_last)
         if name == "triton":
             raise RuntimeError(f'backend="triton" cannot run this: {reason}')
-    if gradient or watched:
-        return to_format(run_reference(step, o), channels_last)
-    if o.x.device.type == "cpu" and cpu.why_not(step, o) is None:
+    if not gradient and not unseen and o.x.device.type == "cpu" and cpu.why_not(step, o) is None:
         return cpu.run(step, o, channels_last)
     return to_format(run_reference(step, o), channels_last)

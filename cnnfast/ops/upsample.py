@@ -73,7 +73,7 @@ def upsample_conv2d(
         backend.
         RuntimeError: what torch raises; ``backend="triton"`` where the kernel cannot run this, with the reason.
     """
-    dispatch.resolve_backend(backend)
+    dispatch.check_backend(backend)
     if weight.dim() != 4:
         raise ValueError(f"weight must be (C_out, C_in/groups, kh, kw), got shape {tuple(weight.shape)}")
     kh, kw = weight.shape[2:]

@@ -1,0 +1,124 @@
+"""The torch.library operator: schema, fake, autograd registration, compiled and exported models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import cnnfast
+from cnnfast.block import Operands, Step, Upsample, run_reference, upsample_step
+from cnnfast.ops import core, library
+from cnnfast.spec import Activation, ConvSpec
+
+from .tolerance import assert_close
+
+CASES = {
+    "k4s2": (Step(ConvSpec.make(16, 8, 4, 2, 1), Activation("relu")), (2, 16, 5, 6)),
+    "op": (Step(ConvSpec.make(4, 6, 3, 2, 1, 1, 2, 1), Activation("leaky_relu", (0.2,))), (1, 4, 3, 4)),
+    "plain": (Step(ConvSpec.make(4, 8, 3, 1, 1, transposed=False), Activation("tanh")), (2, 4, 5, 5)),
+    "upsample": (upsample_step(8, 8, (3, 3), Upsample((2, 2), (1, 1), "reflect")), (2, 8, 4, 5)),
+    "prelu": (Step(ConvSpec.make(4, 8, 2, 2), Activation("prelu")), (2, 4, 5, 5)),
+}
+
+
+def operands(step: Step, shape: tuple[int, ...], requires_grad: bool = False) -> Operands:
+    g = torch.Generator().manual_seed(0)
+    s = step.spec
+    weight_shape = s.weight_shape
+    if step.upsample is not None:
+        weight_shape = (s.out_channels, s.in_channels // s.groups, 3, 3)
+
+    def rand(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=g).requires_grad_(requires_grad)
+
+    c = s.out_channels
+    return Operands(
+        rand(*shape),
+        rand(*weight_shape),
+        rand(c),
+        mean=torch.randn(c, generator=g),
+        var=torch.rand(c, generator=g) + 0.5,
+        eps=1e-5,
+        scale=rand(c),
+        shift=rand(c),
+        slope=torch.rand(c, generator=g) if step.activation.name == "prelu" else None,
+    )
+
+
+def arguments(step: Step, o: Operands, channels_last: bool) -> tuple[object, ...]:
+    recorded: list[tuple[object, ...]] = []
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(library, "conv_block_op", lambda *args: recorded.append(args))
+        library.conv_block(step, o, channels_last, "auto")
+    return recorded[0]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["inference", "grad"])
+@pytest.mark.parametrize("case", CASES)
+def test_opcheck(case: str, requires_grad: bool, channels_last: bool) -> None:
+    step, shape = CASES[case]
+    args = arguments(step, operands(step, shape, requires_grad), channels_last)
+    torch.library.opcheck(torch.ops.cnnfast.conv_block.default, args)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_equal_the_composition(case: str) -> None:
+    step, shape = CASES[case]
+    o = operands(step, shape, requires_grad=True)
+    leaves = [t for t in o if isinstance(t, torch.Tensor) and t.requires_grad]
+    expected = torch.autograd.grad(run_reference(step, o).square().sum(), leaves)
+    y = torch.ops.cnnfast.conv_block(*arguments(step, o, False))
+    for got, want in zip(torch.autograd.grad(y.square().sum(), leaves), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return cnnfast.Sequential(
+        torch.nn.ConvTranspose2d(16, 16, 4, 2, 1, bias=False),
+        torch.nn.BatchNorm2d(16),
+        torch.nn.ReLU(),
+        torch.nn.ConvTranspose2d(16, 3, 4, 2, 1),
+        torch.nn.Tanh(),
+    ).eval()
+
+
+def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return cnnfast.ops.conv_transpose2d(x, w, None, 2, 1, activation="relu")
+
+
+def test_compile_has_no_graph_break() -> None:
+    x, w = torch.randn(2, 16, 5, 6), torch.randn(16, 8, 4, 4)
+    with torch.no_grad():
+        got = torch.compile(function, backend="eager", fullgraph=True)(x, w)
+        assert_close(got, F.relu(F.conv_transpose2d(x.double(), w.double(), None, 2, 1)), function(x, w))
+
+
+def test_compiled_gradient_is_not_lost() -> None:
+    x, w = torch.randn(2, 16, 5, 6), torch.randn(16, 8, 4, 4, requires_grad=True)
+    y = torch.compile(function, backend="aot_eager", fullgraph=True)(x, w)
+    (got,) = torch.autograd.grad(y.sum(), w)
+    (want,) = torch.autograd.grad(F.relu(F.conv_transpose2d(x, w, None, 2, 1)).sum(), w)
+    torch.testing.assert_close(got, want)
+
+
+def test_compiled_model() -> None:
+    m, x = model(), torch.randn(2, 16, 4, 4)
+    with torch.no_grad():
+        got = torch.compile(m, backend="aot_eager")(x)
+        plain = torch.nn.Sequential(*m)
+        assert_close(got, plain.double()(x.double()), plain.float()(x))
+
+
+def test_vmap_and_fake_tensors_take_torch_operators() -> None:
+    x, w = torch.randn(3, 2, 16, 5, 6), torch.randn(16, 8, 4, 4)
+    with torch.no_grad():
+        got = torch.vmap(function, (0, None))(x, w)
+        want = torch.stack([F.relu(F.conv_transpose2d(v, w, None, 2, 1)) for v in x])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    with torch._subclasses.FakeTensorMode():
+        fake = function(torch.empty(2, 16, 5, 6), torch.empty(16, 8, 4, 4))
+    assert fake.shape == (2, 8, 10, 12)
+    assert core.watched(fake)
