@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
+from cnnfast import timing
 from cnnfast.timing import Timing, measure
 
 
 def test_statistics() -> None:
-    timing = Timing((5.0, 1.0, 2.0, 4.0, 3.0), calls=1)
-    assert (timing.low, timing.median, timing.high) == (2.0, 3.0, 4.0)
+    five = Timing((5.0, 1.0, 2.0, 4.0, 3.0), calls=1)
+    assert (five.low, five.median, five.high) == (2.0, 3.0, 4.0)
     assert str(Timing((0.0012,), calls=1)) == "1.20 ms [1.20, 1.20]"
 
 
@@ -22,12 +21,30 @@ def test_candidates_take_turns_in_a_rotating_order() -> None:
     assert all(len(t.seconds) == 2 and t.calls == 1 for t in times.values())
 
 
-def test_a_block_is_filled_with_calls_and_time_is_per_call() -> None:
-    times = measure(
-        {"fast": lambda: time.sleep(0.002), "slow": lambda: time.sleep(0.03)}, repeats=3, block_seconds=0.02
-    )
-    assert times["slow"].calls == 1 and 2 <= times["fast"].calls <= 10
-    assert times["slow"].median >= 0.03 and 0.002 <= times["fast"].median < 0.03
+class Clock:
+    """A clock that only moves when a candidate spends time: the test does not depend on the machine."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def spend(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_a_block_is_filled_with_calls_and_time_is_per_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(timing.time, "perf_counter", clock)
+    candidates = {
+        "fast": lambda: clock.spend(0.002),
+        "slow": lambda: clock.spend(0.03),
+        "free": lambda: None,
+    }
+    times = measure(candidates, repeats=3, block_seconds=0.02)
+    assert {name: t.calls for name, t in times.items()} == {"fast": 10, "slow": 1, "free": 1000}
+    assert times["fast"].seconds == pytest.approx((0.002,) * 3) and times["slow"].seconds == pytest.approx((0.03,) * 3)
 
 
 def test_every_repeat_is_reported() -> None:
