@@ -164,7 +164,7 @@ _MODULE_CALL = nn.Module.__call__
 
 def why_not_now(x: Any) -> str | None:
     """Why nothing at all is fused at this moment with this input, or None."""
-    if core.traced(x):
+    if core.watched(x):
         return "a subclass of Tensor, tracing, compiling, a dispatch mode or a functorch transform is at work"
     if torch._C._len_torch_function_stack() and not _only_device_contexts():
         return "a torch function mode is active"
