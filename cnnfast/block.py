@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,15 @@ class Step:
     upsample: Upsample | None = None
     pad: tuple[int, int] = (0, 0)
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.spec, self.activation, self.upsample, self.pad))
+
+    def __hash__(self) -> int:  # steps are dictionary keys on the path of every call
+        return self._hash
+
     def output_size(self, input_size: Sequence[int]) -> tuple[int, ...]:
+        """Spatial size of the output. ValueError where it would not be positive."""
         return self.spec.output_size([n + 2 * p for n, p in zip(input_size, self.pad, strict=True)])
 
     def pad_input(self, x: torch.Tensor) -> torch.Tensor:

@@ -122,13 +122,24 @@ class ConvSpec:
     ) -> ConvSpec:
         """A spec from ints or sequences. ValueError for what no convolution can be (the wording is torch's where it has
         one)."""
-        per_dim = [_tuple(v, ndim) for v in (kernel_size, stride, padding, output_padding, dilation)]
-        for name, value in zip(
-            ("kernel_size", "stride", "padding", "output_padding", "dilation"), per_dim, strict=True
-        ):
-            if len(value) != ndim:
+
+        def per_dim(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
+            out = _tuple(value, ndim)
+            if len(out) != ndim:
                 raise ValueError(f"{name} must be an int or {ndim} ints, got {value}")
-        spec = cls(transposed, in_channels, out_channels, *per_dim, groups)
+            return out
+
+        spec = cls(
+            transposed,
+            in_channels,
+            out_channels,
+            per_dim("kernel_size", kernel_size),
+            per_dim("stride", stride),
+            per_dim("padding", padding),
+            per_dim("output_padding", output_padding),
+            per_dim("dilation", dilation),
+            groups,
+        )
         spec._check()
         return spec
 
@@ -156,6 +167,13 @@ class ConvSpec:
                     "output padding must be smaller than either stride or dilation, "
                     f"got output_padding={self.output_padding}, stride={self.stride}, dilation={self.dilation}"
                 )
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, name) for name in self.__dataclass_fields__))
+
+    def __hash__(self) -> int:  # specs are dictionary keys on the path of every call
+        return self._hash
 
     @property
     def ndim(self) -> int:

@@ -348,12 +348,14 @@ def launch(x, weight, y, residual, vectors, eps, how) -> None:
     """Fill y. x (N, C_in, H, W) and weight in the kernel's layouts, y and residual in one memory format; ``vectors``
     are bias, mean, var, scale, shift and slope, each (C_out,) or None; ``how`` is `cnnfast.ops.launch.Launch`."""
     n, _, h, w = x.shape
-    _, _, oh, ow = y.shape
+    _, c, oh, ow = y.shape
+    plan = how.plan
+    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
+    kernel = conv_transpose_kernel[how.grid]
     if how.reduce is None:
-        conv_transpose_kernel[how.grid](x, weight, y, residual, *vectors, n, h, w, oh, ow, eps, **how.constants)
+        kernel(x, weight, y, residual, *vectors, n, h, w, oh, ow, eps, *how.constants, **options)
         return
-    c = y.shape[1]
-    work = y.new_empty((how.plan.split_k, n, oh, ow, c), dtype=torch.float32)
+    work = y.new_empty((plan.split_k, n, oh, ow, c), dtype=torch.float32)
     empty = (None,) * len(vectors)
-    conv_transpose_kernel[how.grid](x, weight, work, None, *empty, n, h, w, oh, ow, eps, **how.constants)
-    split_k_epilogue_kernel[how.reduce_grid](work, y, residual, *vectors, n, oh * ow, eps, **how.reduce)
+    kernel(x, weight, work, None, *empty, n, h, w, oh, ow, eps, *how.constants, **options)
+    split_k_epilogue_kernel[how.reduce_grid](work, y, residual, *vectors, n, oh * ow, eps, *how.reduce)

@@ -24,6 +24,8 @@ def parse_activation(
     activation: Activation | str | None, param: ActivationParam, out_channels: int
 ) -> tuple[Activation, torch.Tensor | None]:
     """(activation, PReLU's slope or None). ValueError for an unknown name or parameters that do not fit it."""
+    if param is None and activation != "prelu" and not isinstance(activation, Activation):
+        return _activation(activation or "identity", ()), None
     if isinstance(activation, Activation):
         if param is not None and activation.name != "prelu":
             raise ValueError(f"activation_param={param!r} is given twice: {activation} holds its own")
@@ -62,9 +64,8 @@ def check_vectors(x: torch.Tensor, out_channels: int, **vectors: torch.Tensor | 
             raise RuntimeError(f"expected {name} on {x.device} like the input, got {v.device}")
 
 
-def check_residual(x: torch.Tensor, residual: torch.Tensor | None, shape: Sequence[int]) -> None:
-    if residual is None:
-        return
+def check_residual(x: torch.Tensor, residual: torch.Tensor, shape: Sequence[int]) -> None:
+    """The output's shape, x's dtype and device."""
     if residual.shape != tuple(shape):
         raise ValueError(f"residual must have the output's shape {tuple(shape)}, got {tuple(residual.shape)}")
     if residual.dtype != x.dtype or residual.device != x.device:
@@ -73,13 +74,16 @@ def check_residual(x: torch.Tensor, residual: torch.Tensor | None, shape: Sequen
         )
 
 
-def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """The tensors in autocast's dtype where it is on for the first one's device, as it treats a convolution's
-    arguments."""
-    first = tensors[0]
-    if first is None or not torch.is_autocast_enabled(first.device.type):
-        return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(
-        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors
-    )
+def autocast(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The three in autocast's dtype where it is on for x's device, as it treats a convolution's arguments."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(t: torch.Tensor) -> torch.Tensor:
+        return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t
+
+    return cast(x), cast(weight), None if bias is None else cast(bias)

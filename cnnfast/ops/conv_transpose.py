@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,15 @@ __all__ = ["conv_transpose1d", "conv_transpose2d"]
 Ints = int | Sequence[int]
 
 
+class _Call(NamedTuple):
+    step: Step
+    size: tuple[int, ...]  # of the output
+
+
 @lru_cache(maxsize=4096)
-def _step(
+def _resolve(
+    ndim: int,
+    input_shape: tuple[int, ...],
     weight_shape: tuple[int, ...],
     stride: Ints,
     padding: Ints,
@@ -28,8 +36,11 @@ def _step(
     groups: int,
     dilation: Ints,
     activation: Activation,
-) -> Step | None:
-    """The step of these arguments; None where they describe no transposed convolution (torch then says why)."""
+) -> _Call | None:
+    """The step of these arguments and its output size; None where they describe no transposed convolution of a
+    non-empty image: torch's own function then decides, and raises its own error."""
+    if len(weight_shape) != ndim + 2 or len(input_shape) not in (ndim + 1, ndim + 2):
+        return None
     try:
         spec = ConvSpec.make(
             weight_shape[0],
@@ -40,29 +51,14 @@ def _step(
             output_padding,
             groups,
             dilation,
-            ndim=len(weight_shape) - 2,
+            ndim=ndim,
         )
-    except ValueError:
+        spec.output_size(input_shape[-ndim:])
+    except (TypeError, ValueError):
         return None
-    return Step(spec.as_2d(), activation)
-
-
-def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, step: Step | None, ndim: int) -> bool:
-    """Whether the tensors are what the step expects. If not, torch's own function decides: it raises its own error."""
-    if step is None or x.dim() not in (ndim + 1, ndim + 2) or x.shape[-ndim - 1] != step.spec.in_channels:
-        return False
-    if x.dtype != weight.dtype or x.device != weight.device or not x.is_floating_point():
-        return False
-    if bias is not None and (
-        bias.shape != (step.spec.out_channels,) or bias.dtype != x.dtype or bias.device != x.device
-    ):
-        return False
-    size = (1, x.shape[-1]) if ndim == 1 else x.shape[-2:]
-    try:
-        step.output_size(size)
-    except ValueError:
-        return False
-    return min(size) > 0
+    if input_shape[-ndim - 1] != spec.in_channels or min(input_shape[-ndim:]) < 1:
+        return None
+    return _Call(Step(spec.as_2d(), activation), spec.output_size(input_shape[-ndim:]))
 
 
 def _hashable(value: Ints) -> Ints:
@@ -87,43 +83,54 @@ def _conv_transpose(
     backend: str | None,
 ) -> torch.Tensor:
     dispatch.check_backend(backend)
-    channels = weight.shape[1] * groups if weight.dim() == ndim + 2 and isinstance(groups, int) else 0
+    weight_shape = weight.shape
+    channels = weight_shape[1] * groups if len(weight_shape) > 1 and isinstance(groups, int) else 0
     act, slope = parse_activation(activation, activation_param, channels)
     x, w, b = autocast(input, weight, bias)
-    assert x is not None and w is not None
-    step = None
-    if w.dim() == ndim + 2 and isinstance(groups, int) and groups > 0:
-        geometry = [_hashable(v) for v in (stride, padding, output_padding, dilation)]
-        step = _step(tuple(w.shape), geometry[0], geometry[1], geometry[2], groups, geometry[3], act)
-    function = F.conv_transpose1d if ndim == 1 else F.conv_transpose2d
-    if not _fits(x, w, b, step, ndim):
+    call = _resolve(
+        ndim,
+        x.shape,
+        weight_shape,
+        _hashable(stride),
+        _hashable(padding),
+        _hashable(output_padding),
+        groups,
+        _hashable(dilation),
+        act,
+    )
+    dtype, device = x.dtype, x.device
+    if (
+        call is None
+        or not dtype.is_floating_point
+        or w.dtype != dtype
+        or w.device != device
+        or (b is not None and (b.shape != (channels,) or b.dtype != dtype or b.device != device))
+    ):
+        function = F.conv_transpose1d if ndim == 1 else F.conv_transpose2d
         y = function(x, w, b, stride, padding, output_padding, groups, dilation)
         if dispatch.resolve_backend(backend) == "triton":
-            raise RuntimeError(f'backend="triton" cannot run this: dtype {x.dtype} or an empty input')
+            raise RuntimeError(f'backend="triton" cannot run this: dtype {dtype} or an empty input')
         unbatched = y.dim() == ndim + 1
-        y = y.unsqueeze(0) if unbatched else y
-        y = reference.epilogue(y, scale, shift, residual, act, slope)
+        y = reference.epilogue(y.unsqueeze(0) if unbatched else y, scale, shift, residual, act, slope)
         return y.squeeze(0) if unbatched else y
-    assert step is not None
-    check_vectors(x, channels, scale=scale, shift=shift)
+    if scale is not None or shift is not None:
+        check_vectors(x, channels, scale=scale, shift=shift)
+    if residual is not None:
+        check_residual(x, residual, (*x.shape[: -ndim - 1], channels, *call.size))
     unbatched = x.dim() == ndim + 1
-    size = step.output_size((1, x.shape[-1]) if ndim == 1 else x.shape[-2:])
-    shape = (channels, *size[2 - ndim :]) if unbatched else (x.shape[0], channels, *size[2 - ndim :])
-    check_residual(x, residual, shape)
     if unbatched:
         x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
     if ndim == 1:
         x, w = x.unsqueeze(-2), w.unsqueeze(-2)
         residual = None if residual is None else residual.unsqueeze(-2)
-    o = Operands(x, w, b, scale=scale, shift=shift, residual=residual, slope=slope)
-    y = run_step(step, o, backend=backend)
+    o = Operands(x, w, b, None, None, 0.0, scale, shift, residual, slope)
+    y = run_step(call.step, o, backend=backend)
     if ndim == 1:
         y = y.squeeze(-2)
     return y.squeeze(0) if unbatched else y
 
 
-_DOC = """{ndim}-D transposed convolution with an epilogue: ``act(scale * (conv_transpose(input) + bias) + shift +
-residual)``.
+_DOC = """{ndim}-D transposed convolution, then ``act(scale * (conv + bias) + shift + residual)``.
 
     The positional arguments, their checks and errors are those of `torch.nn.functional.conv_transpose{ndim}d`. Sums,
     scale, shift, residual and activation are computed in float32 and rounded once, to the input's dtype.
@@ -137,8 +144,7 @@ residual)``.
         residual: the output's shape and the input's dtype, or None.
         activation: an `Activation`, or its name in `cnnfast.spec.ACTIVATIONS`, or None.
         activation_param: a number (slope of leaky_relu, alpha of elu), two (bounds of hardtanh), or prelu's weight, a
-        tensor
-            of 1 or C_out elements.
+            tensor of 1 or C_out elements.
         backend: "auto", "triton", "aten", or None for the context's (`cnnfast.backend`).
 
     Returns:

@@ -31,7 +31,9 @@ def to_format(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
 
 
 def needs_gradient(o: Operands) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in o)
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in o)
 
 
 def watched(x: torch.Tensor) -> bool:

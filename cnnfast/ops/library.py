@@ -36,11 +36,15 @@ def _step(
     if upsample:
         up = Upsample((upsample[0], upsample[1]), (padding[0], padding[1]), padding_mode)
         return upsample_step(second * groups, first, (kernel[0], kernel[1]), up, groups, act)
-    channels = (first, second * groups) if transposed else (second * groups, first)
     spec = ConvSpec(
         transposed,
-        *channels,
-        *(tuple(int(n) for n in v) for v in (kernel, stride, padding, output_padding, dilation)),
+        first if transposed else second * groups,
+        second * groups if transposed else first,
+        tuple(kernel),
+        tuple(stride),
+        tuple(padding),
+        tuple(output_padding),
+        tuple(dilation),
         groups,
     )
     return Step(spec, act)
@@ -119,6 +123,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             for t, need in zip(tensors, ctx.needs_input_grad, strict=False)
         ]
         x, weight, bias, mean, var, scale, shift, residual, slope = leaves
+        assert x is not None and weight is not None  # the schema says so
         step = _step(weight, *geometry[:10])
         y = run_reference(step, Operands(x, weight, bias, mean, var, eps, scale, shift, residual, slope))
         wanted = [t for t in leaves if t is not None and t.requires_grad]

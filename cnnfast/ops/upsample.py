@@ -87,7 +87,6 @@ def upsample_conv2d(
         raise ValueError(f"padding must not be negative, got {pad}")
     act, slope = parse_activation(activation, activation_param, weight.shape[0])
     x, w, b = autocast(input, weight, bias)
-    assert x is not None and w is not None
     if x.dim() not in (3, 4):
         raise RuntimeError(
             f"expected 3D (unbatched) or 4D (batched) input to upsample_conv2d, got shape {tuple(x.shape)}"
@@ -114,7 +113,8 @@ def upsample_conv2d(
         y = reference.epilogue(y, scale, shift, residual, act, slope)
         return y.squeeze(0) if unbatched else y
     check_vectors(x, step.spec.out_channels, scale=scale, shift=shift)
-    check_residual(x, residual, (x.shape[0], step.spec.out_channels, *step.output_size(x.shape[2:])))
+    if residual is not None:
+        check_residual(x, residual, (x.shape[0], step.spec.out_channels, *step.output_size((x.shape[2], x.shape[3]))))
     o = Operands(x, w, b, scale=scale, shift=shift, residual=residual, slope=slope)
     y = run_step(step, o, backend=backend)
     return y.squeeze(0) if unbatched else y
@@ -130,7 +130,7 @@ def _unfit(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, step: Step)
     if min(x.shape[2:]) < 1:
         return f"empty image of size {tuple(x.shape[2:])}"
     try:
-        step.output_size(x.shape[2:])
+        step.output_size((x.shape[2], x.shape[3]))
     except ValueError as error:
         return str(error)
     return None
