@@ -149,7 +149,7 @@ class PackCache:
     def invalidate(self, target: nn.Module | torch.Tensor) -> int:
         """Drop the values made from ``target`` (a Parameter, or all Parameters of a module); returns how many."""
         if isinstance(target, nn.Module):
-            tensors = list(target.parameters())
+            tensors: list[torch.Tensor] = list(target.parameters())
         elif isinstance(target, torch.Tensor):
             tensors = [target]
         else:
