@@ -172,19 +172,20 @@ def run(step: Step, o: Operands, channels_last: bool, plan: Plan | None = None) 
     `dispatch.why_not`."""
     x = step.pad_input(o.x).contiguous(memory_format=torch.channels_last)
     n, _, h, w = x.shape
+    if n == 0 or step.spec.out_channels == 0:
+        return dispatch.allocate(x, (n, step.spec.out_channels, *step.spec.output_size((h, w))), channels_last)
     slopes = 0 if o.slope is None else o.slope.numel()
     launch = prepare(
         step, n, (h, w), dispatch.precision_of(x.dtype), dispatch.target_device(x), channels_last, slopes, plan
     )
     y = dispatch.allocate(x, launch.output_shape, channels_last)
-    if y.numel() == 0:
-        return y
     weight = kernel_weight(step, launch.plan.lowering, o.weight)
     residual = o.residual
     if residual is not None:
         fmt = torch.channels_last if channels_last else torch.contiguous_format
         residual = residual.contiguous(memory_format=fmt)
-    vectors = (o.bias, o.mean, o.var, o.scale, o.shift, o.slope)
+    given = (o.bias, o.mean, o.var, o.scale, o.shift, o.slope)
+    vectors = tuple(v if v is None or v.is_contiguous() else v.contiguous() for v in given)
     if LAUNCHES is not None:
         LAUNCHES.append(launch.plan.name)
     if x.is_cuda and x.device.index != torch.cuda.current_device():

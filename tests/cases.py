@@ -1,0 +1,172 @@
+"""Cases of the kernel tests: a step, its tensors, and what must be launched; and the check that all of them share."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from cnnfast import dispatch
+from cnnfast.block import Operands, Step, Upsample, run_reference, upsample_step
+from cnnfast.spec import Activation, ConvSpec
+
+from .tolerance import assert_close, round_tf32
+
+__all__ = ["Case", "PRECISIONS", "check", "conv", "reference", "upsample"]
+
+CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
+
+# id -> (dtype, value of PyTorch's switch for float32 convolutions)
+PRECISIONS: dict[str, tuple[torch.dtype, str]] = {
+    "fp16": (torch.float16, "tf32"),
+    "bf16": (torch.bfloat16, "tf32"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """``regime`` is the first word of the plan that must be launched, ``split`` whether it must split K (None: either).
+
+    ``x_format`` and ``weight_format`` are memory formats of the operands, ``channels_last`` that of the result.
+    ``plan`` replaces fields of the heuristic's plan.
+    """
+
+    id: str
+    step: Step
+    size: tuple[int, int]
+    regime: str
+    split: bool | None = None
+    batch: int = 2
+    weight_shape: tuple[int, ...] = ()
+    bias: bool = True
+    norm: bool = False
+    residual: bool = False
+    slopes: int = 0
+    x_format: torch.memory_format = CHANNELS_LAST
+    weight_format: torch.memory_format = CHANNELS_LAST
+    channels_last: bool = True
+    plan: tuple[tuple[str, Any], ...] = ()
+
+    def operands(self, dtype: torch.dtype, device: torch.device | str) -> Operands:
+        """Standard normal input, weights of about unit gain; the same numbers for every dtype and device."""
+        g = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
+        s = self.step.spec
+        shape = self.weight_shape or s.weight_shape
+        gain = (s.in_channels // s.groups * max(1, math.prod(shape[2:]) // math.prod(s.stride))) ** -0.5
+
+        def rand(*size: int, to: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.randn(*size, generator=g).type(to)
+
+        c = s.out_channels
+        x = rand(self.batch, s.in_channels, *self.size, to=dtype)
+        weight = (rand(*shape) * gain).type(dtype)
+        o = Operands(x, weight, rand(c, to=dtype) if self.bias else None)
+        if self.norm:
+            var = torch.rand(c, generator=g) + 0.1
+            o = o._replace(mean=rand(c), var=var, eps=1e-5, scale=rand(c), shift=rand(c))
+        if self.residual:
+            o = o._replace(residual=rand(self.batch, c, *self.step.output_size(self.size), to=dtype))
+        if self.slopes:
+            o = o._replace(slope=torch.rand(self.slopes, generator=g))
+        o = Operands(*(v.to(device) if isinstance(v, torch.Tensor) else v for v in o))
+        return o._replace(
+            x=o.x.contiguous(memory_format=self.x_format),
+            weight=o.weight.contiguous(memory_format=self.weight_format),
+        )
+
+
+def conv(
+    id: str,
+    regime: str,
+    in_channels: int,
+    out_channels: int,
+    kernel: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    *,
+    size: tuple[int, int],
+    transposed: bool = True,
+    activation: str = "relu",
+    params: tuple[float, ...] = (),
+    **rest: Any,
+) -> Case:
+    spec = ConvSpec.make(
+        in_channels, out_channels, kernel, stride, padding, output_padding, groups, dilation, transposed=transposed
+    )
+    return Case(id, Step(spec, Activation(activation, params)), size, regime, **rest)
+
+
+def upsample(
+    id: str,
+    regime: str,
+    in_channels: int,
+    out_channels: int,
+    kernel: tuple[int, int],
+    factor: tuple[int, int],
+    padding: tuple[int, int],
+    mode: str = "zeros",
+    groups: int = 1,
+    *,
+    size: tuple[int, int],
+    **rest: Any,
+) -> Case:
+    step = upsample_step(
+        in_channels, out_channels, kernel, Upsample(factor, padding, mode), groups, Activation("leaky_relu", (0.2,))
+    )
+    return Case(id, step, size, regime, weight_shape=(out_channels, in_channels // groups, *kernel), **rest)
+
+
+def cast(o: Operands, dtype: torch.dtype) -> Operands:
+    """The operands on the CPU in ``dtype``. (`Tensor.to` with a dtype is slow under ttsem, which prints the tensor.)"""
+    return Operands(*(v.detach().cpu().type(dtype) if isinstance(v, torch.Tensor) else v for v in o))
+
+
+def reference(step: Step, o: Operands, tf32: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the step in float64, the yardstick of the tolerance rule in x's dtype), both computed on the CPU."""
+    wide = cast(o, torch.float32)
+    if tf32:
+        # The kernel multiplies what an upsampling's taps sum to, rounded; a torch user's convolution rounds the taps.
+        wide = wide._replace(x=round_tf32(wide.x), weight=round_tf32(wide.weight))
+    elif step.upsample is not None and o.x.dtype != torch.float32:
+        weight = step.conv_weight(o.weight.cpu()).float()
+        collapsed = replace(step, upsample=None, pad=(0, 0))
+        yard = run_reference(collapsed, wide._replace(x=step.pad_input(wide.x), weight=weight))
+        return run_reference(step, cast(o, torch.float64)), yard.type(o.x.dtype)
+    return run_reference(step, cast(o, torch.float64)), run_reference(step, wide).type(o.x.dtype)
+
+
+def check(case: Case, precision: str, device: torch.device, launches: list[str]) -> torch.Tensor:
+    """Launch the case and hold it against float64; assert what was launched and the result's memory format."""
+    from cnnfast.ops import launch
+    from cnnfast.ops.core import run_step
+
+    from .conftest import conv_precision
+
+    dtype, switch = PRECISIONS[precision]
+    o = case.operands(dtype, device)
+    launches.clear()
+    with conv_precision(switch), torch.no_grad():
+        if case.plan:
+            padded = tuple(n + 2 * p for n, p in zip(case.size, case.step.pad, strict=True))
+            numerics, target = dispatch.precision_of(dtype), dispatch.target_device(o.x)
+            chosen = launch.choose_plan(case.step.spec, case.batch, padded, numerics, target)
+            y = launch.run(case.step, o, case.channels_last, replace(chosen, **dict(case.plan)))
+        else:
+            y = run_step(case.step, o, channels_last=case.channels_last, backend="triton")
+    assert len(launches) == 1, f"{case.id}: launched {launches}"
+    assert launches[0].split()[0] == case.regime, f"{case.id}: launched {launches[0]}"
+    assert case.split in (None, "split" in launches[0]), f"{case.id}: launched {launches[0]}"
+    assert y.dtype == dtype and y.device == o.x.device
+    assert y.is_contiguous(memory_format=CHANNELS_LAST if case.channels_last else CONTIGUOUS)
+    exact, yardstick = reference(case.step, o, tf32=precision == "tf32")
+    assert_close(y, exact, yardstick, f"{case.id} {precision} {launches[0]}")
+    return y

@@ -1,0 +1,82 @@
+"""Fixtures of the kernel tests: where they run, in which precision, and a record of what was launched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+TEST_DEVICE = "CNNFAST_TEST_DEVICE"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kernel: launches a Triton kernel (every test that takes the fixture `device`)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("kernel")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where Triton kernels run: a CUDA device (a real one, or ttsem's), else CPU tensors where CNNFAST_TEST_DEVICE=cpu
+    says that Triton's interpreter or an emulating driver takes them."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    wanted = os.environ.get(TEST_DEVICE, "cuda")
+    if wanted not in ("cpu", "cuda"):
+        raise ValueError(f"{TEST_DEVICE}={wanted!r}: expected cpu or cuda")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        pytest.skip(
+            "no CUDA device: run under `python -m ttsem.sanitize pytest`, or with TRITON_INTERPRET=1 and "
+            f"{TEST_DEVICE}=cpu"
+        )
+    return torch.device(wanted)
+
+
+@pytest.fixture
+def launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The plans of the Triton launches of the test, in order."""
+    from cnnfast.ops import launch
+
+    record: list[str] = []
+    monkeypatch.setattr(launch, "LAUNCHES", record)
+    return record
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Uninitialised memory is NaN: an element that a kernel does not write cannot look right."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        assert torch.empty(64).isnan().all()
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@contextmanager
+def conv_precision(value: str) -> Iterator[None]:
+    """PyTorch's switch for float32 convolutions on CUDA: "tf32" or "ieee"."""
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    conv.fp32_precision = value
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
+def restored_precision() -> Iterator[None]:
+    """No test leaves PyTorch's precision switches changed."""
+    with conv_precision(torch.backends.cudnn.conv.fp32_precision):
+        yield
