@@ -159,6 +159,13 @@ def _finish(y: torch.Tensor, activation: Activation, o: Operands) -> torch.Tenso
     return activation(y, None if o.slope is None else o.slope.to(y.dtype))
 
 
+def _to(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    if t.dtype == dtype:  # the cheaper call, on a path that counts microseconds
+        return t.contiguous(memory_format=memory_format)
+    return t.to(dtype, memory_format=memory_format)
+
+
 def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor:
     """The step, for operands that `why_not` accepts. No gradient flows.
 
@@ -174,8 +181,8 @@ def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor:
     vectors = (o.bias, o.mean, o.var, o.scale, o.shift)
     packed, finite = PACKS.get(o.weight, (key, o.eps), vectors, lambda: _pack(method, step, o))
     fused = post.fused and finite and o.residual is None
-    x = step.pad_input(x).to(method.dtype, memory_format=torch.channels_last)
+    x = _to(step.pad_input(x), method.dtype, True)
     y = method.run(x, packed, post if fused else PostOp(), channels_last)
     if not fused:
         y = _finish(y, step.activation, o)
-    return y.to(o.x.dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return _to(y, o.x.dtype, channels_last)
