@@ -121,7 +121,7 @@ def _part(module: nn.Module, tensors: tuple[Tensor | None, ...]) -> _Part:
 
 def _is_identity(part: _Part, ndim: int) -> bool:
     """Whether the module returns its (ndim + 2)-dimensional input as it is: Identity, or a dropout in eval mode."""
-    return part.role == "identity" and part.ndim in (0, ndim) and not part.training
+    return part.role == "identity" or (part.role == "dropout" and part.ndim in (0, ndim) and not part.training)
 
 
 def _following(parts: list[_Part], slot: int, ndim: int) -> int | None:

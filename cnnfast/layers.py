@@ -119,20 +119,30 @@ class Chain:
             for k in self.slots:
                 x = reading.modules[k](x)
             return x
-        for s, channels_last in zip(self.steps, self.bind(x), strict=True):
-            x = _run_step(s, x, reading.tensors, channels_last is True)
-        return x
+        bound = self.bind(x)
+        ndim = self.steps[0].ndim
+        if ndim == 1:  # (N, C, L) as (N, C, 1, L)
+            x = x.unsqueeze(2)
+        for s, channels_last in zip(self.steps, bound, strict=True):
+            x = core.run_step(s.step, _operands(s, x, reading.tensors), channels_last=channels_last is True)
+        if _both_layouts(x.shape[1], x.shape[2:]):
+            x = x.as_strided(x.shape, _strides(x.shape, bound[-1] is True))
+        return x.squeeze(2) if ndim == 1 else x
 
 
-def _run_step(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]], channels_last: bool) -> Tensor:
+def _operands(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]]) -> Operands:
     weight, bias = tensors[s.conv]
     mean, var, scale, shift = (None, None, None, None) if s.norm is None else tensors[s.norm]
     slope = None if s.slope is None else tensors[s.slope][0]
-    if s.ndim == 1:  # (N, C, L) as (N, C, 1, L)
-        x, weight = x.unsqueeze(2), weight.unsqueeze(2)
-    operands = Operands(x, weight, bias, mean, var, s.eps, scale, shift, None, slope)
-    y = core.run_step(s.step, operands, channels_last=channels_last)
-    return y.squeeze(2) if s.ndim == 1 else y
+    if s.ndim == 1:  # (C_in, C_out/g, k) as (C_in, C_out/g, 1, k)
+        weight = weight.unsqueeze(2)
+    return Operands(x, weight, bias, mean, var, s.eps, scale, shift, None, slope)
+
+
+def _strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
+    """Those of a new tensor in this format: where it has both, they tell the next convolution which one to take."""
+    _, c, h, w = shape
+    return (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
 
 
 # --- the whole Sequential ---------------------------------------------------------------------------------------------
@@ -197,7 +207,8 @@ class Sequential(nn.Sequential):
     A write through ``.data`` to a few elements of a weight may go unseen on a CPU: call `cnnfast.invalidate` after it.
     """
 
-    def forward(self, input):  # type: ignore[no-untyped-def]  # TorchScript would take an annotation literally
+    # Without annotations, which TorchScript would take literally.
+    def forward(self, input):  # type: ignore[no-untyped-def]
         if torch.jit.is_scripting():
             for module in self:
                 input = module(input)

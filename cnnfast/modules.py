@@ -31,7 +31,7 @@ Tensors = tuple["Tensor | None", ...]
 class Kind(NamedTuple):
     """How to look at one class of modules: functions of a module's ``__dict__``, and of its tensors."""
 
-    role: str  # transposed, conv, upsample, norm, activation or identity
+    role: str  # transposed, conv, upsample, norm, activation, identity or dropout
     ndim: int  # spatial dimensions; 0: any
     forward: Callable[..., Any]  # the class's own, which a patched class has no longer
     look: Callable[[dict[str, Any]], tuple[Any, ...]]  # the four dicts of hooks, training, then attributes
@@ -131,10 +131,10 @@ def _kinds() -> dict[type, Kind]:
     add(nn.Sigmoid, "activation", 0, activation=lambda: Activation("sigmoid"))
     add(nn.PReLU, "activation", 0, (), _slope_tensor, lambda: Activation("prelu"))
     add(nn.Identity, "identity", 0)
-    add(nn.Dropout, "identity", 0)
-    add(nn.AlphaDropout, "identity", 0)
-    add(nn.Dropout1d, "identity", 1)
-    add(nn.Dropout2d, "identity", 2)
+    add(nn.Dropout, "dropout", 0)
+    add(nn.AlphaDropout, "dropout", 0)
+    add(nn.Dropout1d, "dropout", 1)
+    add(nn.Dropout2d, "dropout", 2)
     return kinds
 
 
