@@ -287,6 +287,8 @@ def choose_plan(spec: ConvSpec, batch: int, input_size: tuple[int, ...], precisi
     for m, n, warps, stages, k_bytes in _tiles(precision, device):
         if (m > 16 and m >= 2 * rows) or (n > 16 and n >= 2 * columns):
             continue
+        if m >= 4 * n and columns > n:  # a tall tile spends its loop on row addresses
+            continue
         block_k = k_bytes // precision.itemsize
         while block_k > 16 and block_k >= 2 * low.channels_in:
             block_k //= 2
