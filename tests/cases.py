@@ -130,18 +130,22 @@ def cast(o: Operands, dtype: torch.dtype) -> Operands:
     return Operands(*(v.detach().cpu().type(dtype) if isinstance(v, torch.Tensor) else v for v in o))
 
 
-def reference(step: Step, o: Operands, tf32: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the step in float64, the yardstick of the tolerance rule in x's dtype), both computed on the CPU."""
-    wide = cast(o, torch.float32)
+def reference(step: Step, o: Operands, tf32: bool) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """(the step in float64, the yardstick of the tolerance rule in x's dtype, the largest magnitude before the
+    activation), computed on the CPU."""
+    wide, exact = cast(o, torch.float32), cast(o, torch.float64)
+    run = step
     if tf32:
         # The kernel multiplies what an upsampling's taps sum to, rounded; a torch user's convolution rounds the taps.
         wide = wide._replace(x=round_tf32(wide.x), weight=round_tf32(wide.weight))
     elif step.upsample is not None and o.x.dtype != torch.float32:
         weight = step.conv_weight(o.weight.cpu()).float()
-        collapsed = replace(step, upsample=None, pad=(0, 0))
-        yard = run_reference(collapsed, wide._replace(x=step.pad_input(wide.x), weight=weight))
-        return run_reference(step, cast(o, torch.float64)), yard.type(o.x.dtype)
-    return run_reference(step, cast(o, torch.float64)), run_reference(step, wide).type(o.x.dtype)
+        wide = wide._replace(x=step.pad_input(wide.x), weight=weight)
+        run = replace(step, upsample=None, pad=(0, 0))
+    before = run_reference(replace(step, activation=Activation()), exact)
+    slope = exact.slope if step.activation.name == "prelu" else None
+    yardstick = run_reference(run, wide).type(o.x.dtype)
+    return step.activation(before, slope), yardstick, before.abs().max().item() if before.numel() else 0.0
 
 
 def check(case: Case, precision: str, device: torch.device, launches: list[str]) -> torch.Tensor:
@@ -167,6 +171,6 @@ def check(case: Case, precision: str, device: torch.device, launches: list[str])
     assert case.split in (None, "split" in launches[0]), f"{case.id}: launched {launches[0]}"
     assert y.dtype == dtype and y.device == o.x.device
     assert y.is_contiguous(memory_format=CHANNELS_LAST if case.channels_last else CONTIGUOUS)
-    exact, yardstick = reference(case.step, o, tf32=precision == "tf32")
-    assert_close(y, exact, yardstick, f"{case.id} {precision} {launches[0]}")
+    exact, yardstick, before = reference(case.step, o, tf32=precision == "tf32")
+    assert_close(y, exact, yardstick, f"{case.id} {precision} {launches[0]}", before)
     return y

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -20,6 +20,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "device" in getattr(item, "fixturenames", ()):
             item.add_marker("kernel")
+
+
+_statements = pytest.StashKey[list[str]]()
+
+
+@pytest.fixture(scope="session")
+def state(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Put a line into the summary at the end of the run (what a test did, beside that it passed)."""
+    return request.config.stash.setdefault(_statements, []).append
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for line in config.stash.get(_statements, []):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
