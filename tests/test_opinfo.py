@@ -114,7 +114,8 @@ def test_error_inputs(name: str, backend: str) -> None:
         with pytest.raises(type(expected)) as got:
             getattr(cnnfast.ops, name)(sample.input, *sample.args, **sample.kwargs, backend=backend)
         # "(position 5)" is said of arguments that were not given by name.
-        assert str(got.value) == re.sub(r" \(position \d+\)", "", str(expected))
+        texts = [re.sub(r" \(position \d+\)", "", str(e)) for e in (got.value, expected)]
+        assert texts[0] == texts[1]
         count += 1
     assert count >= 3
 

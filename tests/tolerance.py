@@ -24,8 +24,9 @@ def round_tf32(x: torch.Tensor) -> torch.Tensor:
 def assert_close(
     actual: torch.Tensor, expected64: torch.Tensor, yardstick: torch.Tensor, what: str = "", before: float = 0.0
 ) -> None:
-    """``actual`` against float64, no worse than twice ``yardstick`` (same dtype as actual) plus the floor; ``before`` is the
-    largest magnitude before the activation."""
+    """``actual`` against float64, no worse than twice ``yardstick`` (same dtype as actual) plus the floor.
+
+    ``before``: the largest magnitude before the activation."""
     assert actual.dtype == yardstick.dtype, f"{what}: dtype {actual.dtype}, expected {yardstick.dtype}"
     assert actual.shape == expected64.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected64.shape)}"
     if actual.numel() == 0:
