@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from torch import nn
 from cnnfast.generators import DCGANConfig, DCGANGenerator
 from cnnfast.spec import ConvSpec, collapse_upsample
 
-__all__ = ["CASES", "DTYPES", "MINI", "Case", "dcgan_cases", "find", "upsample_case"]
+__all__ = ["CASES", "DTYPES", "GEOMETRIES", "MINI", "Case", "dcgan_cases", "find", "upsample_case"]
 
 SUITES = ("layers", "generator", "upsample")
 
@@ -159,6 +160,27 @@ CASES: tuple[Case, ...] = (
 MINI: tuple[Case, ...] = (
     *dcgan_cases(DCGANConfig(nz=32, ngf=16, image_size=16), "mini_dcgan", (2,)),
     upsample_case(16, 4, "mini_upsample", (2,)),
+)
+
+
+def _geometry(name: str, size: tuple[int, int], *arguments: Any, **keywords: Any) -> Case:
+    def make() -> nn.Sequential:
+        conv = nn.ConvTranspose2d(*arguments, **keywords)
+        return nn.Sequential(conv, nn.BatchNorm2d(conv.out_channels), nn.LeakyReLU())
+
+    return Case(name, "geometry", (arguments[0], *size), (3,), make)
+
+
+# Never timed: odd sizes, strides and paddings through every regime of the kernel, checked on a new GPU first.
+GEOMETRIES: tuple[Case, ...] = (
+    _geometry("k3s2p1op1", (7, 5), 64, 48, 3, 2, 1, 1),
+    _geometry("k4s2p3", (9, 7), 32, 64, 4, 2, 3),
+    _geometry("k5s3p2", (5, 6), 32, 40, 5, 3, 2),
+    _geometry("k3s1p1", (6, 7), 32, 32, 3, 1, 1),
+    _geometry("groups", (4, 5), 64, 64, 4, 2, 1, groups=2),
+    _geometry("dilation", (5, 4), 32, 32, 3, 2, 2, 1, dilation=2),
+    _geometry("kernel_is_stride", (5, 6), 48, 32, 2, 2),
+    _geometry("split_k", (2, 2), 1024, 32, 4, 2, 1),
 )
 
 

@@ -68,6 +68,7 @@ def compare(
 
     An implementation that raises is an entry with status "failed"; its traceback goes to standard error.
     """
+    workload = replace(workload)  # its tensors are cached in it: the caller's, which it keeps, stays without
     entries: dict[str, Entry] = {}
     prepared: dict[str, Prepared] = {}
     for implementation in implementations:

@@ -1,0 +1,190 @@
+"""``python -m benchmarks.host_time``: time on the host of one fused call of the Triton path, the launch itself stubbed.
+
+A stub driver stands in Triton's place: calls are specialised, looked up and handed to a launcher that does nothing, so
+what is left is the work of Python. Tensors are on the CPU, which changes nothing up to the launch (a real launch adds
+the driver's own few microseconds, and so does a kernel in any other library). Runs without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import pstats
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+
+import cnnfast
+from cnnfast.block import Operands, Step
+from cnnfast.ops import launch
+from cnnfast.ops.core import run_step
+from cnnfast.spec import Activation, ConvSpec
+from cnnfast.timing import Timing, measure
+
+from . import cases
+from .inspector import target
+from .report import environment, machine_name, write_atomically
+
+LIMIT_US = 40.0
+ARCH = 90
+
+
+@triton.jit
+def _empty(x_ptr):
+    pass
+
+
+@dataclass(frozen=True)
+class HostCall:
+    """``steps`` fused steps per call: times are divided by it."""
+
+    name: str
+    call: Callable[[], object]
+    steps: int = 1
+
+
+def _operands(spec: ConvSpec, batch: int, size: int, dtype: torch.dtype) -> Operands:
+    """x, weight (channels-last) and BatchNorm's vectors."""
+    x = torch.randn(batch, spec.in_channels, size, size).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(spec.weight_shape).to(dtype, memory_format=torch.channels_last)
+    vectors = {name: torch.rand(spec.out_channels).to(dtype) + 0.5 for name in ("mean", "var", "scale", "shift")}
+    return Operands(x, weight, eps=1e-5, **vectors)
+
+
+def triton_calls(dtype: torch.dtype = torch.float16) -> list[HostCall]:
+    """The calls of the Triton path, for use inside `inspector.target`: layers of DCGAN, channels-last."""
+    calls = []
+    shapes = {
+        "64 images": (512, 256, 2, 1, 64, 4),
+        "1 image": (512, 256, 2, 1, 1, 4),
+        "latent": (100, 512, 1, 0, 64, 1),
+    }
+    for name, (channels_in, channels_out, stride, padding, batch, size) in shapes.items():
+        spec = ConvSpec.make(channels_in, channels_out, 4, stride, padding, ndim=2)
+        step, o = Step(spec, Activation("relu")), _operands(spec, batch, size, dtype)
+        calls.append(
+            HostCall(
+                f"run_step, BatchNorm and ReLU, {name}",
+                lambda step=step, o=o: run_step(step, o, channels_last=True, backend="triton"),  # type: ignore[misc]
+            )
+        )
+    o = _operands(ConvSpec.make(512, 256, 4, 2, 1, ndim=2), 64, 4, dtype)
+    calls.append(
+        HostCall(
+            "ops.conv_transpose2d, scale, shift and ReLU, 64 images",
+            lambda: cnnfast.ops.conv_transpose2d(
+                o.x, o.weight, None, 2, 1, scale=o.scale, shift=o.shift, activation="relu", backend="triton"
+            ),
+        )
+    )
+    case = cases.find(["dcgan64"])[-1]
+    model = cnnfast.Sequential(*case.build().to(dtype)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    z = case.input(64).to(dtype)
+
+    def forward() -> object:
+        with cnnfast.backend("triton"):
+            return model(z)
+
+    calls.append(HostCall("Sequential, DCGAN-64, 64 images, per layer", forward, steps=5))
+    return calls
+
+
+def launches(call: Callable[[], object]) -> list[str]:
+    """The plans that one call launches."""
+    before, launch.LAUNCHES = launch.LAUNCHES, []
+    try:
+        call()
+        return launch.LAUNCHES
+    finally:
+        launch.LAUNCHES = before
+
+
+def cpu_calls() -> list[HostCall]:
+    """A generator of tiny layers on the CPU: most of its time is not arithmetic."""
+    case = cases.find(["mini_dcgan"], cases.MINI)[-1]
+    x, found = case.input(1), []
+    for container in (torch.nn.Sequential, cnnfast.Sequential):
+        model = container(*case.build()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        name = f"{container.__module__.split('.')[0]}.Sequential, {case.title}, per layer"
+        found.append(HostCall(name, lambda model=model: model(x), steps=3))  # type: ignore[misc]
+    return found
+
+
+def run(repeats: int, profile: bool, output: Path | None) -> int:
+    """Prints and writes the times. Returns 1 where a fused step takes more than the limit."""
+    torch.set_num_threads(1)  # nothing here is parallel: idle threads would only disturb
+    with torch.inference_mode():
+        with target(ARCH):
+            x = torch.zeros(16)
+            # As many launches as a step is allowed are no measure of cnnfast: what Triton itself takes for one.
+            floor = HostCall("an empty Triton kernel of one argument", lambda: _empty[(1, 1, 1)](x))
+            calls = [*triton_calls(), floor]
+            plans = {c.name: launches(c.call) for c in calls}
+            timings = measure({c.name: c.call for c in calls}, repeats=repeats)
+            if profile:
+                for c in calls:
+                    _profile(c)
+        on_cpu = cpu_calls()
+        cpu_timings = measure({c.name: c.call for c in on_cpu}, repeats=repeats)
+        if profile:
+            for c in on_cpu:
+                _profile(c)
+    lines = ["# Host time", "", "Written by `python -m benchmarks.host_time`. Do not edit.", ""]
+    lines += [f"- {key}: {value}" for key, value in environment().items()]
+    lines += [
+        "",
+        f"Triton path, sm_{ARCH}, float16, launch stubbed, per fused step (at most {LIMIT_US:g} us wanted):",
+        "",
+    ]
+    lines += ["| | us, median | quartiles | least | plans |", "|---|---:|---:|---:|---|"]
+    lines += [_line(c, timings[c.name]) + f" {', '.join(plans[c.name])} |" for c in calls]
+    lines += [
+        "",
+        "On the CPU, arithmetic included (one thread):",
+        "",
+        "| | us, median | quartiles |",
+        "|---|---:|---:|",
+    ]
+    lines += [_line(c, cpu_timings[c.name]) for c in on_cpu]
+    text = "\n".join(lines) + "\n"
+    print(text)
+    if output is not None:
+        write_atomically(output / machine_name() / "host_time.md", text)
+        print(f"wrote {output / machine_name() / 'host_time.md'}")
+    us = {c.name: 1e6 * timings[c.name].median / c.steps for c in calls}
+    slow = [name for name, value in us.items() if value > LIMIT_US]
+    for name in slow:
+        print(f"above {LIMIT_US:g} us: {name}, {us[name]:.1f} us", file=sys.stderr)
+    return 1 if slow else 0
+
+
+def _line(c: HostCall, t: Timing) -> str:
+    median, low, high, least = (1e6 * v / c.steps for v in (t.median, t.low, t.high, min(t.seconds)))
+    return f"| {c.name} | {median:.1f} | {low:.1f} to {high:.1f} | {least:.1f} |"
+
+
+def _profile(c: HostCall, calls: int = 2000) -> None:
+    print(f"\n--- {c.name}: profile of {calls} calls (profiling itself costs: read the shares)")
+    profiler = cProfile.Profile()
+    profiler.enable()
+    for _ in range(calls):
+        c.call()
+    profiler.disable()
+    pstats.Stats(profiler, stream=sys.stdout).sort_stats("tottime").print_stats(18)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(prog="python -m benchmarks.host_time", description=__doc__)
+    p.add_argument("--repeats", type=int, default=40, help="interleaved repeats (%(default)s)")
+    p.add_argument("--profile", action="store_true", help="also where the time goes (cProfile)")
+    p.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results", help="folder of results")
+    arguments = p.parse_args(argv)
+    return run(arguments.repeats, arguments.profile, arguments.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

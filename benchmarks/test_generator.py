@@ -1,0 +1,13 @@
+"""Generators under pytest-benchmark: `pytest benchmarks/test_generator.py`. All: `python -m benchmarks`."""
+
+from __future__ import annotations
+
+import pytest
+
+SUITE = "generator"
+
+pytestmark = pytest.mark.benchmark(min_rounds=5, max_time=0.3, warmup=False)
+
+
+def test_generator(bench, row, implementation):
+    bench(row, implementation)
