@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import Step, Upsample, upsample_step
-from .modules import HOOKS, KINDS, SHADOWS, Reading, Refused, read
+from .modules import HOOKS, KINDS, SHADOWS, Reading, Refused, is_patched, read
 from .ops.core import is_channels_last
 from .spec import Activation, ConvSpec
 
@@ -51,7 +51,7 @@ class FusedStep:
 
 @dataclass(frozen=True)
 class Unfused:
-    """A module that runs as it stands. ``opaque``: it is not PyTorch's own, so it might change other modules."""
+    """A module that runs as it stands. ``opaque``: it runs code that is not PyTorch's, which might change others."""
 
     slot: int
     why_not: str
@@ -85,8 +85,8 @@ def plan_modules(modules: Sequence[nn.Module], reading: Reading | None = None) -
         try:
             step = _step(parts, slot, reasons)
         except Refused as refused:
-            module = type(reading.modules[slot]).__module__
-            opaque = parts[slot].problem != "" or not module.startswith("torch.nn.modules.")
+            module = reading.modules[slot]
+            opaque = is_patched(module) or not type(module).__module__.startswith("torch.nn.modules.")
             out.append(Unfused(slot, reasons.get(slot, str(refused)), opaque))
             slot += 1
         else:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .spec import Activation
 
-__all__ = ["HOOKS", "KINDS", "SHADOWS", "Kind", "Reading", "Refused", "read"]
+__all__ = ["HOOKS", "KINDS", "SHADOWS", "Kind", "Reading", "Refused", "is_patched", "read"]
 
 
 class Refused(Exception):
@@ -176,7 +176,7 @@ def _read(modules: Iterable[nn.Module], containers: tuple[Callable[..., Any], ..
             if isinstance(m, nn.Sequential) and _only_runs_children(m, containers):
                 _read(m._modules.values(), containers, reading)
                 continue
-            facts.append(cls)
+            facts.append((cls, is_patched(m)))
         else:
             role, _, forward, look, tensors_of, describe, _ = kind
             d = m.__dict__
@@ -201,12 +201,17 @@ def _read(modules: Iterable[nn.Module], containers: tuple[Callable[..., Any], ..
         tensors.append(own)
 
 
+def is_patched(m: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward: hooks, or a forward of its own."""
+    d = getattr(m, "__dict__", {})
+    return "forward" in d or any(d.get(name) for name in HOOKS)
+
+
 def _only_runs_children(m: nn.Sequential, containers: tuple[Callable[..., Any], ...]) -> bool:
-    d, cls = m.__dict__, type(m)
+    cls = type(m)
     return (
         cls.forward in containers
         and cls.__iter__ is nn.Sequential.__iter__
         and cls.__call__ is nn.Module.__call__
-        and "forward" not in d
-        and not any(d[name] for name in HOOKS)
+        and not is_patched(m)
     )

@@ -1,0 +1,285 @@
+"""Which modules become one step, and why others don't."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cnnfast.fusion import MAX_SCALE, FusedStep, Unfused, plan_modules
+from cnnfast.modules import read
+from cnnfast.spec import Activation
+
+
+def plan(*modules: nn.Module, train: bool = False) -> list[FusedStep | Unfused]:
+    for m in modules:
+        m.train(train)
+    return list(plan_modules(modules))
+
+
+def ct(c_in: int = 4, c_out: int = 6, k: int = 4, **kwargs: object) -> nn.ConvTranspose2d:
+    return nn.ConvTranspose2d(c_in, c_out, k, **{"stride": 2, "padding": 1, **kwargs})  # type: ignore[arg-type]
+
+
+def up(**kwargs: object) -> nn.Upsample:
+    return nn.Upsample(**(kwargs or {"scale_factor": 2}))  # type: ignore[arg-type]
+
+
+# name -> (modules, the slots of the one step that is expected, its activation)
+FUSED: dict[str, tuple[list[nn.Module], int, Activation]] = {
+    "convolution": ([ct()], 1, Activation()),
+    "convolution-norm": ([ct(), nn.BatchNorm2d(6)], 2, Activation()),
+    "convolution-activation": ([ct(), nn.Tanh()], 2, Activation("tanh")),
+    "relu": ([ct(), nn.BatchNorm2d(6), nn.ReLU(True)], 3, Activation("relu")),
+    "relu6": ([ct(), nn.ReLU6()], 2, Activation("hardtanh", (0.0, 6.0))),
+    "leaky-relu": ([ct(), nn.LeakyReLU(0.2)], 2, Activation("leaky_relu", (0.2,))),
+    "elu": ([ct(), nn.ELU(2)], 2, Activation("elu", (2.0,))),
+    "silu": ([ct(), nn.SiLU()], 2, Activation("silu")),
+    "gelu": ([ct(), nn.GELU()], 2, Activation("gelu")),
+    "gelu-tanh": ([ct(), nn.GELU("tanh")], 2, Activation("gelu_tanh")),
+    "sigmoid": ([ct(), nn.Sigmoid()], 2, Activation("sigmoid")),
+    "hardtanh": ([ct(), nn.Hardtanh(-2, 3)], 2, Activation("hardtanh", (-2.0, 3.0))),
+    "prelu": ([ct(), nn.PReLU()], 2, Activation("prelu")),
+    "prelu-per-channel": ([ct(), nn.PReLU(6)], 2, Activation("prelu")),
+    "norm-without-affine": ([ct(), nn.BatchNorm2d(6, affine=False), nn.ReLU()], 3, Activation("relu")),
+    "identities": (
+        [ct(), nn.Identity(), nn.Dropout2d(), nn.BatchNorm2d(6), nn.Dropout(), nn.ReLU()],
+        6,
+        Activation("relu"),
+    ),
+    "trailing-dropout": ([ct(), nn.ReLU(), nn.Dropout()], 3, Activation("relu")),
+    "groups-dilation": ([ct(4, 6, 3, groups=2, dilation=2, output_padding=1), nn.ReLU()], 2, Activation("relu")),
+    "one-dimension": ([nn.ConvTranspose1d(4, 6, 4), nn.Dropout1d(), nn.BatchNorm1d(6), nn.ELU()], 4, Activation("elu")),
+    "upsample": ([up(), nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()], 4, Activation("relu")),
+    "upsample-exact": ([up(scale_factor=3, mode="nearest-exact"), nn.Conv2d(4, 6, 5)], 2, Activation()),
+    "upsample-unequal": ([up(scale_factor=(1, 2)), nn.Identity(), nn.Conv2d(4, 6, (1, 3))], 3, Activation()),
+    "upsample-recompute": ([up(scale_factor=2, recompute_scale_factor=True), nn.Conv2d(4, 6, 3)], 2, Activation()),
+    "upsampling-nearest": ([nn.UpsamplingNearest2d(scale_factor=2), nn.Conv2d(4, 6, 3)], 2, Activation()),
+    "same": ([up(), nn.Conv2d(4, 6, (3, 5), padding="same")], 2, Activation()),
+    "valid": ([up(), nn.Conv2d(4, 6, 3, padding="valid")], 2, Activation()),
+    "replicate": ([up(), nn.Conv2d(4, 6, 5, padding=2, padding_mode="replicate")], 2, Activation()),
+    "reflect": ([up(), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")], 2, Activation()),
+    "same-reflect": ([up(), nn.Conv2d(4, 6, 3, padding="same", padding_mode="reflect")], 2, Activation()),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused(name: str) -> None:
+    modules, slots, activation = FUSED[name]
+    (step,) = plan(*modules)
+    assert isinstance(step, FusedStep), step
+    assert step.slots == tuple(range(slots)) and step.step.activation == activation
+    assert isinstance(modules[step.conv], (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Conv2d))
+    norms = [k for k, m in enumerate(modules) if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    assert step.norm == (norms[0] if norms else None)
+
+
+def hooked(module: nn.Module, register: str) -> nn.Module:
+    getattr(module, register)(lambda *args: None)
+    return module
+
+
+def having(module: nn.Module, **attributes: object) -> nn.Module:
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    return module
+
+
+def without(module: nn.Module, name: str) -> nn.Module:
+    delattr(module, name)
+    return module
+
+
+class Other(nn.ConvTranspose2d):
+    pass
+
+
+# name -> (modules, the slot that is not fused, a part of the reason)
+UNFUSED: dict[str, tuple[list[nn.Module], int, str]] = {
+    "linear": ([nn.Linear(4, 4)], 0, "Linear is no part of a fused step"),
+    "plain-convolution": ([nn.Conv2d(4, 6, 3)], 0, "no upsampling ahead"),
+    "activation-alone": ([nn.ReLU()], 0, "no convolution ahead"),
+    "second-activation": ([ct(), nn.ReLU(), nn.Tanh()], 2, "no convolution ahead"),
+    "norm-after-activation": ([ct(), nn.ReLU(), nn.BatchNorm2d(6)], 2, "no convolution ahead"),
+    "unknown-activation": ([ct(), nn.Mish()], 1, "Mish is no part"),
+    "subclass": ([Other(4, 6, 3)], 0, "subclass of ConvTranspose2d"),
+    "lazy": ([nn.LazyConvTranspose2d(6, 3)], 0, "subclass of ConvTranspose2d"),
+    "three-dimensions": ([nn.ConvTranspose3d(4, 6, 3)], 0, "no part"),
+    **{
+        register: ([hooked(ct(), register)], 0, "hooks")
+        for register in (
+            "register_forward_hook",
+            "register_forward_pre_hook",
+            "register_full_backward_hook",
+            "register_full_backward_pre_hook",
+        )
+    },
+    "own-forward": ([having(ct(), forward=torch.relu)], 0, "forward has been replaced"),
+    "shadowed-method": ([having(nn.BatchNorm2d(6), _check_input_dim=print)], 0, "_check_input_dim"),
+    "no-weight": ([without(ct(), "weight")], 0, "no 'weight'"),
+    "weight-is-none": ([having(ct(), weight=None)], 0, "NoneType"),
+    "float64": ([ct().double()], 0, "torch.float64"),
+    "meta": ([ct(device="meta")], 0, "meta"),
+    "bias-dtype": ([having(ct(), bias=nn.Parameter(torch.zeros(6).half()))], 0, "torch.float16 vector"),
+    "bias-shape": ([having(ct(), bias=nn.Parameter(torch.zeros(5)))], 0, r"shape \(5,\)"),
+    "stride-list": ([having(ct(), stride=[2, 2])], 0, r"stride=\[2, 2\] is not a tuple"),
+    "negative-padding": ([having(ct(), padding=(-1, 0))], 0, "negative padding"),
+    "output-padding": ([having(ct(), output_padding=(2, 2))], 0, "output padding must be smaller"),
+    "transposed-padding-mode": ([having(ct(), padding_mode="reflect")], 0, "zeros only"),
+    "norm-channels": ([ct(), nn.BatchNorm2d(4)], 1, r"shape \(4,\) does not fit 6 channels"),
+    "norm-dimensions": ([ct(), nn.BatchNorm1d(6)], 1, "BatchNorm1d after a 2-D convolution"),
+    "norm-without-stats": ([ct(), nn.BatchNorm2d(6, track_running_stats=False)], 1, "no running statistics"),
+    "norm-with-one-stat": ([ct(), having(nn.BatchNorm2d(6), running_mean=None)], 1, "no running statistics"),
+    "norm-dtype": ([ct(), nn.BatchNorm2d(6).half()], 1, "torch.float16 statistics after a torch.float32"),
+    "norm-mixed": (
+        [ct().half(), having(nn.BatchNorm2d(6), running_mean=torch.zeros(6).half())],
+        1,
+        "torch.float32 vector",
+    ),
+    "instance-norm": ([ct(), nn.InstanceNorm2d(6)], 1, "InstanceNorm2d is no part"),
+    "prelu-channels": ([ct(), nn.PReLU(3)], 1, r"shape \(3,\)"),
+    "parameter-no-number": ([ct(), having(nn.LeakyReLU(), negative_slope=torch.ones(()))], 1, "not numbers"),
+    "gelu-unknown": ([ct(), having(nn.GELU(), approximate="erf")], 1, "approximate='erf'"),
+    "bilinear": ([up(scale_factor=2, mode="bilinear"), nn.Conv2d(4, 6, 3)], 0, "bilinear"),
+    "fixed-size": ([up(size=(8, 8)), nn.Conv2d(4, 6, 3)], 0, "fixed size"),
+    "fractional-scale": ([up(scale_factor=1.5), nn.Conv2d(4, 6, 3)], 0, "scale_factor=1.5"),
+    "large-scale": ([up(scale_factor=MAX_SCALE + 1), nn.Conv2d(4, 6, 3)], 0, "not one or two integers"),
+    "upsample-alone": ([up()], 0, "no Conv2d follows"),
+    "upsample-activation": ([up(), nn.ReLU(), nn.Conv2d(4, 6, 3)], 0, "no Conv2d follows"),
+    "upsample-3d-conv": ([up(), nn.Conv3d(4, 6, 3)], 0, "no Conv2d follows"),
+    "upsample-strided": ([up(), nn.Conv2d(4, 6, 3, stride=2)], 0, "stride=\\(2, 2\\)"),
+    "upsample-dilated": ([up(), nn.Conv2d(4, 6, 3, dilation=2)], 0, "dilation=\\(2, 2\\)"),
+    "upsample-even": ([up(), nn.Conv2d(4, 6, 4)], 0, "odd ones"),
+    "upsample-circular": ([up(), nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular")], 0, "circular"),
+    "upsample-far-reflect": ([up(), nn.Conv2d(4, 6, 5, padding=2, padding_mode="reflect")], 0, "reflect padding"),
+    "upsample-wide-padding": ([up(), nn.Conv2d(4, 6, 1, padding=1)], 0, "padding=\\(1, 1\\)"),
+    "upsample-odd-list": (
+        [up(), having(nn.Conv2d(4, 6, 3, padding_mode="reflect"), _reversed_padding_repeated_twice=[1, 0, 0, 0])],
+        0,
+        "unevenly",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFUSED)
+def test_unfused_with_the_reason(name: str) -> None:
+    modules, slot, reason = UNFUSED[name]
+    items = plan(*modules)
+    covered = [k for item in items for k in (item.slots if isinstance(item, FusedStep) else [item.slot])]
+    assert covered == list(range(len(modules)))
+    (item,) = [i for i in items if isinstance(i, Unfused) and i.slot == slot]
+    with pytest.raises(AssertionError, match=reason):
+        raise AssertionError(item.why_not)
+
+
+@pytest.mark.parametrize("slot", range(4))
+def test_training_mode(slot: int) -> None:
+    modules = [ct(), nn.Dropout(), nn.BatchNorm2d(6), nn.ReLU()]
+    for m in modules:
+        m.eval()
+    modules[slot].train()
+    items = plan_modules(modules)
+    if slot == 3:
+        assert [i.slots for i in items if isinstance(i, FusedStep)] == [(0, 1, 2, 3)]
+    elif slot == 0:
+        assert all(isinstance(i, Unfused) for i in items)
+        assert "training mode" in items[0].why_not  # type: ignore[union-attr]
+    else:
+        steps = [i for i in items if isinstance(i, FusedStep)]
+        assert [s.slots for s in steps] == [tuple(range(slot))]
+
+
+def test_the_steps_of_a_generator_follow_one_another() -> None:
+    modules = [nn.Flatten(), nn.Unflatten(1, (4, 1, 1))]
+    modules += [ct(4, 6, 4, stride=1, padding=0), nn.BatchNorm2d(6), nn.ReLU(), ct(6, 3), nn.Tanh()]
+    items = plan(*modules)
+    assert [getattr(i, "slots", None) for i in items] == [None, None, (2, 3, 4), (5, 6)]
+
+
+def test_the_weight_says_the_geometry_as_it_does_for_torch() -> None:
+    conv = ct(8, 6, groups=2)
+    conv.weight = nn.Parameter(torch.zeros(4, 5, 3, 2))
+    conv.bias = None
+    (step,) = plan(conv)
+    spec = step.step.spec  # type: ignore[union-attr]
+    assert (spec.in_channels, spec.out_channels, spec.kernel_size, spec.groups) == (4, 10, (3, 2), 2)
+
+
+def test_opaque_are_modules_that_are_not_pytorchs_own() -> None:
+    items = plan(nn.Linear(2, 2), Other(4, 6, 3), hooked(nn.ReLU(), "register_forward_hook"), nn.Mish())
+    assert [i.opaque for i in items if isinstance(i, Unfused)] == [False, True, True, False]
+
+
+@pytest.mark.parametrize("mode", ["nearest", "nearest-exact"])
+def test_nearest_upsampling_repeats_pixels_up_to_the_largest_factor(mode: str) -> None:
+    for r in range(1, MAX_SCALE + 1):
+        for n in (1, 2, 3, 7, 64, 513):
+            x = torch.arange(float(n)).view(1, 1, 1, n)
+            y = F.interpolate(x, scale_factor=(1.0, float(r)), mode=mode)
+            assert torch.equal(y, x.repeat_interleave(r, 3)), (r, n)
+
+
+def _parameter(m: nn.Module) -> None:
+    m.weight = nn.Parameter(m.weight.detach()[:, :3].clone())  # type: ignore[index]
+
+
+# What a reading must notice; each is a change to one of (ConvTranspose2d, BatchNorm2d, LeakyReLU).
+NOTICED: dict[str, tuple[int, Callable[[nn.Module], object]]] = {
+    "training": (1, lambda m: m.eval()),
+    "stride": (0, lambda m: setattr(m, "stride", (1, 1))),
+    "groups": (0, lambda m: setattr(m, "groups", 2)),
+    "eps": (1, lambda m: setattr(m, "eps", 0.1)),
+    "slope": (2, lambda m: setattr(m, "negative_slope", 0.3)),
+    "inplace": (2, lambda m: setattr(m, "inplace", True)),
+    "forward": (2, lambda m: setattr(m, "forward", torch.relu)),
+    "method": (1, lambda m: setattr(m, "_check_input_dim", lambda x: None)),
+    "hook": (1, lambda m: m.register_forward_hook(lambda *a: None)),
+    "pre-hook": (0, lambda m: m.register_forward_pre_hook(lambda *a: None)),
+    "backward-hook": (2, lambda m: m.register_full_backward_hook(lambda *a: None)),
+    "weight-shape": (0, _parameter),
+    "weight-layout": (0, lambda m: m.to(memory_format=torch.channels_last)),
+    "weight-dtype": (0, lambda m: m.half()),
+    "norm-dtype": (1, lambda m: m.half()),
+    "no-bias": (0, lambda m: setattr(m, "bias", None)),
+    "no-statistics": (1, lambda m: setattr(m, "running_mean", None)),
+    "no-affine": (1, lambda m: setattr(m, "weight", None)),
+    "device": (0, lambda m: m.to("meta")),
+    "class": (2, lambda m: setattr(m, "__class__", nn.ReLU)),
+    "missing": (1, lambda m: delattr(m, "eps")),
+}
+
+
+@pytest.mark.parametrize("name", NOTICED)
+def test_reading_notices(name: str) -> None:
+    slot, change = NOTICED[name]
+    modules = [ct(), nn.BatchNorm2d(6), nn.LeakyReLU()]
+    before = read(modules).facts
+    assert before == read(modules).facts
+    change(modules[slot])
+    assert before != read(modules).facts
+
+
+def test_reading_looks_at_values_not_at_identities() -> None:
+    def fresh() -> list[nn.Module]:
+        return [ct(), nn.BatchNorm2d(6), nn.LeakyReLU(), nn.Linear(2, 2)]
+
+    assert read(fresh()).facts == read(fresh()).facts
+
+
+def test_reading_goes_into_containers_that_only_run_their_children() -> None:
+    inner = nn.Sequential(nn.ReLU(), nn.Sequential(nn.Tanh()))
+    assert read([inner, ct()]).modules[0] is inner
+    names = [type(m).__name__ for m in read([inner, ct()], (nn.Sequential.forward,)).modules]
+    assert names == ["ReLU", "Tanh", "ConvTranspose2d"]
+    inner.register_forward_hook(lambda *args: None)
+    assert read([inner], (nn.Sequential.forward,)).modules == [inner]
+
+
+def test_an_instance_attribute_named_like_a_parameter_is_seen() -> None:
+    conv = ct()
+    object.__setattr__(conv, "weight", torch.zeros(4, 6, 4, 4))
+    (item,) = plan(conv)
+    assert isinstance(item, Unfused) and "holds weight" in item.why_not

@@ -1,0 +1,135 @@
+"""The blocks: constructor, children, containers' behaviour, and what `explain` says."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+import cnnfast
+from cnnfast import ConvTranspose2dNormActivation, Sequential
+from cnnfast.layers import Chain, Plan
+from cnnfast.modules import read
+
+
+def test_block_children_and_defaults() -> None:
+    block = ConvTranspose2dNormActivation(8, 6)
+    assert [type(m) for m in block] == [nn.ConvTranspose2d, nn.BatchNorm2d, nn.ReLU]
+    conv = block[0]
+    assert (conv.kernel_size, conv.stride, conv.padding, conv.bias) == ((4, 4), (2, 2), (1, 1), None)
+    assert list(block.state_dict()) == [
+        "0.weight",
+        *(f"1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")),
+    ]
+    assert block.eval()(torch.randn(2, 8, 5, 7)).shape == (2, 6, 10, 14)
+
+
+def test_block_arguments_reach_the_layers() -> None:
+    block = ConvTranspose2dNormActivation(
+        8,
+        6,
+        kernel_size=3,
+        stride=(2, 1),
+        padding=2,
+        output_padding=(1, 0),
+        groups=2,
+        norm_layer=lambda c: nn.GroupNorm(3, c),
+        activation_layer=nn.LeakyReLU,
+        dilation=2,
+        inplace=True,
+        bias=True,
+    )
+    conv, norm, act = block
+    assert (conv.kernel_size, conv.stride, conv.padding) == ((3, 3), (2, 1), (2, 2))
+    assert (conv.output_padding, conv.dilation, conv.groups) == ((1, 0), (2, 2), 2)
+    assert conv.bias is not None and norm.num_channels == 6 and act.inplace
+
+
+def test_block_without_norm_or_activation() -> None:
+    block = ConvTranspose2dNormActivation(8, 3, norm_layer=None, activation_layer=nn.Tanh)
+    assert [type(m) for m in block] == [nn.ConvTranspose2d, nn.Tanh] and block[0].bias is not None
+    bare = ConvTranspose2dNormActivation(8, 3, norm_layer=None, activation_layer=None, bias=False)
+    assert len(bare) == 1 and bare[0].bias is None
+
+
+def test_a_slice_of_a_block_is_a_sequential() -> None:
+    block = ConvTranspose2dNormActivation(8, 6)
+    assert type(block[:2]) is Sequential and list(block[:2]) == list(block)[:2]
+    assert block[-1] is block[2]
+    assert type(block.pop(slice(1, 3))) is Sequential and len(block) == 1
+
+
+def test_constructors_are_those_of_nn_sequential() -> None:
+    named = OrderedDict(up=nn.Upsample(scale_factor=2), conv=nn.Conv2d(3, 4, 3))
+    assert list(Sequential(named).state_dict()) == ["conv.weight", "conv.bias"]
+    assert repr(Sequential(nn.ReLU())) == repr(nn.Sequential(nn.ReLU()))
+    with pytest.raises(TypeError, match="is not a Module subclass"):
+        Sequential(3)
+
+
+def test_containers_stay_of_their_class() -> None:
+    seq = Sequential(nn.ReLU(), nn.Tanh(), nn.SiLU())
+    assert isinstance(seq, nn.Sequential) and cnnfast.Sequential is Sequential
+    for other in (seq[1:], seq + nn.Sequential(nn.ELU()), seq * 2, 2 * seq):
+        assert type(other) is Sequential
+    assert (seq + seq)[4] is seq[1] and len(seq * 3) == 9
+    seq.append(nn.ELU()).insert(0, nn.GELU()).extend([nn.Tanh()])
+    seq += nn.Sequential(nn.ReLU())
+    assert type(seq) is Sequential and len(seq) == 7 and isinstance(seq[0], nn.GELU)
+    del seq[0]
+    seq[0] = nn.Sigmoid()
+    assert torch.equal(seq[:1](torch.zeros(1)), torch.full((1,), 0.5))
+    with pytest.raises(ValueError, match="add operator supports only objects"):
+        seq + [nn.ReLU()]
+
+
+def test_one_chain_runs_to_the_next_module_that_stands_alone() -> None:
+    seq = Sequential(
+        nn.ConvTranspose2d(4, 4, 2),
+        nn.ReLU(),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(4, 4, 3),
+        nn.Softplus(),
+        nn.ConvTranspose2d(4, 4, 2),
+        nn.ConvTranspose2d(4, 4, 2, dtype=torch.bfloat16),
+    ).eval()
+    items = Plan.make(read(seq)).items
+    assert [len(i.steps) if isinstance(i, Chain) else i.slot for i in items] == [2, 4, 1, 1]
+
+
+def test_intermediates_are_channels_last_and_the_last_store_is_eagers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cnnfast.ops import core
+
+    asked = []
+    real = core.run_step
+    monkeypatch.setattr(core, "run_step", lambda *a, **k: asked.append(k["channels_last"]) or real(*a, **k))
+    seq = Sequential(*(nn.ConvTranspose2d(4, 4, 3) for _ in range(3))).eval()
+    with torch.no_grad():
+        seq(torch.randn(1, 4, 5, 5))
+        seq(torch.randn(1, 4, 5, 5).to(memory_format=torch.channels_last))
+    assert asked == [True, True, False, True, True, True]
+
+
+def test_explain() -> None:
+    seq = Sequential(
+        nn.ConvTranspose2d(4, 4, 2),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Sequential(nn.Conv2d(4, 4, 3)),
+    ).eval()
+    assert seq.explain().splitlines() == [
+        "0-2: ConvTranspose2d + BatchNorm2d + ReLU fused",
+        "3: Upsample as it stands: mode='bilinear' is not nearest",
+        "4: Conv2d as it stands: no upsampling ahead of it: PyTorch's own convolution runs",
+    ]
+    x = torch.randn(1, 4, 3, 3)
+    assert "could be fused, but: a gradient is needed" in seq.explain(x)
+    with torch.no_grad():
+        assert seq.explain(x) == seq.explain()
+        assert "torch.float64" in seq.explain(x.double())
+        assert "3 channels meet a convolution of 4" in seq.explain(x[:, :3])
+        with torch.autocast("cpu"):
+            assert seq.explain(x).startswith("nothing is fused now: autocast is active")
