@@ -146,8 +146,8 @@ def run(repeats: int, profile: bool, output: Path | None) -> int:
         "",
         "On the CPU, arithmetic included (one thread):",
         "",
-        "| | us, median | quartiles |",
-        "|---|---:|---:|",
+        "| | us, median | quartiles | least |",
+        "|---|---:|---:|---:|",
     ]
     lines += [_line(c, cpu_timings[c.name]) for c in on_cpu]
     text = "\n".join(lines) + "\n"
