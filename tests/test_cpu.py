@@ -1,0 +1,371 @@
+"""The packed CPU path against float64: every method, geometry, activation and format, and the weights it may not keep.
+
+Runs on whatever instruction set oneDNN is allowed (ONEDNN_MAX_CPU_ISA): the dtypes are the same on all of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cnnfast import cpu, onednn
+from cnnfast.block import Operands, Step, run_reference
+from cnnfast.onednn import InstructionSet
+from cnnfast.packing import PACKS
+from cnnfast.spec import ACTIVATIONS, Activation, ConvSpec
+
+from .cases import CHANNELS_LAST, CONTIGUOUS, Case, cast, conv, reference, upsample
+from .tolerance import assert_close
+
+pytestmark = pytest.mark.skipif(onednn.why_missing() is not None, reason=str(onednn.why_missing()))
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+
+# The second field is the method that must run, on every instruction set; "" where the rule depends on it.
+GEOMETRY = [
+    conv("latent", "Projection", 100, 64, 4, size=(1, 1), batch=3),
+    conv("latent_padded", "Projection", 32, 16, 5, 2, 2, size=(1, 1)),
+    conv("latent_dilated", "Deconvolution", 32, 32, 3, dilation=2, size=(1, 1)),
+    conv("latent_rectangle", "Projection", 32, 16, (4, 3), size=(1, 1), batch=1),
+    conv("k4s2p1", "Deconvolution", 64, 32, 4, 2, 1, size=(8, 8)),
+    conv("k4s2p1_odd", "Deconvolution", 64, 32, 4, 2, 1, size=(5, 7), batch=3),
+    conv("k4s2p1_batch1", "Deconvolution", 64, 32, 4, 2, 1, size=(5, 7), batch=1),
+    conv("k4s2p3", "Deconvolution", 32, 24, 4, 2, 3, size=(6, 5)),
+    conv("k3s2p1op1", "Deconvolution", 48, 24, 3, 2, 1, 1, size=(6, 5)),
+    conv("k2s2", "Deconvolution", 32, 16, 2, 2, size=(5, 3)),
+    conv("k3s1p1", "Deconvolution", 32, 16, 3, 1, 1, size=(7, 6)),
+    conv("k5s3p2", "Deconvolution", 32, 16, 5, 3, 2, size=(4, 5)),
+    conv("k7s4p1op3", "Deconvolution", 32, 16, 7, 4, 1, 3, size=(4, 3)),
+    conv("k5s5", "Deconvolution", 16, 16, 5, 5, size=(3, 4)),
+    conv("k1s3", "Deconvolution", 16, 16, 1, 3, size=(3, 4)),
+    conv("asymmetric", "Deconvolution", 32, 16, (3, 5), (2, 3), (1, 0), (1, 2), size=(4, 6)),
+    conv("row", "Deconvolution", 32, 16, (1, 16), (1, 8), (0, 4), size=(1, 19)),
+    conv("dilated_s1", "Deconvolution", 32, 16, 3, 1, 2, dilation=2, size=(6, 5)),
+    conv("dilated_s2", "Deconvolution", 32, 16, 3, 2, 1, dilation=2, size=(6, 5)),
+    conv("dilated_s3", "Deconvolution", 32, 16, 3, 3, 1, 2, dilation=2, size=(4, 5)),
+    conv("groups", "Deconvolution", 32, 48, 4, 2, 1, groups=4, size=(5, 6)),
+    conv("depthwise", "Deconvolution", 16, 16, 4, 2, 1, groups=16, size=(5, 6)),
+    conv("one_input_channel", "Deconvolution", 1, 32, 4, 2, 1, size=(5, 6)),
+    conv("rgb", "Merged", 64, 3, 4, 2, 1, size=(8, 8)),
+    conv("rgb_odd", "Merged", 64, 3, 4, 2, 1, size=(5, 7), batch=1),
+    conv("rgb_k3s2p1op1", "Merged", 64, 3, 3, 2, 1, 1, size=(6, 5)),
+    conv("rgb_k3s2p1", "Merged", 64, 3, 3, 2, 1, size=(6, 5)),
+    conv("rgb_k4s2p3", "Merged", 32, 3, 4, 2, 3, size=(6, 5)),
+    conv("rgb_k2s2", "Merged", 32, 3, 2, 2, size=(5, 6)),
+    conv("rgb_s1", "Deconvolution", 32, 3, 3, 1, 1, size=(5, 6)),
+    conv("grey_k5s3p2", "Merged", 32, 1, 5, 3, 2, size=(4, 5), batch=4),
+    conv("grey_k5s3p4op2", "Merged", 32, 1, 5, 3, 4, 2, size=(4, 5), batch=4),
+    conv("grey_k7s4p1op3", "Merged", 32, 1, 7, 4, 1, 3, size=(4, 3), batch=4),
+    conv("grey_dilated", "Merged", 32, 1, 3, 2, 1, dilation=2, size=(6, 5), batch=4),
+    conv("grey_dilated_s3", "Merged", 32, 1, 4, 3, 2, dilation=2, size=(6, 5), batch=4),
+    conv("wave", "Merged", 32, 1, (1, 16), (1, 8), (0, 4), size=(1, 19)),
+    conv("small_map", "", 512, 256, 4, 2, 1, size=(4, 4), batch=8),
+    conv("plain", "Convolution", 32, 24, 3, 1, 1, size=(7, 6), transposed=False),
+    conv("plain_s2", "Convolution", 32, 24, 3, 2, 1, size=(7, 6), transposed=False),
+    conv("plain_dilated", "Convolution", 32, 24, 3, 1, 2, dilation=2, size=(7, 6), transposed=False),
+    conv("plain_groups", "Convolution", 32, 24, 3, 1, 1, groups=4, size=(7, 6), transposed=False),
+]
+
+UPSAMPLING = [
+    upsample("zeros", "", 32, 16, (3, 3), (2, 2), (1, 1), size=(6, 5)),
+    upsample("no_padding", "", 32, 16, (3, 3), (2, 2), (0, 0), size=(6, 5)),
+    upsample("replicate", "", 32, 16, (3, 3), (2, 2), (1, 1), "replicate", size=(6, 5)),
+    upsample("replicate_k5", "", 32, 16, (5, 5), (2, 2), (2, 2), "replicate", size=(6, 5)),
+    upsample("reflect", "", 32, 16, (3, 3), (2, 2), (1, 1), "reflect", size=(6, 5)),
+    upsample("x3_by_2", "", 32, 16, (5, 3), (3, 2), (2, 1), size=(4, 5)),
+    upsample("x4", "", 32, 16, (3, 3), (4, 4), (1, 1), size=(4, 5), batch=1),
+    upsample("groups", "", 32, 16, (3, 3), (2, 2), (1, 1), groups=2, size=(6, 5)),
+    upsample("rgb", "Merged", 32, 3, (3, 3), (2, 2), (1, 1), "reflect", size=(6, 5)),
+]
+
+
+def operands(case: Case, dtype: torch.dtype, **changes: Any) -> Operands:
+    o = replace(case, **changes).operands(dtype, "cpu")
+    return o._replace(weight=nn.Parameter(o.weight))
+
+
+def compare(case: Case, o: Operands, y: torch.Tensor) -> None:
+    exact, yardstick, before = reference(case.step, o, tf32=False)
+    what = f"{case.id} {o.x.dtype} {cpu.method_name(case.step, o.x.shape, o.x.dtype)}"
+    assert_close(y, exact, yardstick, what, before)
+
+
+def run(case: Case, o: Operands, channels_last: bool = True) -> torch.Tensor:
+    with torch.no_grad():
+        assert cpu.why_not(case.step, o) is None
+        y = cpu.run(case.step, o, channels_last)
+    assert y.dtype == o.x.dtype
+    assert y.is_contiguous(memory_format=CHANNELS_LAST if channels_last else CONTIGUOUS)
+    return y
+
+
+def with_id(cases: list[Case]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=[c.id for c in cases])
+
+
+@with_id(GEOMETRY)
+@dtypes
+@pytest.mark.parametrize("norm", [False, True], ids=["bias", "norm"])
+def test_geometry(case: Case, dtype: torch.dtype, norm: bool) -> None:
+    o = operands(case, dtype, norm=norm)
+    compare(case, o, run(case, o))
+    if case.regime:
+        assert cpu.method_name(case.step, o.x.shape, dtype).split()[0] == case.regime
+
+
+@with_id(UPSAMPLING)
+@dtypes
+@pytest.mark.parametrize("norm", [False, True], ids=["bias", "norm"])
+def test_upsampling(case: Case, dtype: torch.dtype, norm: bool) -> None:
+    o = operands(case, dtype, norm=norm)
+    compare(case, o, run(case, o))
+
+
+EPILOGUES = [case for case in GEOMETRY if case.id in ("latent", "k4s2p1_odd", "rgb_odd", "plain")]
+# Wide enough bounds that the values of a test are not all clamped.
+ACTS = [Activation("hardtanh", (-2.0, 3.0)) if n == "hardtanh" else Activation(n) for n in ACTIVATIONS]
+ACTS += [Activation("leaky_relu", (0.2,)), Activation("elu", (0.5,)), Activation("hardtanh", (0.0, 6.0))]
+
+
+@with_id(EPILOGUES)
+@dtypes
+@pytest.mark.parametrize("act", ACTS, ids=lambda a: "_".join(map(str, (a.name, *a.params))))
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_activations(case: Case, dtype: torch.dtype, act: Activation, residual: bool) -> None:
+    case = replace(case, step=replace(case.step, activation=act), residual=residual, batch=4)
+    o = operands(case, dtype, slopes=case.step.spec.out_channels if act.name == "prelu" else 0)
+    compare(case, o, run(case, o))
+
+
+@with_id(EPILOGUES)
+@dtypes
+def test_one_slope_for_all_channels(case: Case, dtype: torch.dtype) -> None:
+    case = replace(case, step=replace(case.step, activation=Activation("prelu")), slopes=1)
+    o = operands(case, dtype)
+    compare(case, o, run(case, o))
+
+
+@with_id(EPILOGUES)
+@dtypes
+def test_parts_of_the_epilogue(case: Case, dtype: torch.dtype) -> None:
+    """No bias; a norm without affine; scale or shift alone; norm after a bias, with a residual."""
+    full = operands(case, dtype, norm=True, residual=True)
+    none = {"bias": None, "mean": None, "var": None, "eps": 0.0, "scale": None, "shift": None, "residual": None}
+    for keep in (
+        (),
+        ("mean", "var", "eps"),
+        ("scale",),
+        ("bias", "shift"),
+        ("bias", "scale", "shift", "residual"),
+        ("bias", "mean", "var", "eps", "scale", "shift", "residual"),
+    ):
+        o = full._replace(**{k: v for k, v in none.items() if k not in keep})
+        compare(case, o, run(case, o))
+
+
+@with_id(
+    [case for case in GEOMETRY if case.id in ("latent", "k4s2p1_odd", "k1s3", "rgb_odd", "wave", "small_map", "plain")]
+)
+@dtypes
+@pytest.mark.parametrize("channels_last", [True, False], ids=["to_nhwc", "to_nchw"])
+def test_memory_formats(case: Case, dtype: torch.dtype, channels_last: bool) -> None:
+    o = operands(case, dtype)
+    big = torch.randn(o.x.shape[0], o.x.shape[1] + 3, o.x.shape[2] + 1, o.x.shape[3] * 2, dtype=dtype)
+    sliced = big[:, 2:-1, 1:, ::2]
+    expanded = o.x[:1].expand_as(o.x)
+    for x in (o.x, o.x.contiguous(memory_format=CONTIGUOUS), sliced, expanded, o.x.transpose(2, 3).contiguous().mT):
+        o = o._replace(x=x)
+        compare(case, o, run(case, o, channels_last))
+    o = o._replace(weight=nn.Parameter(o.weight.detach().contiguous(memory_format=CHANNELS_LAST)))
+    compare(case, o, run(case, o, channels_last))
+
+
+# --- each method by itself, wherever it applies -----------------------------------------------------------------------
+
+
+def methods(case: Case) -> list[type[onednn.Method]]:
+    spec = case.step.spec
+    if not spec.transposed:
+        return [onednn.Convolution]
+    found: list[type[onednn.Method]] = [onednn.Deconvolution]
+    found += [m for m in (onednn.Gathered, onednn.Merged) if m.applies(spec)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("case", "method"),
+    [pytest.param(c, m, id=f"{c.id}-{m.__name__}") for c in GEOMETRY if c.size != (1, 1) for m in methods(c)],
+)
+def test_every_method_that_applies(case: Case, method: type[onednn.Method], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule that chooses is about speed: any method that applies must be right, for any shape."""
+    monkeypatch.setattr(cpu, "_method", lambda *_: method)
+    cpu._plan.cache_clear()
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            o = operands(case, dtype, batch=4)
+            compare(case, o, run(case, o))
+            assert cpu.method_name(case.step, o.x.shape, dtype).split()[0] == method.__name__
+    finally:
+        cpu._plan.cache_clear()
+
+
+def test_the_rule_of_small_maps() -> None:
+    """Matrix products where a weight larger than the cache meets a small map and enough rows."""
+    spec = ConvSpec.make(512, 4 * 256, 4, 2, 1)
+    rule = cpu._method
+    assert rule(spec, (16, 512, 4, 4), torch.bfloat16, InstructionSet.AMX) is onednn.Gathered
+    assert rule(spec, (1, 512, 4, 4), torch.bfloat16, InstructionSet.AMX) is onednn.Deconvolution
+    assert rule(spec, (16, 512, 16, 16), torch.bfloat16, InstructionSet.AMX) is onednn.Deconvolution
+    assert rule(spec, (16, 512, 4, 4), torch.float32, InstructionSet.AVX2) is onednn.Deconvolution
+    small = ConvSpec.make(64, 32, 4, 2, 1)
+    assert rule(small, (16, 64, 4, 4), torch.bfloat16, InstructionSet.AMX) is onednn.Deconvolution
+
+
+@pytest.mark.parametrize(
+    ("isa", "bf16", "fp16"),
+    [
+        ("AVX2", torch.float32, torch.float32),
+        ("AVX512", torch.float32, torch.float32),
+        ("AVX512_BF16", torch.bfloat16, torch.float32),
+        ("AMX", torch.bfloat16, torch.float32),
+        ("AMX_FP16", torch.bfloat16, torch.float16),
+    ],
+)
+def test_dtype_of_the_products(isa: str, bf16: torch.dtype, fp16: torch.dtype) -> None:
+    level = InstructionSet[isa]
+    assert cpu._compute_dtype(torch.float32, level) == torch.float32
+    assert cpu._compute_dtype(torch.bfloat16, level) == bf16
+    assert cpu._compute_dtype(torch.float16, level) == fp16
+
+
+@pytest.mark.parametrize("name", ["AVX2", "avx512_core", "AVX512_CORE_BF16", "ALL", "DEFAULT", "nonsense"])
+def test_the_limit_of_the_instruction_set_is_honoured(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {"AVX2": "AVX2", "avx512_core": "AVX512", "AVX512_CORE_BF16": "AVX512_BF16"}
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    detect = onednn.instruction_set.__wrapped__
+    processor = detect()
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", name)
+    assert detect() == min(processor, InstructionSet[expected.get(name, "AMX_FP16")])
+
+
+# --- reasons ----------------------------------------------------------------------------------------------------------
+
+PLAIN = next(case for case in GEOMETRY if case.id == "k4s2p1")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        pytest.param(lambda o: o._replace(weight=o.weight.detach()), "not an nn.Parameter", id="temporary"),
+        pytest.param(lambda o: o._replace(x=o.x[:0]), "is empty", id="empty_batch"),
+        pytest.param(lambda o: o._replace(x=o.x[:, :, :0]), "is empty", id="empty_rows"),
+        pytest.param(lambda o: o._replace(x=o.x[:, :5]), "does not fit", id="channels"),
+        pytest.param(lambda o: o._replace(x=o.x.half()), "the weight torch.float32", id="mixed_dtypes"),
+        pytest.param(
+            lambda o: o._replace(x=o.x.double(), weight=nn.Parameter(o.weight.double())), "no packed", id="float64"
+        ),
+        pytest.param(lambda o: o._replace(x=o.x.to("meta")), "not a dense CPU tensor", id="device"),
+        pytest.param(lambda o: o._replace(x=o.x.to_sparse()), "not a dense CPU tensor", id="layout"),
+    ],
+)
+def test_why_not(change: Any, reason: str) -> None:
+    assert reason in str(cpu.why_not(PLAIN.step, change(operands(PLAIN, torch.float32))))
+
+
+def test_why_not_without_onednn() -> None:
+    o = operands(PLAIN, torch.float32)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "switched off" in str(cpu.why_not(PLAIN.step, o))
+
+
+def test_an_output_that_is_too_small_has_a_reason() -> None:
+    case = conv("small", "", 8, 8, 2, 1, 1, size=(1, 1))
+    o = operands(replace(case, residual=False), torch.float32)
+    assert "too small" in str(cpu.why_not(case.step, o))
+    with pytest.raises(ValueError, match="too small"):
+        cpu.run(case.step, o, True)
+
+
+# --- what must not be lost --------------------------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize("case", [c for c in EPILOGUES if c.id != "plain"], ids=lambda c: c.id)
+@pytest.mark.parametrize("where", ["weight", "bias"])
+@pytest.mark.parametrize("act", [Activation("relu"), Activation("hardtanh")], ids=lambda a: a.name)
+def test_a_nan_in_the_weights_stays_a_nan(case: Case, dtype: torch.dtype, where: str, act: Activation) -> None:
+    """oneDNN's own relu and clip would turn it into a number."""
+    o = operands(case, dtype)
+    tensor = getattr(o, where)
+    tensor.data[(0,) * tensor.dim()] = math.nan
+    step = replace(case.step, activation=act)
+    with torch.no_grad():
+        y = cpu.run(step, o, True)
+        expected = run_reference(step, cast(o, torch.float64)).isnan()
+    assert expected.any() and y.isnan()[expected].all()
+
+
+def test_operands_are_not_written_to() -> None:
+    for case in EPILOGUES:
+        o = operands(case, torch.float32, norm=True, residual=True)
+        before = [t.detach().clone() if isinstance(t, torch.Tensor) else t for t in o]
+        run(case, o)
+        for a, b in zip(o, before, strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+        identity = Step(replace(case.step.spec), Activation())
+        x = o.x.clone()
+        y = cpu.run(identity, o._replace(x=x), True)
+        y.add_(1)
+        assert torch.equal(x, o.x), "the result is no view of the input"
+
+
+# --- weights that change ----------------------------------------------------------------------------------------------
+
+
+@dtypes
+@with_id(EPILOGUES)
+def test_every_change_of_the_operands_is_seen(case: Case, dtype: torch.dtype) -> None:
+    o = operands(case, dtype, norm=True)
+    compare(case, o, run(case, o))
+    for name in ("weight", "bias", "mean", "var", "scale", "shift"):
+        tensor = getattr(o, name)
+        version = tensor._version
+        tensor.data.mul_(1.5)
+        assert tensor._version == version
+        compare(case, o, run(case, o))
+    o = o._replace(eps=1.0)
+    compare(case, o, run(case, o))
+
+
+def test_batch_sizes_share_a_pack_and_a_second_call_packs_nothing() -> None:
+    case = replace(PLAIN, norm=True)
+    o = operands(case, torch.float32)
+    packs = len(PACKS)
+    for batch in (1, 2, 4, 2, 1):
+        run(case, o._replace(x=torch.randn(batch, *o.x.shape[1:])))
+    assert len(PACKS) - packs <= 2, "the layout of a weight may differ for batch 1, not for every batch"
+
+
+def test_a_parameter_of_inference_mode_is_left_to_aten() -> None:
+    with torch.inference_mode():
+        o = operands(PLAIN, torch.float32)
+        weight = nn.Parameter(torch.randn(o.weight.shape), requires_grad=False)
+        assert "inference_mode" in str(cpu.why_not(PLAIN.step, o._replace(weight=weight)))
+
+
+def test_inference_mode_and_no_grad_share_a_pack() -> None:
+    o = operands(PLAIN, torch.float32)
+    with torch.inference_mode():
+        first = cpu.run(PLAIN.step, o, True)
+    packs = len(PACKS)
+    with torch.no_grad():
+        second = cpu.run(PLAIN.step, o, True)
+    assert torch.equal(first, second) and len(PACKS) == packs
+    assert not second.requires_grad
