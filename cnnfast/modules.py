@@ -25,7 +25,7 @@ class Refused(Exception):
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-Tensors = tuple["Tensor | None", ...]
+Tensors = tuple[Tensor | None, ...]
 
 
 class Kind(NamedTuple):

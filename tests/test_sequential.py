@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import weakref
 from collections import OrderedDict
@@ -21,6 +22,11 @@ from cnnfast import layers
 from tests.tolerance import assert_close
 
 CL = torch.channels_last
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -43,8 +49,9 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for m in module.modules():
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)):
-                fan = m.weight[0].numel() / max(1, m.stride[0]) ** (m.weight.dim() - 2)
-                m.weight.copy_(torch.randn(m.weight.shape, generator=g) / max(1.0, fan) ** 0.5)
+                fan = m.in_channels // m.groups * math.prod(m.kernel_size)
+                fan = max(1.0, fan / math.prod(m.stride)) if m.transposed else fan
+                m.weight.copy_(torch.randn(m.weight.shape, generator=g) / fan**0.5)
                 if m.bias is not None:
                     m.bias.copy_(torch.randn(m.bias.shape, generator=g) * 0.3)
             elif isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)):
