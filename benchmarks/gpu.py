@@ -83,7 +83,7 @@ def obstacle(dry_run: bool) -> str | None:
 
 def _command(stage: Stage, folder: Path, dry_run: bool) -> list[str]:
     if stage.command is not None:
-        extra = ("--output", str(folder.parent)) if stage.name == "host_time" else ()
+        extra = ("--output", str(folder)) if stage.name == "host_time" else ()
         return [sys.executable, *stage.command, *extra]
     arguments = [stage.name, "--output", str(folder), *(["--dry-run"] if dry_run else [])]
     runner = ["-m", "ttsem.sanitize", str(WORKER), "--"] if dry_run else [str(WORKER)]

@@ -63,8 +63,9 @@ def numerics() -> Iterator[tuple[torch.dtype, bool]]:
 
 
 def set_tf32(on: bool) -> None:
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if on else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if on else "ieee"
+    # The older switches: torch.compile reads them, and they raise once only the newer ones were set.
+    torch.backends.cudnn.allow_tf32 = on
+    torch.backends.cuda.matmul.allow_tf32 = on
 
 
 def _implementations(names: tuple[str, ...]) -> tuple[Implementation, ...]:

@@ -334,6 +334,20 @@ def test_a_failing_stage_stops_nothing(tmp_path):
     assert (tmp_path / "works.log").read_text() == "fine\n"
 
 
+@pytest.mark.parametrize("on", [True, False])
+def test_tf32_is_what_torch_and_cnnfast_read(on):
+    from benchmarks.gpu_stages import set_tf32
+    from cnnfast.dispatch import conv_tf32
+
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        set_tf32(on)
+        assert conv_tf32() is on and torch.backends.cudnn.allow_tf32 is on
+        assert torch.backends.cuda.matmul.allow_tf32 is on
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+
+
 def test_every_stage_command_exists():
     for stage in gpu.STAGES:
         argv = gpu._command(stage, Path("folder"), False)
