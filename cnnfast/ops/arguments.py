@@ -10,7 +10,7 @@ import torch
 
 from ..spec import Activation
 
-__all__ = ["ActivationParam", "autocast", "check_residual", "check_vectors", "parse_activation"]
+__all__ = ["ActivationParam", "autocast", "check_residual", "check_slope", "check_vectors", "parse_activation"]
 
 ActivationParam = float | Sequence[float] | torch.Tensor | None
 
@@ -62,6 +62,16 @@ def check_vectors(x: torch.Tensor, out_channels: int, **vectors: torch.Tensor | 
             raise ValueError(f"{name} must be floating point, got {v.dtype}")
         if v.device != x.device:
             raise RuntimeError(f"expected {name} on {x.device} like the input, got {v.device}")
+
+
+def check_slope(x: torch.Tensor, slope: torch.Tensor | None) -> None:
+    """PReLU's weight (its shape is `parse_activation`'s affair): floating, on x's device."""
+    if slope is None:
+        return
+    if not slope.is_floating_point():
+        raise ValueError(f"activation_param must be floating point, got {slope.dtype}")
+    if slope.device != x.device:
+        raise RuntimeError(f"expected activation_param on {x.device} like the input, got {slope.device}")
 
 
 def check_residual(x: torch.Tensor, residual: torch.Tensor, shape: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ import torch
 from .. import dispatch, reference
 from ..block import Operands, Step, Upsample, upsample_step
 from ..spec import Activation
-from .arguments import ActivationParam, autocast, check_residual, check_vectors, parse_activation
+from .arguments import ActivationParam, autocast, check_residual, check_slope, check_vectors, parse_activation
 from .core import run_step
 
 __all__ = ["upsample_conv2d"]
@@ -110,9 +110,14 @@ def upsample_conv2d(
         y = reference.upsample_conv(x, w, b, factor, pad, padding_mode, groups)
         if dispatch.resolve_backend(backend) == "triton":
             raise RuntimeError(f'backend="triton" cannot run this: {reason}')
+        check_vectors(y, y.shape[1], scale=scale, shift=shift)
+        check_slope(y, slope)
+        if residual is not None:
+            check_residual(y, residual, y.shape)
         y = reference.epilogue(y, scale, shift, residual, act, slope)
         return y.squeeze(0) if unbatched else y
     check_vectors(x, step.spec.out_channels, scale=scale, shift=shift)
+    check_slope(x, slope)
     if residual is not None:
         check_residual(x, residual, (x.shape[0], step.spec.out_channels, *step.output_size((x.shape[2], x.shape[3]))))
     o = Operands(x, w, b, scale=scale, shift=shift, residual=residual, slope=slope)

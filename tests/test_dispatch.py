@@ -1,0 +1,233 @@
+"""Which backend runs, why not Triton, and PyTorch's precision switches."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cnnfast
+from cnnfast import dispatch
+from cnnfast.block import Operands, Step
+from cnnfast.spec import ConvSpec
+
+GOOD = ConvSpec.make(32, 32, 4, 2, 1)
+
+
+def operands(spec: ConvSpec, dtype: torch.dtype = torch.float32, size: tuple[int, int] = (4, 4)) -> Operands:
+    """On the meta device: no reason depends on the values."""
+    x = torch.empty(2, spec.in_channels, *size, dtype=dtype, device="meta")
+    return Operands(x, torch.empty(spec.weight_shape, dtype=dtype, device="meta"))
+
+
+@pytest.fixture
+def with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if triton were installed, whether it is or not."""
+    monkeypatch.setattr(dispatch, "triton_why_not", lambda: None)
+
+
+REASONS = {
+    "few-inputs": (ConvSpec.make(15, 32, 4), {}, "15 input channels per group are fewer than 16"),
+    "few-inputs-a-group": (ConvSpec.make(32, 64, 4, groups=4), {}, "8 input channels per group are fewer than 16"),
+    "few-outputs-a-group": (
+        ConvSpec.make(64, 24, 4, groups=2), {}, "12 output channels per group are fewer than 16 (groups=2)"
+    ),
+    "float64": (
+        GOOD, {"dtype": torch.float64},
+        "dtype torch.float64 is not one of torch.float32, torch.float16, torch.bfloat16",
+    ),
+    "complex": (
+        GOOD, {"dtype": torch.complex64},
+        "dtype torch.complex64 is not one of torch.float32, torch.float16, torch.bfloat16",
+    ),
+    "strided": (
+        ConvSpec.make(32, 32, 3, (2, 1), transposed=False), {}, "plain convolution with stride (2, 1)"
+    ),
+    "groups": (ConvSpec.make(65536 * 16, 65536 * 16, 1, groups=65536), {"size": (1, 1)},
+               "groups=65536 exceeds the grid limit of 65535"),
+    "input-image": (
+        ConvSpec.make(32, 16, 1), {"size": (2**13, 2**13)}, "one input image has 2^31 elements or more"
+    ),
+    "output-image": (
+        ConvSpec.make(16, 64, 2, 2), {"size": (2**12, 2**12)}, "one output image has 2^31 elements or more"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize("name", REASONS)
+def test_why_not(name: str) -> None:
+    spec, change, reason = REASONS[name]
+    assert dispatch.why_not(Step(spec), operands(spec, **change)) == reason
+
+
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_why_not_is_none(dtype: torch.dtype) -> None:
+    fits = [
+        GOOD,
+        ConvSpec.make(16, 1, 3),
+        ConvSpec.make(32, 32, 3, groups=2),
+        ConvSpec.make(16, 4, 3, transposed=False),
+    ]
+    for spec in fits:
+        assert dispatch.why_not(Step(spec), operands(spec, dtype)) is None
+
+
+def test_why_not_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = dispatch.importlib.util.find_spec
+    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    dispatch.triton_why_not.cache_clear()
+    try:
+        assert dispatch.why_not(Step(GOOD), operands(GOOD)) == "triton is not installed"
+        x = torch.randn(1, 32, 4, 4)
+        with pytest.raises(RuntimeError, match='backend="triton" cannot run this: triton is not installed'):
+            cnnfast.ops.conv_transpose2d(x, torch.randn(32, 32, 4, 4), backend="triton")
+    finally:
+        dispatch.triton_why_not.cache_clear()
+
+
+def test_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    dispatch.cuda_why_not.cache_clear()
+    try:
+        assert dispatch.cuda_why_not(0) == "compute capability 7.5 is below 8.0"
+    finally:
+        dispatch.cuda_why_not.cache_clear()
+
+
+def test_cpu_calls_do_not_import_triton() -> None:
+    """`import cnnfast` and every call on CPU tensors work where triton is broken or absent."""
+    code = """
+        import sys
+        sys.modules["triton"] = None  # importing it raises ImportError
+        import torch, cnnfast
+        x, w = torch.randn(1, 16, 4, 4), torch.randn(16, 8, 4, 4)
+        y = cnnfast.ops.conv_transpose2d(x, w, None, 2, 1, activation="relu")
+        torch.testing.assert_close(y, torch.relu(torch.nn.functional.conv_transpose2d(x, w, None, 2, 1)))
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=120)
+
+
+# --- choosing ---------------------------------------------------------------------------------------------------------
+
+
+def test_backend_context() -> None:
+    assert dispatch.resolve_backend(None) == "auto"
+    with cnnfast.backend("aten"):
+        assert dispatch.resolve_backend(None) == "aten"
+        assert dispatch.resolve_backend("triton") == "triton"  # a call's own choice wins
+        with cnnfast.backend("triton"):
+            assert dispatch.resolve_backend(None) == "triton"
+        assert dispatch.resolve_backend(None) == "aten"
+    assert dispatch.resolve_backend(None) == "auto"
+
+
+def test_backend_context_is_left_after_an_error() -> None:
+    with pytest.raises(KeyError), cnnfast.backend("aten"):
+        raise KeyError
+    assert dispatch.resolve_backend(None) == "auto"
+
+
+def test_backend_context_is_of_its_thread() -> None:
+    seen = []
+    with cnnfast.backend("aten"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch.resolve_backend(None)))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+def test_unknown_backend() -> None:
+    message = "unknown backend 'cudnn': expected one of auto, triton, aten"
+    with pytest.raises(ValueError, match=message), cnnfast.backend("cudnn"):
+        pass
+    x, w = torch.randn(1, 16, 4, 4), torch.randn(16, 8, 4, 4)
+    for function in (cnnfast.ops.conv_transpose2d, cnnfast.ops.upsample_conv2d):
+        with pytest.raises(ValueError, match=message):
+            function(x, w, backend="cudnn")
+
+
+@pytest.mark.usefixtures("with_triton")
+@pytest.mark.parametrize("how", ["keyword", "context"])
+def test_explicit_triton_that_cannot(how: str) -> None:
+    x, w = torch.randn(1, 8, 4, 4), torch.randn(8, 8, 4, 4)
+    name = "triton" if how == "keyword" else None
+    with cnnfast.backend("triton" if how == "context" else "auto"):
+        with pytest.raises(RuntimeError, match='backend="triton" cannot run this: 8 input channels per group'):
+            cnnfast.ops.conv_transpose2d(x, w, backend=name)
+        wide, weight = torch.randn(1, 32, 4, 4), torch.randn(32, 8, 4, 4, requires_grad=True)
+        with pytest.raises(RuntimeError, match="a gradient is needed, and the kernel has none yet"):
+            cnnfast.ops.conv_transpose2d(wide, weight, backend=name)
+        double = torch.randn(1, 32, 4, 4, dtype=torch.float64)
+        with pytest.raises(RuntimeError, match=r"cannot run this: dtype torch\.float64 is not one of"):
+            cnnfast.ops.conv_transpose2d(double, double.new_empty(32, 8, 4, 4), backend=name)
+        complexes = torch.randn(1, 32, 4, 4, dtype=torch.complex64)
+        with pytest.raises(RuntimeError, match=r"cannot run this: dtype torch\.complex64"):
+            cnnfast.ops.conv_transpose2d(complexes, complexes.new_zeros(32, 8, 4, 4), backend=name)
+
+
+# --- numerics ---------------------------------------------------------------------------------------------------------
+
+
+def test_precision_follows_the_switch_of_convolutions() -> None:
+    conv = torch.backends.cudnn.conv
+    conv.fp32_precision = "tf32"
+    assert dispatch.conv_tf32() and dispatch.precision_of(torch.float32).tf32
+    assert not dispatch.precision_of(torch.float16).tf32
+    conv.fp32_precision = "ieee"
+    assert not dispatch.conv_tf32() and not dispatch.precision_of(torch.float32).tf32
+
+
+SWITCHES = """
+    import torch
+    from cnnfast import dispatch
+    {lines}
+    print(dispatch.conv_tf32())
+"""
+
+
+@pytest.mark.parametrize(
+    "lines, expected",
+    [
+        ("pass", True),
+        ("torch.backends.cudnn.allow_tf32 = False", False),
+        ("torch.backends.cudnn.allow_tf32 = True", True),
+        ("torch.backends.cudnn.conv.fp32_precision = 'ieee'", False),
+        ("torch.backends.cudnn.allow_tf32 = True; torch.backends.cudnn.conv.fp32_precision = 'ieee'", False),
+        ("torch.backends.cudnn.conv.fp32_precision = 'ieee'; torch.backends.cudnn.allow_tf32 = True", True),
+        ("torch.backends.cudnn.allow_tf32 = False; torch.backends.cudnn.conv.fp32_precision = 'tf32'", True),
+        ("torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cudnn.allow_tf32 = False", False),
+        ("torch.backends.cudnn.fp32_precision = 'ieee'", None),
+        ("torch.backends.fp32_precision = 'ieee'", None),
+        ("torch.set_float32_matmul_precision('high')", True),
+    ],
+)
+def test_switches_old_and_new_mixed(lines: str, expected: bool | None) -> None:
+    """No mixture raises, and the convolution's own switch, written last, decides."""
+    code = textwrap.dedent(SWITCHES).format(lines=lines)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    if expected is not None:  # what the wider switches mean for a narrower one is torch's affair
+        assert done.stdout.strip() == str(expected)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_allocate(channels_last: bool) -> None:
+    like = torch.empty(1, dtype=torch.float16)
+    y = dispatch.allocate(like, (2, 3, 4, 5), channels_last)
+    fmt = torch.channels_last if channels_last else torch.contiguous_format
+    assert y.dtype == torch.float16 and y.is_contiguous(memory_format=fmt)
+    assert dispatch.allocate(like, (1, 1, 1, 1), channels_last, torch.float32).dtype == torch.float32
+
+
+def test_steps_are_keys() -> None:
+    assert hash(Step(GOOD)) == hash(Step(replace(GOOD))) and Step(GOOD) == Step(replace(GOOD))
