@@ -18,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
 from .block import Operands
+from .dispatch import resolve_backend
 from .fusion import FusedStep, Unfused, plan_modules
 from .modules import Reading, read
 from .ops import core
@@ -102,31 +103,30 @@ class Chain:
             channels, size = s.step.spec.out_channels, out
         return (True,) * (len(self.steps) - 1) + (channels_last,)
 
-    def why_not(self, x: Any, reading: Reading) -> str | None:
-        """Why the modules run as they stand on x, or None."""
+    def layouts(self, x: Any, reading: Reading) -> tuple[bool, ...] | str:
+        """What `bind` says, or another reason why the modules run as they stand on x."""
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             return f"the input is a {type(x).__name__}, not a plain tensor"
         if torch.is_grad_enabled():
             tensors = (t for k in self.slots for t in reading.tensors[k])
             if x.requires_grad or any(t is not None and t.requires_grad for t in tensors):
                 return "a gradient is needed (torch.no_grad or torch.inference_mode switch that off)"
-        bound = self.bind(x)
-        return bound if isinstance(bound, str) else None
+        return self.bind(x)
 
     def run(self, x: Any, reading: Reading) -> Any:
         """The chain's modules on x, fused where that can be."""
-        if self.why_not(x, reading) is not None:
+        layouts = self.layouts(x, reading)
+        if isinstance(layouts, str):
             for k in self.slots:
                 x = reading.modules[k](x)
             return x
-        bound = self.bind(x)
         ndim = self.steps[0].ndim
         if ndim == 1:  # (N, C, L) as (N, C, 1, L)
             x = x.unsqueeze(2)
-        for s, channels_last in zip(self.steps, bound, strict=True):
-            x = core.run_step(s.step, _operands(s, x, reading.tensors), channels_last=channels_last is True)
+        for s, channels_last in zip(self.steps, layouts, strict=True):
+            x = core.run_step(s.step, _operands(s, x, reading.tensors), channels_last=channels_last)
         if _both_layouts(x.shape[1], x.shape[2:]):
-            x = x.as_strided(x.shape, _strides(x.shape, bound[-1] is True))
+            x = x.as_strided(x.shape, _strides(x.shape, layouts[-1]))
         return x.squeeze(2) if ndim == 1 else x
 
 
@@ -176,8 +176,8 @@ def why_not_now(x: Any) -> str | None:
     """Why nothing at all is fused at this moment with this input, or None."""
     if core.watched(x):
         return "a subclass of Tensor, tracing, compiling, a dispatch mode or a functorch transform is at work"
-    if torch._C._len_torch_function_stack() and not _only_device_contexts():
-        return "a torch function mode is active"
+    if torch._C._len_torch_function_stack() and not _only_device_contexts() and resolve_backend(None) != "triton":
+        return 'a torch function mode is active (only an explicit backend="triton" passes it by)'
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
     if torch._C._is_any_autocast_enabled():
@@ -229,12 +229,10 @@ class Sequential(nn.Sequential):
             if isinstance(item, Unfused):
                 lines.append(f"{item.slot}: {type(reading.modules[item.slot]).__name__} as it stands: {item.why_not}")
                 continue
-            why_chain = (
-                item.why_not(input, reading) if input is not None and item.slots[0] == 0 and why is None else None
-            )
+            layouts = item.layouts(input, reading) if input is not None and item.slots[0] == 0 and why is None else ()
             for s in item.steps:
                 names = " + ".join(type(reading.modules[k]).__name__ for k in s.slots)
-                done = "fused" if why_chain is None else f"could be fused, but: {why_chain}"
+                done = f"could be fused, but: {layouts}" if isinstance(layouts, str) else "fused"
                 lines.append(f"{s.slots[0]}-{s.slots[-1]}: {names} {done}")
         return "\n".join(lines)
 

@@ -19,7 +19,9 @@ from torch.nn.utils import parametrizations, prune
 
 import cnnfast
 from cnnfast import layers
-from tests.tolerance import assert_close
+
+from .conftest import conv_precision
+from .tolerance import assert_close
 
 CL = torch.channels_last
 
@@ -904,3 +906,33 @@ def test_explicit_backends(steps: list[str]) -> None:
     with cnnfast.backend("aten"):
         check(seq, x)
     assert steps == ["relu", "tanh"]
+
+
+# --- on the Triton kernel ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cl", [False, True], ids=["nchw", "channels-last"])
+def test_a_generator_runs_on_the_kernel(device: torch.device, launches: list[str], cl: bool) -> None:
+    """One launch a step; results and memory format of nn.Sequential on a CPU."""
+    seq = cnnfast.Sequential(
+        nn.ConvTranspose2d(32, 64, 4, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(64, 32, 3, padding=1, padding_mode="reflect"),
+        nn.PReLU(32),
+        nn.Dropout(),
+        nn.ConvTranspose2d(32, 3, 4, 2, 1),
+        nn.Tanh(),
+    )
+    randomized(seq).eval()
+    seq.to(memory_format=CL if cl else torch.contiguous_format)
+    x = x2d(1, 2, 32, 1, 1)
+    with torch.no_grad():
+        want, exact = nn.Sequential(*seq)(x), copy.deepcopy(nn.Sequential(*seq)).double()(x.double())
+        seq.to(device)
+        with cnnfast.backend("triton"), conv_precision("ieee"):
+            got = seq(x.to(device))
+    assert len([name for name in launches if "reduce" not in name]) == 3
+    assert real_strides(got) == real_strides(want)
+    assert_close(got, exact, want)
