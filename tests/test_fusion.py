@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import cnnfast
 from cnnfast.fusion import MAX_SCALE, FusedStep, Unfused, plan_modules
 from cnnfast.modules import read
 from cnnfast.spec import Activation
+
+from .test_sequential import check, randomized
 
 
 def plan(*modules: nn.Module, train: bool = False) -> list[FusedStep | Unfused]:
@@ -56,6 +59,8 @@ FUSED: dict[str, tuple[list[nn.Module], int, Activation]] = {
     "upsample": ([up(), nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()], 4, Activation("relu")),
     "upsample-exact": ([up(scale_factor=3, mode="nearest-exact"), nn.Conv2d(4, 6, 5)], 2, Activation()),
     "upsample-unequal": ([up(scale_factor=(1, 2)), nn.Identity(), nn.Conv2d(4, 6, (1, 3))], 3, Activation()),
+    "upsample-by-one": ([up(scale_factor=1), nn.Conv2d(4, 6, 3, padding=1)], 2, Activation()),
+    "upsample-groups": ([up(scale_factor=(3, 2)), nn.Conv2d(4, 6, (5, 3), padding=(2, 0), groups=2)], 2, Activation()),
     "upsample-recompute": ([up(scale_factor=2, recompute_scale_factor=True), nn.Conv2d(4, 6, 3)], 2, Activation()),
     "upsampling-nearest": ([nn.UpsamplingNearest2d(scale_factor=2), nn.Conv2d(4, 6, 3)], 2, Activation()),
     "same": ([up(), nn.Conv2d(4, 6, (3, 5), padding="same")], 2, Activation()),
@@ -75,6 +80,14 @@ def test_fused(name: str) -> None:
     assert isinstance(modules[step.conv], (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Conv2d))
     norms = [k for k, m in enumerate(modules) if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
     assert step.norm == (norms[0] if norms else None)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_results_of_what_is_fused(name: str) -> None:
+    seq = randomized(cnnfast.Sequential(*FUSED[name][0])).eval()
+    one_dimension = isinstance(seq[0], nn.ConvTranspose1d)
+    x = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0))
+    check(seq, x if one_dimension else torch.stack([x, x * 0.5 + 1, x.flip(2)], 2), inputs=4)
 
 
 def hooked(module: nn.Module, register: str) -> nn.Module:

@@ -9,6 +9,7 @@ import pickle
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -410,6 +411,11 @@ def test_a_change_of_dtype_is_seen(steps: list[str]) -> None:
     assert steps == ["relu", "tanh"] * 2
     check(seq.float(), x)
     assert steps == ["relu", "tanh"] * 3
+
+
+def test_float16(steps: list[str]) -> None:
+    check(block().half(), x2d().half())
+    assert steps == ["relu", "tanh"]
 
 
 def test_batchnorm_in_float32_after_a_bfloat16_convolution(steps: list[str]) -> None:
@@ -899,6 +905,22 @@ def test_alternating_inputs(steps: list[str]) -> None:
             check(seq, x2d(1, *shape))
             check(seq, x2d(1, *shape).to(memory_format=CL))
     assert len(steps) == 24
+
+
+def test_threads() -> None:
+    seq = block()
+    inputs = [x2d(k, k % 3 + 1, 16, 5, 6) for k in range(12)]
+
+    def run(x: Tensor) -> Tensor:
+        with torch.no_grad():  # the grad mode is a thread's own
+            return seq(x)
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for x, got in zip(inputs, pool.map(run, inputs), strict=True):
+                torch.testing.assert_close(got, run(x))
+            with torch.no_grad():
+                seq[0].weight.mul_(1.1)
 
 
 def test_explicit_backends(steps: list[str]) -> None:
