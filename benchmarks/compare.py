@@ -21,6 +21,13 @@ __all__ = ["Timer", "Yardstick", "compare", "wall_clock", "yardstick"]
 Timer = Callable[[Mapping[str, Callable[[], object]]], dict[str, Timing]]
 
 MM = "torch.mm"
+SLOW = 0.2  # seconds of a product after which no larger one is tried
+
+
+def _once(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 @dataclass(frozen=True)
@@ -38,25 +45,30 @@ def yardstick(dtype: torch.dtype, device: str, timer: Timer, sizes: tuple[int, .
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         return lambda: torch.mm(a, b)
 
-    calls = {size: product(size) for size in sizes}
+    calls: dict[int, Callable[[], object]] = {}
+    for size in sizes:
+        calls[size] = product(size)
+        calls[size]()
+        if device == "cpu" and _once(calls[size]) > SLOW:  # bfloat16 without instructions for it: minutes otherwise
+            break
     timings = timer({str(size): call for size, call in calls.items()})
-    best = max(sizes, key=lambda size: size**3 / timings[str(size)].median)
+    best = max(calls, key=lambda size: size**3 / timings[str(size)].median)
     return Yardstick(best, calls[best])
 
 
 def wall_clock(seconds: float, block_seconds: float = 0.02, repeats: tuple[int, int] = (5, 20)) -> Timer:
-    """A timer on the CPU that takes about ``seconds``, within the least and most ``repeats``."""
+    """A timer on the CPU that takes about ``seconds``, within the least and most ``repeats``, for calls that were made
+    before. A call that takes a quarter of ``seconds`` or more is timed once, ahead of the others."""
 
     def timer(calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
-        turn = 0.0
-        for call in calls.values():
-            call()
-            start = time.perf_counter()
-            call()
-            turn += max(block_seconds, time.perf_counter() - start)
-        return measure(
-            calls, repeats=max(repeats[0], min(repeats[1], round(seconds / turn))), block_seconds=block_seconds
-        )
+        once = {name: _once(call) for name, call in calls.items()}
+        found = {name: Timing((took,), 1) for name, took in once.items() if took >= seconds / 4}
+        rest = {name: call for name, call in calls.items() if name not in found}
+        turn = sum(max(block_seconds, once[name]) for name in rest)
+        if rest:
+            turns = max(repeats[0], min(repeats[1], round(seconds / turn)))
+            found |= measure(rest, repeats=turns, block_seconds=block_seconds)
+        return found
 
     return timer
 

@@ -186,6 +186,15 @@ def test_yardstick_is_the_fastest_product():
     assert compare.yardstick(torch.float32, "cpu", timer, (4, 8, 16)).size == 8
 
 
+def test_a_slow_call_is_timed_once():
+    import time
+
+    calls = {"slow": lambda: time.sleep(0.1), "fast": lambda: None}
+    timings = compare.wall_clock(0.2, block_seconds=0.001, repeats=(3, 4))(calls)
+    assert len(timings["slow"].seconds) == 1 and timings["slow"].median >= 0.1
+    assert len(timings["fast"].seconds) == 4
+
+
 def test_tensors_of_a_row_do_not_outlive_it():
     w = peers.Workload(LAYER, 2, torch.float32)
     compare.compare(w, (off(1.0),), fake_timer, None)
