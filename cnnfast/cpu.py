@@ -54,16 +54,15 @@ def _compute_dtype(dtype: torch.dtype, isa: InstructionSet) -> torch.dtype:
 
 
 def _method(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> type[Method]:
-    """The method for products in ``dtype`` on an input (N, C_in, H, W), border repeated."""
+    """The method for products in ``dtype`` on an input (N, C_in, H, W) whose border is already repeated."""
     if not spec.transposed:
         return Convolution
     if Projection.applies(spec, shape):
         return Projection
-    # oneDNN's deconvolution fills up to 16 output channels a phase; merged, the phases fill one another's.
-    if math.prod(spec.stride) > 1 and math.prod(spec.stride) * spec.out_channels <= 16 and Merged.applies(spec):
+    if Merged.applies(spec) and Merged.padded_macs(spec) < Deconvolution.padded_macs(spec):
         return Merged
-    # It also streams the whole weight for every few rows of the image: small maps with a weight larger than the cache
-    # are better off as matrix products, which read the weight once.
+    # oneDNN's deconvolution streams the whole weight for every few rows of the image: small maps with a weight larger
+    # than the cache are better off as matrix products, which read the weight once.
     positions, rows = math.prod(shape[2:]), shape[0] * math.prod(shape[2:])
     fast_products = isa >= InstructionSet.AMX and dtype != torch.float32
     most_positions, least_rows = (36, 64) if fast_products else (16, 128)
@@ -74,10 +73,35 @@ def _method(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: Ins
     return Deconvolution
 
 
+def _why_slower(step: Step, shape: tuple[int, ...], method: Method) -> str | None:
+    """Why PyTorch's own operator is expected to be as fast; measured for transposed convolutions alone, and not for an
+    upsampling, where PyTorch's own way does several times the arithmetic."""
+    s = step.spec
+    if not s.transposed or step.upsample is not None:
+        return None
+    if s.groups > 1:
+        return "grouped transposed convolutions have no fast packed implementation"
+    if any(ph.taps == 0 for dim in s.phases for ph in dim) or any(
+        st > 1 and d > 1 for st, d in zip(s.stride, s.dilation, strict=True)
+    ):
+        return (
+            "transposed convolutions with a dilation, or a stride above the kernel, have no fast packed implementation"
+        )
+    if isinstance(method, Deconvolution) and (not method.aligned or (method.crop and s.out_channels < 16)):
+        return f"output size {tuple(s.output_size(shape[2:]))} is no multiple of the stride {s.stride}"
+    macs = s.macs(shape[0], shape[2:])
+    # The condition is ATen's own (`use_mkldnn`): it then takes a matrix product and col2im with little overhead.
+    small = shape[0] == 1 and math.prod(shape) <= 20480 and min(s.kernel_size) <= 3
+    if macs < (8e6 if small else 1e6):
+        return f"{macs} multiply-adds are too few to gain from packed operators"
+    return None
+
+
 class _Plan(NamedTuple):
     method: Method
     post: PostOp
     key: tuple[Any, ...]  # of the packed weight
+    slower: str | None
 
 
 @lru_cache(maxsize=4096)
@@ -96,7 +120,8 @@ def _plan(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> _Plan | str
     compute = _compute_dtype(dtype, isa)
     method = _method(step.spec, shape, compute, isa)(step.spec, shape, compute)  # type: ignore[call-arg]
     sample = method.pack(torch.zeros(step.spec.weight_shape), None)
-    return _Plan(method, post_op(step.activation), (step, compute, type(method), layout(sample)))
+    key = (step, compute, type(method), layout(sample))
+    return _Plan(method, post_op(step.activation), key, _why_slower(step, shape, method))
 
 
 def why_not(step: Step, operands: Operands) -> str | None:
@@ -112,7 +137,7 @@ def why_not(step: Step, operands: Operands) -> str | None:
     if not torch._C._get_mkldnn_enabled():
         return "oneDNN is switched off (torch.backends.mkldnn)"
     plan = _plan(step, x.shape, x.dtype)
-    return plan if isinstance(plan, str) else None
+    return plan if isinstance(plan, str) else plan.slower
 
 
 def method_name(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> str:
@@ -177,7 +202,7 @@ def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor:
     plan = _plan(step, x.shape, x.dtype)
     if isinstance(plan, str):
         raise ValueError(f"the packed CPU path cannot take this step: {plan}")
-    method, post, key = plan
+    method, post, key, _ = plan
     vectors = (o.bias, o.mean, o.var, o.scale, o.shift)
     packed, finite = PACKS.get(o.weight, (key, o.eps), vectors, lambda: _pack(method, step, o))
     fused = post.fused and finite and o.residual is None

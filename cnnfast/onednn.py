@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from .spec import Activation, ConvSpec
+from .spec import Activation, ConvSpec, Phase
 
 __all__ = [
     "Convolution",
@@ -171,21 +171,45 @@ def layout(packed: Any) -> int:
     return hash(tuple(_mkldnn._get_mkldnn_serialized_md(t).numpy().tobytes() for t in tensors))
 
 
+def _vectors(channels: int) -> int:
+    return -(-channels // 16) * 16
+
+
 class Deconvolution:
-    """oneDNN's deconvolution."""
+    """oneDNN's deconvolution.
+
+    Its fast implementation of float32 takes output sizes that are multiples of the stride; others end in one that
+    applies bias and post-ops element by element (ten times slower was seen). So the output is computed to the next
+    multiple, as output padding, and cropped, where the padding stays smaller than the stride.
+    """
 
     def __init__(self, spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         s = spec
         self.dtype, self.shape = dtype, list(shape)
-        self.geometry = (list(s.padding), list(s.output_padding), list(s.stride), list(s.dilation), s.groups)
+        self.out = s.output_size(shape[2:])
+        output_padding = list(s.output_padding)
+        if dtype == torch.float32:
+            wanted = [p + -n % st for p, n, st in zip(s.output_padding, self.out, s.stride, strict=True)]
+            self.aligned = all(p < st for p, st in zip(wanted, s.stride, strict=True)) or wanted == output_padding
+            output_padding = wanted if self.aligned else output_padding
+        else:
+            self.aligned = True
+        self.crop = output_padding != list(s.output_padding)
+        self.geometry = (list(s.padding), output_padding, list(s.stride), list(s.dilation), s.groups)
         self.op = _mkldnn._convolution_transpose_pointwise.default
+
+    @staticmethod
+    def padded_macs(spec: ConvSpec) -> int:
+        """Multiply-adds per input position and channel where output channels come in vectors of 16."""
+        return math.prod(spec.kernel_size) * _vectors(spec.out_channels)
 
     def pack(self, weight: torch.Tensor, shift: torch.Tensor | None) -> Any:
         weight = weight.to(self.dtype)
         return _mkldnn._reorder_convolution_transpose_weight(weight, *self.geometry, self.shape), shift
 
     def run(self, x: torch.Tensor, packed: Any, post: PostOp, channels_last: bool) -> torch.Tensor:
-        return self.op(x, *packed, *self.geometry, post.attr, post.scalars, post.algorithm)
+        y = self.op(x, *packed, *self.geometry, post.attr, post.scalars, post.algorithm)
+        return y[:, :, : self.out[0], : self.out[1]] if self.crop else y
 
 
 class Convolution:
@@ -296,37 +320,47 @@ class Gathered:
         return y.permute(0, 3, 1, 2)
 
 
+def _union(dim: tuple[Phase, ...]) -> tuple[int, int, int]:
+    """(first, distance, number) of the input offsets that the phases of one dimension read together."""
+    offsets = [offset for ph in dim for _, offset in ph.pairs()]
+    low = min(offsets)
+    step = math.gcd(*(offset - low for offset in offsets)) or 1
+    return low, step, (max(offsets) - low) // step + 1
+
+
 class Merged:
     """Few output channels: all phases as the channels of one stride-1 convolution over the union of their
     neighbourhoods, then a pixel shuffle. groups is 1.
     """
 
     def __init__(self, spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.dtype, self.spec, self.out = dtype, spec, spec.output_size(shape[2:])
-        self.low, self.dilation, self.kernel, self.crop, padding = [], [], [], [], []
-        for dim, n, out, stride in zip(spec.phases, shape[2:], self.out, spec.stride, strict=True):
-            offsets = [offset for ph in dim for _, offset in ph.pairs()]
-            low, high, q = min(offsets), max(offsets), -(-out // stride)
-            step = math.gcd(*(offset - low for offset in offsets)) or 1
-            pad = max(-low, q - 1 + high - (n - 1), 0)  # the operator pads both ends alike; the surplus is cropped
-            self.low.append(low)
-            self.dilation.append(step)
-            self.kernel.append((high - low) // step + 1)
-            self.crop.append((pad + low, q))
+        self.dtype, self.spec, self.shape = dtype, spec, list(shape)
+        self.out = spec.output_size(shape[2:])
+        self.union = [_union(dim) for dim in spec.phases]
+        padding, self.crop = [], []
+        for (low, step, k), n, out, stride in zip(self.union, shape[2:], self.out, spec.stride, strict=True):
+            q = -(-out // stride)
+            pad = max(-low, q - 1 + low + step * (k - 1) - (n - 1), 0)  # the operator pads both ends alike
             padding.append(pad)
-        self.geometry = (padding, [1, 1], self.dilation, 1)
-        self.shape = list(shape)
+            self.crop.append((pad + low, q))
+        self.geometry = (padding, [1, 1], [step for _, step, _ in self.union], 1)
 
     @staticmethod
     def applies(spec: ConvSpec) -> bool:
         return spec.transposed and spec.groups == 1 and all(any(ph.taps for ph in dim) for dim in spec.phases)
 
+    @staticmethod
+    def padded_macs(spec: ConvSpec) -> int:
+        """As `Deconvolution.padded_macs`: more taps, but the phases fill one another's vectors."""
+        return math.prod(_union(dim)[2] for dim in spec.phases) * _vectors(math.prod(spec.stride) * spec.out_channels)
+
     def pack(self, weight: torch.Tensor, shift: torch.Tensor | None) -> Any:
         s = self.spec
-        merged = weight.new_zeros(*s.stride, s.out_channels, s.in_channels, *self.kernel)
+        (low_h, step_h, kh), (low_w, step_w, kw) = self.union
+        merged = weight.new_zeros(*s.stride, s.out_channels, s.in_channels, kh, kw)
         for a, b in itertools.product(*s.phases):
             for (th, fh), (tw, fw) in itertools.product(a.pairs(), b.pairs()):
-                i, j = (fh - self.low[0]) // self.dilation[0], (fw - self.low[1]) // self.dilation[1]
+                i, j = (fh - low_h) // step_h, (fw - low_w) // step_w
                 merged[a.residue, b.residue, :, :, i, j] = weight[:, :, th, tw].t()
         merged = merged.flatten(0, 2).to(self.dtype)
         shift = None if shift is None else shift.repeat(math.prod(s.stride))
@@ -336,9 +370,11 @@ class Merged:
         y = _mkldnn._convolution_pointwise.default(x, *packed, *self.geometry, post.attr, post.scalars, post.algorithm)
         (top, qh), (left, qw) = self.crop
         (sh, sw), c, n = self.spec.stride, self.spec.out_channels, x.shape[0]
-        y = y[:, :, top : top + qh, left : left + qw].unflatten(1, (sh, sw, c))
+        if y.shape[2:] != (qh, qw):
+            y = y[:, :, top : top + qh, left : left + qw]
+        y = y.unflatten(1, (sh, sw, c))
         if channels_last:
             y = y.permute(0, 4, 1, 5, 2, 3).reshape(n, qh * sh, qw * sw, c).permute(0, 3, 1, 2)
         else:
             y = y.permute(0, 3, 4, 1, 5, 2).reshape(n, c, qh * sh, qw * sw)
-        return y[:, :, : self.out[0], : self.out[1]]
+        return y if y.shape[2:] == self.out else y[:, :, : self.out[0], : self.out[1]]
