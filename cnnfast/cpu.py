@@ -73,26 +73,26 @@ def _method(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: Ins
     return Deconvolution
 
 
-def _why_slower(step: Step, shape: tuple[int, ...], method: Method) -> str | None:
+def _why_slower(step: Step, shape: tuple[int, ...], method: Method, isa: InstructionSet) -> str | None:
     """Why PyTorch's own operator is expected to be as fast; measured for transposed convolutions alone, and not for an
     upsampling, where PyTorch's own way does several times the arithmetic."""
     s = step.spec
-    if not s.transposed or step.upsample is not None:
+    if not s.transposed or step.upsample is not None or isinstance(method, Projection):
         return None
     if s.groups > 1:
         return "grouped transposed convolutions have no fast packed implementation"
-    if any(ph.taps == 0 for dim in s.phases for ph in dim) or any(
-        st > 1 and d > 1 for st, d in zip(s.stride, s.dilation, strict=True)
-    ):
-        return (
-            "transposed convolutions with a dilation, or a stride above the kernel, have no fast packed implementation"
-        )
-    if isinstance(method, Deconvolution) and (not method.aligned or (method.crop and s.out_channels < 16)):
-        return f"output size {tuple(s.output_size(shape[2:]))} is no multiple of the stride {s.stride}"
+    out = s.output_size(shape[2:])
+    fits = all(n % st == 0 and (st == 1 or d == 1) for n, st, d in zip(out, s.stride, s.dilation, strict=True))
+    covered = all(ph.taps for dim in s.phases for ph in dim)
+    if isinstance(method, Deconvolution) and not covered:
+        return "a stride that leaves outputs without taps has no fast packed implementation"
+    if isinstance(method, Deconvolution) and not fits and (method.dtype == torch.float32 or isa < InstructionSet.AMX):
+        # oneDNN then applies bias and post-ops element by element: ten times slower was seen.
+        return f"output size {out} is no multiple of stride {s.stride}, or there is a dilation"
     macs = s.macs(shape[0], shape[2:])
     # The condition is ATen's own (`use_mkldnn`): it then takes a matrix product and col2im with little overhead.
     small = shape[0] == 1 and math.prod(shape) <= 20480 and min(s.kernel_size) <= 3
-    if macs < (8e6 if small else 1e6):
+    if macs < (8e6 if small else 2e6):
         return f"{macs} multiply-adds are too few to gain from packed operators"
     return None
 
@@ -121,7 +121,7 @@ def _plan(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> _Plan | str
     method = _method(step.spec, shape, compute, isa)(step.spec, shape, compute)  # type: ignore[call-arg]
     sample = method.pack(torch.zeros(step.spec.weight_shape), None)
     key = (step, compute, type(method), layout(sample))
-    return _Plan(method, post_op(step.activation), key, _why_slower(step, shape, method))
+    return _Plan(method, post_op(step.activation), key, _why_slower(step, shape, method, isa))
 
 
 def why_not(step: Step, operands: Operands) -> str | None:

@@ -176,26 +176,12 @@ def _vectors(channels: int) -> int:
 
 
 class Deconvolution:
-    """oneDNN's deconvolution.
-
-    Its fast implementation of float32 takes output sizes that are multiples of the stride; others end in one that
-    applies bias and post-ops element by element (ten times slower was seen). So the output is computed to the next
-    multiple, as output padding, and cropped, where the padding stays smaller than the stride.
-    """
+    """oneDNN's deconvolution."""
 
     def __init__(self, spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         s = spec
         self.dtype, self.shape = dtype, list(shape)
-        self.out = s.output_size(shape[2:])
-        output_padding = list(s.output_padding)
-        if dtype == torch.float32:
-            wanted = [p + -n % st for p, n, st in zip(s.output_padding, self.out, s.stride, strict=True)]
-            self.aligned = all(p < st for p, st in zip(wanted, s.stride, strict=True)) or wanted == output_padding
-            output_padding = wanted if self.aligned else output_padding
-        else:
-            self.aligned = True
-        self.crop = output_padding != list(s.output_padding)
-        self.geometry = (list(s.padding), output_padding, list(s.stride), list(s.dilation), s.groups)
+        self.geometry = (list(s.padding), list(s.output_padding), list(s.stride), list(s.dilation), s.groups)
         self.op = _mkldnn._convolution_transpose_pointwise.default
 
     @staticmethod
@@ -208,8 +194,7 @@ class Deconvolution:
         return _mkldnn._reorder_convolution_transpose_weight(weight, *self.geometry, self.shape), shift
 
     def run(self, x: torch.Tensor, packed: Any, post: PostOp, channels_last: bool) -> torch.Tensor:
-        y = self.op(x, *packed, *self.geometry, post.attr, post.scalars, post.algorithm)
-        return y[:, :, : self.out[0], : self.out[1]] if self.crop else y
+        return self.op(x, *packed, *self.geometry, post.attr, post.scalars, post.algorithm)
 
 
 class Convolution:
