@@ -6,6 +6,7 @@ import argparse
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -122,7 +123,11 @@ def main(argv: list[str] | None = None) -> int:
     limits = ISAS.get(arguments.isa, {})
     if any(os.environ.get(k) != v for k, v in limits.items()):  # the libraries read them when they are loaded
         rest = sys.argv[1:] if argv is None else argv
-        return subprocess.run([sys.executable, "-m", "benchmarks", *rest], env={**os.environ, **limits}).returncode
+        # Code that Inductor cached for the whole processor is not found unfit, and gives wrong results.
+        user = os.getuid() if hasattr(os, "getuid") else 0
+        cache = Path(tempfile.gettempdir()) / f"torchinductor_{user}_{arguments.isa}"
+        env = {**os.environ, **limits, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+        return subprocess.run([sys.executable, "-m", "benchmarks", *rest], env=env).returncode
     try:
         return run(arguments)
     except ValueError as error:

@@ -288,6 +288,7 @@ def test_limited_instruction_set_reexecutes(monkeypatch):
     assert command.main(["--isa", "AVX2", "--quick"]) == 7
     assert seen["argv"][1:] == ["-m", "benchmarks", "--isa", "AVX2", "--quick"]
     assert seen["env"]["ONEDNN_MAX_CPU_ISA"] == "AVX2"
+    assert seen["env"]["TORCHINDUCTOR_CACHE_DIR"].endswith("_AVX2")  # another's compiled code would be wrong here
     chosen = {i.name: i for i in command.implementations(False, "AVX2")}
     with pytest.raises(peers.NotAvailable, match="does not limit"):
         chosen["onnxruntime"].prepare(peers.Workload(LAYER, 2, torch.float32))
