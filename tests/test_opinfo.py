@@ -18,7 +18,11 @@ from .cases import cast, reference
 from .tolerance import assert_close
 
 pytest.importorskip("expecttest", reason="expecttest, which PyTorch's test suite imports, is not installed")
+_frozen = torch.backends.flags_frozen()
 from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
+
+# PyTorch's test suite forbids setting torch.backends' switches outside a context manager, for the whole process.
+torch.backends.flags_frozen.__globals__["__allow_nonbracketed_mutation_flag"] = not _frozen
 
 NAMES = ("conv_transpose1d", "conv_transpose2d")
 OPS = {op.name.rpartition(".")[2]: op for op in op_db if op.name in [f"nn.functional.{n}" for n in NAMES]}
