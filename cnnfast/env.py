@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, cpu, dispatch
+from . import __version__, dispatch, onednn
 
 __all__ = ["Backend", "backends", "cpu_name", "nvidia_problem", "report"]
 
@@ -140,10 +140,10 @@ def _triton_off() -> str | None:
 
 def backends() -> list[Backend]:
     """Every backend, in the order in which ``auto`` prefers them."""
-    onednn = f"{cpu.instruction_set().name}, {torch.get_num_threads()} threads"
+    detail = f"{onednn.instruction_set().name}, {torch.get_num_threads()} threads"
     return [
         Backend("triton", _triton_off(), f"triton {package_version('triton')}"),
-        Backend("aten, oneDNN packed", cpu._missing(), onednn),
+        Backend("aten, oneDNN packed", onednn.why_missing(), detail),
         Backend("aten", None, "PyTorch's own operators"),
     ]
 
@@ -160,7 +160,7 @@ def _lines() -> Iterator[tuple[str, str]]:
     yield "system", platform.platform()
     yield "processor", f"{cpu_name()}, {os.cpu_count()} CPUs"
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
-    isa = f"{torch.backends.cpu.get_cpu_capability()} (PyTorch), {cpu.instruction_set().name} (oneDNN)"
+    isa = f"{torch.backends.cpu.get_cpu_capability()} (PyTorch), {onednn.instruction_set().name} (oneDNN)"
     yield "instruction sets", isa + (f", limited by ONEDNN_MAX_CPU_ISA={limit}" if limit else "")
     for line in cuda_devices() or [nvidia_problem() or "no NVIDIA device visible"]:
         yield "device", line

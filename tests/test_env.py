@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cnnfast
-from cnnfast import cpu, dispatch, env
+from cnnfast import dispatch, env, onednn
 
 
 def backend_off(name: str) -> str | None:
@@ -104,7 +104,7 @@ def test_triton_on_an_old_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_onednn_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_missing", lambda: "no oneDNN here")
+    monkeypatch.setattr(onednn, "why_missing", lambda: "no oneDNN here")
     assert backend_off("aten, oneDNN packed") == "no oneDNN here"
     assert backend_off("aten") is None
 
