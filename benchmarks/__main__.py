@@ -34,7 +34,7 @@ NOTES = (
     "Every implementation has the same weights and input, and is compared with float64 before it is timed; one that is "
     "off is not timed. Times are medians of interleaved repeats. TFLOP/s count two operations per multiply-add that is "
     "left after phase decomposition; torch.mm's rate is measured among the others, in every row. A call "
-    "that takes a second or more is timed once.",
+    "that takes long (a second; with --quick half of one) is timed once.",
 )
 
 
