@@ -5,8 +5,8 @@ activation. Here the weight is packed once, BatchNorm's scale folded into it and
 activation runs on the accumulator. The rules that choose the method (`_method`) and the dtype of the products
 (`_compute_dtype`) were measured; docs/facts.md says where.
 
-oneDNN's relu and hardtanh turn NaN into a number, torch's do not. Where the weight or the shift is not finite the
-activation therefore comes afterwards; a NaN in the input alone is not looked for.
+oneDNN's relu and hardtanh turn NaN into a number, torch's do not. Where the weight, the shift or the input (its sum
+tells, at the price of reading it once: under 1 % of the step) is not finite, those two come afterwards.
 """
 
 from __future__ import annotations
@@ -118,7 +118,10 @@ def _plan(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> _Plan | str
         return str(error)
     isa = instruction_set()
     compute = _compute_dtype(dtype, isa)
-    method = _method(step.spec, shape, compute, isa)(step.spec, shape, compute)  # type: ignore[call-arg]
+    kind = _method(step.spec, shape, compute, isa)
+    if kind is Deconvolution and any(p >= s for p, s in zip(step.spec.output_padding, step.spec.stride, strict=True)):
+        return "oneDNN has no deconvolution whose output padding reaches the stride"
+    method = kind(step.spec, shape, compute)  # type: ignore[call-arg]
     sample = method.pack(torch.zeros(step.spec.weight_shape), None)
     key = (step, compute, type(method), layout(sample))
     return _Plan(method, post_op(step.activation), key, _why_slower(step, shape, method, isa))
@@ -164,6 +167,7 @@ def _pack(method: Method, step: Step, o: Operands) -> tuple[Any, bool]:
     return method.pack(weight, shift), finite
 
 
+_LOSE_NAN = ("relu", "hardtanh")  # of oneDNN's names
 _IN_PLACE: dict[str, Callable[..., torch.Tensor]] = {
     "relu": torch.relu_,
     "tanh": torch.tanh_,
@@ -205,8 +209,10 @@ def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor:
     method, post, key, _ = plan
     vectors = (o.bias, o.mean, o.var, o.scale, o.shift)
     packed, finite = PACKS.get(o.weight, (key, o.eps), vectors, lambda: _pack(method, step, o))
-    fused = post.fused and finite and o.residual is None
     x = _to(step.pad_input(x), method.dtype, True)
+    fused = post.fused and o.residual is None
+    if fused and post.attr in _LOSE_NAN:
+        fused = finite and math.isfinite(x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None).item())
     y = method.run(x, packed, post if fused else PostOp(), channels_last)
     if not fused:
         y = _finish(y, step.activation, o)

@@ -5,7 +5,8 @@ that dangerous: a pointer and ``Tensor._version`` are no identity (a second mode
 with the same version), writes through ``.data`` (EMA code) don't change ``_version``, nor does BatchNorm in train mode
 when it updates its running statistics. So an entry
 
-- belongs to one ``nn.Parameter``, by a weak reference, and dies with it; temporaries are never cached;
+- belongs to one ``nn.Parameter``, by a weak reference, and dies with it; a view of one counts as it, any other
+  temporary is never cached;
 - is served only while the parameter's version, pointer, shape, strides and dtype, a strided sample of its content, and
   the whole content of the small vectors that were folded in are what they were.
 
@@ -32,9 +33,15 @@ T = TypeVar("T")
 _PLACES, _RUN = 32, 4
 
 
+def _owner(weight: torch.Tensor) -> torch.Tensor:
+    """The tensor that ``weight`` is a view of, or itself: 1-D layers pass their Parameter as a view of height 1."""
+    base = weight._base
+    return weight if base is None else base
+
+
 def why_not_cacheable(weight: torch.Tensor) -> str | None:
-    """Why no pack of ``weight`` may be kept, or None where it may."""
-    if type(weight) is not nn.Parameter:
+    """Why no pack of ``weight`` may be kept, or None where it may: for a Parameter or a view of one."""
+    if type(_owner(weight)) is not nn.Parameter:
         return "the weight is not an nn.Parameter (a temporary has no identity to cache by)"
     if weight.is_inference():
         return "the weight was created in inference_mode (it has no version to check)"
@@ -108,8 +115,9 @@ class PackCache:
         ``key`` says everything else that the value depends on; the number of vectors is the same for the same key. A
         weight that `why_not_cacheable` rejects is built every time.
         """
-        slot = self._slots.get(id(weight))
-        if slot is not None and slot.ref() is weight:
+        owner = _owner(weight)
+        slot = self._slots.get(id(owner))
+        if slot is not None and slot.ref() is owner:
             state = _state(weight)
             with self._lock:
                 entry = slot.packs.get(key)
@@ -125,7 +133,7 @@ class PackCache:
             copies = tuple(None if v is None else v.detach().clone() for v in vectors)
             sample = view.clone()
             value = build()
-        self._put(weight, key, _Entry(state, view, sample, copies, value))
+        self._put(owner, key, _Entry(state, view, sample, copies, value))
         return value
 
     def _put(self, weight: torch.Tensor, key: Hashable, entry: _Entry) -> None:
@@ -152,9 +160,9 @@ class PackCache:
     def invalidate(self, target: nn.Module | torch.Tensor) -> int:
         """Drop the values made from ``target`` (a Parameter, or all Parameters of a module); returns how many."""
         if isinstance(target, nn.Module):
-            tensors: list[torch.Tensor] = list(target.parameters())
+            tensors: list[torch.Tensor] = [*target.parameters()]
         elif isinstance(target, torch.Tensor):
-            tensors = [target]
+            tensors = [_owner(target)]
         else:
             raise TypeError(f"invalidate() takes an nn.Module or a Tensor, got {type(target).__name__}")
         dropped = 0

@@ -294,3 +294,18 @@ def test_threads(counted: Counted) -> None:
         t.join()
     assert not errors, errors
     assert len(counted.cache) <= 4 * len(shared)
+
+
+def test_a_view_of_a_parameter_shares_its_life() -> None:
+    cache, p = PackCache(), nn.Parameter(torch.randn(16, 8, 4))
+    with torch.no_grad():
+        assert cache.get(p.unsqueeze(2), "k", (), lambda: "first") == "first"
+        assert cache.get(p.unsqueeze(2), "k", (), lambda: "second") == "first"
+        p.data.mul_(2.0)
+        assert cache.get(p.unsqueeze(2), "k", (), lambda: "third") == "third"
+        assert cache.get(p[:8], "k", (), lambda: "another view") == "another view"
+        assert cache.get(p.unsqueeze(2), "k", (), lambda: "fourth") == "fourth"
+    assert len(cache) == 1
+    del p
+    gc.collect()
+    assert len(cache) == 0
