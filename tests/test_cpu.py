@@ -186,6 +186,14 @@ def test_memory_formats(case: Case, dtype: torch.dtype, channels_last: bool) -> 
     compare(case, o, run(case, o, channels_last))
 
 
+@dtypes
+def test_large_images_to_nchw(dtype: torch.dtype) -> None:
+    """They take a copy of their own."""
+    case = conv("large", "", 32, 40, 4, 2, 1, size=(88, 80), batch=2)
+    o = operands(case, dtype)
+    assert torch.equal(run(case, o, False), run(case, o, True))
+
+
 # --- each method by itself, wherever it applies -----------------------------------------------------------------------
 
 
