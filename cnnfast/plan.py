@@ -225,6 +225,8 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
     exact = precision.dtype == torch.float32 and not precision.tf32
     if m * n > threads * (32 if exact else 128) or m * n < threads * 2:
         return False
+    if plan.num_warps > (m // 16) * (n // 16):  # the surplus warps would repeat the work of the others
+        return False
     if plan.unroll > 1 and device.arch // 10 == 10:
         # Two pipelined tcgen05 products a trip: the compiled code gave wrong sums when executed in emulation (triton
         # 3.7.1); whether compiler or emulator is at fault is open. One product a trip is right.
@@ -237,13 +239,13 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
 def _tiles(precision: Precision, device: Device) -> Iterator[tuple[int, int, int, int, int]]:
     """Candidate (block_m, block_n, num_warps, num_stages, bytes of k per block), tried in this order."""
     if precision.dtype == torch.float32 and not precision.tf32:
-        yield from ((64, 64, 8, 2, 64), (32, 64, 4, 2, 64), (32, 32, 4, 2, 64), (16, 32, 2, 2, 64), (16, 16, 2, 2, 64))
+        yield from ((64, 64, 8, 2, 64), (32, 64, 4, 2, 64), (32, 32, 4, 2, 64), (16, 32, 2, 2, 64), (16, 16, 1, 2, 64))
         return
     wide = precision.itemsize == 4
     for m, n in itertools.product((128, 64, 32, 16), (128, 64, 32, 16)):
         if wide and m * n > 64 * 64:
             continue
-        warps = 8 if m * n >= 128 * 128 else 4 if m * n >= 32 * 64 else 2
+        warps = 8 if m * n >= 128 * 128 else 4 if m * n >= 32 * 64 else 2 if m * n > 16 * 16 else 1
         yield m, n, warps, 3, 64
         if m * n <= 64 * 64:
             yield m, n, warps, 3, 128
