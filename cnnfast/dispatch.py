@@ -63,8 +63,7 @@ def backend(name: str) -> Iterator[None]:
         _current.reset(token)
 
 
-# --- why not Triton
-# -----------------------------------------------------------------------------------------------------
+# --- why not Triton ---------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=1)
@@ -124,8 +123,7 @@ def why_not(step: Step, operands: Operands) -> str | None:
     return reason or _spec_why_not(step, x.shape[0], (x.shape[2], x.shape[3]), x.dtype)
 
 
-# --- the device and its numerics
-# ------------------------------------------------------------------------------------------
+# --- the device and its numerics --------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)

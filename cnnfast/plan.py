@@ -58,8 +58,7 @@ def device_for(arch: int, multiprocessors: int | None = None) -> Device:
     return Device(known, d.name, multiprocessors, *(getattr(d, f) for f in list(Device.__dataclass_fields__)[3:]))
 
 
-# --- lowering: which gather the kernel runs
-# -----------------------------------------------------------------------------
+# --- lowering: which gather the kernel runs ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -170,8 +169,7 @@ def lower(spec: ConvSpec, input_size: tuple[int, ...]) -> Lowering:
     return _phases(spec)
 
 
-# --- plan: the tile
-# ------------------------------------------------------------------------------------------------------
+# --- plan: the tile ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -232,8 +232,7 @@ def conv_transpose_kernel(
             else:
                 acc = tl.dot(a, b, acc, input_precision="ieee")
 
-    # --- the store: column -> (a, b, channel), row -> output position
-    # --------------------------------------------------
+    # --- the store: column -> (a, b, channel), row -> output position -------------------------------------------------
     CHANNELS_OUT: tl.constexpr = COUT // GROUPS
     merged = offs_n // CHANNELS_OUT
     chan = group * CHANNELS_OUT + offs_n - merged * CHANNELS_OUT

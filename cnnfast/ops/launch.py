@@ -20,8 +20,7 @@ from ..spec import Precision
 __all__ = ["LAUNCHES", "kernel_weight", "prepare", "run"]
 
 
-# --- weights
-# ------------------------------------------------------------------------------------------------------------
+# --- weights ----------------------------------------------------------------------------------------------------------
 
 
 def _identity_map(low: Lowering) -> bool:
@@ -58,17 +57,30 @@ def weight_layout(low: Lowering) -> WeightLayout:
     return WeightLayout(True, union * cin * columns, cin * columns, columns, 1)
 
 
-def pack(low: Lowering, weight: torch.Tensor) -> torch.Tensor:
-    """(C_in, C_out/g, kh, kw) -> (g, union taps, C_in/g, merge_h * merge_w * C_out/g), zeros where a phase lacks a
-    tap."""
+@lru_cache(maxsize=256)
+def _pack_index(low: Lowering, strides: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Where each element of `pack`'s result lies in the memory of a dense weight with these strides; one past its end
+    stands for zero. int32; made once, so that a call copies nothing from the host."""
     s = low.spec
-    map_h, map_w = tap_map(low)
-    w = F.pad(weight, (0, 1, 0, 1))  # index -1 is the zero row
-    index_h = torch.tensor(map_h, device=w.device).flatten() % w.shape[2]
-    index_w = torch.tensor(map_w, device=w.device).flatten() % w.shape[3]
-    w = w.index_select(2, index_h).index_select(3, index_w)
-    w = w.view(s.groups, low.channels_in, -1, low.merge[0], low.kernel[0], low.merge[1], low.kernel[1])
-    return w.permute(0, 4, 6, 1, 3, 5, 2).contiguous()
+    cin, cout = low.channels_in, s.out_channels // s.groups
+    map_h, map_w = (torch.tensor(m) for m in tap_map(low))  # (merge, union taps)
+    a, u = map_h.shape
+    b, v = map_w.shape
+    channel = torch.arange(s.groups * cin).view(s.groups, 1, 1, cin, 1, 1, 1) * strides[0]
+    column = torch.arange(cout).view(1, 1, 1, 1, 1, 1, cout) * strides[1]
+    th, tw = map_h.t().view(1, u, 1, 1, a, 1, 1), map_w.t().view(1, 1, v, 1, 1, b, 1)
+    index = channel + column + th * strides[2] + tw * strides[3]
+    index = torch.where((th < 0) | (tw < 0), math.prod(s.weight_shape), index)
+    return index.flatten().to(torch.int32).to(device)
+
+
+def pack(low: Lowering, weight: torch.Tensor) -> torch.Tensor:
+    """(C_in, C_out/g, kh, kw) -> (g, union taps, C_in/g, merge_h * merge_w * C_out/g), flat, zeros where a phase lacks
+    a tap. Two small launches."""
+    if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
+        weight = weight.contiguous()
+    index = _pack_index(low, weight.stride(), weight.device)
+    return F.pad(weight.as_strided((weight.numel(),), (1,)), (0, 1)).index_select(0, index)
 
 
 def kernel_weight(step: Step, low: Lowering, weight: torch.Tensor) -> torch.Tensor:
@@ -80,8 +92,7 @@ def kernel_weight(step: Step, low: Lowering, weight: torch.Tensor) -> torch.Tens
     return weight.contiguous(memory_format=torch.channels_last)
 
 
-# --- the launch
-# ---------------------------------------------------------------------------------------------------------
+# --- the launch -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
