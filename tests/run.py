@@ -1,14 +1,14 @@
 """Run the tests in their stages: ``python tests/run.py [--all] [STAGE ...]`` (``make test``, ``make test-all``).
 
 cpu       everything that launches no kernel and compiles none ahead of time
-avx512    the CPU paths as on a processor without AMX and bfloat16 instructions
-avx2      the CPU paths as on a processor with AVX2 only
 kernels   every test that launches a Triton kernel: on a CUDA device where there is one, else on the CPU under ttsem
 compiled  machine code of the plans, compiled ahead of time
+avx512    the CPU paths as on a processor without AMX and bfloat16 instructions
+avx2      the CPU paths as on a processor with AVX2 only
 
-Each stage is a process of its own. Stages whose work is on one thread run two at a time; the output of a stage that
-does not come as it happens comes when the stage ends. Ends with a line for each stage and a count of all tests; the
-exit status is 0 if every stage passed.
+Each stage is a process of its own, and two lanes of them run side by side. The first lane is shown as it runs, a stage
+of the other one when it ends. Ends with a line for each stage and a count of all tests; the exit status is 0 if every
+stage passed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ import tempfile
 import threading
 import time
 import xml.etree.ElementTree as ElementTree
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU_TESTS = ("tests/test_cpu.py", "tests/test_packing.py", "tests/test_ops.py", "tests/test_sequential.py")
+CPU_TESTS = ("tests/test_cpu.py", "tests/test_dcgan.py", "tests/test_sequential.py")
 COMPILED_TESTS = "tests/test_compiled.py"
 
 
@@ -75,27 +75,27 @@ def kernel_stage() -> tuple[Stage | None, str]:
     return Stage("kernels", ("tests",), "kernel", ttsem=True), "on the CPU under ttsem"
 
 
-def stages() -> tuple[list[list[Stage]], dict[str, Result]]:
-    """(groups of stages that run side by side, results of the stages that cannot run, with a note)."""
+def lanes() -> tuple[list[list[Stage]], dict[str, Result]]:
+    """(sequences of stages that run side by side, results of the stages that cannot run, with a note)."""
     none: dict[str, Result] = {}
-    # oneDNN uses what the processor has where that is less than the limit.
     one_thread = {"OMP_NUM_THREADS": "1"}
-    isa = [
-        Stage(name, CPU_TESTS, env={"ONEDNN_MAX_CPU_ISA": value, **one_thread})
-        for name, value in (("avx512", "AVX512_CORE"), ("avx2", "AVX2"))
-    ]
-    side_by_side = []
+    # A waiting thread must not spin on a core that another stage wants.
+    first = [Stage("cpu", ("tests", f"--ignore={COMPILED_TESTS}"), env={"OMP_WAIT_POLICY": "PASSIVE"})]
+    second = []
     kernels, note = kernel_stage()
     if kernels is None:
         none["kernels"] = Result(note=f"Triton kernels: NOT RUN ({note})")
     else:
         print(f"Triton kernels run {note}", flush=True)
-        side_by_side.append(kernels)
+        second.append(replace(kernels, env=one_thread))
     if importlib.util.find_spec("triton") is None:
         none["compiled"] = Result(note="Plans: NOT COMPILED (triton is not installed)")
     else:
-        side_by_side.append(Stage("compiled", (COMPILED_TESTS,), env=one_thread))
-    return [[Stage("cpu", ("tests", f"--ignore={COMPILED_TESTS}"))], isa, side_by_side], none
+        second.append(Stage("compiled", (COMPILED_TESTS,), env=one_thread))
+    # oneDNN uses what the processor has where that is less than the limit.
+    for name, value in (("avx512", "AVX512_CORE"), ("avx2", "AVX2")):
+        second.append(Stage(name, CPU_TESTS, env={"ONEDNN_MAX_CPU_ISA": value, **one_thread}))
+    return [first, second], none
 
 
 def command(stage: Stage, report: Path, everything: bool, extra: list[str]) -> list[str]:
@@ -153,16 +153,17 @@ def run(stage: Stage, folder: Path, everything: bool, extra: list[str], live: bo
     return result
 
 
-def run_group(group: list[Stage], folder: Path, everything: bool, extra: list[str], results: dict[str, Result]) -> None:
-    """The first stage's output as it happens, the others' when they end."""
+def run_lanes(
+    sequences: list[list[Stage]], folder: Path, everything: bool, extra: list[str], results: dict[str, Result]
+) -> None:
+    def lane(stages: list[Stage], live: bool) -> None:
+        for stage in stages:
+            results[stage.name] = run(stage, folder, everything, extra, live)
 
-    def one(stage: Stage, live: bool) -> None:
-        results[stage.name] = run(stage, folder, everything, extra, live)
-
-    threads = [threading.Thread(target=one, args=(stage, False)) for stage in group[1:]]
+    threads = [threading.Thread(target=lane, args=(stages, False)) for stages in sequences[1:]]
     for thread in threads:
         thread.start()
-    one(group[0], True)
+    lane(sequences[0], True)
     for thread in threads:
         thread.join()
 
@@ -173,18 +174,16 @@ def main() -> int:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="only these")
     parser.add_argument("--pytest", action="append", default=[], metavar="OPTION", help="hand OPTION on to pytest")
     options = parser.parse_args()
-    groups, results = stages()
-    known = [stage.name for group in groups for stage in group] + list(results)
+    sequences, results = lanes()
+    known = [stage.name for stages in sequences for stage in stages] + list(results)
     if unknown := sorted(set(options.stages) - set(known)):
         parser.error(f"unknown stage {', '.join(unknown)}: expected some of {', '.join(known)}")
     wanted = options.stages or known
     results = {name: result for name, result in results.items() if name in wanted}
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
-        for group in groups:
-            group = [stage for stage in group if stage.name in wanted]
-            if group:
-                run_group(group, Path(folder), options.all, options.pytest, results)
+        chosen = [[stage for stage in stages if stage.name in wanted] for stages in sequences]
+        run_lanes([stages for stages in chosen if stages] or [[]], Path(folder), options.all, options.pytest, results)
     missing = [name for name in wanted if name not in results]
     print(f"\n=== summary, {time.monotonic() - start:.0f} s")
     for name in wanted:
