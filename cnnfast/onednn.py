@@ -14,6 +14,7 @@ import itertools
 import math
 import os
 import platform
+from collections.abc import Mapping
 from enum import IntEnum
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -54,15 +55,14 @@ _OPS = (
 
 
 class InstructionSet(IntEnum):
-    """What oneDNN's kernels may use, in rising order (x86)."""
+    """What oneDNN's kernels may use, in rising order (x86), as far as a rule depends on it."""
 
     NONE = 0
     AVX2 = 1
     AVX512 = 2
     AVX512_BF16 = 3
-    AVX512_FP16 = 4
-    AMX = 5
-    AMX_FP16 = 6
+    AMX = 4
+    AMX_FP16 = 5
 
 
 # oneDNN's names for a limit (its documentation, "CPU dispatcher control"); a name that is not here sets none.
@@ -75,8 +75,8 @@ _LIMITS = {
     "AVX512_CORE": InstructionSet.AVX512,
     "AVX512_CORE_VNNI": InstructionSet.AVX512,
     "AVX512_CORE_BF16": InstructionSet.AVX512_BF16,
-    "AVX512_CORE_FP16": InstructionSet.AVX512_FP16,
-    "AVX10_1_512": InstructionSet.AVX512_FP16,
+    "AVX512_CORE_FP16": InstructionSet.AVX512_BF16,
+    "AVX10_1_512": InstructionSet.AVX512_BF16,
     "AVX512_CORE_AMX": InstructionSet.AMX,
     "AVX10_1_512_AMX": InstructionSet.AMX,
     "AVX512_CORE_AMX_FP16": InstructionSet.AMX_FP16,
@@ -93,16 +93,15 @@ def instruction_set() -> InstructionSet:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return InstructionSet.NONE
     found = InstructionSet.NONE
-    has = torch.cpu.get_capabilities()
-    for level, flag in (
-        (InstructionSet.AVX2, "avx2"),
-        (InstructionSet.AVX512, "avx512_bw"),
-        (InstructionSet.AVX512_BF16, "avx512_bf16"),
-        (InstructionSet.AVX512_FP16, "avx512_fp16"),
-        (InstructionSet.AMX, "amx_bf16"),
-        (InstructionSet.AMX_FP16, "amx_fp16"),
+    for level, query in (
+        (InstructionSet.AVX2, "_is_avx2_supported"),
+        (InstructionSet.AVX512, "_is_avx512_supported"),
+        (InstructionSet.AVX512_BF16, "_is_avx512_bf16_supported"),
+        (InstructionSet.AMX, "_is_amx_tile_supported"),
+        (InstructionSet.AMX_FP16, "_is_amx_fp16_supported"),
     ):
-        if has.get(flag):
+        supported = getattr(torch.cpu, query, None)  # private names, as everything in this file
+        if supported is not None and supported():
             found = level
     asked = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     return min(found, _LIMITS.get(asked, InstructionSet.AMX_FP16))
@@ -110,8 +109,9 @@ def instruction_set() -> InstructionSet:
 
 @lru_cache(maxsize=1)
 def cache_bytes() -> int:
-    """The second-level cache of one core."""
-    return int(torch.cpu.get_capabilities().get("l2_cache_size") or 2**20)
+    """The second-level cache of one core; 2 MiB where torch does not say."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return int(capabilities.get("l2_cache_size") or 2**21)
 
 
 @lru_cache(maxsize=1)

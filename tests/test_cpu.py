@@ -26,6 +26,8 @@ pytestmark = pytest.mark.skipif(onednn.why_missing() is not None, reason=str(one
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+# float16 takes float32's way or bfloat16's: where that is all there is to it, two dtypes do.
+two_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 # The second field is the method that must run, on every instruction set; "" where the rule depends on it.
 GEOMETRY = [
@@ -134,7 +136,7 @@ ACTS += [Activation("leaky_relu", (0.2,)), Activation("elu", (0.5,)), Activation
 
 
 @with_id(EPILOGUES)
-@dtypes
+@two_dtypes
 @pytest.mark.parametrize("act", ACTS, ids=lambda a: "_".join(map(str, (a.name, *a.params))))
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_activations(case: Case, dtype: torch.dtype, act: Activation, residual: bool) -> None:
@@ -144,7 +146,7 @@ def test_activations(case: Case, dtype: torch.dtype, act: Activation, residual: 
 
 
 @with_id(EPILOGUES)
-@dtypes
+@two_dtypes
 def test_one_slope_for_all_channels(case: Case, dtype: torch.dtype) -> None:
     case = replace(case, step=replace(case.step, activation=Activation("prelu")), slopes=1)
     o = operands(case, dtype)
@@ -152,7 +154,7 @@ def test_one_slope_for_all_channels(case: Case, dtype: torch.dtype) -> None:
 
 
 @with_id(EPILOGUES)
-@dtypes
+@two_dtypes
 def test_parts_of_the_epilogue(case: Case, dtype: torch.dtype) -> None:
     """No bias; a norm without affine; scale or shift alone; norm after a bias, with a residual."""
     full = operands(case, dtype, norm=True, residual=True)
@@ -172,7 +174,7 @@ def test_parts_of_the_epilogue(case: Case, dtype: torch.dtype) -> None:
 @with_id(
     [case for case in GEOMETRY if case.id in ("latent", "k4s2p1_odd", "k1s3", "rgb_odd", "wave", "small_map", "plain")]
 )
-@dtypes
+@two_dtypes
 @pytest.mark.parametrize("channels_last", [True, False], ids=["to_nhwc", "to_nchw"])
 def test_memory_formats(case: Case, dtype: torch.dtype, channels_last: bool) -> None:
     o = operands(case, dtype)
@@ -361,7 +363,7 @@ def test_operands_are_not_written_to() -> None:
 # --- weights that change ----------------------------------------------------------------------------------------------
 
 
-@dtypes
+@two_dtypes
 @with_id(EPILOGUES)
 def test_every_change_of_the_operands_is_seen(case: Case, dtype: torch.dtype) -> None:
     o = operands(case, dtype, norm=True)
