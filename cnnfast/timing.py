@@ -1,12 +1,15 @@
 """Times of functions that are compared with each other: measured in turn, reported as medians with their spread.
 
 Machines drift (clock rates, neighbours, caches), so candidates are never timed one after the other: every repeat times
-a short block of calls of each of them, in an order that rotates, and the medians over the repeats are compared.
+a short block of calls of each of them, in an order that is shuffled anew (with a fixed seed: rotating it would leave
+each candidate behind the same neighbour, whose threads may still be spinning), and the medians over the repeats are
+compared. Each block follows a call of the same candidate that is not counted: times are of warm caches.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -69,10 +72,12 @@ def measure(
         once = min(clock(call, 1), clock(call, 1))
         calls[name] = max(1, min(1000, round(block_seconds / max(once, 1e-7))))
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    names = list(candidates)
-    for repeat in range(repeats):
-        turn = repeat % len(names) if names else 0
-        for name in names[turn:] + names[:turn]:
+    names, rng = list(candidates), random.Random(0)
+    for _ in range(repeats):
+        rng.shuffle(names)
+        for name in names:
+            # One call more, not counted: caches and thread pools still belong to the one before.
+            candidates[name]()
             seconds[name].append(clock(candidates[name], calls[name]) / calls[name])
         if on_repeat is not None:
             on_repeat()

@@ -14,11 +14,16 @@ def test_statistics() -> None:
     assert str(Timing((0.0012,), calls=1)) == "1.20 ms [1.20, 1.20]"
 
 
-def test_candidates_take_turns_in_a_rotating_order() -> None:
+def test_candidates_take_turns_in_a_shuffled_order() -> None:
     log: list[str] = []
-    times = measure({"a": lambda: log.append("a"), "b": lambda: log.append("b")}, repeats=2, block_seconds=0.0)
-    assert log == ["a"] * 3 + ["b"] * 3 + ["a", "b"] + ["b", "a"]
-    assert all(len(t.seconds) == 2 and t.calls == 1 for t in times.values())
+    names = ["a", "b", "c"]
+    times = measure({n: lambda n=n: log.append(n) for n in names}, repeats=30, block_seconds=0.0)
+    assert log[:9] == ["a"] * 3 + ["b"] * 3 + ["c"] * 3
+    rounds = [log[k : k + 6] for k in range(9, len(log), 6)]
+    assert len(rounds) == 30 and all(r[0::2] == r[1::2] and sorted(r[0::2]) == names for r in rounds)
+    before_a = {r[r.index("a") - 1] for r in rounds if r[0] != "a"}
+    assert before_a == {"b", "c"}, "nobody always follows the same neighbour"
+    assert all(len(t.seconds) == 30 and t.calls == 1 for t in times.values())
 
 
 class Clock:
