@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import cnnfast
+from benchmarks import readme
 from cnnfast.ops import core
 
 from .tolerance import assert_close
@@ -44,3 +46,7 @@ def test_files_and_commands_exist() -> None:
 
 def test_gpu_status_is_stated() -> None:
     assert "No kernel has run on a physical GPU yet" in TEXT
+
+
+def test_times_are_those_of_the_results_file() -> None:
+    assert readme.render(TEXT, json.loads(readme.DEFAULT.read_text())) == TEXT, "run python -m benchmarks.readme"
