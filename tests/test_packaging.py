@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -112,7 +113,10 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make
 
 
 def dry_run(*arguments: str) -> str:
-    return subprocess.run(["make", "-n", *arguments], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    # These tests may themselves run under make: what it passes on belongs to that run.
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "VENV", "PYTHON")}
+    command = ["make", "-n", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, env=env).stdout
 
 
 @needs_make
