@@ -348,13 +348,11 @@ def launch(x, weight, y, residual, vectors, eps, how) -> None:
     are bias, mean, var, scale, shift and slope, each (C_out,) or None; ``how`` is `cnnfast.ops.launch.Launch`."""
     n, _, h, w = x.shape
     _, c, oh, ow = y.shape
-    plan = how.plan
-    options = {"num_warps": plan.num_warps, "num_stages": plan.num_stages}
-    kernel = conv_transpose_kernel[how.grid]
+    run, options = conv_transpose_kernel.run, how.options  # kernel[grid](...), without its wrapper
     if how.reduce is None:
-        kernel(x, weight, y, residual, *vectors, n, h, w, oh, ow, eps, *how.constants, **options)
+        run(x, weight, y, residual, *vectors, n, h, w, oh, ow, eps, *how.constants, **options)
         return
-    work = y.new_empty((plan.split_k, n, oh, ow, c), dtype=torch.float32)
+    work = y.new_empty((how.plan.split_k, n, oh, ow, c), dtype=torch.float32)
     empty = (None,) * len(vectors)
-    kernel(x, weight, work, None, *empty, n, h, w, oh, ow, eps, *how.constants, **options)
+    run(x, weight, work, None, *empty, n, h, w, oh, ow, eps, *how.constants, **options)
     split_k_epilogue_kernel[how.reduce_grid](work, y, residual, *vectors, n, oh * ow, eps, *how.reduce)

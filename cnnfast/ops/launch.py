@@ -100,8 +100,8 @@ class Launch:
     """Everything of a launch that does not depend on the tensors' contents or addresses."""
 
     plan: Plan
-    grid: tuple[int, int, int]
     constants: tuple[Any, ...]  # compile-time arguments of `conv_transpose_kernel` in its order
+    options: dict[str, Any]  # grid, warps and stages, as Triton's `run` takes them
     output_shape: tuple[int, int, int, int]
     reduce: tuple[Any, ...] | None  # those of `split_k_epilogue_kernel` where K is split
     reduce_grid: tuple[int, int, int]
@@ -170,8 +170,8 @@ def prepare(
         reduce_grid = (-(-batch * math.prod(out) // REDUCE_M), -(-s.out_channels // REDUCE_N), 1)
     return Launch(
         plan,
-        plan.grid(batch, out),
         _in_order(kernels.conv_transpose_kernel, consts),
+        dict(grid=plan.grid(batch, out), warmup=False, num_warps=plan.num_warps, num_stages=plan.num_stages),
         (batch, s.out_channels, out[0], out[1]),
         reduce,
         reduce_grid,
