@@ -28,6 +28,7 @@ __all__ = [
     "Precision",
     "collapse_upsample",
     "phases_1d",
+    "tap_inverse",
 ]
 
 
@@ -55,7 +56,7 @@ class Phase:
         return max(0, -(-(output_size - self.residue) // stride))
 
 
-def _tap_inverse(stride: int, dilation: int) -> int:
+def tap_inverse(stride: int, dilation: int) -> int:
     """Inverse of ``d/g`` modulo ``s/g``: solves ``d*t = c (mod s)`` for the first tap of a phase."""
     g = math.gcd(stride, dilation)
     return pow(dilation // g, -1, stride // g) if stride > g else 0
@@ -70,7 +71,7 @@ def phases_1d(kernel: int, stride: int, padding: int, dilation: int, transposed:
     if not transposed:
         return (Phase(residue=0, taps=kernel, tap0=0, tap_step=1, off0=-padding, step=dilation),)
     g = math.gcd(stride, dilation)
-    tap_step, inverse = stride // g, _tap_inverse(stride, dilation)
+    tap_step, inverse = stride // g, tap_inverse(stride, dilation)
     out = []
     for r in range(stride):
         c = r + padding

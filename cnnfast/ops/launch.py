@@ -15,7 +15,7 @@ from .. import dispatch
 from ..block import Operands, Step
 from ..kernels import conv_transpose as kernels
 from ..plan import Device, Lowering, Plan, choose_plan, tap_map
-from ..spec import Precision
+from ..spec import Precision, tap_inverse
 
 __all__ = ["LAUNCHES", "kernel_weight", "prepare", "run"]
 
@@ -124,10 +124,7 @@ def constants(
     s, layout = low.spec, weight_layout(low)
     params = (*step.activation.params, 0.0, 0.0)
     gcd = [math.gcd(st, d) if low.transposed else 1 for st, d in zip(s.stride, s.dilation, strict=True)]
-    inverse = [
-        pow(d // g, -1, st // g) if low.transposed and st > g else 0
-        for st, d, g in zip(s.stride, s.dilation, gcd, strict=True)
-    ]
+    inverse = [tap_inverse(st, d) if low.transposed else 0 for st, d in zip(s.stride, s.dilation, strict=True)]
     dilation = (1, 1) if low.merged else s.dilation
     return dict(
         GROUPS=s.groups, CIN=low.channels_in, COUT=s.out_channels, COLS=low.columns,
