@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import torch
@@ -21,28 +21,43 @@ __all__ = ["DEVICES", "Device", "Lowering", "Plan", "choose_plan", "device_for",
 
 @dataclass(frozen=True)
 class Device:
-    """Limits of a GPU that plans depend on. ``shared_memory`` is per block; sources: CUDA programming guide (compute
-    capabilities) and the vendor's data sheets."""
+    """Limits and rates of a GPU.
+
+    Sources: the table of compute capabilities in the CUDA programming guide (shared memory, warps and blocks), and the
+    vendor's architecture white papers and data sheets (the rest; tensor rates are dense, with float32 accumulation,
+    which GeForce cards run at half the rate of float16's).
+    """
 
     arch: int
     name: str
     multiprocessors: int
-    shared_memory: int
+    shared_memory: int  # bytes a block can have
     shared_per_multiprocessor: int
-    mma_per_clock: int  # fp16/bf16 multiply-adds per clock and multiprocessor (dense tensor cores)
-    l2_bytes_per_clock: int  # from L2 per clock and multiprocessor
+    warps: int  # resident per multiprocessor
+    blocks: int
+    mma_per_clock: int  # fp16/bf16 multiply-adds per clock and multiprocessor
+    l2_bytes_per_clock: int  # from L2 per clock and multiprocessor (an assumption: nobody publishes it)
+    l2_bytes: int
+    dram_gb_per_second: int
+    clock_mhz: int  # boost
+
+    @property
+    def dram_bytes_per_clock(self) -> float:
+        """Of the whole GPU."""
+        return 1e3 * self.dram_gb_per_second / self.clock_mhz
 
 
-KIB = 1024
+KIB, MIB = 1024, 1024**2
+REGISTERS = 65536  # 32-bit registers of a multiprocessor, from compute capability 8.0 to 12.0
 DEVICES: dict[int, Device] = {
     d.arch: d
     for d in (
-        Device(80, "A100", 108, 163 * KIB, 164 * KIB, 1024, 64),
-        Device(86, "RTX 3090", 82, 99 * KIB, 100 * KIB, 256, 48),
-        Device(89, "RTX 4090", 128, 99 * KIB, 100 * KIB, 512, 48),
-        Device(90, "H100", 132, 227 * KIB, 228 * KIB, 2048, 64),
-        Device(100, "B200", 148, 227 * KIB, 228 * KIB, 4096, 64),
-        Device(120, "RTX 5090", 170, 99 * KIB, 100 * KIB, 512, 48),
+        Device(80, "A100", 108, 163 * KIB, 164 * KIB, 64, 32, 1024, 64, 40 * MIB, 2039, 1410),
+        Device(86, "RTX 3090", 82, 99 * KIB, 100 * KIB, 48, 16, 256, 48, 6 * MIB, 936, 1695),
+        Device(89, "RTX 4090", 128, 99 * KIB, 100 * KIB, 48, 24, 256, 48, 72 * MIB, 1008, 2520),
+        Device(90, "H100", 132, 227 * KIB, 228 * KIB, 64, 32, 2048, 64, 50 * MIB, 3350, 1830),
+        Device(100, "B200", 148, 227 * KIB, 228 * KIB, 64, 32, 4096, 64, 126 * MIB, 8000, 1850),
+        Device(120, "RTX 5090", 170, 99 * KIB, 100 * KIB, 48, 24, 256, 48, 96 * MIB, 1792, 2407),
     )
 }
 
@@ -55,7 +70,7 @@ def device_for(arch: int, multiprocessors: int | None = None) -> Device:
     d = DEVICES[known]
     if multiprocessors is None or multiprocessors == d.multiprocessors:
         return d
-    return Device(known, d.name, multiprocessors, *(getattr(d, f) for f in list(Device.__dataclass_fields__)[3:]))
+    return replace(d, multiprocessors=multiprocessors)
 
 
 # --- lowering: which gather the kernel runs ---------------------------------------------------------------------------

@@ -79,11 +79,11 @@ def epilogue(
     return act(acc, slope, P0, P1, ACT)
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW"])
+@triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "SPLITS"])
 def conv_transpose_kernel(
     x_ptr,  # (N, H, W, GROUPS * CIN)
     w_ptr,  # element (g, tap, k, column) at g*W_GROUP + tap*W_TAP + k*W_K + column*W_COL
-    y_ptr,  # (N, OH, OW, COUT), or (N, COUT, OH, OW) when not Y_CHANNELS_LAST; SPLIT_K > 1: (SPLIT_K, N, OH, OW, COUT)
+    y_ptr,  # (N, OH, OW, COUT), or (N, COUT, OH, OW) when not Y_CHANNELS_LAST; SPLIT_K: (SPLITS, N, OH, OW, COUT)
     residual_ptr,  # as y
     bias_ptr,  # (COUT,), like the next five
     mean_ptr,
@@ -96,6 +96,7 @@ def conv_transpose_kernel(
     W,
     OH,
     OW,
+    SPLITS,  # parts of K, where it is split
     eps,
     GROUPS: tl.constexpr,
     CIN: tl.constexpr,  # input channels of a group
@@ -195,13 +196,18 @@ def conv_transpose_kernel(
     TRIP: tl.constexpr = BLOCK_K * UNROLL
     TRIPS: tl.constexpr = (CIN + TRIP - 1) // TRIP
     steps = taps_h * taps_w * TRIPS
-    per_split = tl.cdiv(steps, SPLIT_K)
-    first = split * per_split
+    if SPLIT_K:
+        per_split = tl.cdiv(steps, SPLITS)
+        first = split * per_split
+        last = tl.minimum(first + per_split, steps)
+    else:
+        first = 0
+        last = steps
     x_tap = (off_h * W + off_w) * CHANNELS
     x_tap_row = STEP_H * W * CHANNELS
     w_tap = (th0 * KW + tw0) * W_TAP
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for step in range(first, tl.minimum(first + per_split, steps)):
+    for step in range(first, last):
         t = step // TRIPS
         k0 = (step - t * TRIPS) * TRIP
         jh = t // row_taps
@@ -246,7 +252,7 @@ def conv_transpose_kernel(
     else:
         a_h = merged * 0
         a_w = merged * 0
-    if Y_CHANNELS_LAST or SPLIT_K > 1:
+    if Y_CHANNELS_LAST or SPLIT_K:
         offs_y = ((oh * OW + ow) * COUT)[:, None] + ((a_h * OW + a_w) * COUT + chan)[None, :]
     else:
         offs_y = (oh * OW + ow)[:, None] + (chan * (OH * OW) + a_h * OW + a_w)[None, :]
@@ -255,7 +261,7 @@ def conv_transpose_kernel(
     else:
         image_y = n * (OH * OW * COUT)
     offs_y = image_y[:, None] + offs_y
-    if SPLIT_K > 1:
+    if SPLIT_K:
         tl.store(y_ptr + split.to(tl.int64) * N * (OH * OW * COUT) + offs_y, acc, mask=mask)
     else:
         residual = None
@@ -281,9 +287,9 @@ def conv_transpose_kernel(
         tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["N", "POSITIONS"])
+@triton.jit(do_not_specialize=["N", "POSITIONS", "SPLITS"])
 def split_k_epilogue_kernel(
-    work_ptr,  # (SPLIT_K, N, POSITIONS, COUT) float32 partial sums
+    work_ptr,  # (SPLITS, N, POSITIONS, COUT) float32 partial sums
     y_ptr,  # (N, POSITIONS, COUT), or (N, COUT, POSITIONS) when not Y_CHANNELS_LAST
     residual_ptr,  # as y
     bias_ptr,
@@ -294,6 +300,7 @@ def split_k_epilogue_kernel(
     slope_ptr,
     N,
     POSITIONS,
+    SPLITS,
     eps,
     COUT: tl.constexpr,
     Y_CHANNELS_LAST: tl.constexpr,
@@ -301,7 +308,6 @@ def split_k_epilogue_kernel(
     P0: tl.constexpr,
     P1: tl.constexpr,
     ACT: tl.constexpr,
-    SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -318,7 +324,7 @@ def split_k_epilogue_kernel(
         n = offs_m // POSITIONS
         offs = (n * (POSITIONS * COUT) + offs_m - n * POSITIONS)[:, None] + (chan * POSITIONS)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for split in range(SPLIT_K):
+    for split in range(SPLITS):
         acc += tl.load(work_ptr + split * total * COUT + offs_work, mask=mask, other=0.0)
     residual = None
     if residual_ptr is not None:
@@ -350,9 +356,10 @@ def launch(x, weight, y, residual, vectors, eps, how) -> None:
     _, c, oh, ow = y.shape
     run, options = conv_transpose_kernel.run, how.options  # kernel[grid](...), without its wrapper
     if how.reduce is None:
-        run(x, weight, y, residual, *vectors, n, h, w, oh, ow, eps, *how.constants, **options)
+        run(x, weight, y, residual, *vectors, n, h, w, oh, ow, 1, eps, *how.constants, **options)
         return
-    work = y.new_empty((how.plan.split_k, n, oh, ow, c), dtype=torch.float32)
+    splits = how.plan.split_k
+    work = y.new_empty((splits, n, oh, ow, c), dtype=torch.float32)
     empty = (None,) * len(vectors)
-    run(x, weight, work, None, *empty, n, h, w, oh, ow, eps, *how.constants, **options)
-    split_k_epilogue_kernel[how.reduce_grid](work, y, residual, *vectors, n, oh * ow, eps, *how.reduce)
+    run(x, weight, work, None, *empty, n, h, w, oh, ow, splits, eps, *how.constants, **options)
+    split_k_epilogue_kernel[how.reduce_grid](work, y, residual, *vectors, n, oh * ow, splits, eps, *how.reduce)
