@@ -77,7 +77,7 @@ def workloads(arguments: argparse.Namespace) -> list[Workload]:
         if case.quick or not arguments.quick or arguments.case
         for dtype in cases.DTYPES["cpu"]
         if not arguments.dtype or str(dtype).removeprefix("torch.") in arguments.dtype
-        for batch in case.batches
+        for batch in case.batches_on("cpu")
         if not arguments.batch or batch in arguments.batch
         if arguments.case or not (arguments.isa == "AVX2" and case.suite == "upsample" and dtype == torch.bfloat16)
     ]

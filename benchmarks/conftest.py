@@ -26,10 +26,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if suite is None:
         return
     pairs = [
-        pytest.param(
-            (case, case.batches[len(case.batches) // 2], dtype), implementation, id=_id(case, dtype, implementation)
-        )
+        pytest.param((case, batches[len(batches) // 2], dtype), implementation, id=_id(case, dtype, implementation))
         for case in cases.find([suite])
+        if (batches := case.batches_on("cpu"))
         for dtype in cases.DTYPES["cpu"]
         for implementation in IMPLEMENTATIONS
     ]
