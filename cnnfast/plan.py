@@ -1,7 +1,7 @@
 """How a convolution is launched: the form the kernel sees (`Lowering`), the tile (`Plan`), and the choice of both.
 
-Everything here is pure: no tensor, no GPU, no Triton. `choose_plan` is a model of time that compares candidates on the
-same work (tensor-core time, L2 time and latency per trip of the main loop, waves of programs); it was fitted to no GPU.
+Everything here is pure: no tensor, no GPU, no Triton. `choose_plan` compares plans by a model of time (tensor-core
+time, L2 time and latency per trip of the main loop, waves of programs) that was fitted to no GPU.
 """
 
 from __future__ import annotations
@@ -10,67 +10,27 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 
+from .devices import DEVICES, Device, device_for, resident_blocks
 from .spec import ConvSpec, Phase, Precision
 
-__all__ = ["DEVICES", "Device", "Lowering", "Plan", "choose_plan", "device_for", "is_valid", "lower", "tap_map"]
-
-
-@dataclass(frozen=True)
-class Device:
-    """Limits and rates of a GPU.
-
-    Sources: the table of compute capabilities in the CUDA programming guide (shared memory, warps and blocks), and the
-    vendor's architecture white papers and data sheets (the rest; tensor rates are dense, with float32 accumulation,
-    which GeForce cards run at half the rate of float16's).
-    """
-
-    arch: int
-    name: str
-    multiprocessors: int
-    shared_memory: int  # bytes a block can have
-    shared_per_multiprocessor: int
-    warps: int  # resident per multiprocessor
-    blocks: int
-    mma_per_clock: int  # fp16/bf16 multiply-adds per clock and multiprocessor
-    l2_bytes_per_clock: int  # from L2 per clock and multiprocessor (an assumption: nobody publishes it)
-    l2_bytes: int
-    dram_gb_per_second: int
-    clock_mhz: int  # boost
-
-    @property
-    def dram_bytes_per_clock(self) -> float:
-        """Of the whole GPU."""
-        return 1e3 * self.dram_gb_per_second / self.clock_mhz
-
-
-KIB, MIB = 1024, 1024**2
-REGISTERS = 65536  # 32-bit registers of a multiprocessor, from compute capability 8.0 to 12.0
-DEVICES: dict[int, Device] = {
-    d.arch: d
-    for d in (
-        Device(80, "A100", 108, 163 * KIB, 164 * KIB, 64, 32, 1024, 64, 40 * MIB, 2039, 1410),
-        Device(86, "RTX 3090", 82, 99 * KIB, 100 * KIB, 48, 16, 256, 48, 6 * MIB, 936, 1695),
-        Device(89, "RTX 4090", 128, 99 * KIB, 100 * KIB, 48, 24, 256, 48, 72 * MIB, 1008, 2520),
-        Device(90, "H100", 132, 227 * KIB, 228 * KIB, 64, 32, 2048, 64, 50 * MIB, 3350, 1830),
-        Device(100, "B200", 148, 227 * KIB, 228 * KIB, 64, 32, 4096, 64, 126 * MIB, 8000, 1850),
-        Device(120, "RTX 5090", 170, 99 * KIB, 100 * KIB, 48, 24, 256, 48, 96 * MIB, 1792, 2407),
-    )
-}
-
-
-@cache
-def device_for(arch: int, multiprocessors: int | None = None) -> Device:
-    """The table's entry for a compute capability (87 -> 86, 121 -> 120), with the real number of multiprocessors if
-    given."""
-    known = max((a for a in DEVICES if a <= arch), default=80)
-    d = DEVICES[known]
-    if multiprocessors is None or multiprocessors == d.multiprocessors:
-        return d
-    return replace(d, multiprocessors=multiprocessors)
+__all__ = [
+    "BINARIES",
+    "DEVICES",
+    "Device",
+    "Lowering",
+    "Plan",
+    "candidates",
+    "choose_plan",
+    "device_for",
+    "is_valid",
+    "lower",
+    "modelled_clocks",
+    "tap_map",
+]
 
 
 # --- lowering: which gather the kernel runs ---------------------------------------------------------------------------
@@ -189,7 +149,8 @@ def lower(spec: ConvSpec, input_size: tuple[int, ...]) -> Lowering:
 
 @dataclass(frozen=True)
 class Plan:
-    """A tile and its schedule, for one lowering."""
+    """A tile and its schedule, for one lowering. ``splits``: whether the binary can cut K in parts at all (their number
+    is a run-time argument)."""
 
     lowering: Lowering
     block_m: int
@@ -198,12 +159,13 @@ class Plan:
     unroll: int
     num_warps: int
     num_stages: int
+    splits: bool = False
     split_k: int = 1
     group_m: int = 8
 
     @property
     def name(self) -> str:
-        split = f" split{self.split_k}" if self.split_k > 1 else ""
+        split = f" split{self.split_k}" if self.splits else ""
         return (
             f"{self.lowering.regime} {self.block_m}x{self.block_n}x{self.block_k}*{self.unroll} "
             f"w{self.num_warps} s{self.num_stages}{split}"
@@ -211,9 +173,12 @@ class Plan:
 
     def tiles(self, batch: int, output_size: tuple[int, ...]) -> int:
         """Programs along the grid's x axis."""
+        return self.tiles_of(self.lowering.rows(batch, output_size))
+
+    def tiles_of(self, rows: int) -> int:
+        """The same, for ``rows`` rows of the largest phase."""
         low = self.lowering
-        rows, phases = low.rows(batch, output_size), math.prod(low.phases)
-        return -(-rows // self.block_m) * -(-low.columns // self.block_n) * phases
+        return -(-rows // self.block_m) * -(-low.columns // self.block_n) * math.prod(low.phases)
 
     def grid(self, batch: int, output_size: tuple[int, ...]) -> tuple[int, int, int]:
         return self.tiles(batch, output_size), self.split_k, self.lowering.spec.groups
@@ -236,8 +201,7 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
     threads = plan.num_warps * 32
     # 128 accumulators a thread leave room for operands and addresses; a CUDA-core product (float32 exact) needs more of
     # those.
-    exact = precision.dtype == torch.float32 and not precision.tf32
-    if m * n > threads * (32 if exact else 128) or m * n < threads * 2:
+    if m * n > threads * (32 if _exact(precision) else 128) or m * n < threads * 2:
         return False
     if plan.num_warps > (m // 16) * (n // 16):  # the surplus warps would repeat the work of the others
         return False
@@ -248,21 +212,31 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
     # Seen by compiling (tests/test_compiled.py): here the compiler saves registers for occupancy and spills a few.
     if device.arch == 89 and (m, n, k, plan.unroll) == (64, 32, 64, 2):
         return False
-    if device.arch // 10 == 10 and plan.split_k > 1 and m >= 64:
+    if device.arch // 10 == 8 and not plan.splits and (m, n, k, plan.unroll) == (64, 128, 32, 2):
         return False
-    if device.arch // 10 == 12 and precision.itemsize == 4 and plan.split_k > 1 and n == 16 and m * k >= 1024:
+    if device.arch // 10 == 10 and plan.splits and m >= 64:
+        return False
+    if device.arch // 10 == 12 and precision.itemsize == 4 and plan.splits and n == 16 and m * k >= 1024:
         return False
     if plan.shared_memory(precision.itemsize) > device.shared_memory:
         return False
-    return 1 <= plan.split_k <= max(1, plan.steps()) and plan.split_k < 65536
+    most = max(1, plan.steps()) if plan.splits else 1
+    return 1 <= plan.split_k <= min(most, 65535)
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+SPLITS = (2, 4, 8, 16, 32)
 
 
 def _tiles(precision: Precision, device: Device) -> Iterator[tuple[int, int, int, int, int]]:
-    """Candidate (block_m, block_n, num_warps, num_stages, bytes of k per block), tried in this order."""
-    if precision.dtype == torch.float32 and not precision.tf32:
+    """(block_m, block_n, num_warps, num_stages, bytes of k per block) that are tried, in this order."""
+    if _exact(precision):
         yield from ((64, 64, 8, 2, 64), (32, 64, 4, 2, 64), (32, 32, 4, 2, 64), (16, 32, 2, 2, 64), (16, 16, 1, 2, 64))
         return
     wide = precision.itemsize == 4
+    if device.arch // 10 == 10 and not wide:  # its tensor cores outrun the instructions of shorter trips
+        yield 128, 128, 8, 2, 256
     for m, n in itertools.product((128, 64, 32, 16), (128, 64, 32, 16)):
         if wide and m * n > 64 * 64:
             continue
@@ -272,45 +246,12 @@ def _tiles(precision: Precision, device: Device) -> Iterator[tuple[int, int, int
             yield m, n, warps, 3, 128
 
 
-def _seconds(plan: Plan, batch: int, output_size: tuple[int, ...], precision: Precision, device: Device) -> float:
-    """Modelled time in clocks (only comparisons mean anything)."""
-    trip_k = plan.block_k * plan.unroll
-    rate = device.mma_per_clock / (1 if precision.itemsize == 2 else 2)
-    if precision.dtype == torch.float32 and not precision.tf32:
-        rate = 64.0
-    mma = plan.block_m * plan.block_n * trip_k / rate
-    load = (plan.block_m + plan.block_n) * trip_k * precision.itemsize / device.l2_bytes_per_clock
-    resident = max(
-        1, min(device.shared_per_multiprocessor // (plan.shared_memory(precision.itemsize) + KIB), 16 // plan.num_warps)
-    )
-    steps = -(-plan.steps() // plan.split_k)
-    programs = math.prod(plan.grid(batch, output_size))
-    per_sm = -(-programs // device.multiprocessors)
-    concurrent = min(resident, per_sm)
-    # A program alone cannot overlap its latency: a trip takes at least a share of the memory latency over the pipeline
-    # depth.
-    latency = 700.0 / (plan.num_stages - 1) / concurrent
-    tile = steps * max(mma, load, latency)
-    prologue = 1500.0 / concurrent
-    store = plan.block_m * plan.block_n * (4 if plan.split_k > 1 else precision.itemsize) / 32
-    total = per_sm * (tile + prologue + store)
-    if plan.split_k > 1:
-        out = plan.lowering.spec.out_channels * batch * math.prod(output_size)
-        total += 4000.0 + out * 4 * (plan.split_k + 1) / (device.l2_bytes_per_clock * device.multiprocessors)
-    return total
-
-
-@lru_cache(maxsize=4096)
-def choose_plan(spec: ConvSpec, batch: int, input_size: tuple[int, ...], precision: Precision, device: Device) -> Plan:
-    """The plan for x (batch, C_in, *input_size) on ``device``. Deterministic: the same arguments give the same plan."""
-    low = lower(spec, input_size)
-    output_size = spec.output_size(input_size)
-    rows, columns = low.rows(batch, output_size), low.columns
-    best: tuple[float, Plan] | None = None
+def _plans(low: Lowering, precision: Precision, device: Device) -> Iterator[Plan]:
+    """Every tile for a lowering, K in one piece."""
     for m, n, warps, stages, k_bytes in _tiles(precision, device):
-        if (m > 16 and m >= 2 * rows) or (n > 16 and n >= 2 * columns):
+        if n > 16 and n >= 2 * low.columns:
             continue
-        if m >= 4 * n and columns > n:  # a tall tile spends its loop on row addresses
+        if m >= 4 * n and low.columns > n:  # a tall tile spends its loop on row addresses
             continue
         block_k = k_bytes // precision.itemsize
         while block_k > 16 and block_k >= 2 * low.channels_in:
@@ -318,13 +259,137 @@ def choose_plan(spec: ConvSpec, batch: int, input_size: tuple[int, ...], precisi
         # Two channel blocks of a tap share a trip's addresses, where the channels fill them.
         pairs = low.channels_in % (2 * block_k) == 0 and precision.itemsize == 2
         unroll = 2 if pairs and is_valid(Plan(low, m, n, block_k, 2, warps, stages), precision, device) else 1
-        for split in (1, 2, 4, 8, 16, 32):
-            plan = Plan(low, m, n, block_k, unroll, warps, stages, split)
-            if not is_valid(plan, precision, device) or (split > 1 and plan.steps() < 2 * split):
-                continue
-            time = _seconds(plan, batch, output_size, precision, device)
-            if best is None or time < best[0]:
-                best = (time, plan)
-    if best is None:
-        raise RuntimeError(f"no valid plan for {spec} in {precision.dtype} on {device.name}")
-    return best[1]
+        plan = Plan(low, m, n, block_k, unroll, warps, stages)
+        if is_valid(plan, precision, device):
+            yield plan
+
+
+def _split(plan: Plan, precision: Precision, device: Device) -> list[Plan]:
+    """The tile with K in one part, and in parts of at least two trips; empty where no split is possible."""
+    parts = [replace(plan, splits=True, split_k=n) for n in (1, *SPLITS) if plan.steps() >= 2 * n]
+    parts = [p for p in parts if is_valid(p, precision, device)]
+    return parts if len(parts) > 1 else []
+
+
+def _exact(precision: Precision) -> bool:
+    """float32 on the CUDA cores: no tensor core multiplies it exactly."""
+    return precision.dtype == torch.float32 and not precision.tf32
+
+
+def _registers(plan: Plan) -> int:
+    """Of a thread, about: twice the accumulators, and 48 (seen in compiled plans from 16x16 to 128x128)."""
+    return min(255, 48 + 2 * plan.block_m * plan.block_n // (32 * plan.num_warps))
+
+
+def trip_clocks(plan: Plan, precision: Precision, device: Device) -> dict[str, float]:
+    """Modelled clocks of a multiprocessor that one trip through the main loop takes of each of its parts: "tensor",
+    "issue" (of instructions), "shared" (memory) and "l2"."""
+    m, n, k, warps, size = plan.block_m, plan.block_n, plan.block_k * plan.unroll, plan.num_warps, precision.itemsize
+    copies = (m + n) * k * size / 16 / (32 * warps)  # 16-byte copies of a thread
+    written = (m + n) * k * size
+    macs = m * n * k
+    generation = device.arch // 10
+    if _exact(precision):
+        tensor, issue, read = macs / 64, 1.3 * macs / 128, written
+    elif generation == 9 and m >= 64 and warps >= 4:  # wgmma: operands straight from shared memory
+        tensor = macs / (device.mma_per_clock * 2 / size)
+        products = m // 64 * k * size // 32 / (warps // 4)
+        issue = (4 * products + 4 * copies + 68) * warps / 4
+        read = m // 64 * (64 + n) * k * size
+    elif generation == 10 and m >= 64 and warps >= 4:  # tcgen05: likewise, issued by one thread
+        tensor = macs / (device.mma_per_clock * 2 / size)
+        issue = (6.3 * copies + 80) * warps / 4
+        read = written
+    else:  # mma.sync: each warp reads the rows and columns of its own part of the tile
+        rate = min(device.mma_per_clock, 1024) * 2 / size
+        tensor = macs / rate
+        per_product = 1.5 if size == 2 else 3.5  # TF32's operands are rounded
+        issue = (per_product * macs / (4096 / size) / warps + 4.5 * copies + 48) * warps / 4
+        shapes = [(a, warps // a) for a in (1, 2, 4, 8) if a <= warps and a * 16 <= m]
+        read = min(warps * (m // a + max(n // b, 8)) * k * size for a, b in shapes)
+    return {
+        "tensor": tensor,
+        "issue": issue,
+        "shared": (written + read) / 128,
+        "l2": written / device.l2_bytes_per_clock,
+    }
+
+
+SECOND_PASS = 2000.0  # clocks until a dependent kernel has started
+
+
+def modelled_clocks(plan: Plan, rows: int, precision: Precision, device: Device) -> float:
+    """Modelled time of a plan whose largest phase has ``rows`` rows (only comparisons mean anything)."""
+    low = plan.lowering
+    resident = resident_blocks(device, plan.num_warps, _registers(plan), plan.shared_memory(precision.itemsize))
+    programs = plan.tiles_of(rows) * plan.split_k * low.spec.groups
+    per_sm = -(-programs // device.multiprocessors)
+    concurrent = min(resident, per_sm)
+    # A program alone cannot hide its latency: a trip takes at least a share of the memory's, by depth of the pipeline.
+    latency = 700.0 / (plan.num_stages - 1) / concurrent
+    steps = -(-plan.steps() // plan.split_k)
+    tile = steps * max(*trip_clocks(plan, precision, device).values(), latency)
+    prologue = 1500.0 / concurrent
+    store = plan.block_m * plan.block_n * (4 if plan.split_k > 1 else precision.itemsize) / 32
+    total = per_sm * (tile + prologue + store)
+    if plan.split_k > 1:
+        out = rows * math.prod(low.phases) * low.columns * low.spec.groups
+        total += SECOND_PASS + out * 4 * (plan.split_k + 1) / (device.l2_bytes_per_clock * device.multiprocessors)
+    return total
+
+
+BINARIES = 3  # of a layer, over all sizes of batch and image
+_SIZES = tuple(4**e for e in range(2, 8))  # rows for which a menu is composed: larger ones want what 16384 want
+
+
+@lru_cache(maxsize=4096)
+def _menu(low: Lowering, precision: Precision, device: Device) -> tuple[tuple[Plan, ...], ...]:
+    """The tiles a layer may use, as the plans of each (several where K can be split): those that lose the least over
+    all sizes of batch and image, in no more than `BINARIES` binaries. A split's second pass is one of them.
+    """
+    whole = [(p,) for p in _plans(low, precision, device)]
+    split = [tuple(parts) for (p,) in whole if (parts := _split(p, precision, device))]
+    if not whole:
+        raise RuntimeError(f"no valid plan for {low.spec} in {precision.dtype} on {device.name}")
+
+    def times(plans: tuple[Plan, ...]) -> list[float]:
+        return [min(modelled_clocks(p, rows, precision, device) for p in plans) for rows in _SIZES]
+
+    table = {plans: times(plans) for plans in (*whole, *split)}
+    best = [min(t[i] for t in table.values()) for i in range(len(_SIZES))]
+
+    def loss(menu: tuple[tuple[Plan, ...], ...]) -> float:
+        return sum(math.log(min(table[plans][i] for plans in menu) / best[i]) for i in range(len(_SIZES)))
+
+    def leading(among: list[tuple[Plan, ...]]) -> list[tuple[Plan, ...]]:
+        """Those that are the fastest of ``among`` for some size."""
+        firsts = (min(among, key=lambda plans: table[plans][i]) for i in range(len(_SIZES)))
+        return list(dict.fromkeys(firsts))
+
+    menus: list[tuple[tuple[Plan, ...], ...]] = list(itertools.combinations(leading(whole), BINARIES))
+    if split:
+        menus += itertools.product([*leading(whole), *leading(split)], leading(split))
+    return min(menus or [tuple(leading(whole))], key=loss)
+
+
+@lru_cache(maxsize=4096)
+def choose_plan(spec: ConvSpec, batch: int, input_size: tuple[int, ...], precision: Precision, device: Device) -> Plan:
+    """The plan for x (batch, C_in, *input_size) on ``device``. Deterministic: the same arguments give the same plan.
+
+    Over all sizes of batch and image, the plans of a layer need at most `BINARIES` compiled kernels. RuntimeError where
+    no plan is valid.
+    """
+    low = lower(spec, input_size)
+    rows = low.rows(batch, spec.output_size(input_size))
+    plans = itertools.chain.from_iterable(_menu(low, precision, device))
+    return min(plans, key=lambda plan: modelled_clocks(plan, rows, precision, device))
+
+
+def candidates(
+    spec: ConvSpec, batch: int, input_size: tuple[int, ...], precision: Precision, device: Device
+) -> list[Plan]:
+    """Every valid plan for x (batch, C_in, *input_size), by modelled time: what tuning tries."""
+    low = lower(spec, input_size)
+    rows = low.rows(batch, spec.output_size(input_size))
+    found = [q for p in _plans(low, precision, device) for q in (p, *_split(p, precision, device))]
+    return sorted(found, key=lambda plan: modelled_clocks(plan, rows, precision, device))

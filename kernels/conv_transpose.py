@@ -19,6 +19,8 @@ neighbourhoods.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -42,11 +44,14 @@ def _vector(ptr, offs, mask, default: tl.constexpr):
 
 
 @triton.jit
-def epilogue(
+def finish(
     acc,
+    offs,
+    mask,
     chan,
     chan_mask,
-    residual,
+    y_ptr,
+    residual_ptr,
     bias_ptr,
     mean_ptr,
     var_ptr,
@@ -59,7 +64,8 @@ def epilogue(
     P1: tl.constexpr,
     ACT: tl.constexpr,
 ):
-    """acc (BLOCK_M, BLOCK_N) float32, chan (BLOCK_N,) its output channels. Every pointer may be None."""
+    """The epilogue and the store. acc (BLOCK_M, BLOCK_N) float32 to ``offs`` of y where ``mask``; chan (BLOCK_N,) its
+    output channels. Every pointer but y's may be None."""
     if bias_ptr is not None or mean_ptr is not None:
         center = _vector(bias_ptr, chan, chan_mask, 0.0) - _vector(mean_ptr, chan, chan_mask, 0.0)
         acc += center[None, :]
@@ -70,20 +76,22 @@ def epilogue(
         acc *= factor[None, :]
     if shift_ptr is not None:
         acc += _vector(shift_ptr, chan, chan_mask, 0.0)[None, :]
-    if residual is not None:
-        acc += residual.to(tl.float32)
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if ACT == "prelu":
         slope = _vector(slope_ptr, chan * (1 if SLOPES > 1 else 0), chan_mask, 0.0)[None, :]
     else:
         slope = 0.0
-    return act(acc, slope, P0, P1, ACT)
+    acc = act(acc, slope, P0, P1, ACT)
+    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "SPLITS"])
 def conv_transpose_kernel(
     x_ptr,  # (N, H, W, GROUPS * CIN)
     w_ptr,  # element (g, tap, k, column) at g*W_GROUP + tap*W_TAP + k*W_K + column*W_COL
-    y_ptr,  # (N, OH, OW, COUT), or (N, COUT, OH, OW) when not Y_CHANNELS_LAST; SPLIT_K: (SPLITS, N, OH, OW, COUT)
+    y_ptr,  # (N, OH, OW, COUT), or (N, COUT, OH, OW) when not Y_CHANNELS_LAST
+    work_ptr,  # SPLIT_K: (SPLITS, N, OH, OW, COUT) float32, used where SPLITS > 1
     residual_ptr,  # as y
     bias_ptr,  # (COUT,), like the next five
     mean_ptr,
@@ -135,7 +143,7 @@ def conv_transpose_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
     UNROLL: tl.constexpr,  # channel blocks of one trip through the loop
-    SPLIT_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,  # whether K may be cut in SPLITS parts, whose sums go to work_ptr
     BIG: tl.constexpr,  # x or y has 2^31 elements or more
 ):
     # --- which tile -------------------------------------------------------------------------------------------------
@@ -252,39 +260,24 @@ def conv_transpose_kernel(
     else:
         a_h = merged * 0
         a_w = merged * 0
-    if Y_CHANNELS_LAST or SPLIT_K:
-        offs_y = ((oh * OW + ow) * COUT)[:, None] + ((a_h * OW + a_w) * COUT + chan)[None, :]
-    else:
-        offs_y = (oh * OW + ow)[:, None] + (chan * (OH * OW) + a_h * OW + a_w)[None, :]
     if BIG:
         image_y = n.to(tl.int64) * (OH * OW * COUT)
     else:
         image_y = n * (OH * OW * COUT)
-    offs_y = image_y[:, None] + offs_y
-    if SPLIT_K:
-        tl.store(y_ptr + split.to(tl.int64) * N * (OH * OW * COUT) + offs_y, acc, mask=mask)
+    if Y_CHANNELS_LAST or SPLIT_K:
+        offs_last = image_y[:, None] + ((oh * OW + ow) * COUT)[:, None] + ((a_h * OW + a_w) * COUT + chan)[None, :]
+    if Y_CHANNELS_LAST:
+        offs_y = offs_last
     else:
-        residual = None
-        if residual_ptr is not None:
-            residual = tl.load(residual_ptr + offs_y, mask=mask, other=0.0)
-        acc = epilogue(
-            acc,
-            chan,
-            col_mask,
-            residual,
-            bias_ptr,
-            mean_ptr,
-            var_ptr,
-            scale_ptr,
-            shift_ptr,
-            slope_ptr,
-            eps,
-            SLOPES,
-            P0,
-            P1,
-            ACT,
-        )
-        tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)
+        offs_y = image_y[:, None] + (oh * OW + ow)[:, None] + (chan * (OH * OW) + a_h * OW + a_w)[None, :]
+    if SPLIT_K:
+        if SPLITS > 1:
+            tl.store(work_ptr + split.to(tl.int64) * N * (OH * OW * COUT) + offs_last, acc, mask=mask)
+            return
+    # fmt: off
+    finish(acc, offs_y, mask, chan, col_mask, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
+           slope_ptr, eps, SLOPES, P0, P1, ACT)
+    # fmt: on
 
 
 @triton.jit(do_not_specialize=["N", "POSITIONS", "SPLITS"])
@@ -326,27 +319,10 @@ def split_k_epilogue_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for split in range(SPLITS):
         acc += tl.load(work_ptr + split * total * COUT + offs_work, mask=mask, other=0.0)
-    residual = None
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + offs, mask=mask, other=0.0)
-    acc = epilogue(
-        acc,
-        chan,
-        col_mask,
-        residual,
-        bias_ptr,
-        mean_ptr,
-        var_ptr,
-        scale_ptr,
-        shift_ptr,
-        slope_ptr,
-        eps,
-        SLOPES,
-        P0,
-        P1,
-        ACT,
-    )
-    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    # fmt: off
+    finish(acc, offs, mask, chan, col_mask, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
+           slope_ptr, eps, SLOPES, P0, P1, ACT)
+    # fmt: on
 
 
 def launch(x, weight, y, residual, vectors, eps, how) -> None:
@@ -355,11 +331,18 @@ def launch(x, weight, y, residual, vectors, eps, how) -> None:
     n, _, h, w = x.shape
     _, c, oh, ow = y.shape
     run, options = conv_transpose_kernel.run, how.options  # kernel[grid](...), without its wrapper
-    if how.reduce is None:
-        run(x, weight, y, residual, *vectors, n, h, w, oh, ow, 1, eps, *how.constants, **options)
-        return
     splits = how.plan.split_k
+    if how.reduce is None:
+        work = _unused(y.device) if how.plan.splits else None
+        run(x, weight, y, work, residual, *vectors, n, h, w, oh, ow, splits, eps, *how.constants, **options)
+        return
     work = y.new_empty((splits, n, oh, ow, c), dtype=torch.float32)
-    empty = (None,) * len(vectors)
-    run(x, weight, work, None, *empty, n, h, w, oh, ow, splits, eps, *how.constants, **options)
+    # The same arguments as without a split, so that it is the same binary.
+    run(x, weight, y, work, residual, *vectors, n, h, w, oh, ow, splits, eps, *how.constants, **options)
     split_k_epilogue_kernel[how.reduce_grid](work, y, residual, *vectors, n, oh * ow, splits, eps, *how.reduce)
+
+
+@cache
+def _unused(device) -> torch.Tensor:
+    """What stands for the partial sums where there are none: their type is part of the binary."""
+    return torch.empty(16, dtype=torch.float32, device=device)

@@ -16,7 +16,9 @@ from .conftest import conv_precision
 
 pytestmark = pytest.mark.usefixtures("poison")
 
-UNSPLIT, SPLIT = (("split_k", 1),), (("split_k", 4),)
+UNSPLIT = (("splits", False), ("split_k", 1))
+# A binary that can split, with K in n parts.
+ONE, THREE, SPLIT, SEVEN = ((("splits", True), ("split_k", n)) for n in (1, 3, 4, 7))
 
 # Every regime in every precision, each with its natural channels.
 REGIMES = (
@@ -99,11 +101,12 @@ SCHEDULES = (
     conv("split-nchw-residual", "phases", 128, 48, 4, 2, 1, size=(3, 4), residual=True, norm=True, split=True,
          channels_last=False, plan=SPLIT),
     conv("split-merged", "merged", 64, 3, 4, 2, 1, size=(3, 4), split=True, plan=SPLIT, activation="tanh"),
-    conv("split-latent", "latent", 256, 32, 4, size=(1, 1), split=True, plan=(("split_k", 3),), norm=True),
+    conv("split-latent", "latent", 256, 32, 4, size=(1, 1), split=True, plan=THREE, norm=True),
     conv("split-groups", "phases", 128, 64, 4, 2, 1, groups=2, size=(3, 3), split=True, plan=SPLIT),
-    conv("split-over-uneven-phases", "phases", 64, 32, 3, 2, 1, 1, size=(3, 3), split=True, plan=(("split_k", 7),)),
+    conv("split-over-uneven-phases", "phases", 64, 32, 3, 2, 1, 1, size=(3, 3), split=True, plan=SEVEN),
     conv("split-no-taps", "phases", 64, 32, 3, 2, 1, 1, 1, 2, size=(3, 4), split=True, plan=SPLIT),
     conv("split-prelu", "phases", 128, 32, 4, 2, 1, size=(3, 3), split=True, plan=SPLIT, activation="prelu", slopes=32),
+    conv("split-in-one", "phases", 128, 32, 4, 2, 1, size=(3, 3), split=False, plan=ONE, norm=True, residual=True),
     conv("unroll1", "phases", 64, 64, 4, 2, 1, size=(4, 4), plan=(("unroll", 1), ("block_k", 32))),
     conv("unroll2", "phases", 64, 64, 4, 2, 1, size=(4, 4), plan=(("unroll", 2), ("block_k", 32))),
     conv("unroll2-masked", "phases", 100, 40, 4, 2, 1, size=(4, 4), plan=(("unroll", 2), ("block_k", 32))),

@@ -8,7 +8,8 @@ import itertools
 import pytest
 import torch
 
-from cnnfast.plan import DEVICES, Plan, choose_plan, device_for, is_valid, lower, tap_map
+from cnnfast.devices import DEVICES, device_for, resident_blocks
+from cnnfast.plan import BINARIES, Plan, candidates, choose_plan, is_valid, lower, modelled_clocks, tap_map
 from cnnfast.spec import ConvSpec, Precision, collapse_upsample
 
 HALF, BF16 = Precision(torch.float16), Precision(torch.bfloat16)
@@ -85,35 +86,35 @@ def test_starved_shapes_split_k() -> None:
 CHOSEN = {
     (80, "dcgan1", 1): "latent 16x16x64*1 w1 s3",
     (80, "dcgan1", 16): "latent 16x16x64*1 w1 s3",
-    (80, "dcgan1", 64): "latent 64x64x64*1 w4 s3",
-    (80, "dcgan2", 1): "phases 16x32x64*2 w2 s3 split8",
-    (80, "dcgan2", 16): "phases 64x64x64*2 w4 s3",
-    (80, "dcgan2", 64): "phases 64x64x32*2 w4 s3",
-    (80, "dcgan3", 1): "phases 32x16x64*2 w2 s3",
+    (80, "dcgan1", 64): "latent 64x128x32*1 w4 s3",
+    (80, "dcgan2", 1): "phases 16x16x64*2 w1 s3 split8",
+    (80, "dcgan2", 16): "phases 128x128x32*2 w8 s3 split4",
+    (80, "dcgan2", 64): "phases 128x128x32*2 w8 s3 split1",
+    (80, "dcgan3", 1): "phases 16x16x64*2 w1 s3",
     (80, "dcgan3", 16): "phases 128x64x32*2 w4 s3",
-    (80, "dcgan3", 64): "phases 64x64x32*2 w4 s3",
+    (80, "dcgan3", 64): "phases 128x64x32*2 w4 s3",
     (80, "dcgan4", 1): "phases 32x32x64*2 w2 s3",
     (80, "dcgan4", 16): "phases 64x64x32*2 w4 s3",
     (80, "dcgan4", 64): "phases 128x64x32*2 w4 s3",
-    (80, "dcgan5", 1): "merged 16x16x32*2 w1 s3",
-    (80, "dcgan5", 16): "merged 32x16x32*2 w2 s3",
-    (80, "dcgan5", 64): "merged 128x16x32*2 w4 s3",
-    (80, "upsample", 1): "phases 128x64x32*2 w4 s3",
+    (80, "dcgan5", 1): "merged 16x16x32*2 w1 s3 split1",
+    (80, "dcgan5", 16): "merged 64x16x32*2 w2 s3",
+    (80, "dcgan5", 64): "merged 64x16x32*2 w2 s3",
+    (80, "upsample", 1): "phases 128x128x32*2 w8 s3",
     (80, "upsample", 16): "phases 128x128x32*2 w8 s3",
     (80, "upsample", 64): "phases 128x128x32*2 w8 s3",
     (90, "dcgan1", 1): "latent 16x64x64*1 w2 s3",
     (90, "dcgan1", 16): "latent 16x64x64*1 w2 s3",
     (90, "dcgan1", 64): "latent 64x64x64*1 w4 s3",
-    (90, "dcgan2", 1): "phases 16x64x64*2 w2 s3 split8",
-    (90, "dcgan2", 16): "phases 64x32x64*2 w4 s3",
-    (90, "dcgan2", 64): "phases 128x64x32*2 w4 s3",
-    (90, "dcgan3", 1): "phases 16x16x64*2 w1 s3",
+    (90, "dcgan2", 1): "phases 64x128x32*2 w4 s3 split16",
+    (90, "dcgan2", 16): "phases 64x128x32*2 w4 s3 split4",
+    (90, "dcgan2", 64): "phases 64x128x32*2 w4 s3 split1",
+    (90, "dcgan3", 1): "phases 32x32x64*2 w2 s3",
     (90, "dcgan3", 16): "phases 64x64x64*2 w4 s3",
     (90, "dcgan3", 64): "phases 128x128x32*2 w8 s3",
-    (90, "dcgan4", 1): "phases 32x16x64*2 w2 s3",
+    (90, "dcgan4", 1): "phases 16x16x64*2 w1 s3",
     (90, "dcgan4", 16): "phases 128x64x32*2 w4 s3",
     (90, "dcgan4", 64): "phases 128x64x32*2 w4 s3",
-    (90, "dcgan5", 1): "merged 16x16x32*2 w1 s3",
+    (90, "dcgan5", 1): "merged 16x16x32*2 w1 s3 split4",
     (90, "dcgan5", 16): "merged 128x16x32*2 w4 s3",
     (90, "dcgan5", 64): "merged 128x16x32*2 w4 s3",
     (90, "upsample", 1): "phases 128x128x32*2 w8 s3",
@@ -140,16 +141,17 @@ INVALID = {
     "too-many-accumulators": dict(block_m=256, block_n=128),
     "tile-below-the-warps": dict(block_m=16, block_n=16, num_warps=8),
     "shared-memory": dict(block_k=128, unroll=4, num_stages=4),
-    "split-0": dict(split_k=0),
-    "split-over-the-steps": dict(split_k=33),
+    "split-0": dict(splits=True, split_k=0),
+    "split-over-the-steps": dict(splits=True, split_k=33),
+    "split-by-a-binary-that-cannot": dict(split_k=2),
 }
 
 
 def test_a_valid_plan() -> None:
     assert is_valid(VALID, HALF, DEVICES[80]) and VALID.steps() == 32
-    assert is_valid(dataclasses.replace(VALID, split_k=32), HALF, DEVICES[80])
+    assert is_valid(dataclasses.replace(VALID, splits=True, split_k=32), HALF, DEVICES[80])
     assert VALID.name == "phases 64x64x32*1 w4 s3"
-    assert dataclasses.replace(VALID, split_k=2).name.endswith(" split2")
+    assert dataclasses.replace(VALID, splits=True, split_k=2).name.endswith(" split2")
 
 
 @pytest.mark.parametrize("change", INVALID)
@@ -191,3 +193,47 @@ def test_tap_map_names_every_tap_once_per_phase(layer: str) -> None:
             expected = [t for t in range(k) if 0 <= d * t - p < low.merge[dim]]
             assert s >= 1
         assert taps == expected
+
+
+# --- a menu of few binaries -------------------------------------------------------------------------------------------
+
+SIZES = [(n, (h, w)) for n in (1, 3, 16, 64) for h, w in ((3, 5), (4, 4), (16, 16), (33, 64), (128, 96))]
+
+
+def binaries(plan: Plan) -> set[Plan | str]:
+    """What a launch of the plan compiles: the number of parts of K is no compile-time constant."""
+    return {dataclasses.replace(plan, split_k=1)} | ({"second pass"} if plan.split_k > 1 else set())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("arch", DEVICES)
+def test_a_layer_has_few_binaries(arch: int, precision: str) -> None:
+    """Over twenty sizes of batch and image, of either dimension."""
+    assert len(SIZES) == 20
+    for spec, size in {**LAYERS, **OTHERS}.values():
+        seen = set()
+        for batch, (h, w) in SIZES:
+            at = (1, 1) if size == (1, 1) else (1, h * w) if size[0] == 1 else (h, w)
+            seen |= binaries(choose_plan(spec, batch, at, PRECISIONS[precision], DEVICES[arch]))
+        assert 1 <= len(seen) <= BINARIES, seen
+
+
+def test_candidates_are_valid_and_contain_the_choice() -> None:
+    for (spec, size), precision in itertools.product(LAYERS.values(), PRECISIONS.values()):
+        found = candidates(spec, 16, size, precision, DEVICES[90])
+        assert len(found) == len(set(found)) and all(is_valid(p, precision, DEVICES[90]) for p in found)
+        assert choose_plan(spec, 16, size, precision, DEVICES[90]) in found
+        low = found[0].lowering
+        clocks = [modelled_clocks(p, low.rows(16, spec.output_size(size)), precision, DEVICES[90]) for p in found]
+        assert clocks == sorted(clocks)
+
+
+def test_resident_blocks() -> None:
+    """Whichever limit is reached first: warps, blocks, registers (handed out by 256), shared memory (1 KiB of it is the
+    system's)."""
+    a100, rtx = DEVICES[80], DEVICES[86]
+    assert resident_blocks(a100, 8, 32, 0) == 8
+    assert resident_blocks(rtx, 1, 16, 0) == 16
+    assert resident_blocks(a100, 4, 129, 0) == 65536 // (136 * 128)
+    assert resident_blocks(a100, 4, 32, 40 * 1024) == 4
+    assert resident_blocks(a100, 4, 32, 41 * 1024) == 3
