@@ -1,0 +1,129 @@
+"""Weights in the kernel's layouts: read in place where they lie right, else brought there by one launch a call."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ..block import Step
+from ..kernels.weight import gather_weight_kernel
+from ..plan import Lowering, tap_map
+
+__all__ = ["WeightLayout", "kernel_weight", "weight_layout"]
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """How the kernel addresses a weight: element (group, tap, k, column) at their products with these strides.
+
+    ``packed``: columns are (phase, output channel), in an order that no parameter has; otherwise it is a channels_last
+    weight of the convolution.
+    """
+
+    packed: bool
+    group: int
+    tap: int
+    k: int
+    column: int
+
+
+def _identity_map(low: Lowering) -> bool:
+    """Whether a merged lowering's columns, in order, are exactly the taps of the weight: (kh, kw, channel)."""
+    return low.kernel == (1, 1) and tap_map(low) == tuple([[t] for t in range(k)] for k in low.spec.kernel_size)
+
+
+@lru_cache(maxsize=4096)
+def weight_layout(low: Lowering) -> WeightLayout:
+    s = low.spec
+    taps, cin = math.prod(s.kernel_size), s.in_channels // s.groups
+    cout = s.out_channels // s.groups
+    if not s.transposed:  # [C_out][tap][C_in/g]
+        return WeightLayout(False, cout * taps * cin, cin, 1, taps * cin)
+    if low.regime == "phases":  # [C_in][tap][C_out/g]
+        return WeightLayout(False, cin * taps * cout, cout, taps * cout, 1)
+    if _identity_map(low):
+        return WeightLayout(False, cin * taps * cout, 0, taps * cout, 1)
+    union, columns = math.prod(low.kernel), low.columns
+    return WeightLayout(True, union * cin * columns, cin * columns, columns, 1)
+
+
+# --- gathered weights -------------------------------------------------------------------------------------------------
+
+BLOCK = 32  # channels of a tile, in and out
+
+
+@dataclass(frozen=True)
+class _Gather:
+    """A launch of `gather_weight_kernel` that depends on nothing but the layer and its weight's strides."""
+
+    table: torch.Tensor
+    size: int
+    grid: tuple[int, int, int]
+    constants: dict[str, Any]
+
+
+def _summed_taps(k: int, r: int) -> list[list[int]]:
+    """For each tap of the collapsed kernel the taps of a k-tap convolution after x r that it sums."""
+    return [[t for t in range(k) if k - 1 - j <= t < k - 1 - j + r] for j in range(k + r - 1)]
+
+
+def _taps_of(step: Step) -> tuple[list[list[int]], list[list[int]]]:
+    """Per dimension, the taps of the layer's own weight that make each tap of ``step.spec``'s."""
+    kh, kw = step.spec.kernel_size
+    if step.upsample is None:
+        return [[t] for t in range(kh)], [[t] for t in range(kw)]
+    (rh, rw) = step.upsample.scale
+    return _summed_taps(kh - rh + 1, rh), _summed_taps(kw - rw + 1, rw)
+
+
+@lru_cache(maxsize=256)
+def _gather(step: Step, low: Lowering, strides: tuple[int, int, int, int], device: torch.device) -> _Gather:
+    """How to bring a weight with these strides into the kernel's order. The table goes to the device once."""
+    s, layout = step.spec, weight_layout(low)
+    cin, cout = low.channels_in, s.out_channels // s.groups
+    taps_h, taps_w = _taps_of(step)
+    if layout.packed:
+        map_h, map_w = tap_map(low)
+        phases = low.merge[0] * low.merge[1]
+        union = [(u, v) for u in range(low.kernel[0]) for v in range(low.kernel[1])]
+        slots = [(map_h[a][u], map_w[b][v]) for u, v in union for a in range(low.merge[0]) for b in range(low.merge[1])]
+    else:
+        phases = 1
+        slots = [(h, w) for h in range(s.kernel_size[0]) for w in range(s.kernel_size[1])]
+    summed = [
+        [] if h < 0 or w < 0 else [y * strides[2] + x * strides[3] for y in taps_h[h] for x in taps_w[w]]
+        for h, w in slots
+    ]
+    terms = max(1, *map(len, summed))
+    table = torch.tensor([taps + [-1] * (terms - len(taps)) for taps in summed], dtype=torch.int32)
+    # Transposed: (C_in, C_out/g); the convolution after an upsampling: (C_out, C_in/g).
+    of_in, of_out = strides[:2] if step.upsample is None else (strides[1], strides[0])
+    of_group = cin * strides[0] if step.upsample is None else cout * strides[0]
+    columns = phases * cout
+    in_order = dict(OUT_GROUP=layout.group, OUT_TAP=layout.tap, OUT_IN=layout.k) if layout.packed else dict(
+        OUT_GROUP=cin * len(slots) * cout, OUT_TAP=cout, OUT_IN=len(slots) * cout
+    )  # fmt: skip
+    return _Gather(
+        table.to(device),
+        s.groups * cin * len(slots) // phases * columns,
+        (-(-cin // BLOCK) * -(-cout // BLOCK), len(slots), s.groups),
+        dict(
+            CIN=cin, COUT=cout, W_GROUP=of_group, W_IN=of_in, W_OUT=of_out, **in_order, PHASES=phases, TERMS=terms,
+            BLOCK_I=BLOCK, BLOCK_O=BLOCK,
+        ),
+    )  # fmt: skip
+
+
+def kernel_weight(step: Step, low: Lowering, weight: torch.Tensor) -> torch.Tensor:
+    """The weight as `weight_layout` addresses it. A channels_last parameter of a layer with many columns is used in
+    place; others are copied on each call, so that no write to a parameter, ``.data`` included, can go unseen."""
+    if step.upsample is None and not weight_layout(low).packed:
+        return weight.contiguous(memory_format=torch.channels_last)
+    g = _gather(step, low, tuple(weight.stride()), weight.device)  # type: ignore[arg-type]
+    out = weight.new_empty(g.size)
+    gather_weight_kernel[g.grid](weight, g.table, out, **g.constants)
+    return out
