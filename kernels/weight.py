@@ -2,8 +2,8 @@
 
     out[g, u, i, v, o] = sum over the terms e of w[g, i, o, table[u, v, e]]
 
-Two kinds of layers need it on every call: few columns, whose phases (v) share a tile, with zeros where a phase lacks a
-tap; and a convolution after an upsampling, each of whose taps is the sum of several (`cnnfast.reference.collapse_weight`).
+Two kinds of layers need it on every call: few columns, whose phases (v) share a tile, with zeros where a phase lacks
+a tap; and a convolution after an upsampling, each of whose taps is a sum (`cnnfast.reference.collapse_weight`).
 """
 
 from __future__ import annotations
