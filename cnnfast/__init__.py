@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import guard as guard
     from . import ops as ops
     from .dispatch import backend as backend
     from .generators import create_model as create_model
     from .generators import list_models as list_models
+    from .guard import warmup as warmup
     from .layers import ConvTranspose2dNormActivation as ConvTranspose2dNormActivation
     from .layers import Sequential as Sequential
     from .packing import invalidate as invalidate
@@ -30,9 +32,11 @@ _EXPORTS = {
     "Sequential": "layers",
     "backend": "dispatch",
     "create_model": "generators",
+    "guard": "guard",
     "invalidate": "packing",
     "list_models": "generators",
     "ops": "ops",
+    "warmup": "guard",
 }
 
 __all__ = ["__version__", *_EXPORTS]

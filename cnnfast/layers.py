@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
+from . import guard
 from .block import Operands
 from .dispatch import resolve_backend
 from .fusion import FusedStep, Unfused, plan_modules
@@ -220,7 +221,7 @@ class Sequential(nn.Sequential):
         """What is fused and why the rest is not, a line for each step or module. ``input`` is not run.
 
         With an ``input``, also what depends on it (its dtype, a gradient, autocast): for the whole, and for the steps
-        that come first.
+        that come first. On a GPU, a step whose kernel failed at its first use says so (`cnnfast.guard`).
         """
         reading = read(self._modules.values(), _FORWARDS)
         why = None if input is None else why_not_now(input)
@@ -233,6 +234,8 @@ class Sequential(nn.Sequential):
             for s in item.steps:
                 names = " + ".join(type(reading.modules[k]).__name__ for k in s.slots)
                 done = f"could be fused, but: {layouts}" if isinstance(layouts, str) else "fused"
+                for failure in guard.failures(s.step, s.dtype):
+                    done += f", but PyTorch's operators run: the kernel {failure}"
                 lines.append(f"{s.slots[0]}-{s.slots[-1]}: {names} {done}")
         return "\n".join(lines)
 

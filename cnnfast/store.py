@@ -16,7 +16,7 @@ from typing import Any
 
 from .fetch import cache_dir, write_atomically
 
-__all__ = ["SCHEMA", "folder", "forget", "get", "path", "put"]
+__all__ = ["SCHEMA", "folder", "forget", "get", "path", "put", "where"]
 
 SCHEMA = 1  # of the files; another one is ignored
 
@@ -28,6 +28,14 @@ def folder(kind: str) -> Path:
     """Where the records of a kind ("proofs", "plans") are kept. Not created here. RuntimeError without a home folder
     and without ``CNNFAST_CACHE``."""
     return cache_dir() / kind
+
+
+def where(kind: str) -> str:
+    """The same for people to read, whatever is wrong with it."""
+    try:
+        return str(folder(kind))
+    except RuntimeError as error:
+        return f"no folder: {error}"
 
 
 def _entry(kind: str, key: Mapping[str, Any]) -> dict[str, Any]:

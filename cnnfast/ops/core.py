@@ -78,8 +78,10 @@ def run_step(step: Step, o: Operands, *, channels_last: bool | None = None, back
         if reason is None:
             from . import launch  # imports triton
 
-            return launch.run(step, o, channels_last)
-        if name == "triton":
+            y = launch.run(step, o, channels_last, required=name == "triton")
+            if y is not None:
+                return y
+        elif name == "triton":
             raise RuntimeError(f'backend="triton" cannot run this: {reason}')
     if not gradient and not unseen and o.x.device.type == "cpu" and cpu.why_not(step, o) is None:
         return cpu.run(step, o, channels_last)

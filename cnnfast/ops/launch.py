@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import dispatch
+from .. import dispatch, guard
 from ..block import Operands, Step
 from ..kernels import conv_transpose as kernels
 from ..plan import Device, Lowering, Plan, choose_plan, tap_map
@@ -105,6 +105,7 @@ class Launch:
     output_shape: tuple[int, int, int, int]
     reduce: tuple[Any, ...] | None  # those of `split_k_epilogue_kernel` where K is split
     reduce_grid: tuple[int, int, int]
+    proof: guard.Proof = guard.UNGUARDED  # whether the kernel may run on this GPU
 
 
 LAUNCHES: list[str] | None = None
@@ -153,9 +154,12 @@ def prepare(
     channels_last: bool,
     slopes: int,
     plan: Plan | None = None,
+    given: tuple[torch.dtype | None, ...] = (),
+    index: int | None = None,
 ) -> Launch:
     """The launch of ``step`` on a (padded) input of this size. A given ``plan`` replaces the heuristic's (tuning,
-    tests)."""
+    tests). ``given``: dtypes of the residual and the vectors, part of the binary. ``index``: of the CUDA device, None
+    where there is none and nothing is guarded."""
     s = step.spec
     plan = plan or choose_plan(s, batch, input_size, precision, device)
     out = s.output_size(input_size)
@@ -165,6 +169,15 @@ def prepare(
     if plan.split_k > 1:
         reduce = _in_order(kernels.split_k_epilogue_kernel, {**consts, "BLOCK_M": REDUCE_M, "BLOCK_N": REDUCE_N})
         reduce_grid = (-(-batch * math.prod(out) // REDUCE_M), -(-s.out_channels // REDUCE_N), 1)
+    proof = guard.UNGUARDED
+    if index is not None:
+        operands = tuple(None if d is None else str(d) for d in given)
+        proof = guard.proof(
+            step,
+            plan.name,
+            index,
+            {**consts, "dtype": str(precision.dtype), "operands": operands, "reduce": reduce is not None},
+        )
     return Launch(
         plan,
         _in_order(kernels.conv_transpose_kernel, consts),
@@ -172,30 +185,78 @@ def prepare(
         (batch, s.out_channels, out[0], out[1]),
         reduce,
         reduce_grid,
+        proof,
     )
 
 
-def run(step: Step, o: Operands, channels_last: bool, plan: Plan | None = None) -> torch.Tensor:
+def run(
+    step: Step, o: Operands, channels_last: bool, plan: Plan | None = None, required: bool = True
+) -> torch.Tensor | None:
     """Launch the kernel. x in any layout; the result in the memory format asked for. The caller asked
-    `dispatch.why_not`."""
-    x = step.pad_input(o.x).contiguous(memory_format=torch.channels_last)
+    `dispatch.why_not`.
+
+    Where `guard` finds that the kernel must not run: RuntimeError if ``required``, else None.
+    """
+    x, _, bias, mean, var, _, scale, shift, residual, slope = o
     n, _, h, w = x.shape
+    size = (h + 2 * step.pad[0], w + 2 * step.pad[1])
     if n == 0 or step.spec.out_channels == 0:
-        return dispatch.allocate(x, (n, step.spec.out_channels, *step.spec.output_size((h, w))), channels_last)
-    slopes = 0 if o.slope is None else o.slope.numel()
+        return dispatch.allocate(x, (n, step.spec.out_channels, *step.spec.output_size(size)), channels_last)
+    precision = dispatch.precision_of(x.dtype)
     launch = prepare(
-        step, n, (h, w), dispatch.precision_of(x.dtype), dispatch.target_device(x), channels_last, slopes, plan
+        step,
+        n,
+        size,
+        precision,
+        dispatch.target_device(x),
+        channels_last,
+        0 if slope is None else slope.numel(),
+        plan,
+        (
+            None if residual is None else residual.dtype,
+            None if bias is None else bias.dtype,
+            None if mean is None else mean.dtype,
+            None if var is None else var.dtype,
+            None if scale is None else scale.dtype,
+            None if shift is None else shift.dtype,
+            None if slope is None else slope.dtype,
+        ),
+        x.device.index or 0 if x.is_cuda else None,
     )
-    y = dispatch.allocate(x, launch.output_shape, channels_last)
-    weight = kernel_weight(step, launch.plan.lowering, o.weight)
-    residual = o.residual
-    if residual is not None:
-        fmt = torch.channels_last if channels_last else torch.contiguous_format
-        residual = residual.contiguous(memory_format=fmt)
-    given = (o.bias, o.mean, o.var, o.scale, o.shift, o.slope)
-    vectors = tuple(v if v is None or v.is_contiguous() else v.contiguous() for v in given)
+    if launch.proof.ready:
+        y = _start(step, o, channels_last, launch)
+    else:
+        first = guard.first_use(
+            launch.proof, lambda some: _start(step, some, channels_last, launch), step, o, precision.tf32, required
+        )
+        if first is None:
+            return None
+        y = first
     if LAUNCHES is not None:
         LAUNCHES.append(launch.plan.name)
+    return y
+
+
+def _start(step: Step, o: Operands, channels_last: bool, launch: Launch) -> torch.Tensor:
+    """The launch itself, with every operand in its layout and at an address that 16 divides: anything else would be
+    another binary, with narrow loads, and unproven."""
+    x = step.pad_input(o.x).contiguous(memory_format=torch.channels_last)
+    if x.data_ptr() & 15:
+        x = x.clone()
+    weight = kernel_weight(step, launch.plan.lowering, o.weight)
+    if weight.data_ptr() & 15:
+        weight = weight.clone()
+    residual = o.residual
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        if residual.data_ptr() & 15:
+            residual = residual.clone()
+    vectors: list[torch.Tensor | None] = []
+    for v in (o.bias, o.mean, o.var, o.scale, o.shift, o.slope):
+        if v is not None and (v.data_ptr() & 15 or not v.is_contiguous()):
+            v = v.clone(memory_format=torch.contiguous_format)
+        vectors.append(v)
+    y = dispatch.allocate(x, launch.output_shape, channels_last)
     if x.is_cuda and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             kernels.launch(x, weight, y, residual, vectors, o.eps, launch)

@@ -1,0 +1,315 @@
+"""Prove on first use: a kernel runs on a GPU only after it was right there once.
+
+The first launch of a compiled kernel in a process is a trial: operands of the caller's shapes, layouts and dtypes,
+filled with noise from a fixed seed (the first batch of a program may be zeros or hold NaNs, and would prove nothing),
+the first and the last image compared with float64 by the tolerance rule. What passes is kept on disk and not repeated
+by other processes. A kernel that is wrong, does not compile or does not fit the GPU is not used again: PyTorch's
+operators run, with one warning, and `report` and `cnnfast.Sequential.explain` say why; an explicit
+``backend="triton"`` raises.
+
+``CNNFAST_GUARD=0`` switches trial and fallback off. While a CUDA graph is captured nothing is compiled or checked:
+call `warmup` first. An illegal memory access of a kernel cannot be recovered from: CUDA itself is lost then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import subprocess
+import types
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from . import __version__, store
+from .block import Operands, Step
+from .spec import ConvSpec
+from .tolerance import expected, verdict
+
+__all__ = ["UNGUARDED", "Proof", "enabled", "environment", "failures", "first_use", "proof", "report", "warmup"]
+
+KIND = "proofs"
+
+
+def enabled() -> bool:
+    """Whether kernels are checked at their first use (``CNNFAST_GUARD``)."""
+    return os.environ.get("CNNFAST_GUARD", "1") != "0"
+
+
+# --- what a proof is of -----------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Proof:
+    """Whether one compiled kernel may run on one GPU; shared by all launches of that kernel.
+
+    A call reads ``ready`` and, while that is False, goes through `first_use`. ``why_not``: why PyTorch's operators run
+    for good. ``state``: the story in words. ``constants``: all that the binary depends on beside the GPU and versions.
+    """
+
+    name: str
+    step: Step
+    index: int  # of the CUDA device
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    ready: bool = False
+    why_not: str | None = None
+    state: str = "not used yet"
+    calls: int = 0  # that came before it was ready
+    warned: bool = False
+
+    def key(self) -> dict[str, Any]:
+        """Of the record on disk."""
+        return {**environment(self.index), "step": repr(self.step), "constants": dict(self.constants)}
+
+
+UNGUARDED = Proof("not guarded", Step(ConvSpec.make(1, 1, 1)), -1, ready=True)
+"""Of launches that are not on a CUDA device: Triton's interpreter, or a driver that emulates one."""
+
+_proofs: dict[Hashable, Proof] = {}
+
+
+def proof(step: Step, name: str, index: int, constants: Mapping[str, Any]) -> Proof:
+    """The proof of a kernel with these compile-time constants on CUDA device ``index``. ``name`` describes its plan."""
+    key = (index, step, *constants.items())
+    if key not in _proofs:
+        _proofs[key] = Proof(name, step, index, constants)
+    return _proofs[key]
+
+
+@lru_cache(maxsize=64)
+def environment(index: int) -> dict[str, str]:
+    """What a result depends on beside the launch itself: the GPU, the versions and the kernels' source."""
+    import triton
+
+    from .kernels import conv_transpose as kernels
+
+    major, minor = torch.cuda.get_device_capability(index)
+    sources = (kernels.conv_transpose_kernel.cache_key, kernels.split_k_epilogue_kernel.cache_key)
+    return {
+        "gpu": torch.cuda.get_device_name(index),
+        "capability": f"{major}.{minor}",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cnnfast": __version__,
+        "kernels": hashlib.sha256("".join(sources).encode()).hexdigest(),
+    }
+
+
+# --- the first use ----------------------------------------------------------------------------------------------------
+
+
+def first_use(
+    proof: Proof, start: Callable[[Operands], torch.Tensor], step: Step, o: Operands, tf32: bool, required: bool
+) -> torch.Tensor | None:
+    """The result of ``start(o)``, which launches the kernel, once that is known to be right; None where PyTorch's
+    operators must run.
+
+    ``required``: RuntimeError with the reason instead of None (an explicit ``backend="triton"``).
+    """
+    if proof.why_not is None and capturing():
+        reason = "a CUDA graph is being captured and this kernel was not used before: call cnnfast.warmup first"
+        if required:
+            raise RuntimeError(f'backend="triton" cannot run this: {reason}')
+        _warn(proof, f"{reason}. The graph holds PyTorch's operators.")
+        return None
+    cause: Exception | None = None
+    if proof.why_not is None:
+        try:
+            decided, problem = _trial(proof, start, step, o, tf32)
+            if problem is None:
+                if not decided and not required:
+                    return None
+                y = start(o)
+                proof.ready = decided
+                return y
+            proof.why_not = f"gave wrong results on {environment(proof.index)['gpu']}: {problem}"
+        except Exception as error:
+            if not enabled() or not is_kernel_failure(error):
+                raise
+            cause, proof.why_not = error, f"cannot run on {environment(proof.index)['gpu']}: {_said(error)}"
+        proof.state = f"PyTorch's operators run: the kernel {proof.why_not}"
+        if not required:
+            _warn(proof, f"the Triton kernel {proof.why_not}. PyTorch's operators run instead.")
+    if required:
+        raise RuntimeError(f'backend="triton" cannot run this: the kernel {proof.why_not}') from cause
+    return None
+
+
+def _warn(proof: Proof, text: str) -> None:
+    """Once a kernel."""
+    if not proof.warned:
+        proof.warned = True
+        warnings.warn(f"cnnfast: {describe(proof)}: {text}", RuntimeWarning, stacklevel=3)
+
+
+def _trial(
+    proof: Proof, start: Callable[[Operands], torch.Tensor], step: Step, o: Operands, tf32: bool
+) -> tuple[bool, str | None]:
+    """(whether it is decided that the kernel may run or not, what is wrong with it or None). Sets `Proof.state`."""
+    if not enabled():
+        proof.state = "not checked (CNNFAST_GUARD=0)"
+        return True, None
+    if store.get(KIND, proof.key()) is not None:
+        proof.state = "right (checked by an earlier process)"
+        return True, None
+    calls, proof.calls = proof.calls, proof.calls + 1
+    if calls & (calls - 1):  # what could not be decided is tried again at calls 1, 2, 3, 5, 9, 17, ...
+        return False, None
+    try:
+        noise = _noise(step, o)
+        y = start(noise)
+        ends = slice(None, None, max(1, y.shape[0] - 1))  # the first and the last image
+        residual = None if noise.residual is None else noise.residual[ends]
+        noise, y = noise._replace(x=noise.x[ends], residual=residual), y[ends]
+    except torch.OutOfMemoryError as error:
+        proof.state = f"not checked yet, PyTorch's operators run: {_said(error)}"
+        return False, None
+    try:
+        problem = verdict(y, *expected(step, noise, tf32))
+    except RuntimeError as error:  # of PyTorch's operators in float64: out of memory, or not implemented
+        proof.state = f"not checked yet, PyTorch's operators run: {_said(error)}"
+        return False, None
+    if problem is None:
+        kept = store.put(KIND, proof.key(), {"kernel": describe(proof)})
+        proof.state = "right (checked)" if kept else f"right (checked; cannot be kept in {store.where(KIND)})"
+    return True, problem
+
+
+_PERIOD = 65521  # a prime: repeats of the noise fall on no row, channel or image twice
+
+
+def _noise(step: Step, o: Operands) -> Operands:
+    """Operands like ``o`` of about unit size, the same for every run; weights give the result about unit variance."""
+    base = torch.randn(_PERIOD, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    s = step.spec
+    taps = max(1, math.prod(o.weight.shape[2:]) // math.prod(s.stride))
+    gain = (s.in_channels // s.groups * taps) ** -0.5
+    filled: dict[str, Any] = {}
+    for i, (name, like) in enumerate(o._asdict().items()):
+        if not isinstance(like, torch.Tensor):
+            continue
+        values = base.roll(7919 * i)
+        if name == "weight":
+            values = values * gain
+        elif name == "var":
+            values = values.abs() + 0.1
+        out = torch.empty_like(like)
+        flat = out.as_strided((out.numel(),), (1,))
+        period = out.new_empty(_PERIOD).copy_(values)
+        whole = flat.numel() // _PERIOD * _PERIOD
+        flat[:whole].view(-1, _PERIOD).copy_(period)
+        flat[whole:].copy_(period[: flat.numel() - whole])
+        filled[name] = out
+    return o._replace(**filled)
+
+
+def capturing() -> bool:
+    """Whether the current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+# --- whose failure it is ----------------------------------------------------------------------------------------------
+
+
+def is_kernel_failure(error: BaseException) -> bool:
+    """Whether Triton's compiler, its driver or the tools it calls refused a kernel: not a user's mistake, and not a
+    GPU that is out of memory at the moment."""
+    from triton.errors import TritonError
+
+    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+        return False
+    if isinstance(error, TritonError):
+        return True
+    # Compiler passes, the CUDA driver and a missing C compiler raise plain exceptions, out of triton's own modules.
+    plain = (RuntimeError, OSError, ImportError, ValueError, subprocess.CalledProcessError)
+    return isinstance(error, plain) and any(name.startswith("triton.") for name in _modules(error.__traceback__))
+
+
+def _modules(traceback: types.TracebackType | None) -> Iterable[str]:
+    while traceback is not None:
+        yield str(traceback.tb_frame.f_globals.get("__name__", ""))
+        traceback = traceback.tb_next
+
+
+def _said(error: BaseException) -> str:
+    """The kind of an exception and its last words, those of the first cause (a compiler quotes the source first)."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__
+
+
+# --- telling ----------------------------------------------------------------------------------------------------------
+
+
+def describe(proof: Proof) -> str:
+    """Which kernel: the layer and its plan."""
+    s = proof.step.spec
+    kind = "upsample + conv" if proof.step.upsample else "conv_transpose" if s.transposed else "conv"
+    kernel = "x".join(map(str, s.kernel_size if proof.step.upsample is None else _upsampled_kernel(proof.step)))
+    dtype = str(proof.constants.get("dtype", "")).removeprefix("torch.")
+    return f"{kind} {s.in_channels} -> {s.out_channels}, kernel {kernel}, {dtype}, {proof.name}, cuda:{proof.index}"
+
+
+def _upsampled_kernel(step: Step) -> tuple[int, ...]:
+    assert step.upsample is not None
+    return tuple(k - r + 1 for k, r in zip(step.spec.kernel_size, step.upsample.scale, strict=True))
+
+
+def report() -> list[str]:
+    """A line for each kernel that this process has launched or tried to: which, and whether it is proven."""
+    return [f"{describe(p)}: {p.state}" for p in _proofs.values()]
+
+
+def failures(step: Step, dtype: torch.dtype) -> list[str]:
+    """Why PyTorch's operators run in place of kernels of this step: a line for each of its plans that failed."""
+    found = (p for p in _proofs.values() if p.why_not is not None and p.step == step)
+    return [f"{p.name} {p.why_not}" for p in found if p.constants.get("dtype") == str(dtype)]
+
+
+def forget() -> None:
+    """Drop what this process knows of kernels, as a new process would start (for tests)."""
+    _proofs.clear()
+    environment.cache_clear()
+
+
+# --- ahead of time ----------------------------------------------------------------------------------------------------
+
+
+def warmup(function: Callable[..., Any], *inputs: Any, batch_sizes: Iterable[int] = ()) -> None:
+    """Compile and prove every kernel that ``function(*inputs)`` launches, so that later calls of these sizes do not
+    wait, and can be captured into a CUDA graph.
+
+    Runs the function, without gradients, on ``inputs`` and then for each of ``batch_sizes`` on inputs of that batch
+    (the first image of each tensor repeated; all tensors among the inputs must have the batch as dimension 0). Other
+    image sizes: call it again. A module must be in eval mode: training mode is not fused, and would move its running
+    statistics.
+
+    ValueError for a module in training mode or a batch size below 1; RuntimeError inside a graph capture; what the
+    function raises.
+    """
+    if isinstance(function, torch.nn.Module) and function.training:
+        raise ValueError("warmup of a module in training mode: call its eval() first")
+    sizes = list(batch_sizes)
+    if any(n < 1 for n in sizes):
+        raise ValueError(f"batch_sizes={sizes} must be positive")
+    if capturing():
+        raise RuntimeError("warmup inside a CUDA graph capture: call it before")
+    with torch.no_grad():
+        function(*inputs)
+        for n in sizes:
+            function(*(_of_batch(x, n) if isinstance(x, torch.Tensor) else x for x in inputs))
+    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
+        torch.cuda.synchronize()
+
+
+def _of_batch(x: torch.Tensor, n: int) -> torch.Tensor:
+    """The first image ``n`` times, in x's memory format."""
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    many = x[:1].repeat(n, *(1,) * (x.dim() - 1))
+    return many.contiguous(memory_format=torch.channels_last) if channels_last else many
