@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import dispatch, guard
+from .. import dispatch, guard, tuned
 from ..block import Operands, Step
 from ..kernels import conv_transpose as kernels
 from ..plan import Device, Lowering, Plan, choose_plan, tap_map
@@ -154,13 +154,15 @@ def prepare(
     channels_last: bool,
     slopes: int,
     plan: Plan | None = None,
-    given: tuple[torch.dtype | None, ...] = (),
+    given: tuple[Any, ...] = (),
     index: int | None = None,
 ) -> Launch:
-    """The launch of ``step`` on a (padded) input of this size. A given ``plan`` replaces the heuristic's (tuning,
-    tests). ``given``: dtypes of the residual and the vectors, part of the binary. ``index``: of the CUDA device, None
-    where there is none and nothing is guarded."""
+    """The launch of ``step`` on a (padded) input of this size. A given ``plan`` replaces the tuned one, or the
+    heuristic's (tuning, tests). ``given``: the weight's strides and the dtypes of residual and vectors, part of the
+    binary. ``index``: of the CUDA device, None where there is none: nothing is guarded then, and nothing was tuned."""
     s = step.spec
+    if plan is None and index is not None:
+        plan = tuned.stored(s, batch, input_size, precision, device, index)
     plan = plan or choose_plan(s, batch, input_size, precision, device)
     out = s.output_size(input_size)
     big = batch * max(s.in_channels * math.prod(input_size), s.out_channels * math.prod(out)) >= 2**31
@@ -171,7 +173,7 @@ def prepare(
         reduce_grid = (-(-batch * math.prod(out) // REDUCE_M), -(-s.out_channels // REDUCE_N), 1)
     proof = guard.UNGUARDED
     if index is not None:
-        operands = tuple(None if d is None else str(d) for d in given)
+        operands = tuple(str(g) if isinstance(g, torch.dtype) else g for g in given)
         proof = guard.proof(
             step,
             plan.name,
@@ -197,7 +199,7 @@ def run(
 
     Where `guard` finds that the kernel must not run: RuntimeError if ``required``, else None.
     """
-    x, _, bias, mean, var, _, scale, shift, residual, slope = o
+    x, weight, bias, mean, var, _, scale, shift, residual, slope = o
     n, _, h, w = x.shape
     size = (h + 2 * step.pad[0], w + 2 * step.pad[1])
     if n == 0 or step.spec.out_channels == 0:
@@ -213,6 +215,7 @@ def run(
         0 if slope is None else slope.numel(),
         plan,
         (
+            weight.stride(),
             None if residual is None else residual.dtype,
             None if bias is None else bias.dtype,
             None if mean is None else mean.dtype,
@@ -243,9 +246,10 @@ def _start(step: Step, o: Operands, channels_last: bool, launch: Launch) -> torc
     x = step.pad_input(o.x).contiguous(memory_format=torch.channels_last)
     if x.data_ptr() & 15:
         x = x.clone()
-    weight = kernel_weight(step, launch.plan.lowering, o.weight)
+    weight = o.weight
     if weight.data_ptr() & 15:
         weight = weight.clone()
+    weight = kernel_weight(step, launch.plan.lowering, weight)
     residual = o.residual
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
