@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from . import reference
 from .spec import Activation, ConvSpec, collapse_upsample
 
-__all__ = ["Operands", "Step", "Upsample", "run_reference", "upsample_step"]
+__all__ = ["PADDING_MODES", "Operands", "Step", "Upsample", "plain_step", "run_reference", "upsample_step"]
 
 PADDING_MODES = ("zeros", "replicate", "reflect")
 
@@ -34,7 +34,7 @@ class Upsample:
 
 @dataclass(frozen=True)
 class Step:
-    """``spec`` is the 2-D convolution that runs on the (replicate-padded by ``pad``) input.
+    """``spec`` is the 2-D convolution that runs on the input padded by ``pad`` in ``pad_mode`` (replicate or reflect).
 
     With ``upsample``, the step is an upsampling and a plain convolution whose weight (C_out, C_in/g, kh, kw) is summed
     to the weight of ``spec`` by `reference.collapse_weight`.
@@ -44,28 +44,42 @@ class Step:
     activation: Activation = Activation()
     upsample: Upsample | None = None
     pad: tuple[int, int] = (0, 0)
+    pad_mode: str = "replicate"
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.spec, self.activation, self.upsample, self.pad))
+        return hash((self.spec, self.activation, self.upsample, self.pad, self.pad_mode))
 
     def __hash__(self) -> int:  # steps are dictionary keys on the path of every call
         return self._hash
 
     def output_size(self, input_size: Sequence[int]) -> tuple[int, ...]:
-        """Spatial size of the output. ValueError where it would not be positive."""
+        """Spatial size of the output. ValueError where it would not be positive, or the input is too small to
+        reflect."""
+        if self.pad_mode == "reflect" and any(p >= n for p, n in zip(self.pad, input_size, strict=True)):
+            raise ValueError(f"reflecting {self.pad} pixels takes a larger input than {tuple(input_size)}")
         return self.spec.output_size([n + 2 * p for n, p in zip(input_size, self.pad, strict=True)])
 
     def pad_input(self, x: torch.Tensor) -> torch.Tensor:
-        """x (N, C, H, W) with its border repeated ``pad`` times."""
+        """x (N, C, H, W) padded by ``pad``."""
         ph, pw = self.pad
-        return F.pad(x, (pw, pw, ph, ph), mode="replicate") if ph or pw else x
+        return F.pad(x, (pw, pw, ph, ph), mode=self.pad_mode) if ph or pw else x
 
     def conv_weight(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight of ``spec`` from the layer's own weight."""
         if self.upsample is None:
             return weight
         return reference.collapse_weight(weight, self.upsample.scale, self.spec.groups)
+
+
+def plain_step(spec: ConvSpec, mode: str = "zeros", activation: Activation = Activation()) -> Step:  # noqa: B008
+    """The step of a plain convolution that pads by ``spec.padding`` in ``mode``, one of `PADDING_MODES`."""
+    if mode not in PADDING_MODES:
+        raise ValueError(f"padding_mode={mode!r} must be one of {PADDING_MODES}")
+    if mode == "zeros" or not any(spec.padding):
+        return Step(spec, activation)
+    ph, pw = spec.padding
+    return Step(replace(spec, padding=(0, 0)), activation, None, (ph, pw), mode)
 
 
 def upsample_step(
@@ -135,7 +149,7 @@ class Operands(NamedTuple):
 def run_reference(step: Step, o: Operands) -> torch.Tensor:
     """The step by torch's own operators, as an unfused model would run it: any dtype, any device, differentiable."""
     if step.upsample is None:
-        y = reference.conv(o.x, o.weight, o.bias, step.spec)
+        y = reference.conv(step.pad_input(o.x), o.weight, o.bias, step.spec)
     else:
         u = step.upsample
         y = reference.upsample_conv(o.x, o.weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)

@@ -38,7 +38,7 @@ from .onednn import (
 from .packing import PACKS, why_not_cacheable
 from .spec import Activation, ConvSpec
 
-__all__ = ["InstructionSet", "instruction_set", "method_name", "run", "why_not"]
+__all__ = ["InstructionSet", "convert", "instruction_set", "method_name", "run", "why_not"]
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -73,9 +73,19 @@ def _method(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: Ins
     return Deconvolution
 
 
+def _too_few(s: ConvSpec, shape: tuple[int, ...], least: float) -> str | None:
+    """Whether the step is too little work for packed operators; ``least`` where ATen leaves oneDNN for a matrix product
+    and col2im (or im2col) with little overhead. The condition is ATen's own (`use_mkldnn`)."""
+    macs = s.macs(shape[0], shape[2:])
+    small = shape[0] == 1 and math.prod(shape) <= 20480 and min(s.kernel_size) <= 3
+    return (
+        f"{macs} multiply-adds are too few to gain from packed operators" if macs < (least if small else 2e6) else None
+    )
+
+
 def _why_slower(step: Step, shape: tuple[int, ...], method: Method, isa: InstructionSet) -> str | None:
-    """Why PyTorch's own operator is expected to be as fast; measured for transposed convolutions alone, and not for an
-    upsampling, where PyTorch's own way does several times the arithmetic."""
+    """Why PyTorch's own transposed convolution is expected to be as fast. Not for an upsampling, where PyTorch's own
+    way does several times the arithmetic; a plain convolution's rule is `_why_slower_plain`."""
     s = step.spec
     if not s.transposed or step.upsample is not None or isinstance(method, Projection):
         return None
@@ -89,12 +99,36 @@ def _why_slower(step: Step, shape: tuple[int, ...], method: Method, isa: Instruc
     if isinstance(method, Deconvolution) and not fits and (method.dtype == torch.float32 or isa < InstructionSet.AMX):
         # oneDNN then applies bias and post-ops element by element: ten times slower was seen.
         return f"output size {out} is no multiple of stride {s.stride}, or there is a dilation"
-    macs = s.macs(shape[0], shape[2:])
-    # The condition is ATen's own (`use_mkldnn`): it then takes a matrix product and col2im with little overhead.
-    small = shape[0] == 1 and math.prod(shape) <= 20480 and min(s.kernel_size) <= 3
-    if macs < (8e6 if small else 2e6):
-        return f"{macs} multiply-adds are too few to gain from packed operators"
-    return None
+    return _too_few(s, shape, 8e6)
+
+
+@lru_cache(maxsize=4096)
+def _why_slower_plain(
+    step: Step, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet, saves: bool, nchw: bool
+) -> str | None:
+    """Why PyTorch's own plain convolution of an x of ``shape`` is expected to be as fast, passes over memory included.
+
+    ``saves``: a norm or an activation goes into the convolution, at least a pass less than PyTorch makes. ``nchw``:
+    neither x nor the result is channels-last, so that both would be converted (oneDNN itself, called from ATen,
+    converts faster than ATen's copies).
+    """
+    s = step.spec
+    out = s.output_size([n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)])
+    elements = math.prod(shape) + shape[0] * s.out_channels * math.prod(out)
+    if few := _too_few(s, shape, 12e6):
+        return few
+    if math.prod(s.weight_shape) >= elements:
+        return None  # ATen brings the weight into oneDNN's layout on every call
+    intense = s.macs(shape[0], shape[2:]) >= 64 * elements
+    if _compute_dtype(dtype, isa) != dtype:
+        if dtype == torch.float16 and isa >= InstructionSet.AMX and not intense:
+            return "too little arithmetic for its conversions to float32"
+        return None
+    if nchw:
+        if dtype != torch.float32 and intense and s.out_channels >= 16:
+            return None
+        return "the conversions to channels-last and back cost what packed operators save"
+    return None if saves else "no norm or activation goes into the convolution, and its weight is small"
 
 
 class _Plan(NamedTuple):
@@ -111,11 +145,11 @@ def _plan(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> _Plan | str
         return f"{dtype} has no packed operators"
     if len(shape) != 4 or not all(shape) or shape[1] != step.spec.in_channels:
         return f"an input of shape {tuple(shape)} is empty or does not fit"
-    shape = (*shape[:2], shape[2] + 2 * step.pad[0], shape[3] + 2 * step.pad[1])
     try:
-        step.spec.output_size(shape[2:])
+        step.output_size(shape[2:])
     except ValueError as error:
         return str(error)
+    shape = (*shape[:2], shape[2] + 2 * step.pad[0], shape[3] + 2 * step.pad[1])
     isa = instruction_set()
     compute = _compute_dtype(dtype, isa)
     kind = _method(step.spec, shape, compute, isa)
@@ -127,8 +161,11 @@ def _plan(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> _Plan | str
     return _Plan(method, post_op(step.activation), key, _why_slower(step, shape, method, isa))
 
 
-def why_not(step: Step, operands: Operands) -> str | None:
-    """Why `run` should not take this step (it can't, or plain ATen is faster); None where it should."""
+def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str | None:
+    """Why `run` should not take this step (it can't, or plain ATen is faster); None where it should.
+
+    ``channels_last``: the memory format of the result.
+    """
     x, weight = operands.x, operands.weight
     if x.device.type != "cpu" or x.layout != torch.strided:
         return "the input is not a dense CPU tensor"
@@ -140,7 +177,15 @@ def why_not(step: Step, operands: Operands) -> str | None:
     if not torch._C._get_mkldnn_enabled():
         return "oneDNN is switched off (torch.backends.mkldnn)"
     plan = _plan(step, x.shape, x.dtype)
-    return plan if isinstance(plan, str) else plan.slower
+    if isinstance(plan, str):
+        return plan
+    if step.spec.transposed or step.upsample is not None:
+        return plan.slower
+    o = operands
+    folds = o.mean is not None or o.scale is not None
+    saves = folds or (_post(step, plan.post, o).fused and step.activation.name != "identity")
+    nchw = not channels_last and not x.is_contiguous(memory_format=torch.channels_last)
+    return _why_slower_plain(step, x.shape, x.dtype, instruction_set(), saves, nchw)
 
 
 def method_name(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> str:
@@ -167,7 +212,7 @@ def _pack(method: Method, step: Step, o: Operands) -> tuple[Any, bool]:
     return method.pack(weight, shift), finite
 
 
-_LOSE_NAN = ("relu", "hardtanh")  # of oneDNN's names
+_LOSE_NAN = ("relu", "hardtanh")  # of oneDNN's names; leaky_relu does with a slope of zero
 _IN_PLACE: dict[str, Callable[..., torch.Tensor]] = {
     "relu": torch.relu_,
     "tanh": torch.tanh_,
@@ -178,6 +223,30 @@ _IN_PLACE: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+def _post(step: Step, post: PostOp, o: Operands) -> PostOp:
+    """What of the activation runs on the accumulator for these operands: nothing where a residual comes first."""
+    if o.residual is not None:
+        return PostOp()
+    if step.activation.name == "prelu" and o.slope is not None and o.slope.numel() == 1:
+        slope = o.slope.item()
+        if slope and math.isfinite(slope):
+            return PostOp("leaky_relu", (slope,), "", True)
+    return post
+
+
+def _prelu(y: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """`F.prelu` of a channels-last y. Its loop runs over the channels: in 16 bits, where a vector has 32 of them, a
+    number that is no multiple of 32 is left to scalar code (18 times slower was seen for 16 channels), so that several
+    pixels are taken as the channels of one."""
+    n, c, h, w = y.shape
+    pixels = 32 // math.gcd(c, 32)
+    suits = y.element_size() == 2 and slope.numel() == c and pixels > 1 and n * h * w % pixels == 0
+    if not suits or not y.is_contiguous(memory_format=torch.channels_last):
+        return F.prelu(y, slope)
+    rows = F.prelu(y.permute(0, 2, 3, 1).reshape(-1, pixels * c), slope.repeat(pixels))
+    return rows.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
 def _finish(y: torch.Tensor, activation: Activation, o: Operands) -> torch.Tensor:
     """Residual and activation after the convolution, on a tensor that is ours: in float32 where there is a residual."""
     if o.residual is not None:
@@ -185,13 +254,13 @@ def _finish(y: torch.Tensor, activation: Activation, o: Operands) -> torch.Tenso
     in_place = _IN_PLACE.get(activation.name)
     if in_place is not None:
         return in_place(y, *activation.params)
-    return activation(y, None if o.slope is None else o.slope.to(y.dtype))
+    return activation(y) if o.slope is None else _prelu(y, o.slope.to(y.dtype))
 
 
 def _transposed(t: torch.Tensor) -> torch.Tensor:
     """``t.contiguous()`` of a channels-last tensor with large images, as one matrix transposition for each image.
 
-    ATen does those in blocks but on one thread; its general copy strides through memory (four times slower was seen).
+    ATen does those in blocks but on one thread; its general copy strides through memory (seven times slower was seen).
     """
     n, c, h, w = t.shape
     y = t.new_empty(t.shape)
@@ -200,8 +269,11 @@ def _transposed(t: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def _to(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
-    if not channels_last and t.numel() >= t.shape[0] * 2**20 and t.shape[1] >= 32 and torch.get_num_threads() <= 4:
+def convert(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
+    """``t`` (N, C, H, W) in this dtype and memory format; itself where it is that already."""
+    image = t.numel() // max(1, t.shape[0])
+    large = image >= 2**20 and t.shape[1] >= 32 or image >= 2**18 and t.shape[1] >= 64
+    if large and not channels_last and torch.get_num_threads() <= 4:
         return _transposed(t.to(dtype, memory_format=torch.channels_last))
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     if t.dtype == dtype:  # the cheaper call, on a path that counts microseconds
@@ -223,11 +295,12 @@ def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor:
     method, post, key, _ = plan
     vectors = (o.bias, o.mean, o.var, o.scale, o.shift)
     packed, finite = PACKS.get(o.weight, (key, o.eps), vectors, lambda: _pack(method, step, o))
-    x = _to(step.pad_input(x), method.dtype, True)
-    fused = post.fused and o.residual is None
-    if fused and post.attr in _LOSE_NAN:
+    x = convert(step.pad_input(x), method.dtype, True)
+    post = _post(step, post, o)
+    fused = post.fused
+    if fused and (post.attr in _LOSE_NAN or post.scalars == (0.0,)):
         fused = finite and math.isfinite(x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None).item())
     y = method.run(x, packed, post if fused else PostOp(), channels_last)
     if not fused:
         y = _finish(y, step.activation, o)
-    return _to(y, o.x.dtype, channels_last)
+    return convert(y, o.x.dtype, channels_last)

@@ -1,9 +1,9 @@
 """Which run of modules is one fused step: the rules, once.
 
-A step is ``ConvTranspose1d/2d`` or ``Upsample(nearest) + Conv2d``, then a BatchNorm in eval mode, then an activation,
-the last two optional. `plan_modules` gives steps for a list of modules, and for every other module the reason why it
-runs as it stands. A step is made of values alone (slots in the list, geometry, numbers); whoever runs it reads the
-tensors from the modules on every call.
+A step is ``ConvTranspose1d/2d``, ``Conv1d/2d`` or ``Upsample(nearest) + Conv2d``, then a BatchNorm in eval mode, then
+an activation, the last two optional. `plan_modules` gives steps for a list of modules, and for every other module the
+reason why it runs as it stands. A step is made of values alone (slots in the list, geometry, numbers); whoever runs it
+reads the tensors from the modules on every call.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .block import Step, Upsample, upsample_step
+from .block import Step, Upsample, plain_step, upsample_step
 from .modules import HOOKS, KINDS, SHADOWS, Reading, Refused, is_patched, read
 from .ops.core import is_channels_last
 from .spec import Activation, ConvSpec
@@ -56,6 +56,11 @@ class Unfused:
     slot: int
     why_not: str
     opaque: bool
+
+
+_NOT_YET: dict[type[nn.Module], str] = {
+    nn.PixelShuffle: "a convolution's store does not shuffle pixels yet: PixelShuffle runs after it"
+}
 
 
 class _Part(NamedTuple):
@@ -102,7 +107,7 @@ def _part(module: nn.Module, tensors: tuple[Tensor | None, ...]) -> _Part:
         known = [c.__name__ for c in cls.__mro__[1:] if c in KINDS]
         if known:
             return _Part("", 0, f"a subclass of {known[0]} (or parametrized): it may compute anything")
-        return _Part("", 0, f"{cls.__name__} is no part of a fused step")
+        return _Part("", 0, _NOT_YET.get(cls, f"{cls.__name__} is no part of a fused step"))
     d = module.__dict__
     if any(d.get(name) for name in HOOKS):
         return _Part("", 0, "it has hooks")
@@ -139,7 +144,7 @@ def _step(parts: list[_Part], slot: int, reasons: dict[int, str]) -> FusedStep:
     elif part.role == "upsample":
         conv, base = _upsampled(parts, slot)
     elif part.role == "conv":
-        raise Refused("no upsampling ahead of it: PyTorch's own convolution runs")
+        conv, base = slot, _plain(part)
     else:
         raise Refused("no convolution ahead of it that takes it in")
     weight, channels, ndim = _tensor(parts[conv].tensors[0]), base.spec.out_channels, parts[conv].ndim
@@ -247,6 +252,61 @@ def _transposed(part: _Part) -> Step:
     return Step(spec.as_2d())
 
 
+def _plain_padding(part: _Part, kernel: Sequence[int]) -> tuple[int, ...]:
+    """What a Conv1d or Conv2d pads on both sides of each dimension."""
+    stride, padding, _, dilation, _, mode, reversed_padding = part.attributes
+    n = part.ndim
+    if mode != "zeros":  # by this list, last dimension first; the convolution itself then pads nothing
+        before, after = tuple(reversed_padding[::2])[::-1], tuple(reversed_padding[1::2])[::-1]
+        if before != after:
+            raise Refused(f"it pads unevenly: {reversed_padding}")
+        padding = before
+    elif padding == "same":
+        reach = [d * (k - 1) for d, k in zip(_pair("dilation", dilation, n), kernel, strict=True)]
+        if any(r % 2 for r in reach):
+            raise Refused(f"padding='same' with kernel_size={tuple(kernel)} pads unevenly")
+        if _pair("stride", stride, n) != (1,) * n:
+            raise Refused(f"padding='same' with stride={stride}")
+        padding = tuple(r // 2 for r in reach)
+    elif padding == "valid":
+        padding = (0,) * n
+    padding = _pair("padding", padding, n)
+    if min(padding) < 0:
+        raise Refused(f"negative padding {padding}")
+    return padding
+
+
+def _plain(part: _Part) -> Step:
+    """The step of a Conv1d or Conv2d without an upsampling ahead of it."""
+    stride, _, _, dilation, groups, mode, _ = part.attributes
+    weight, n = _conv_weight(part), part.ndim
+    c_out, per_group, *kernel = weight.shape
+    if type(groups) is not int:
+        raise Refused(f"groups={groups!r} is not an int")
+    if _pair("stride", stride, n) != (1,) * n and weight.device.type != "cpu":
+        raise Refused(f"stride={stride}: there is no kernel for strided convolutions yet")
+    padding = _plain_padding(part, kernel)
+    try:
+        step = plain_step(
+            ConvSpec.make(
+                per_group * groups,
+                c_out,
+                kernel,
+                stride,
+                padding,
+                groups=groups,
+                dilation=_pair("dilation", dilation, n),
+                transposed=False,
+                ndim=n,
+            ).as_2d(),
+            mode,
+        )
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    _vector(part.tensors[1], c_out, (weight.dtype,), weight)
+    return step
+
+
 def _upsampled(parts: list[_Part], slot: int) -> tuple[int, Step]:
     """The convolution's slot and the step of an Upsample at ``slot`` with the Conv2d that follows it."""
     size, scale_factor, mode, align_corners = parts[slot].attributes
@@ -258,10 +318,10 @@ def _upsampled(parts: list[_Part], slot: int) -> tuple[int, Step]:
     if len(factors) != 2 or not all(f in range(1, MAX_SCALE + 1) for f in factors):
         raise Refused(f"scale_factor={scale_factor!r} is not one or two integers from 1 to {MAX_SCALE}")
     conv = _following(parts, slot, 2)
-    if conv is None or parts[conv].role != "conv":
+    if conv is None or parts[conv].role != "conv" or parts[conv].ndim != 2:
         raise Refused("no Conv2d follows that could take it in")
     part = parts[conv]
-    stride, padding, _, dilation, groups, mode, reversed_padding = part.attributes
+    stride, _, _, dilation, groups, mode, _ = part.attributes
     weight = _conv_weight(part)
     c_out, per_group, *kernel = weight.shape
     if type(groups) is not int:
@@ -270,16 +330,8 @@ def _upsampled(parts: list[_Part], slot: int) -> tuple[int, Step]:
         raise Refused(f"the Conv2d that follows has stride={stride} and dilation={dilation}: 1 and 1 are collapsed")
     if not all(k % 2 for k in kernel):
         raise Refused(f"the Conv2d that follows has kernel_size={tuple(kernel)}: odd ones are collapsed")
-    if mode != "zeros":
-        left, right, top, bottom = reversed_padding
-        if left != right or top != bottom:
-            raise Refused(f"the Conv2d that follows pads unevenly: {reversed_padding}")
-        padding = (top, left)
-    elif padding == "same":
-        padding = tuple(k // 2 for k in kernel)
-    elif padding == "valid":
-        padding = (0, 0)
-    upsample = Upsample((int(factors[0]), int(factors[1])), _pair("padding", padding, 2), mode)  # type: ignore[arg-type]
+    padding = _plain_padding(part, kernel)
+    upsample = Upsample((int(factors[0]), int(factors[1])), padding, mode)  # type: ignore[arg-type]
     try:
         step = upsample_step(per_group * groups, c_out, (kernel[0], kernel[1]), upsample, groups)
     except ValueError as error:

@@ -6,6 +6,7 @@ Consecutive fused steps are a *chain*: channels-last inside, its last store in t
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,8 +44,8 @@ def _eager_layout(step: FusedStep, channels_last: bool, size: Sequence[int], out
     whose strides happen to say so has an effect, and BatchNorm ends it. (Checked against torch 2.13 on a CPU.)
     """
     spec = step.step.spec
-    if step.ndim == 1:  # ATen makes 3-D inputs contiguous first
-        channels_last = channels_last and _both_layouts(spec.in_channels, size)
+    if step.ndim == 1:  # ATen makes 3-D inputs contiguous first, and so does padding
+        channels_last = channels_last and _both_layouts(spec.in_channels, size) and not any(step.step.pad)
         if step.norm is not None:
             return False
     channels_last = channels_last or step.weight_channels_last
@@ -63,7 +64,7 @@ class Chain:
     """Consecutive fused steps of one dimensionality, dtype and device."""
 
     steps: tuple[FusedStep, ...]
-    # Of inputs seen: (shape, strides, dtype, device) -> see `bind`.
+    # Of inputs seen: (shape, strides, dtype, device, backend) -> see `bind`.
     _bindings: dict[object, tuple[bool, ...] | str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -77,15 +78,16 @@ class Chain:
 
     def bind(self, x: Tensor) -> tuple[bool, ...] | str:
         """Whether each step's result is channels-last, or why the modules run as they stand for an input like x."""
-        key = (x.shape, x.stride(), x.dtype, x.device)
+        backend = resolve_backend(None)
+        key = (x.shape, x.stride(), x.dtype, x.device, backend)
         bound = self._bindings.get(key)
         if bound is None:
             if len(self._bindings) >= _MAX_BINDINGS:
                 self._bindings.clear()
-            bound = self._bindings[key] = self._bind(x)
+            bound = self._bindings[key] = self._bind(x, backend)
         return bound
 
-    def _bind(self, x: Tensor) -> tuple[bool, ...] | str:
+    def _bind(self, x: Tensor, backend: str) -> tuple[bool, ...] | str:
         first = self.steps[0]
         if x.dtype != first.dtype or x.device != first.device:
             return f"the input is {x.dtype} on {x.device}, the weight {first.dtype} on {first.device}"
@@ -93,6 +95,7 @@ class Chain:
             return f"an input of shape {tuple(x.shape)} is no batch for a {first.ndim}-D convolution"
         channels, size = x.shape[1], (1,) * (2 - first.ndim) + tuple(x.shape[2:])
         channels_last = core.is_channels_last(x if first.ndim == 2 else x.contiguous().unsqueeze(2))
+        eager, elements = [channels_last], [x.numel()]  # of x and of every result
         for s in self.steps:
             if channels != s.step.spec.in_channels:
                 return f"{channels} channels meet a convolution of {s.step.spec.in_channels}"
@@ -102,7 +105,22 @@ class Chain:
                 return str(error)
             channels_last = _eager_layout(s, channels_last, size, out)
             channels, size = s.step.spec.out_channels, out
+            eager.append(channels_last)
+            elements.append(x.shape[0] * channels * math.prod(size))
+        if x.device.type == "cpu" and backend != "triton" and not any(eager) and not self._saves_conversions(elements):
+            return tuple(eager[1:])
         return (True,) * (len(self.steps) - 1) + (channels_last,)
+
+    def _saves_conversions(self, elements: list[int]) -> bool:
+        """Whether channels-last inside is worth the conversions at both ends: oneDNN, called from ATen, brings the
+        input and the result of every convolution into a layout of its own, unless the kernel is 1x1. (Transposed
+        convolutions and upsamplings were measured to gain.)"""
+        saved = 0
+        for s, before, after in zip(self.steps, elements[:-1], elements[1:], strict=True):
+            if s.step.spec.transposed or s.step.upsample is not None:
+                return True
+            saved += before + after if max(s.step.spec.kernel_size) > 1 else 0
+        return saved >= elements[0] + elements[-1]
 
     def layouts(self, x: Any, reading: Reading) -> tuple[bool, ...] | str:
         """What `bind` says, or another reason why the modules run as they stand on x."""
@@ -124,6 +142,8 @@ class Chain:
         ndim = self.steps[0].ndim
         if ndim == 1:  # (N, C, L) as (N, C, 1, L)
             x = x.unsqueeze(2)
+        if layouts[0] and x.device.type == "cpu":  # wherever the first step runs: its result is likely to be larger
+            x = x.contiguous(memory_format=torch.channels_last)
         for s, channels_last in zip(self.steps, layouts, strict=True):
             x = core.run_step(s.step, _operands(s, x, reading.tensors), channels_last=channels_last)
         if _both_layouts(x.shape[1], x.shape[2:]):
@@ -199,11 +219,12 @@ def _only_device_contexts() -> bool:
 class Sequential(nn.Sequential):
     """`torch.nn.Sequential` whose forward runs blocks of modules as one fused step in inference.
 
-    ``ConvTranspose1d/2d`` or ``Upsample(nearest, integer factor) + Conv2d``, with the eval-mode BatchNorm and the
-    activation that follow, become one step; every other module runs as it stands, and so does everything in training
-    mode, where a gradient is needed, under autocast, tracing or `torch.compile`. Constructor, children, ``state_dict``,
-    indexing and hooks are those of `torch.nn.Sequential`, and so are results (within rounding), dtypes, memory formats
-    and errors. Modules may be changed or replaced at any time. `explain` says what is fused, and why the rest is not.
+    ``ConvTranspose1d/2d``, ``Conv1d/2d`` or ``Upsample(nearest, integer factor) + Conv2d``, with the eval-mode
+    BatchNorm and the activation that follow, become one step; every other module runs as it stands, and so does
+    everything in training mode, where a gradient is needed, under autocast, tracing or `torch.compile`. Constructor,
+    children, ``state_dict``, indexing and hooks are those of `torch.nn.Sequential`, and so are results (within
+    rounding), dtypes, memory formats and errors. Modules may be changed or replaced at any time. `explain` says what is
+    fused, and why the rest is not.
 
     A write through ``.data`` to a few elements of a weight may go unseen on a CPU: call `cnnfast.invalidate` after it.
     """

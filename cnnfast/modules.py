@@ -114,7 +114,8 @@ def _kinds() -> dict[type, Kind]:
     geometry = ("stride", "padding", "output_padding", "dilation", "groups", "padding_mode")
     add(nn.ConvTranspose1d, "transposed", 1, geometry, _conv_tensors)
     add(nn.ConvTranspose2d, "transposed", 2, geometry, _conv_tensors)
-    # Conv2d pads by this list, made at construction, whenever padding_mode is not "zeros".
+    # They pad by this list, made at construction, whenever padding_mode is not "zeros".
+    add(nn.Conv1d, "conv", 1, (*geometry, "_reversed_padding_repeated_twice"), _conv_tensors)
     add(nn.Conv2d, "conv", 2, (*geometry, "_reversed_padding_repeated_twice"), _conv_tensors)
     for upsample in (nn.Upsample, nn.UpsamplingNearest2d):
         add(upsample, "upsample", 2, ("size", "scale_factor", "mode", "align_corners"))

@@ -67,6 +67,24 @@ FUSED: dict[str, tuple[list[nn.Module], int, Activation]] = {
     "valid": ([up(), nn.Conv2d(4, 6, 3, padding="valid")], 2, Activation()),
     "replicate": ([up(), nn.Conv2d(4, 6, 5, padding=2, padding_mode="replicate")], 2, Activation()),
     "reflect": ([up(), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")], 2, Activation()),
+    "plain": ([nn.Conv2d(4, 6, 3, padding=1)], 1, Activation()),
+    "plain-norm-prelu": ([nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.PReLU(6)], 3, Activation("prelu")),
+    "plain-1d": ([nn.Conv1d(4, 6, 5, padding=2), nn.BatchNorm1d(6), nn.ReLU()], 3, Activation("relu")),
+    "plain-1x1": ([nn.Conv2d(4, 6, 1, bias=False), nn.SiLU()], 2, Activation("silu")),
+    "plain-dilated-groups": ([nn.Conv2d(4, 6, (3, 1), padding=(2, 0), dilation=2, groups=2)], 1, Activation()),
+    "plain-depthwise": ([nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.ReLU()], 2, Activation("relu")),
+    "plain-strided": ([nn.Conv2d(4, 6, 3, (2, 3), 1), nn.BatchNorm2d(6), nn.ReLU()], 3, Activation("relu")),
+    "plain-strided-1d": ([nn.Conv1d(4, 6, 4, 2), nn.LeakyReLU(0.1)], 2, Activation("leaky_relu", (0.1,))),
+    "plain-same": ([nn.Conv2d(4, 6, (2, 5), padding="same", dilation=2)], 1, Activation()),
+    "plain-same-1d": ([nn.Conv1d(4, 6, 5, padding="same", dilation=3)], 1, Activation()),
+    "plain-valid": ([nn.Conv2d(4, 6, 3, padding="valid"), nn.ReLU()], 2, Activation("relu")),
+    "plain-wide-padding": ([nn.Conv2d(4, 6, 1, padding=2), nn.Sigmoid()], 2, Activation("sigmoid")),
+    "plain-replicate": ([nn.Conv2d(4, 6, 3, padding=(1, 4), padding_mode="replicate")], 1, Activation()),
+    "plain-reflect": ([nn.Conv2d(4, 6, 5, padding=2, padding_mode="reflect"), nn.Tanh()], 2, Activation("tanh")),
+    "plain-reflect-same": ([nn.Conv2d(4, 6, 5, padding="same", padding_mode="reflect")], 1, Activation()),
+    "plain-reflect-nothing": ([nn.Conv2d(4, 6, 3, padding_mode="reflect")], 1, Activation()),
+    "plain-replicate-1d": ([nn.Conv1d(4, 6, 3, padding=1, padding_mode="replicate")], 1, Activation()),
+    "plain-reflect-1d": ([nn.Conv1d(4, 6, 3, padding=2, padding_mode="reflect"), nn.ReLU()], 2, Activation("relu")),
     "same-reflect": ([up(), nn.Conv2d(4, 6, 3, padding="same", padding_mode="reflect")], 2, Activation()),
 }
 
@@ -77,7 +95,7 @@ def test_fused(name: str) -> None:
     (step,) = plan(*modules)
     assert isinstance(step, FusedStep), step
     assert step.slots == tuple(range(slots)) and step.step.activation == activation
-    assert isinstance(modules[step.conv], (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Conv2d))
+    assert isinstance(modules[step.conv], (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Conv1d, nn.Conv2d))
     norms = [k for k, m in enumerate(modules) if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
     assert step.norm == (norms[0] if norms else None)
 
@@ -85,9 +103,9 @@ def test_fused(name: str) -> None:
 @pytest.mark.parametrize("name", FUSED)
 def test_results_of_what_is_fused(name: str) -> None:
     seq = randomized(cnnfast.Sequential(*FUSED[name][0])).eval()
-    one_dimension = isinstance(seq[0], nn.ConvTranspose1d)
+    one_dimension = isinstance(seq[0], (nn.ConvTranspose1d, nn.Conv1d))
     x = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0))
-    check(seq, x if one_dimension else torch.stack([x, x * 0.5 + 1, x.flip(2)], 2), inputs=4)
+    check(seq, x if one_dimension else torch.stack([x, x * 0.5 + 1, x.flip(2), x.roll(1, 2), x * x], 2), inputs=4)
 
 
 def hooked(module: nn.Module, register: str) -> nn.Module:
@@ -113,7 +131,22 @@ class Other(nn.ConvTranspose2d):
 # name -> (modules, the slot that is not fused, a part of the reason)
 UNFUSED: dict[str, tuple[list[nn.Module], int, str]] = {
     "linear": ([nn.Linear(4, 4)], 0, "Linear is no part of a fused step"),
-    "plain-convolution": ([nn.Conv2d(4, 6, 3)], 0, "no upsampling ahead"),
+    "circular": ([nn.Conv2d(4, 6, 3, padding_mode="circular")], 0, "padding_mode='circular' must be one of"),
+    "circular-1d": ([nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular")], 0, "padding_mode='circular'"),
+    "uneven-same": ([nn.Conv2d(4, 6, (3, 4), padding="same")], 0, r"padding='same' .*\(3, 4\) pads unevenly"),
+    "uneven-same-1d": ([nn.Conv1d(4, 6, 2, padding="same")], 0, "unevenly"),
+    "uneven-reflect": ([nn.Conv2d(4, 6, 4, padding="same", padding_mode="reflect")], 0, "unevenly"),
+    "same-strided": ([having(nn.Conv2d(4, 6, 3, padding="same"), stride=(2, 2))], 0, "'same' with stride"),
+    "plain-negative-padding": ([having(nn.Conv2d(4, 6, 3), padding=(-1, 0))], 0, "negative padding"),
+    "plain-groups": ([having(nn.Conv2d(4, 6, 3), groups=4)], 0, "groups=4 does not divide"),
+    "plain-padding-list": ([having(nn.Conv2d(4, 6, 3), padding=[1, 1])], 0, "is not a tuple"),
+    "plain-bias": ([having(nn.Conv1d(4, 6, 3), bias=nn.Parameter(torch.zeros(5)))], 0, r"shape \(5,\)"),
+    "plain-subclass": ([nn.LazyConv2d(6, 3)], 0, "subclass of Conv2d"),
+    "three-dimensional": ([nn.Conv3d(4, 6, 3)], 0, "no part"),
+    "strided-elsewhere": ([nn.Conv2d(4, 6, 3, 2, device="meta")], 0, "meta"),
+    "pixel-shuffle": ([nn.Conv2d(4, 8, 3), nn.PixelShuffle(2)], 1, "does not shuffle pixels yet"),
+    "activation-after-shuffle": ([nn.Conv2d(4, 8, 3), nn.PixelShuffle(2), nn.PReLU()], 2, "no convolution ahead"),
+    "upsample-1d": ([up(), nn.Conv1d(4, 6, 3)], 0, "no Conv2d follows"),
     "activation-alone": ([nn.ReLU()], 0, "no convolution ahead"),
     "second-activation": ([ct(), nn.ReLU(), nn.Tanh()], 2, "no convolution ahead"),
     "norm-after-activation": ([ct(), nn.ReLU(), nn.BatchNorm2d(6)], 2, "no convolution ahead"),

@@ -118,12 +118,14 @@ def test_explain() -> None:
         nn.BatchNorm2d(4),
         nn.ReLU(),
         nn.Upsample(scale_factor=2, mode="bilinear"),
-        nn.Sequential(nn.Conv2d(4, 4, 3)),
+        nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 8, 3), nn.PixelShuffle(2)),
     ).eval()
     assert seq.explain().splitlines() == [
         "0-2: ConvTranspose2d + BatchNorm2d + ReLU fused",
         "3: Upsample as it stands: mode='bilinear' is not nearest",
-        "4: Conv2d as it stands: no upsampling ahead of it: PyTorch's own convolution runs",
+        "4: Conv2d as it stands: padding_mode='circular' must be one of ('zeros', 'replicate', 'reflect')",
+        "5-5: Conv2d fused",
+        "6: PixelShuffle as it stands: a convolution's store does not shuffle pixels yet: PixelShuffle runs after it",
     ]
     x = torch.randn(1, 4, 3, 3)
     assert "could be fused, but: a gradient is needed" in seq.explain(x)

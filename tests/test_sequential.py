@@ -51,7 +51,7 @@ def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for m in module.modules():
-            if isinstance(m, (nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)):
+            if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)):
                 fan = m.in_channels // m.groups * math.prod(m.kernel_size)
                 fan = max(1.0, fan / math.prod(m.stride)) if m.transposed else fan
                 m.weight.copy_(torch.randn(m.weight.shape, generator=g) / fan**0.5)
@@ -136,13 +136,13 @@ def stacks(draw: st.DrawFn, ndim: int) -> tuple[nn.Sequential, Tensor]:
     n = draw(st.sampled_from([1, 2, 5]))
     first = channels = draw(CHANNELS)
     first_size = size = draw(st.integers(1, 6))
-    ct, bn, dropout = {
-        1: (nn.ConvTranspose1d, nn.BatchNorm1d, nn.Dropout1d),
-        2: (nn.ConvTranspose2d, nn.BatchNorm2d, nn.Dropout2d),
+    ct, conv, bn, dropout = {
+        1: (nn.ConvTranspose1d, nn.Conv1d, nn.BatchNorm1d, nn.Dropout1d),
+        2: (nn.ConvTranspose2d, nn.Conv2d, nn.BatchNorm2d, nn.Dropout2d),
     }[ndim]
     modules: list[nn.Module] = []
     for _ in range(draw(st.integers(1, 3))):
-        kind = draw(st.sampled_from(["transposed", "upsample", "conv"][: 3 if ndim == 2 else 1]))
+        kind = draw(st.sampled_from(["transposed", "conv", "upsample"][: 3 if ndim == 2 else 2]))
         out = draw(CHANNELS)
         groups = draw(st.sampled_from([g for g in (1, 2, 4) if channels % g == 0 and out % g == 0]))
         bias = draw(st.booleans())
@@ -161,12 +161,17 @@ def stacks(draw: st.DrawFn, ndim: int) -> tuple[nn.Sequential, Tensor]:
                 size *= r
                 if draw(st.booleans()):
                     modules.append(nn.Identity())
-            kernel = draw(st.sampled_from([k for k in (1, 3, 5) if k <= size]))
-            mode = draw(st.sampled_from(["zeros", "replicate", "reflect", "circular"]))
-            padding = draw(st.sampled_from(["same", "valid", 0, min(1, size - 1)]))
-            modules.append(nn.Conv2d(channels, out, kernel, 1, padding, groups=groups, bias=bias, padding_mode=mode))
-            p = {"same": kernel // 2, "valid": 0}.get(padding, padding) if isinstance(padding, str) else padding
-            size += 2 * p - kernel + 1
+            dilation = draw(st.sampled_from([1, 1, 2]))
+            kernel = draw(st.sampled_from([k for k in (1, 2, 3, 4, 5) if dilation * (k - 1) < size]))
+            mode = draw(st.sampled_from(["zeros", "zeros", "replicate", "reflect", "circular"]))
+            padding = draw(st.sampled_from(["same", "valid", 0, min(1, size - 1), min(2, size - 1)]))
+            stride = 1 if padding == "same" else draw(st.sampled_from([1, 1, 2, 3]))
+            modules.append(
+                conv(channels, out, kernel, stride, padding, dilation, groups=groups, bias=bias, padding_mode=mode)
+            )
+            reach = dilation * (kernel - 1)
+            total = {"same": reach, "valid": 0}[padding] if isinstance(padding, str) else 2 * padding
+            size = (size + total - reach - 1) // stride + 1
         channels = out
         if draw(st.booleans()):
             modules.append(draw(st.sampled_from([nn.Dropout(), dropout(), nn.Identity()])))

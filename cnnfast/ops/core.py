@@ -83,6 +83,9 @@ def run_step(step: Step, o: Operands, *, channels_last: bool | None = None, back
                 return y
         elif name == "triton":
             raise RuntimeError(f'backend="triton" cannot run this: {reason}')
-    if not gradient and not unseen and o.x.device.type == "cpu" and cpu.why_not(step, o) is None:
+    if not gradient and not unseen and o.x.device.type == "cpu" and cpu.why_not(step, o, channels_last) is None:
         return cpu.run(step, o, channels_last)
-    return to_format(run_reference(step, o), channels_last)
+    y = run_reference(step, o)
+    if gradient or unseen or y.device.type != "cpu":
+        return to_format(y, channels_last)
+    return cpu.convert(y, y.dtype, channels_last)

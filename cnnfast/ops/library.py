@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..block import Operands, Step, Upsample, run_reference, upsample_step
+from ..block import Operands, Step, Upsample, plain_step, run_reference, upsample_step
 from ..spec import Activation, ConvSpec
 
 __all__ = ["conv_block", "conv_block_op"]
@@ -47,7 +47,7 @@ def _step(
         tuple(dilation),
         groups,
     )
-    return Step(spec, act)
+    return plain_step(spec, padding_mode, act)
 
 
 @torch.library.custom_op("cnnfast::conv_block", mutates_args=())
@@ -137,6 +137,9 @@ conv_block_op.register_autograd(_backward, setup_context=_setup_context)
 def conv_block(step: Step, o: Operands, channels_last: bool, backend: str | None) -> Tensor:
     """``step`` through the operator."""
     s, up = step.spec, step.upsample
+    # The layer's own padding and mode: a step pads its input ahead of the convolution in other modes than zeros.
+    padding = [p + q for p, q in zip(s.padding, step.pad, strict=True)] if up is None else list(up.padding)
+    mode = up.mode if up is not None else step.pad_mode if any(step.pad) else "zeros"
     return conv_block_op(
         o.x,
         o.weight,
@@ -150,12 +153,12 @@ def conv_block(step: Step, o: Operands, channels_last: bool, backend: str | None
         o.eps,
         s.transposed,
         list(s.stride),
-        list(s.padding if up is None else up.padding),
+        padding,
         list(s.output_padding),
         list(s.dilation),
         s.groups,
         [] if up is None else list(up.scale),
-        "zeros" if up is None else up.mode,
+        mode,
         step.activation.name,
         list(step.activation.params),
         channels_last,
