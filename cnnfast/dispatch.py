@@ -24,6 +24,7 @@ __all__ = [
     "precision_of",
     "resolve_backend",
     "target_device",
+    "tf32_convolutions",
     "triton_why_not",
     "why_not",
 ]
@@ -100,8 +101,6 @@ def _spec_why_not(step: Step, batch: int, input_size: tuple[int, int], dtype: to
         return f"{channels_out} output channels per group are fewer than {MIN_CHANNELS} (groups={s.groups})"
     if s.groups > 65535:
         return f"groups={s.groups} exceeds the grid limit of 65535"
-    if not s.transposed and s.stride != (1, 1):
-        return f"plain convolution with stride {s.stride}"
     padded = [n + 2 * p for n, p in zip(input_size, step.pad, strict=True)]
     out = s.output_size(padded)
     for what, channels, size in (("input", s.in_channels, padded), ("output", s.out_channels, out)):
@@ -152,6 +151,28 @@ def conv_tf32() -> bool:
     if conv is not None and hasattr(conv, "fp32_precision"):
         return bool(conv.fp32_precision == "tf32")
     return bool(torch.backends.cudnn.allow_tf32)
+
+
+@contextmanager
+def tf32_convolutions(on: bool) -> Iterator[None]:
+    """Let float32 convolutions on CUDA use TF32 inside the block, or not, whichever of PyTorch's switches were used
+    before. Process-wide, as the switches are."""
+    cudnn = torch.backends.cudnn
+    conv, rnn = cudnn.conv, cudnn.rnn  # type: ignore[attr-defined]
+    before = conv.fp32_precision, rnn.fp32_precision
+    try:
+        old: bool | None = cudnn.allow_tf32
+        cudnn.allow_tf32 = on  # sets both: code inside may ask either
+    except RuntimeError:  # only the newer switches were set: asking the older one raises
+        old = None
+        conv.fp32_precision = "tf32" if on else "ieee"
+    try:
+        yield
+    finally:
+        if old is not None:
+            cudnn.allow_tf32 = old
+        if (conv.fp32_precision, rnn.fp32_precision) != before:
+            conv.fp32_precision, rnn.fp32_precision = before
 
 
 def precision_of(dtype: torch.dtype) -> Precision:

@@ -87,16 +87,17 @@ def environment(index: int) -> dict[str, str]:
     import triton
 
     from .kernels import conv_transpose as kernels
+    from .kernels.weight import gather_weight_kernel
 
     major, minor = torch.cuda.get_device_capability(index)
-    sources = (kernels.conv_transpose_kernel.cache_key, kernels.split_k_epilogue_kernel.cache_key)
+    used = (kernels.conv_transpose_kernel, kernels.split_k_epilogue_kernel, gather_weight_kernel)
     return {
         "gpu": torch.cuda.get_device_name(index),
         "capability": f"{major}.{minor}",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cnnfast": __version__,
-        "kernels": hashlib.sha256("".join(sources).encode()).hexdigest(),
+        "kernels": hashlib.sha256("".join(kernel.cache_key for kernel in used).encode()).hexdigest(),
     }
 
 

@@ -1,10 +1,12 @@
-"""Transposed (and plain stride-1) convolution as a gather, with epilogue: y = act((conv(x) + bias - mean) * s + shift +
+"""Transposed and plain convolution as a gather, with epilogue: y = act((conv(x) + bias - mean) * s + shift +
 residual).
 
 Implicit GEMM over the input grid. For a phase (rh, rw) of the output, with q = (qh, qw) on the input grid:
 
     y[n, SH*qh + rh, SW*qw + rw, c] = epilogue(sum_{taps j} sum_k x[n, qh + off_h(j), qw + off_w(j), k] * w[tap(j), k,
     c])
+
+A plain convolution has one phase, and reads at (stride * qh + off_h(j), stride * qw + off_w(j)).
 
 M = rows (n, qh, qw) of the phase; N = output channels; K = taps of the phase x input channels of the group, taps
 outside.
@@ -114,6 +116,8 @@ def conv_transpose_kernel(
     KW: tl.constexpr,
     SH: tl.constexpr,  # phases on the grid
     SW: tl.constexpr,
+    IN_H: tl.constexpr,  # input positions from one row to the next: a plain convolution's stride, else 1
+    IN_W: tl.constexpr,
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
     DH: tl.constexpr,
@@ -177,10 +181,12 @@ def conv_transpose_kernel(
     q = offs_m - n * (QH * QW)
     qh = q // QW
     qw = q - qh * QW
+    ih = qh * IN_H
+    iw = qw * IN_W
     CHANNELS: tl.constexpr = GROUPS * CIN
     offs_k = tl.arange(0, BLOCK_K)
     # Offsets are int32 inside an image, and over the whole tensor where it has less than 2^31 elements.
-    first_row = (qh * W + qw) * CHANNELS + group * CIN
+    first_row = (ih * W + iw) * CHANNELS + group * CIN
     if BIG:
         x_rows = (x_ptr + tl.where(row_mask, n, 0).to(tl.int64) * (H * W * CHANNELS))[:, None]
     else:
@@ -192,7 +198,7 @@ def conv_transpose_kernel(
         for j in tl.static_range(MAX_TAPS):  # not a loop: its result would be pinned to a layout that the loads convert
             j_h = j // row_taps
             j_w = j - j_h * taps_w
-            on = inside(qh + off_h + j_h * STEP_H, H) & inside(qw + off_w + j_w * STEP_W, W) & row_mask
+            on = inside(ih + off_h + j_h * STEP_H, H) & inside(iw + off_w + j_w * STEP_W, W) & row_mask
             bits |= on.to(tl.int32) << j
         bits = bits[:, None]
 
@@ -223,7 +229,7 @@ def conv_transpose_kernel(
         if MAX_TAPS <= 32:
             ok = ((bits >> t) & 1) != 0
         else:
-            ok = (inside(qh + off_h + jh * STEP_H, H) & inside(qw + off_w + jw * STEP_W, W) & row_mask)[:, None]
+            ok = (inside(ih + off_h + jh * STEP_H, H) & inside(iw + off_w + jw * STEP_W, W) & row_mask)[:, None]
         x_off = x_tap + jh * x_tap_row + jw * (STEP_W * CHANNELS) + k0
         w_off = w_tap + jh * (TAP_STEP_H * KW * W_TAP) + jw * (TAP_STEP_W * W_TAP) + k0 * W_K
         # A masked, pipelined load still forms its address: a row outside the image points at the tensor's start.

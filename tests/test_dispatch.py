@@ -45,9 +45,6 @@ REASONS = {
         GOOD, {"dtype": torch.complex64},
         "dtype torch.complex64 is not one of torch.float32, torch.float16, torch.bfloat16",
     ),
-    "strided": (
-        ConvSpec.make(32, 32, 3, (2, 1), transposed=False), {}, "plain convolution with stride (2, 1)"
-    ),
     "groups": (ConvSpec.make(65536 * 16, 65536 * 16, 1, groups=65536), {"size": (1, 1)},
                "groups=65536 exceeds the grid limit of 65535"),
     "input-image": (
@@ -215,6 +212,56 @@ def test_switches_old_and_new_mixed(lines: str, expected: bool | None) -> None:
     assert done.returncode == 0, done.stderr
     if expected is not None:  # what the wider switches mean for a narrower one is torch's affair
         assert done.stdout.strip() == str(expected)
+
+
+CONTEXT = """
+    import torch
+    from cnnfast.dispatch import conv_tf32, tf32_convolutions
+    cudnn = torch.backends.cudnn
+
+    def old():
+        try:
+            return cudnn.allow_tf32
+        except RuntimeError:
+            return "raises"
+
+    def state():
+        return old(), cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, conv_tf32()
+
+    {lines}
+    before = state()
+    for on in (False, True):
+        with tf32_convolutions(on):
+            assert conv_tf32() is on, on
+            assert old() in (on, "raises") and (old() == "raises") <= (before[0] == "raises"), old()
+        assert state() == before, (before, state())
+    try:
+        with tf32_convolutions(not conv_tf32()):
+            raise KeyError
+    except KeyError:
+        pass
+    assert state() == before, (before, state())
+"""
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "pass",
+        "cudnn.allow_tf32 = False",
+        "cudnn.allow_tf32 = True",
+        "cudnn.conv.fp32_precision = 'ieee'",
+        "cudnn.conv.fp32_precision = cudnn.rnn.fp32_precision = 'ieee'",
+        "cudnn.allow_tf32 = False; cudnn.conv.fp32_precision = 'tf32'",
+        "cudnn.conv.fp32_precision = 'ieee'; cudnn.allow_tf32 = False",
+        "cudnn.fp32_precision = 'ieee'",
+        "torch.backends.fp32_precision = 'ieee'",
+    ],
+)
+def test_tf32_convolutions_leaves_every_switch_as_it_was(lines: str) -> None:
+    code = textwrap.dedent(CONTEXT).format(lines=lines)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

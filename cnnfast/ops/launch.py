@@ -9,87 +9,15 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from .. import dispatch, guard, tuned
 from ..block import Operands, Step
 from ..kernels import conv_transpose as kernels
-from ..plan import Device, Lowering, Plan, choose_plan, tap_map
+from ..plan import Device, Plan, choose_plan
 from ..spec import Precision, tap_inverse
+from .weights import kernel_weight, weight_layout
 
-__all__ = ["LAUNCHES", "kernel_weight", "prepare", "run"]
-
-
-# --- weights ----------------------------------------------------------------------------------------------------------
-
-
-def _identity_map(low: Lowering) -> bool:
-    """Whether a merged lowering's columns, in order, are exactly the taps of the weight: (kh, kw, channel)."""
-    return low.kernel == (1, 1) and tap_map(low) == tuple([[t] for t in range(k)] for k in low.spec.kernel_size)
-
-
-@dataclass(frozen=True)
-class WeightLayout:
-    """How the kernel addresses a weight: element (group, tap, k, column) at their products with these strides.
-
-    ``packed``: the tensor is `pack`'s; otherwise it is the channels_last parameter itself, read in place.
-    """
-
-    packed: bool
-    group: int
-    tap: int
-    k: int
-    column: int
-
-
-@lru_cache(maxsize=4096)
-def weight_layout(low: Lowering) -> WeightLayout:
-    s = low.spec
-    taps, cin = math.prod(s.kernel_size), s.in_channels // s.groups
-    cout = s.out_channels // s.groups
-    if not s.transposed:  # [C_out][tap][C_in/g]
-        return WeightLayout(False, cout * taps * cin, cin, 1, taps * cin)
-    if low.regime == "phases":  # [C_in][tap][C_out/g]
-        return WeightLayout(False, cin * taps * cout, cout, taps * cout, 1)
-    if _identity_map(low):
-        return WeightLayout(False, cin * taps * cout, 0, taps * cout, 1)
-    union, columns = math.prod(low.kernel), low.columns
-    return WeightLayout(True, union * cin * columns, cin * columns, columns, 1)
-
-
-@lru_cache(maxsize=256)
-def _pack_index(low: Lowering, strides: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Where each element of `pack`'s result lies in the memory of a dense weight with these strides; one past its end
-    stands for zero. int32; made once, so that a call copies nothing from the host."""
-    s = low.spec
-    cin, cout = low.channels_in, s.out_channels // s.groups
-    map_h, map_w = (torch.tensor(m) for m in tap_map(low))  # (merge, union taps)
-    a, u = map_h.shape
-    b, v = map_w.shape
-    channel = torch.arange(s.groups * cin).view(s.groups, 1, 1, cin, 1, 1, 1) * strides[0]
-    column = torch.arange(cout).view(1, 1, 1, 1, 1, 1, cout) * strides[1]
-    th, tw = map_h.t().view(1, u, 1, 1, a, 1, 1), map_w.t().view(1, 1, v, 1, 1, b, 1)
-    index = channel + column + th * strides[2] + tw * strides[3]
-    index = torch.where((th < 0) | (tw < 0), math.prod(s.weight_shape), index)
-    return index.flatten().to(torch.int32).to(device)
-
-
-def pack(low: Lowering, weight: torch.Tensor) -> torch.Tensor:
-    """(C_in, C_out/g, kh, kw) -> (g, union taps, C_in/g, merge_h * merge_w * C_out/g), flat, zeros where a phase lacks
-    a tap. Two small launches."""
-    if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
-        weight = weight.contiguous()
-    index = _pack_index(low, weight.stride(), weight.device)
-    return F.pad(weight.as_strided((weight.numel(),), (1,)), (0, 1)).index_select(0, index)
-
-
-def kernel_weight(step: Step, low: Lowering, weight: torch.Tensor) -> torch.Tensor:
-    """The weight as `weight_layout` addresses it. A channels_last parameter is used in place; others are copied each
-    call, so that no write to a parameter, ``.data`` included, can go unseen."""
-    weight = step.conv_weight(weight)
-    if weight_layout(low).packed:
-        return pack(low, weight)
-    return weight.contiguous(memory_format=torch.channels_last)
+__all__ = ["LAUNCHES", "prepare", "run"]
 
 
 # --- the launch -------------------------------------------------------------------------------------------------------
@@ -127,9 +55,11 @@ def constants(
     gcd = [math.gcd(st, d) if low.transposed else 1 for st, d in zip(s.stride, s.dilation, strict=True)]
     inverse = [tap_inverse(st, d) if low.transposed else 0 for st, d in zip(s.stride, s.dilation, strict=True)]
     dilation = (1, 1) if low.merged else s.dilation
+    from_row = (1, 1) if s.transposed else s.stride
     return dict(
         GROUPS=s.groups, CIN=low.channels_in, COUT=s.out_channels, COLS=low.columns,
         KH=low.kernel[0], KW=low.kernel[1], SH=low.phases[0], SW=low.phases[1],
+        IN_H=from_row[0], IN_W=from_row[1],
         PAD_H=low.padding[0], PAD_W=low.padding[1], DH=dilation[0], DW=dilation[1],
         GH=gcd[0], GW=gcd[1], INV_H=inverse[0], INV_W=inverse[1], TRANSPOSED=low.transposed,
         TAPS_H=low.uniform_taps(0), TAPS_W=low.uniform_taps(1), MAX_TAPS=low.max_taps,
@@ -241,6 +171,14 @@ def run(
 
 
 def _start(step: Step, o: Operands, channels_last: bool, launch: Launch) -> torch.Tensor:
+    """The launch, on the device of the tensors."""
+    if o.x.is_cuda and o.x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(o.x.device):
+            return _start_here(step, o, channels_last, launch)
+    return _start_here(step, o, channels_last, launch)
+
+
+def _start_here(step: Step, o: Operands, channels_last: bool, launch: Launch) -> torch.Tensor:
     """The launch itself, with every operand in its layout and at an address that 16 divides: anything else would be
     another binary, with narrow loads, and unproven."""
     x = step.pad_input(o.x).contiguous(memory_format=torch.channels_last)
@@ -261,9 +199,5 @@ def _start(step: Step, o: Operands, channels_last: bool, launch: Launch) -> torc
             v = v.clone(memory_format=torch.contiguous_format)
         vectors.append(v)
     y = dispatch.allocate(x, launch.output_shape, channels_last)
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            kernels.launch(x, weight, y, residual, vectors, o.eps, launch)
-    else:
-        kernels.launch(x, weight, y, residual, vectors, o.eps, launch)
+    kernels.launch(x, weight, y, residual, vectors, o.eps, launch)
     return y
