@@ -16,7 +16,7 @@ endif
 # Never installs: the environment where there is one, else PYTHON.
 RUN_AS_IS := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: help demo test test-all check bench gpu clean
+.PHONY: help demo test test-all check bench rehearse gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -37,6 +37,9 @@ check: $(call installed,dev) ## ruff and mypy
 
 bench: $(call installed,bench) ## benchmarks against eager, torch.compile, onnxruntime and OpenVINO
 	$(RUN) -m benchmarks
+
+rehearse: $(call installed,bench) ## every case's plan and machine code on six GPU architectures, without a GPU
+	$(RUN) -m benchmarks.rehearse
 
 gpu: ## on a machine with an NVIDIA GPU: kernel tests, and times against cuDNN; installs nothing
 	$(RUN_AS_IS) -m benchmarks.gpu

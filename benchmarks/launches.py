@@ -1,0 +1,253 @@
+"""What a case launches on a GPU that is not there: the real `cnnfast.Sequential` on tensors that nobody touches.
+
+The modules, in channels_last as a user who wants speed has them, run with ``backend("triton")`` on a recording driver.
+Modules that no fused step takes in are stood for by their output's shape. PyTorch's own operators are counted as they
+are called: those inside a fused step (copies, packing of weights), those of eager mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import cnnfast
+from cnnfast import dispatch
+from cnnfast.block import Operands, Step
+from cnnfast.fusion import FusedStep, Unfused, plan_modules
+from cnnfast.ops import core, launch
+from cnnfast.plan import Plan
+from cnnfast.spec import Precision
+
+from .cases import Case
+from .inspector import Call, recording
+
+__all__ = ["NUMERICS", "Op", "StepRun", "Unrun", "eager_ops", "inductor_passes", "precision", "record"]
+
+# name -> (dtype, PyTorch's switch for float32 convolutions)
+NUMERICS: dict[str, tuple[torch.dtype, str]] = {
+    "fp16": (torch.float16, "tf32"),
+    "bf16": (torch.bfloat16, "tf32"),
+    "tf32": (torch.float32, "tf32"),
+    "fp32": (torch.float32, "ieee"),
+}
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operator of PyTorch that reads and writes device memory: one launch at least, one pass."""
+
+    name: str
+    read: int  # bytes
+    written: int
+
+
+@dataclass
+class StepRun:
+    """A fused step of one case, batch, dtype and architecture, and what it launched."""
+
+    step: Step
+    modules: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    itemsize: int
+    vectors: int  # bytes of the vectors of the epilogue
+    weight: int  # bytes of the layer's own weight
+    plan: Plan | None = None
+    calls: list[Call] = field(default_factory=list)
+    ops: list[Op] = field(default_factory=list)
+    why_not: str = ""  # why PyTorch's operators run it instead
+
+    @property
+    def main(self) -> Call:
+        """The launch of the convolution itself."""
+        return next(c for c in self.calls if c.job.function == "conv_transpose_kernel")
+
+
+@dataclass(frozen=True)
+class Unrun:
+    """A module that is no part of a fused step: PyTorch runs it, in these passes."""
+
+    module: str
+    why_not: str
+    ops: tuple[Op, ...]
+
+
+# --- counting operators -----------------------------------------------------------------------------------------------
+
+# Allocations, and a view that its schema does not call one.
+_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
+
+
+class _Count(TorchDispatchMode):
+    """Operators that move data: neither views nor allocations."""
+
+    def __init__(self, into: list[Op]) -> None:
+        super().__init__()
+        self.into = into
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        returns = func._schema.returns
+        view = all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        name = func._schema.name.split("::")[1]
+        if returns and not view and name not in _FREE:
+            read = sum(_bytes(t) for t in tree_leaves((args, kwargs or {})))
+            self.into.append(Op(name, read, sum(_bytes(t) for t in tree_leaves(out))))
+        return out
+
+
+def _bytes(t: Any) -> int:
+    return t.numel() * t.element_size() if isinstance(t, torch.Tensor) else 0
+
+
+def skeleton(case: Case, dtype: torch.dtype) -> nn.Sequential:
+    """The modules on the meta device, in eval mode and channels_last."""
+    with torch.device("meta"):
+        return case.make().eval().to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _input(case: Case, batch: int, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Channels last, which is how a fused step leaves its result inside a chain; in one dimension too."""
+    x = torch.empty((batch, *case.input_shape), dtype=dtype, device=device)
+    if x.dim() == 3:
+        return torch.empty((batch, *case.input_shape[::-1]), dtype=dtype, device=device).transpose(1, 2)
+    return torch.empty(x.shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+
+
+def eager_ops(case: Case, batch: int, dtype: torch.dtype) -> list[Op]:
+    """The operators of the plain modules in inference. (On a GPU a convolution's bias is one more launch.)"""
+    ops: list[Op] = []
+    with torch.no_grad():  # not inference_mode, in which composite operators are not taken apart
+        x = _input(case, batch, dtype, "meta")
+        modules = skeleton(case, dtype)
+        with _Count(ops):
+            modules(x)
+    return ops
+
+
+def inductor_passes(ops: list[Op]) -> int:
+    """Launches of `torch.compile` at best: each convolution, and one kernel for all that stands between two of them
+    (one more where an InstanceNorm takes the statistics of what is there only then)."""
+    passes, pointwise = 0, False
+    for op in ops:
+        if "convolution" in op.name:
+            passes, pointwise = passes + 1, False
+        elif not pointwise:
+            passes, pointwise = passes + 1, True
+    return passes
+
+
+# --- running the fused path -------------------------------------------------------------------------------------------
+
+
+class _Stand(nn.Module):
+    """In the place of a module that PyTorch runs: a result of its shape and memory format, untouched."""
+
+    def __init__(self, module: nn.Module, why_not: str, into: list[StepRun | Unrun]) -> None:
+        super().__init__()
+        self.inner, self.why_not, self.into = [module], why_not, into  # in a list: no child of this module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ops: list[Op] = []
+        meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        with _Count(ops):
+            y = self.inner[0](meta)
+        self.into.append(Unrun(repr(self.inner[0]), self.why_not, tuple(ops)))
+        fmt = torch.channels_last if y.dim() == 4 else torch.contiguous_format  # as on a GPU, weights being so
+        return torch.empty(y.shape, dtype=y.dtype, memory_format=fmt)
+
+
+@contextmanager
+def _conv_precision(value: str) -> Iterator[None]:
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    conv.fp32_precision = value
+    try:
+        yield
+    finally:
+        conv.fp32_precision = before
+
+
+def precision(numerics: str) -> Precision:
+    dtype, switch = NUMERICS[numerics]
+    return Precision(dtype, dtype == torch.float32 and switch == "tf32")
+
+
+def record(case: Case, batch: int, numerics: str, arch: int) -> list[StepRun | Unrun]:
+    """The steps and modules of one forward in order, as they are on every call but the first."""
+    dtype, switch = NUMERICS[numerics]
+    found: list[StepRun | Unrun] = []
+    meta = skeleton(case, dtype)
+    modules = list(skeleton(case, dtype).to_empty(device="cpu"))
+    steps: list[FusedStep] = []
+    for item in plan_modules(modules):
+        if isinstance(item, Unfused):
+            modules[item.slot] = _Stand(meta[item.slot], item.why_not, found)
+        else:
+            steps.append(item)
+    model = cnnfast.Sequential(*modules).eval()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(_conv_precision(switch))
+        stack.enter_context(dispatch.backend("triton"))
+        calls = stack.enter_context(recording(arch))
+        for name, replacement in _hooks(found, meta, steps, calls).items():
+            stack.enter_context(mock.patch(name, replacement))
+        x = _input(case, batch, dtype, "cpu")
+        model(x)
+        found.clear(), calls.clear()
+        model(x)
+    return found
+
+
+def _hooks(
+    found: list[StepRun | Unrun], meta: nn.Sequential, steps: list[FusedStep], calls: list[Call]
+) -> dict[str, Any]:
+    """Wrappers of `run_step`, of the launch and of the kernels' launcher that write to ``found``."""
+    run_step, run, start = core.run_step, launch.run, launch.kernels.launch
+
+    def step_seen(step: Step, o: Operands, *, channels_last: bool | None = None, **rest: Any) -> torch.Tensor:
+        shape = (o.x.shape[0], step.spec.out_channels, *step.output_size(tuple(o.x.shape[2:])))
+        vectors = sum(_bytes(v) for v in (o.bias, o.mean, o.var, o.scale, o.shift, o.slope))
+        fused = steps[sum(isinstance(f, StepRun) for f in found)]
+        modules = [meta[k] for k in fused.slots]
+        name = " + ".join(type(m).__name__ for m in modules)
+        reason = dispatch.why_not(step, o)
+        seen = StepRun(step, name, tuple(o.x.shape), shape, o.x.element_size(), vectors, _bytes(o.weight))
+        found.append(seen)
+        if reason is not None:
+            seen.why_not = reason
+            x = torch.empty(o.x.shape, dtype=o.x.dtype, device="meta")
+            with _Count(seen.ops):
+                nn.Sequential(*modules)(x.squeeze(2) if fused.ndim == 1 else x)
+            return dispatch.allocate(o.x, shape, bool(channels_last))
+        before = len(calls)
+        y = run_step(step, o, channels_last=channels_last, **rest)
+        seen.calls.extend(calls[before:])
+        return y
+
+    def run_seen(*args: Any, **kwargs: Any) -> torch.Tensor:
+        step = found[-1]
+        assert isinstance(step, StepRun)
+        with _Count(step.ops):
+            return run(*args, **kwargs)
+
+    def started(*args: Any, **kwargs: Any) -> None:
+        step = found[-1]
+        assert isinstance(step, StepRun)
+        step.plan = next(a.plan for a in (*args, *kwargs.values()) if hasattr(a, "plan"))
+        start(*args, **kwargs)
+
+    return {
+        "cnnfast.ops.core.run_step": step_seen,
+        "cnnfast.ops.launch.run": run_seen,
+        "cnnfast.ops.launch.kernels.launch": started,
+    }
