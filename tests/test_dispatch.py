@@ -71,6 +71,7 @@ def test_why_not_is_none(dtype: torch.dtype) -> None:
         ConvSpec.make(16, 1, 3),
         ConvSpec.make(32, 32, 3, groups=2),
         ConvSpec.make(16, 4, 3, transposed=False),
+        ConvSpec.make(32, 32, 3, (2, 1), transposed=False),
     ]
     for spec in fits:
         assert dispatch.why_not(Step(spec), operands(spec, dtype)) is None
