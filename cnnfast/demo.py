@@ -10,8 +10,7 @@ import itertools
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from . import env
+from .dispatch import tf32_convolutions
 from .generators import create_model
 from .layers import Sequential
 from .timing import Timing, measure
@@ -128,21 +128,10 @@ def _device_text(device: torch.device) -> str:
 # --- comparison -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _exact_float32() -> Iterator[None]:
-    """No TF32 on a GPU while results are compared (it is PyTorch's default for convolutions)."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
-
-
 def _compare(build: Builder, z: torch.Tensor, device: torch.device) -> tuple[dict[str, torch.Tensor], float]:
     """The float32 pictures of both, (N, 3, H, W) on the CPU, and cnnfast's relative error. Prints what it found."""
     images = {}
-    with _exact_float32():
+    with tf32_convolutions(False):  # PyTorch's default for convolutions on a GPU would hide differences
         for name, container in (("plain PyTorch", nn.Sequential), ("cnnfast", Sequential)):
             for dtype in DTYPES:
                 model = build(container).to(device, dtype)

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -157,8 +158,8 @@ def conv_tf32() -> bool:
 def tf32_convolutions(on: bool) -> Iterator[None]:
     """Let float32 convolutions on CUDA use TF32 inside the block, or not, whichever of PyTorch's switches were used
     before. Process-wide, as the switches are."""
-    cudnn = torch.backends.cudnn
-    conv, rnn = cudnn.conv, cudnn.rnn  # type: ignore[attr-defined]
+    cudnn: Any = torch.backends.cudnn
+    conv, rnn = cudnn.conv, cudnn.rnn
     before = conv.fp32_precision, rnn.fp32_precision
     try:
         old: bool | None = cudnn.allow_tf32
