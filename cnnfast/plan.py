@@ -49,6 +49,7 @@ class Lowering:
     merge: tuple[int, int]
     kernel: tuple[int, int]  # taps of the gather: spec's own, or the union neighbourhood's
     padding: tuple[int, int]
+    channels_last: bool = True  # the layout of the result
 
     @property
     def merged(self) -> bool:
@@ -130,8 +131,12 @@ FEW_COLUMNS = 16  # output channels below which phases share a tile
 
 
 @lru_cache(maxsize=4096)
-def lower(spec: ConvSpec, input_size: tuple[int, ...]) -> Lowering:
-    """The form of ``spec`` (2-D) for an input of this size."""
+def lower(spec: ConvSpec, input_size: tuple[int, ...], channels_last: bool = True) -> Lowering:
+    """The form of ``spec`` (2-D) for an input of this size and a result in this layout."""
+    return replace(_lower(spec, input_size), channels_last=channels_last)
+
+
+def _lower(spec: ConvSpec, input_size: tuple[int, ...]) -> Lowering:
     if not spec.transposed:
         return _phases(spec)
     if tuple(input_size) == (1, 1):
@@ -199,9 +204,9 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
     if any(v & (v - 1) or v < 1 for v in (m, n, k, plan.num_warps, plan.unroll)) or min(m, n, k) < 16:
         return False
     threads = plan.num_warps * 32
-    # 128 accumulators a thread leave room for operands and addresses; a CUDA-core product (float32 exact) needs more of
-    # those.
-    if m * n > threads * (32 if _exact(precision) else 128) or m * n < threads * 2:
+    # 128 accumulators a thread leave room for operands and addresses. A CUDA-core product (float32 exact) needs more of
+    # those, and so does a store that finds no two elements of a row together.
+    if m * n > threads * (32 if _exact(precision) or not plan.lowering.channels_last else 128) or m * n < threads * 2:
         return False
     if plan.num_warps > (m // 16) * (n // 16):  # the surplus warps would repeat the work of the others
         return False
@@ -229,7 +234,7 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
 SPLITS = (2, 4, 8, 16, 32)
 
 
-def _tiles(precision: Precision, device: Device) -> Iterator[tuple[int, int, int, int, int]]:
+def _tiles(low: Lowering, precision: Precision, device: Device) -> Iterator[tuple[int, int, int, int, int]]:
     """(block_m, block_n, num_warps, num_stages, bytes of k per block) that are tried, in this order."""
     if _exact(precision):
         yield from ((64, 64, 8, 2, 64), (32, 64, 4, 2, 64), (32, 32, 4, 2, 64), (16, 32, 2, 2, 64), (16, 16, 1, 2, 64))
@@ -240,7 +245,8 @@ def _tiles(precision: Precision, device: Device) -> Iterator[tuple[int, int, int
     for m, n in itertools.product((128, 64, 32, 16), (128, 64, 32, 16)):
         if wide and m * n > 64 * 64:
             continue
-        warps = 8 if m * n >= 128 * 128 else 4 if m * n >= 32 * 64 else 2 if m * n > 16 * 16 else 1
+        large = 128 * 128 if low.channels_last else 128 * 64
+        warps = 8 if m * n >= large else 4 if m * n >= 32 * 64 else 2 if m * n > 16 * 16 else 1
         yield m, n, warps, 3, 64
         if m * n <= 64 * 64:
             yield m, n, warps, 3, 128
@@ -248,7 +254,7 @@ def _tiles(precision: Precision, device: Device) -> Iterator[tuple[int, int, int
 
 def _plans(low: Lowering, precision: Precision, device: Device) -> Iterator[Plan]:
     """Every tile for a lowering, K in one piece."""
-    for m, n, warps, stages, k_bytes in _tiles(precision, device):
+    for m, n, warps, stages, k_bytes in _tiles(low, precision, device):
         if n > 16 and n >= 2 * low.columns:
             continue
         if m >= 4 * n and low.columns > n:  # a tall tile spends its loop on row addresses
@@ -316,6 +322,7 @@ def trip_clocks(plan: Plan, precision: Precision, device: Device) -> dict[str, f
 
 
 SECOND_PASS = 2000.0  # clocks until a dependent kernel has started
+IDLE = 1.0  # what idle multiprocessors cost beyond the model, which has few programs wait no longer than many
 
 
 def modelled_clocks(plan: Plan, rows: int, precision: Precision, device: Device) -> float:
@@ -334,8 +341,9 @@ def modelled_clocks(plan: Plan, rows: int, precision: Precision, device: Device)
     total = per_sm * (tile + prologue + store)
     if plan.split_k > 1:
         out = rows * math.prod(low.phases) * low.columns * low.spec.groups
-        total += SECOND_PASS + out * 4 * (plan.split_k + 1) / (device.l2_bytes_per_clock * device.multiprocessors)
-    return total
+        total += SECOND_PASS + out * 4 * 2 * plan.split_k / device.dram_bytes_per_clock
+    idle = max(0.0, 1 - programs / device.multiprocessors)
+    return total * (1 + IDLE * idle) if plan.split_k == 1 else total
 
 
 BINARIES = 3  # of a layer, over all sizes of batch and image
@@ -373,23 +381,36 @@ def _menu(low: Lowering, precision: Precision, device: Device) -> tuple[tuple[Pl
 
 
 @lru_cache(maxsize=4096)
-def choose_plan(spec: ConvSpec, batch: int, input_size: tuple[int, ...], precision: Precision, device: Device) -> Plan:
-    """The plan for x (batch, C_in, *input_size) on ``device``. Deterministic: the same arguments give the same plan.
+def choose_plan(
+    spec: ConvSpec,
+    batch: int,
+    input_size: tuple[int, ...],
+    precision: Precision,
+    device: Device,
+    channels_last: bool = True,
+) -> Plan:
+    """The plan for x (batch, C_in, *input_size) on ``device``, ``channels_last`` the result. Deterministic: the same
+    arguments give the same plan.
 
     Over all sizes of batch and image, the plans of a layer need at most `BINARIES` compiled kernels. RuntimeError where
     no plan is valid.
     """
-    low = lower(spec, input_size)
+    low = lower(spec, input_size, channels_last)
     rows = low.rows(batch, spec.output_size(input_size))
     plans = itertools.chain.from_iterable(_menu(low, precision, device))
     return min(plans, key=lambda plan: modelled_clocks(plan, rows, precision, device))
 
 
 def candidates(
-    spec: ConvSpec, batch: int, input_size: tuple[int, ...], precision: Precision, device: Device
+    spec: ConvSpec,
+    batch: int,
+    input_size: tuple[int, ...],
+    precision: Precision,
+    device: Device,
+    channels_last: bool = True,
 ) -> list[Plan]:
     """Every valid plan for x (batch, C_in, *input_size), by modelled time: what tuning tries."""
-    low = lower(spec, input_size)
+    low = lower(spec, input_size, channels_last)
     rows = low.rows(batch, spec.output_size(input_size))
     found = [q for p in _plans(low, precision, device) for q in (p, *_split(p, precision, device))]
     return sorted(found, key=lambda plan: modelled_clocks(plan, rows, precision, device))

@@ -21,17 +21,30 @@ KIND = "plans"
 _FIELDS = {f.name: bool if f.name == "splits" else int for f in fields(Plan) if f.name != "lowering"}
 
 
-def key(spec: ConvSpec, batch: int, input_size: tuple[int, ...], precision: Precision, index: int) -> dict[str, Any]:
-    """Of the record for x (batch, C_in, *input_size) on CUDA device ``index``."""
-    numerics = {"dtype": str(precision.dtype), "tf32": precision.tf32}
+def key(
+    spec: ConvSpec,
+    batch: int,
+    input_size: tuple[int, ...],
+    precision: Precision,
+    index: int,
+    channels_last: bool = True,
+) -> dict[str, Any]:
+    """Of the record for x (batch, C_in, *input_size) on CUDA device ``index``; ``channels_last``: the result."""
+    numerics = {"dtype": str(precision.dtype), "tf32": precision.tf32, "channels_last": channels_last}
     return {**guard.environment(index), "spec": repr(spec), "batch": batch, "size": list(input_size), **numerics}
 
 
 def stored(
-    spec: ConvSpec, batch: int, input_size: tuple[int, ...], precision: Precision, device: Device, index: int
+    spec: ConvSpec,
+    batch: int,
+    input_size: tuple[int, ...],
+    precision: Precision,
+    device: Device,
+    index: int,
+    channels_last: bool = True,
 ) -> Plan | None:
     """The tuned plan, or None."""
-    record = store.get(KIND, key(spec, batch, input_size, precision, index))
+    record = store.get(KIND, key(spec, batch, input_size, precision, index, channels_last))
     values = None if record is None else record.get("plan")
     if not isinstance(values, dict) or values.keys() != _FIELDS.keys():
         return None
@@ -39,7 +52,7 @@ def stored(
         return None
     if values["num_stages"] < 1 or values["group_m"] < 1:
         return None
-    plan = Plan(lower(spec, tuple(input_size)), **values)
+    plan = Plan(lower(spec, tuple(input_size), channels_last), **values)
     return plan if is_valid(plan, precision, device) else None
 
 
@@ -55,4 +68,5 @@ def keep(
     """Keep ``plan`` for this layer and size; ``about`` is for people who read the file. Returns whether it is on
     disk."""
     record = {"plan": {name: getattr(plan, name) for name in _FIELDS}, "about": dict(about)}
-    return store.put(KIND, key(spec, batch, input_size, precision, index), record)
+    channels_last = plan.lowering.channels_last
+    return store.put(KIND, key(spec, batch, input_size, precision, index, channels_last), record)

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from .activation import act
-from .indexing import inside, phase_taps, tile_order
+from .indexing import border, inside, phase_taps, tile_order
 
 
 @triton.jit
@@ -120,6 +120,9 @@ def conv_transpose_kernel(
     IN_W: tl.constexpr,
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
+    EDGE: tl.constexpr,  # what lies around the image: "zeros", or up to EDGE_H and EDGE_W pixels "replicate"/"reflect"
+    EDGE_H: tl.constexpr,
+    EDGE_W: tl.constexpr,
     DH: tl.constexpr,
     DW: tl.constexpr,
     GH: tl.constexpr,  # gcd(stride, dilation)
@@ -186,19 +189,21 @@ def conv_transpose_kernel(
     CHANNELS: tl.constexpr = GROUPS * CIN
     offs_k = tl.arange(0, BLOCK_K)
     # Offsets are int32 inside an image, and over the whole tensor where it has less than 2^31 elements.
-    first_row = (ih * W + iw) * CHANNELS + group * CIN
+    image = row_mask * 0 + group * CIN
     if BIG:
         x_rows = (x_ptr + tl.where(row_mask, n, 0).to(tl.int64) * (H * W * CHANNELS))[:, None]
     else:
         x_rows = x_ptr
-        first_row += n * (H * W * CHANNELS)
-    here = first_row[:, None] + offs_k[None, :]
+        image += n * (H * W * CHANNELS)
+    here = (image + (ih * W + iw) * CHANNELS)[:, None] + offs_k[None, :]
+    PADDED_H = H + 2 * EDGE_H
+    PADDED_W = W + 2 * EDGE_W
     if MAX_TAPS <= 32:
         bits = tl.zeros((BLOCK_M,), tl.int32)
         for j in tl.static_range(MAX_TAPS):  # not a loop: its result would be pinned to a layout that the loads convert
             j_h = j // row_taps
             j_w = j - j_h * taps_w
-            on = inside(ih + off_h + j_h * STEP_H, H) & inside(iw + off_w + j_w * STEP_W, W) & row_mask
+            on = inside(ih + off_h + j_h * STEP_H, PADDED_H) & inside(iw + off_w + j_w * STEP_W, PADDED_W) & row_mask
             bits |= on.to(tl.int32) << j
         bits = bits[:, None]
 
@@ -229,11 +234,18 @@ def conv_transpose_kernel(
         if MAX_TAPS <= 32:
             ok = ((bits >> t) & 1) != 0
         else:
-            ok = (inside(ih + off_h + jh * STEP_H, H) & inside(iw + off_w + jw * STEP_W, W) & row_mask)[:, None]
+            ok = inside(ih + off_h + jh * STEP_H, PADDED_H) & inside(iw + off_w + jw * STEP_W, PADDED_W) & row_mask
+            ok = ok[:, None]
         x_off = x_tap + jh * x_tap_row + jw * (STEP_W * CHANNELS) + k0
         w_off = w_tap + jh * (TAP_STEP_H * KW * W_TAP) + jw * (TAP_STEP_W * W_TAP) + k0 * W_K
         # A masked, pipelined load still forms its address: a row outside the image points at the tensor's start.
-        x_ptrs = x_rows + tl.where(ok, here + x_off, offs_k[None, :])
+        if EDGE == "zeros":
+            x_ptrs = x_rows + tl.where(ok, here + x_off, offs_k[None, :])
+        else:
+            th = border(ih + off_h + jh * STEP_H - EDGE_H, H, EDGE)
+            tw = border(iw + off_w + jw * STEP_W - EDGE_W, W, EDGE)
+            there = (image + (th * W + tw) * CHANNELS)[:, None] + (k0 + offs_k)[None, :]
+            x_ptrs = x_rows + tl.where(ok, there, offs_k[None, :])
         w_ptrs = w_tile + w_off
         for u in tl.static_range(UNROLL):
             left = CIN - k0 - u * BLOCK_K

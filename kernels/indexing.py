@@ -53,3 +53,12 @@ def phase_taps(
 def inside(i, size):
     """0 <= i < size in one comparison."""
     return i.to(tl.uint32) < size.to(tl.uint32)
+
+
+@triton.jit
+def border(i, size, MODE: tl.constexpr):
+    """The pixel that a position outside 0..size-1 shows: the nearest one, or the one reflected at the first or last."""
+    if MODE == "replicate":
+        return tl.minimum(tl.maximum(i, 0), size - 1)
+    else:
+        return size - 1 - tl.abs(size - 1 - tl.abs(i))

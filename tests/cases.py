@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cnnfast import dispatch
-from cnnfast.block import Operands, Step, Upsample, run_reference, upsample_step
+from cnnfast.block import Operands, Step, Upsample, plain_step, run_reference, upsample_step
 from cnnfast.spec import Activation, ConvSpec
 
 from .tolerance import assert_close, round_tf32
@@ -98,12 +98,14 @@ def conv(
     transposed: bool = True,
     activation: str = "relu",
     params: tuple[float, ...] = (),
+    mode: str = "zeros",
     **rest: Any,
 ) -> Case:
     spec = ConvSpec.make(
         in_channels, out_channels, kernel, stride, padding, output_padding, groups, dilation, transposed=transposed
     )
-    return Case(id, Step(spec, Activation(activation, params)), size, regime, **rest)
+    step = Step(spec) if transposed else plain_step(spec, mode)
+    return Case(id, replace(step, activation=Activation(activation, params)), size, regime, **rest)
 
 
 def upsample(

@@ -4,6 +4,7 @@ cached."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,7 +18,7 @@ from ..plan import Device, Plan, choose_plan
 from ..spec import Precision, tap_inverse
 from .weights import kernel_weight, weight_layout
 
-__all__ = ["LAUNCHES", "prepare", "run"]
+__all__ = ["LAUNCHES", "OBSERVER", "lookup", "prepare", "run"]
 
 
 # --- the launch -------------------------------------------------------------------------------------------------------
@@ -33,11 +34,14 @@ class Launch:
     output_shape: tuple[int, int, int, int]
     reduce: tuple[Any, ...] | None  # those of `split_k_epilogue_kernel` where K is split
     reduce_grid: tuple[int, int, int]
-    proof: guard.Proof = guard.UNGUARDED  # whether the kernel may run on this GPU
+    tf32: bool
+    proof: guard.Proof  # whether the kernel may run on this GPU
 
 
 LAUNCHES: list[str] | None = None
 """Set to a list to record the kernel and plan of every launch (tests assert what ran)."""
+OBSERVER: Callable[[Step, Operands, bool], None] | None = None
+"""Set to be told of every step ahead of its launch (tuning records them)."""
 
 
 def _in_order(kernel: Any, values: dict[str, Any]) -> tuple[Any, ...]:
@@ -60,9 +64,10 @@ def constants(
         GROUPS=s.groups, CIN=low.channels_in, COUT=s.out_channels, COLS=low.columns,
         KH=low.kernel[0], KW=low.kernel[1], SH=low.phases[0], SW=low.phases[1],
         IN_H=from_row[0], IN_W=from_row[1],
-        PAD_H=low.padding[0], PAD_W=low.padding[1], DH=dilation[0], DW=dilation[1],
-        GH=gcd[0], GW=gcd[1], INV_H=inverse[0], INV_W=inverse[1], TRANSPOSED=low.transposed,
-        TAPS_H=low.uniform_taps(0), TAPS_W=low.uniform_taps(1), MAX_TAPS=low.max_taps,
+        PAD_H=low.padding[0], PAD_W=low.padding[1],
+        EDGE=step.pad_mode if any(step.pad) else "zeros", EDGE_H=step.pad[0], EDGE_W=step.pad[1],
+        DH=dilation[0], DW=dilation[1], GH=gcd[0], GW=gcd[1], INV_H=inverse[0], INV_W=inverse[1],
+        TRANSPOSED=low.transposed, TAPS_H=low.uniform_taps(0), TAPS_W=low.uniform_taps(1), MAX_TAPS=low.max_taps,
         MERGE_H=low.merge[0], MERGE_W=low.merge[1],
         W_GROUP=layout.group, W_TAP=layout.tap, W_K=layout.k, W_COL=layout.column,
         Y_CHANNELS_LAST=channels_last, SLOPES=slopes, P0=params[0], P1=params[1], ACT=step.activation.name,
@@ -87,13 +92,13 @@ def prepare(
     given: tuple[Any, ...] = (),
     index: int | None = None,
 ) -> Launch:
-    """The launch of ``step`` on a (padded) input of this size. A given ``plan`` replaces the tuned one, or the
+    """The launch of ``step`` on an input of this (padded) size. A given ``plan`` replaces the tuned one, or the
     heuristic's (tuning, tests). ``given``: the weight's strides and the dtypes of residual and vectors, part of the
     binary. ``index``: of the CUDA device, None where there is none: nothing is guarded then, and nothing was tuned."""
     s = step.spec
     if plan is None and index is not None:
-        plan = tuned.stored(s, batch, input_size, precision, device, index)
-    plan = plan or choose_plan(s, batch, input_size, precision, device)
+        plan = tuned.stored(s, batch, input_size, precision, device, index, channels_last)
+    plan = plan or choose_plan(s, batch, input_size, precision, device, channels_last)
     out = s.output_size(input_size)
     big = batch * max(s.in_channels * math.prod(input_size), s.out_channels * math.prod(out)) >= 2**31
     consts = constants(plan, precision, step, channels_last, slopes, big)
@@ -117,29 +122,21 @@ def prepare(
         (batch, s.out_channels, out[0], out[1]),
         reduce,
         reduce_grid,
+        precision.tf32,
         proof,
     )
 
 
-def run(
-    step: Step, o: Operands, channels_last: bool, plan: Plan | None = None, required: bool = True
-) -> torch.Tensor | None:
-    """Launch the kernel. x in any layout; the result in the memory format asked for. The caller asked
-    `dispatch.why_not`.
-
-    Where `guard` finds that the kernel must not run: RuntimeError if ``required``, else None.
-    """
+def lookup(step: Step, o: Operands, channels_last: bool, plan: Plan | None = None) -> Launch:
+    """The launch of ``step`` on these operands, a dictionary's look-up after the first time."""
     x, weight, bias, mean, var, _, scale, shift, residual, slope = o
     n, _, h, w = x.shape
     size = (h + 2 * step.pad[0], w + 2 * step.pad[1])
-    if n == 0 or step.spec.out_channels == 0:
-        return dispatch.allocate(x, (n, step.spec.out_channels, *step.spec.output_size(size)), channels_last)
-    precision = dispatch.precision_of(x.dtype)
-    launch = prepare(
+    return prepare(
         step,
         n,
         size,
-        precision,
+        dispatch.precision_of(x.dtype),
         dispatch.target_device(x),
         channels_last,
         0 if slope is None else slope.numel(),
@@ -156,11 +153,28 @@ def run(
         ),
         x.device.index or 0 if x.is_cuda else None,
     )
+
+
+def run(
+    step: Step, o: Operands, channels_last: bool, plan: Plan | None = None, required: bool = True
+) -> torch.Tensor | None:
+    """Launch the kernel. x in any layout; the result in the memory format asked for. The caller asked
+    `dispatch.why_not`.
+
+    Where `guard` finds that the kernel must not run: RuntimeError if ``required``, else None.
+    """
+    if OBSERVER is not None:
+        OBSERVER(step, o, channels_last)
+    x = o.x
+    if x.shape[0] == 0 or step.spec.out_channels == 0:
+        shape = (x.shape[0], step.spec.out_channels, *step.output_size(x.shape[2:]))
+        return dispatch.allocate(x, shape, channels_last)
+    launch = lookup(step, o, channels_last, plan)
     if launch.proof.ready:
         y = _start(step, o, channels_last, launch)
     else:
         first = guard.first_use(
-            launch.proof, lambda some: _start(step, some, channels_last, launch), step, o, precision.tf32, required
+            launch.proof, lambda some: _start(step, some, channels_last, launch), step, o, launch.tf32, required
         )
         if first is None:
             return None
@@ -181,7 +195,7 @@ def _start(step: Step, o: Operands, channels_last: bool, launch: Launch) -> torc
 def _start_here(step: Step, o: Operands, channels_last: bool, launch: Launch) -> torch.Tensor:
     """The launch itself, with every operand in its layout and at an address that 16 divides: anything else would be
     another binary, with narrow loads, and unproven."""
-    x = step.pad_input(o.x).contiguous(memory_format=torch.channels_last)
+    x = o.x.contiguous(memory_format=torch.channels_last)
     if x.data_ptr() & 15:
         x = x.clone()
     weight = o.weight
