@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from . import cases
-from .compare import compare, wall_clock, yardstick
-from .peers import IMPLEMENTATIONS, Implementation, NotAvailable, Prepared, Workload
-from .report import Report, environment, machine_name
+from . import cases, memory, plots
+from .compare import compare
+from .limits import copy_bandwidth, copy_bytes, yardstick
+from .peers import IMPLEMENTATIONS, SUITE_IMPLEMENTATIONS, Implementation, NotAvailable, Prepared, Workload
+from .report import Report, Row, environment, machine_name
+from .timers import RATIOS, wall_clock
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCRATCH = Path("out") / "bench"  # of runs that are not the whole
+
+# Seconds of timing in a row, by suite; --quick takes half.
+SECONDS = {"generator": 3.0, "upsample": 3.0, "layers": 1.0}
 
 # What stands for a processor with less: limits of oneDNN, of ATen's own loops and of MKL. The two runtimes of other
 # projects and torch.compile's generated loops do not follow them.
@@ -31,24 +38,40 @@ ISAS: dict[str, dict[str, str]] = {
 }
 
 NOTES = (
-    "Every implementation has the same weights and input, and is compared with float64 before it is timed; one that is "
-    "off is not timed. Times are medians of interleaved repeats. TFLOP/s count two operations per multiply-add that is "
-    "left after phase decomposition; torch.mm's rate is measured among the others, in every row. A call "
-    "that takes long (a second; with --quick half of one) is timed once.",
+    "Every implementation has the same weights, input and precision, and is compared with float64 before it is timed; "
+    "one that is off is not timed. Times are medians of interleaved repeats, caches warm: every turn times a block of "
+    "calls of each (at least one call, about 20 ms) behind a call of the same that is not counted. A call that takes a "
+    "second is timed once, ahead of the others.",
+    RATIOS,
+    "TFLOP/s count two operations per multiply-add that is left after phase decomposition (of an upsampling, after "
+    "it is collapsed into its convolution). torch.mm's rate is measured among the others, in every row.",
+    "Least bytes: every block of a convolution, its norm and its activation reads its input and parameters once and "
+    "writes its output once (with InstanceNorm, whose statistics need the whole map, the output three times). A copy's "
+    "bandwidth is main memory's; where maps stay in a cache a time can be below the limit.",
 )
+AVX2_NOTE = "Upsample blocks in bfloat16 are left out: eager takes minutes a call without instructions for it."
 
 
-AVX2_NOTE = "The upsample block in bfloat16 is left out: eager takes minutes a call without instructions for it."
+def _implementations_note() -> str:
+    rows = [f"{suite}: {', '.join(names)}" for suite, names in SUITE_IMPLEMENTATIONS.items()]
+    return f"Implementations by suite ({'; '.join(rows)}); `--implementation` runs any."
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    p.add_argument("--quick", action="store_true", help="generator and upsample block, torch.compile once: 3 minutes")
-    p.add_argument("--case", action="append", metavar="NAME", help="a case or suite; may be repeated")
+    p.add_argument("--quick", action="store_true", help="a few cases, the least batch, torch.compile once: 3 minutes")
+    p.add_argument("--case", action="append", metavar="NAME", help="a case, suite or pattern; may be repeated")
     p.add_argument("--batch", action="append", type=int, metavar="N", help="only this batch size; may be repeated")
     p.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help="only this one; may be repeated")
+    p.add_argument(
+        "--implementation",
+        action="append",
+        metavar="NAME",
+        choices=[i.name for i in IMPLEMENTATIONS],
+        help="this one in every row, in place of the suite's own; may be repeated",
+    )
     p.add_argument("--isa", choices=sorted(ISAS), help="as on a processor with no more than this instruction set")
-    p.add_argument("--seconds", type=float, default=None, help="of timing in each row (default 4, --quick 2)")
+    p.add_argument("--seconds", type=float, help="of timing in each row (default 3, layers 1; --quick: half of it)")
     p.add_argument(
         "--output",
         type=Path,
@@ -62,59 +85,105 @@ def _unlimited(w: Workload) -> Prepared:
     raise NotAvailable("--isa does not limit its instruction set")
 
 
-def implementations(quick: bool, isa: str | None) -> tuple[Implementation, ...]:
-    chosen = [i for i in IMPLEMENTATIONS if not (quick and i.name == "torch.compile")]
-    if isa is None:
-        return tuple(chosen)
+def implementations(suite: str, arguments: argparse.Namespace) -> tuple[Implementation, ...]:
+    """What the rows of ``suite`` compare."""
+    names = tuple(arguments.implementation or SUITE_IMPLEMENTATIONS[suite])
+    if arguments.quick and not arguments.implementation:
+        compiled = [n for n in names if "torch.compile" in n and n != "torch.compile channels_last"]
+        names = tuple(n for n in names if n not in compiled and (suite != "layers" or "torch.compile" not in n))
+    chosen = tuple(i for i in IMPLEMENTATIONS if i.name in names)
+    if arguments.isa is None:
+        return chosen
     return tuple(Implementation(i.name, _unlimited) if i.name in ("onnxruntime", "OpenVINO") else i for i in chosen)
 
 
+def batches(case: cases.Case, arguments: argparse.Namespace) -> tuple[int, ...]:
+    """Those asked for, if the case has them; any, for a case that is asked for by its name."""
+    own = case.batches_on("cpu")
+    if arguments.batch and case.name in (arguments.case or ()):
+        return tuple(arguments.batch)
+    if arguments.quick and not arguments.case and not arguments.batch:
+        own = own[:1] if case.suite == "layers" else own[:2]
+    return tuple(n for n in own if not arguments.batch or n in arguments.batch)
+
+
 def workloads(arguments: argparse.Namespace) -> list[Workload]:
-    """Every case, dtype and batch asked for. ValueError where nothing is left."""
+    """Every case, dtype and batch asked for, generators first. ValueError where nothing is left."""
+    no_bfloat16 = "upsample" if arguments.isa == "AVX2" and not arguments.case else None
     found = [
         Workload(case, batch, dtype)
-        for case in cases.find(arguments.case)
+        for case in sorted(cases.find(arguments.case), key=lambda c: cases.SUITES.index(c.suite))
         if case.quick or not arguments.quick or arguments.case
         for dtype in cases.DTYPES["cpu"]
         if not arguments.dtype or str(dtype).removeprefix("torch.") in arguments.dtype
-        for batch in case.batches_on("cpu")
-        if not arguments.batch or batch in arguments.batch
-        if arguments.case or not (arguments.isa == "AVX2" and case.suite == "upsample" and dtype == torch.bfloat16)
+        if not (case.suite == no_bfloat16 and dtype == torch.bfloat16)
+        for batch in batches(case, arguments)
     ]
     if not found:
-        raise ValueError(f"no case of {arguments.case or 'all'} has a batch of {arguments.batch}")
+        raise ValueError(f"no case of {arguments.case or 'all'} has a batch of {arguments.batch} on a CPU")
     return found
+
+
+def _load(chosen: tuple[Implementation, ...]) -> None:
+    """Go once through all that a first use loads, so that no row is charged with that memory."""
+    quick = tuple(i for i in chosen if "torch.compile" not in i.name)
+    compare(Workload(cases.MINI[0], 1, torch.float32), quick, None, None)
+    if len(quick) < len(chosen):
+        importlib.import_module("torch._inductor.compile_fx")
+
+
+def _print(row: Row) -> int:
+    """The row, for a reader at a terminal. Returns how many of cnnfast's implementations have no time."""
+    bad = 0
+    for e in row.entries:
+        if e.timing is None:
+            print(f"  {e.name:<28}{e.status}: {e.note}")
+            bad += e.name.startswith("cnnfast") and e.status != "not available"
+        else:
+            of_limit, ratio = row.of_limit(e), row.speedup(e)
+            part = "" if of_limit is None else f"{of_limit:5.2f} of the limit"
+            peak = "" if e.peak is None else f"{e.peak / 1e6:7.1f} MB"
+            over = "" if ratio is None else str(ratio)
+            print(f"  {e.name:<28}{e.timing!s:<28}{part:<20}{peak:<12}{over:<22}{e.path}")
+    sys.stdout.flush()
+    return bad
 
 
 def run(arguments: argparse.Namespace) -> int:
     """The comparison. Returns 1 where an implementation of cnnfast fails or is wrong, else 0."""
+    start = time.monotonic()
     todo = workloads(arguments)
-    part = arguments.quick or bool(arguments.case or arguments.batch or arguments.dtype)
+    part = arguments.quick or any((arguments.case, arguments.batch, arguments.dtype, arguments.implementation))
     folder = (arguments.output or (SCRATCH if part else RESULTS)) / machine_name()
-    command = "python -m benchmarks " + " ".join(sys.argv[1:])
-    notes = (*NOTES, AVX2_NOTE) if arguments.isa == "AVX2" and not arguments.case else NOTES
-    report = Report(environment(), command.strip(), notes=notes)
+    no_memory = memory.unavailable()
+    memory_note = f"Memory was not measured: {no_memory}." if no_memory else memory.METHODS["cpu"]
+    notes = (*NOTES, _implementations_note(), memory_note)
+    if arguments.isa == "AVX2" and not arguments.case:
+        notes = (*notes, AVX2_NOTE)
+    report = Report(environment(), f"python -m benchmarks {' '.join(sys.argv[1:])}".strip(), notes=notes)
     print("\n".join(f"{name}: {value}" for name, value in report.environment.items()))
-    timer = wall_clock(arguments.seconds or (2.0 if arguments.quick else 4.0))
+    suites = {w.case.suite: implementations(w.case.suite, arguments) for w in todo}
+    _load(max(suites.values(), key=len))
+    bandwidth = copy_bandwidth("cpu", wall_clock(3.0))
     products = {dtype: yardstick(dtype, "cpu", wall_clock(1.0)) for dtype in {w.dtype for w in todo}}
-    chosen = implementations(arguments.quick, arguments.isa)
-    bad, start = 0, time.monotonic()
+    copied = f"{bandwidth / 1e9:.1f} GB/s (of {copy_bytes() >> 20} MiB, read and written)"
+    report = replace(report, environment={**report.environment, "copy": copied})
+    bad = 0
     for i, workload in enumerate(todo):
-        row = compare(workload, chosen, timer, products[workload.dtype])
-        report = Report(report.environment, report.command, (*report.rows, row), report.notes, i == len(todo) - 1)
-        report.write(folder)
-        print(f"\n[{i + 1}/{len(todo)}, {time.monotonic() - start:.0f} s] {row.name}: {row.title}")
-        for e in row.entries:
-            if e.timing is None:
-                print(f"  {e.name:<28}{e.status}: {e.note}")
-                bad += e.name.startswith("cnnfast")
-            else:
-                part_of_mm, ratio = row.fraction(e) or 0.0, row.speedup(e)
-                over = "" if ratio is None else f"{ratio:6.2f}x"
-                print(f"  {e.name:<28}{e.timing!s:<28}{part_of_mm:6.2f} of mm {over:>8}  {e.path}")
-        sys.stdout.flush()
-    paths = report.write(folder)
-    print("\nwrote " + " and ".join(map(str, paths)))
+        seconds = arguments.seconds or SECONDS[workload.case.suite] / (2 if arguments.quick else 1)
+        row = compare(
+            workload, suites[workload.case.suite], wall_clock(seconds), products[workload.dtype],
+            bandwidth=bandwidth, with_memory=not no_memory,
+        )  # fmt: skip
+        elapsed = time.monotonic() - start
+        report = replace(report, rows=(*report.rows, row), complete=i == len(todo) - 1)
+        if report.complete:
+            report = replace(report, environment={**report.environment, "elapsed": f"{elapsed / 60:.1f} minutes"})
+        paths = report.write(folder)
+        print(f"\n[{i + 1}/{len(todo)}, {elapsed:.0f} s] {row.name}: {row.title}")
+        bad += _print(row)
+    paths += plots.write(report.to_json(), folder)
+    print(f"\nwrote {', '.join(map(str, paths))}\nelapsed: {(time.monotonic() - start) / 60:.1f} minutes")
     return 1 if bad else 0
 
 
@@ -122,7 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     if arguments.list:
         for case in cases.CASES:
-            print(f"{case.name:<14}{case.suite:<11}batch {', '.join(map(str, case.batches)):<10}{case.title}")
+            on = [", ".join(map(str, case.batches_on(device))) or "-" for device in ("cpu", "cuda")]
+            print(f"{case.name:<14}{case.suite:<11}batch {on[0]:<10} GPU {on[1]:<10} {case.title}")
         return 0
     limits = ISAS.get(arguments.isa, {})
     if any(os.environ.get(k) != v for k, v in limits.items()):  # the libraries read them when they are loaded

@@ -1,23 +1,21 @@
 """What is timed: layers of real generators, blocks and whole generators, as plain `torch.nn` modules.
 
-A case holds no tensor. `Case.build` makes its modules from a fixed seed, and its arithmetic and least memory traffic
-are counted from them, so that a new case (a layer of another generator) is one entry here and nothing elsewhere. A
-layer that a generator repeats stands once.
+The one list. A new case (a layer of another generator) is one entry here and nothing elsewhere. A layer that a
+generator repeats stands once.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from cnnfast.generators import DCGANConfig, DCGANGenerator
-from cnnfast.spec import ConvSpec, collapse_upsample
+
+from .case import Block, Case
 
 __all__ = ["CASES", "DTYPES", "GEOMETRIES", "MINI", "SUITES", "Block", "Case", "dcgan_cases", "find", "upsample_case"]
 
@@ -30,175 +28,6 @@ DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.float16, torch.bfloat16),
 }
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_NORMS = (*_BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d)
-# Norms whose statistics are of the map that they normalise, which has to be there as a whole first.
-_LIVE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d)
-
-
-@dataclass(frozen=True)
-class Block:
-    """A convolution and what follows it up to the next one; shapes are of one image. ``spec`` has an upsampling ahead
-    of the convolution collapsed into it; ``input_shape`` is then that of the small map."""
-
-    spec: ConvSpec
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    weights: int  # elements of all parameters and running statistics
-    live_norm: bool
-
-    def macs(self, batch: int) -> int:
-        """Multiply-adds after phase decomposition, taps on the border included (`ConvSpec.macs`)."""
-        size = self.input_shape[1:]
-        if max(size) > 1 or not self.spec.transposed:
-            return self.spec.macs(batch, size)
-        # A 1x1 input meets one tap per output; `ConvSpec.macs` counts all taps of a phase, border or not.
-        outputs = math.prod(self.spec.output_size(size))
-        return batch * self.spec.in_channels * self.spec.out_channels // self.spec.groups * outputs
-
-    def least_bytes(self, batch: int, itemsize: int) -> int:
-        """See `Case.least_bytes`."""
-        outputs = math.prod(self.output_shape) * (3 if self.live_norm else 1)
-        return itemsize * (batch * (math.prod(self.input_shape) + outputs) + self.weights)
-
-
-@dataclass(frozen=True)
-class Case:
-    """``make()`` returns a flat `nn.Sequential`; ``input_shape`` is (C, H, W) or (C, L).
-
-    ``batches`` are those of a GPU and of the rehearsal; ``cpu_batches`` those of a CPU, where they differ (none: it
-    takes too long there). ``quick`` cases survive ``--quick``.
-    """
-
-    name: str
-    suite: str
-    input_shape: tuple[int, ...]
-    batches: tuple[int, ...]
-    make: Callable[[], nn.Sequential]
-    quick: bool = False
-    cpu_batches: tuple[int, ...] | None = None
-
-    def batches_on(self, device: str) -> tuple[int, ...]:
-        return self.cpu_batches if device == "cpu" and self.cpu_batches is not None else self.batches
-
-    def build(self, seed: int = 0) -> nn.Sequential:
-        """The modules in float32 on the CPU, in eval mode, from ``seed``.
-
-        Weights keep the scale of what passes through (He), so that what a layer gets wrong is still seen behind many
-        others; affine parameters and slopes differ between channels, and BatchNorm's running statistics are those of
-        one random batch.
-        """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            modules = self.make()
-            with torch.no_grad():
-                for m in modules:
-                    _initialise(m)
-                norms = [m for m in modules if isinstance(m, _BATCH_NORMS)]
-                if norms:
-                    momenta = [m.momentum for m in norms]
-                    for m in norms:
-                        m.momentum = 1.0
-                    modules.train()(torch.randn(8, *self.input_shape))
-                    for m, momentum in zip(norms, momenta, strict=True):
-                        m.momentum = momentum
-        return modules.eval()
-
-    def input(self, batch: int, seed: int = 1) -> torch.Tensor:
-        """(batch, *input_shape), float32, standard normal; a smaller batch is the beginning of a larger one."""
-        return torch.randn(batch, *self.input_shape, generator=torch.Generator().manual_seed(seed))
-
-    def macs(self, batch: int) -> int:
-        """Multiply-adds after phase decomposition (an upsampling collapsed into its convolution)."""
-        return sum(b.macs(batch) for b in self.blocks())
-
-    def least_bytes(self, batch: int, itemsize: int) -> int:
-        """Bytes of memory that cannot be avoided where each block is one fused step.
-
-        Every block reads its input and its parameters once and writes its output once: an upsampled map or a
-        convolution's own output never exists, maps between blocks do. InstanceNorm's statistics are of the whole map:
-        the convolution writes it, and a second pass reads it and writes the result (three times the output).
-        """
-        return sum(b.least_bytes(batch, itemsize) for b in self.blocks())
-
-    @property
-    def title(self) -> str:
-        """``512x4x4 -> 256x8x8``, and the modules where there is one convolution."""
-        found = list(self.blocks())
-        text = " -> ".join("x".join(map(str, s)) for s in (self.input_shape, found[-1].output_shape))
-        if len(found) > 1:
-            return f"{text}, {len(found)} convolutions"
-        return f"{text}: {' + '.join(_describe(m) for m in self._skeleton())}"
-
-    def _skeleton(self) -> nn.Sequential:
-        with torch.device("meta"):
-            return self.make()
-
-    def blocks(self) -> Iterator[Block]:
-        """The convolutions in order, each with what follows it."""
-        shape, group = self.input_shape, []
-        groups: list[list[nn.Module]] = [group]
-        for m in self._skeleton():
-            begins = isinstance(m, (*_CONVOLUTIONS, nn.Upsample))
-            if begins and any(isinstance(g, _CONVOLUTIONS) for g in group):
-                group = []
-                groups.append(group)
-            group.append(m)
-        for modules in groups:
-            block = _block(modules, shape)
-            yield block
-            shape = block.output_shape
-
-
-def _initialise(m: nn.Module) -> None:
-    if isinstance(m, _CONVOLUTIONS):
-        spread = math.prod(m.stride) if isinstance(m, _TRANSPOSED) else 1
-        fan = m.in_channels // m.groups * math.prod(m.kernel_size) / spread
-        m.weight.normal_(0, math.sqrt(2 / max(fan, 1)))
-    elif isinstance(m, _NORMS) and m.weight is not None:
-        m.weight.uniform_(0.5, 1.5)
-        m.bias.normal_(0, 0.1)
-    elif isinstance(m, nn.PReLU):
-        m.weight.uniform_(0.1, 0.4)
-
-
-def _block(modules: list[nn.Module], input_shape: tuple[int, ...]) -> Block:
-    conv = next(m for m in modules if isinstance(m, _CONVOLUTIONS))
-    assert isinstance(conv.padding, tuple)
-    if isinstance(modules[0], nn.Upsample):
-        assert modules[0].mode == "nearest" and isinstance(modules[0].scale_factor, float)
-        factors = (int(modules[0].scale_factor),) * len(conv.kernel_size)
-        assert set((*conv.stride, *conv.dilation)) == {1}
-        spec = collapse_upsample(
-            conv.in_channels, conv.out_channels, conv.kernel_size, factors, conv.padding, conv.groups
-        )
-    else:
-        spec = ConvSpec.make(
-            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.output_padding,
-            conv.groups, conv.dilation, transposed=isinstance(conv, _TRANSPOSED), ndim=len(conv.kernel_size),
-        )  # fmt: skip
-    channels, size = spec.out_channels, spec.output_size(input_shape[1:])
-    for m in modules:
-        if isinstance(m, nn.PixelShuffle):
-            channels, size = channels // m.upscale_factor**2, tuple(m.upscale_factor * n for n in size)
-    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers()) if t.dim() > 0]
-    live = any(isinstance(m, _LIVE_NORMS) for m in modules)
-    return Block(spec, input_shape, (channels, *size), sum(t.numel() for t in tensors), live)
-
-
-def _describe(m: nn.Module) -> str:
-    name = type(m).__name__
-    if isinstance(m, _CONVOLUTIONS):
-        mode = "" if m.padding_mode == "zeros" else f" {m.padding_mode}"
-        output = f" op{m.output_padding[0]}" if any(m.output_padding) else ""
-        return f"{name} k{m.kernel_size[0]} s{m.stride[0]} p{m.padding[0]}{output}{mode}"
-    if isinstance(m, nn.PixelShuffle):
-        return f"{name} x{m.upscale_factor}"
-    return f"{name} x{int(m.scale_factor)}" if isinstance(m, nn.Upsample) else name  # type: ignore[arg-type]
-
 
 # --- the generators ---------------------------------------------------------------------------------------------------
 
@@ -243,9 +72,14 @@ def _dcgan_layer(config: DCGANConfig, index: int) -> nn.Sequential:
 
 
 def dcgan_cases(
-    config: DCGANConfig, name: str, batches: tuple[int, ...], cpu: tuple[int, ...] | None = None, quick: bool = False
+    config: DCGANConfig,
+    name: str,
+    batches: tuple[int, ...],
+    cpu: tuple[int, ...] | None = None,
+    whole: tuple[int, ...] | None = None,
+    quick: bool = False,
 ) -> tuple[Case, ...]:
-    """Every layer with its norm and activation, then the whole generator."""
+    """Every layer with its norm and activation, on a CPU with the batches ``cpu``, then the ``whole`` generator."""
     cases, channels, size = [], config.nz, 1
     for i, width in enumerate((*config.widths, config.nc)):
         cases.append(
@@ -259,7 +93,7 @@ def dcgan_cases(
             )
         )
         channels, size = width, 4 if i == 0 else 2 * size
-    return (*cases, Case(name, "generator", (config.nz, 1, 1), batches, lambda: _dcgan(config), quick))
+    return (*cases, Case(name, "generator", (config.nz, 1, 1), batches, lambda: _dcgan(config), quick, whole))
 
 
 def upsample_case(channels: int, size: int, name: str, batches: tuple[int, ...]) -> Case:
@@ -336,18 +170,18 @@ def _waifu2x(batches: tuple[int, ...]) -> Iterator[Case]:
     yield _case("waifu2x", "generator", (3, 142, 142), batches, *net, last, cpu=(1,))
 
 
-def _vocoder(batches: tuple[int, ...], cpu: tuple[int, ...]) -> Iterator[Case]:
+def _vocoder(batches: tuple[int, ...]) -> Iterator[Case]:
     """The upsampling layers of HiFi-GAN (Kong et al. 2020, V1), for 100 frames; the whole leaves out what stands
     between them (residual blocks)."""
     leaky = _m(nn.LeakyReLU, 0.1)
     stack, length = [_m(nn.Conv1d, 80, 512, 7, padding=3), leaky], 100
     for i, (c_in, kernel, stride) in enumerate(((512, 16, 8), (256, 16, 8), (128, 4, 2), (64, 4, 2))):
         layer = _m(nn.ConvTranspose1d, c_in, c_in // 2, kernel, stride, (kernel - stride) // 2), leaky
-        yield _case(f"vocoder.{i + 1}", "layers", (c_in, length), batches, *layer, cpu=cpu, quick=i == 0)
+        yield _case(f"vocoder.{i + 1}", "layers", (c_in, length), batches, *layer, cpu=(1,), quick=i == 0)
         stack += layer
         length *= stride
     stack += [_m(nn.Conv1d, 32, 1, 7, padding=3), TANH]
-    yield _case("vocoder", "generator", (80, 100), batches, *stack, cpu=cpu)
+    yield _case("vocoder", "generator", (80, 100), batches, *stack, cpu=(1, 16))
 
 
 def _style(batches: tuple[int, ...]) -> Iterator[Case]:
@@ -365,8 +199,8 @@ def _style(batches: tuple[int, ...]) -> Iterator[Case]:
 
 
 CASES: tuple[Case, ...] = (
-    *dcgan_cases(DCGANConfig(), "dcgan64", (1, 16, 64), quick=True),
-    *dcgan_cases(DCGANConfig(image_size=128), "dcgan128", (1, 16, 64), cpu=(16,)),
+    *dcgan_cases(DCGANConfig(), "dcgan64", (1, 16, 64), cpu=(1, 64), quick=True),
+    *dcgan_cases(DCGANConfig(image_size=128), "dcgan128", (1, 16, 64), cpu=(16,), whole=(1, 16)),
     *_pix2pix((1, 16, 64), cpu=(1,)),
     *_cyclegan((1, 16), cpu=(1,)),
     upsample_case(256, 64, "upsample256", (1, 4)),
@@ -374,7 +208,7 @@ CASES: tuple[Case, ...] = (
     *_srvgg((1, 16)),
     *_rrdb((1, 16)),
     *_waifu2x((1, 16)),
-    *_vocoder((1, 16, 64), cpu=(1, 16)),
+    *_vocoder((1, 16, 64)),
     *_style((1, 16)),
 )
 

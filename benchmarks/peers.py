@@ -27,6 +27,7 @@ __all__ = [
     "EAGER",
     "GPU_IMPLEMENTATIONS",
     "IMPLEMENTATIONS",
+    "SUITE_IMPLEMENTATIONS",
     "TOLERANCES",
     "Implementation",
     "NotAvailable",
@@ -86,8 +87,15 @@ class Workload:
         made = container(*copy.deepcopy(list(self.source))).eval()
         return made.to(memory_format=torch.channels_last) if channels_last else made  # type: ignore[call-overload]
 
+    @property
+    def has_formats(self) -> bool:
+        """Whether there are memory formats to choose from: 1-D inputs have one."""
+        return self.x.dim() == 4
+
     def input(self, channels_last: bool) -> torch.Tensor:
-        return self.x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        """``x``, in channels_last where asked for and there is such a thing."""
+        last = channels_last and self.has_formats
+        return self.x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 @dataclass(frozen=True)
@@ -129,16 +137,28 @@ def _tensor(y: object) -> torch.Tensor:
 # --- torch ------------------------------------------------------------------------------------------------------------
 
 
+def _formats(w: Workload, channels_last: bool) -> None:
+    if channels_last and not w.has_formats:
+        raise NotAvailable("a 1-D input has no channels_last")
+
+
 def _eager(channels_last: bool) -> Callable[[Workload], Prepared]:
     def prepare(w: Workload) -> Prepared:
+        _formats(w, channels_last)
         model, x = w.modules(channels_last=channels_last), w.input(channels_last)
         return Prepared(lambda: model(x), _tensor)
 
     return prepare
 
 
-def _compiled(channels_last: bool) -> Callable[[Workload], Prepared]:
+def _compiled(
+    channels_last: bool | None, mode: str | None = None, container: type[nn.Sequential] = nn.Sequential
+) -> Callable[[Workload], Prepared]:
+    """``channels_last`` None: where there is such a thing."""
+
     def prepare(w: Workload) -> Prepared:
+        _formats(w, bool(channels_last))
+        last = w.has_formats if channels_last is None else channels_last
         if w.device == "cpu":
             from torch._inductor import cpp_builder, exc
 
@@ -146,9 +166,8 @@ def _compiled(channels_last: bool) -> Callable[[Workload], Prepared]:
                 cpp_builder.get_cpp_compiler()
             except exc.InvalidCxxCompiler as error:
                 raise NotAvailable("torch.compile needs a C++ compiler: install g++ or clang") from error
-        torch._dynamo.reset()  # else each workload counts as a recompilation of one function
-        model, x = torch.compile(w.modules(channels_last=channels_last), dynamic=False), w.input(channels_last)
-        return Prepared(lambda: model(x), _tensor)
+        model, x = torch.compile(w.modules(container, last), dynamic=False, mode=mode), w.input(last)
+        return Prepared(lambda: model(x), _tensor, lambda: path_of(lambda: model(x)))
 
     return prepare
 
@@ -193,6 +212,8 @@ def path_of(call: Callable[[], object]) -> str:
 
 def _cnnfast(channels_last: bool) -> Callable[[Workload], Prepared]:
     def prepare(w: Workload) -> Prepared:
+        if not channels_last and not w.has_formats:
+            raise NotAvailable("a 1-D input has one format: the same as cnnfast")
         model, x = w.modules(cnnfast.Sequential, channels_last), w.input(channels_last)
         return Prepared(lambda: model(x), _tensor, lambda: path_of(lambda: model(x)))
 
@@ -331,11 +352,21 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("eager channels_last", _eager(True)),
     Implementation("torch.compile", _compiled(False)),
     Implementation("torch.compile channels_last", _compiled(True)),
+    Implementation("torch.compile max-autotune", _compiled(None, "max-autotune")),
     Implementation("onnxruntime", _onnxruntime),
     Implementation("OpenVINO", _openvino),
     Implementation("cnnfast", _cnnfast(True)),
     Implementation("cnnfast NCHW", _cnnfast(False)),
+    Implementation("cnnfast torch.compile", _compiled(None, container=cnnfast.Sequential)),
 )
+
+# What a suite's rows compare, unless asked otherwise: a compilation takes seconds, and a layer alone leaves it little
+# to fuse. ("layers" are many, "generator" what a user runs.)
+SUITE_IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
+    "generator": tuple(i.name for i in IMPLEMENTATIONS),
+    "upsample": tuple(i.name for i in IMPLEMENTATIONS if i.name != "torch.compile max-autotune"),
+    "layers": ("eager", "eager channels_last", "torch.compile channels_last", "onnxruntime", "OpenVINO", "cnnfast"),
+}
 
 # On a GPU; the functions stand beside the modules, because a mode of torch that emulates a GPU keeps modules unfused.
 GPU_IMPLEMENTATIONS: tuple[Implementation, ...] = (

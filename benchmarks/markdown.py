@@ -1,0 +1,152 @@
+"""A report as Markdown: ours against the others, the limits, the memory, then every row in full."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from .rows import OTHERS, OURS, UNSTEADY, Entry, Row
+
+if TYPE_CHECKING:
+    from .report import Report
+
+__all__ = ["markdown"]
+
+
+def markdown(report: Report) -> str:
+    return "\n".join(_lines(report)) + "\n"
+
+
+def _lines(report: Report) -> Iterator[str]:
+    yield "# cnnfast against its peers"
+    yield ""
+    yield f"Written by `{report.command}`. Do not edit."
+    yield ""
+    for name, value in report.environment.items():
+        yield f"- {name}: {value}"
+    if not report.complete:
+        yield "- **incomplete: the run was interrupted**"
+    yield ""
+    for note in report.notes:
+        yield f"{note}"
+        yield ""
+    if not report.rows:
+        return
+    yield "## Times cnnfast is faster"
+    yield ""
+    yield (
+        "Median [10th, 90th percentile] of the paired ratios; below 1: slower. Best eager: NCHW or channels_last, "
+        "whichever is faster in the row."
+    )
+    yield ""
+    yield from _summary(report.rows)
+    yield ""
+    yield from _remarks(report.rows)
+    if any(row.limit for row in report.rows):
+        yield ""
+        yield "## Against the limit"
+        yield ""
+        yield (
+            "Least time: the larger of the arithmetic left after phase decomposition at the rate of torch.mm, and the "
+            "unavoidable bytes at a copy's bandwidth. Each implementation: least time over its own (1: at the limit)."
+        )
+        yield ""
+        yield from _limits(report.rows)
+    for row in report.rows:
+        yield ""
+        yield from _detail(row)
+
+
+def _remarks(rows: tuple[Row, ...]) -> Iterator[str]:
+    slower = [
+        f"{row.name}: {name} {ratio}"
+        for row in rows
+        for name, eager in OURS.items()
+        if (entry := row.entry(name)) is not None and (ratio := row.speedup(entry, eager)) is not None
+        if ratio.median < 1
+    ]
+    if any(row.mm is not None for row in rows):
+        yield f"Slower than eager (the best of both formats; in NCHW, eager NCHW): {'; '.join(slower) or 'nowhere'}."
+    once = [f"{row.name}: {e.name}" for row in rows for e in row.entries if e.timing and len(e.timing.seconds) == 1]
+    if once:
+        yield ""
+        yield f"Timed once, for being slow (no spread): {'; '.join(once)}."
+    unsteady = [row.name for row in rows if row.spread > UNSTEADY]
+    if unsteady:
+        yield ""
+        yield f"Unsteady (quartiles more than {UNSTEADY:.0%} apart, other work ran): {'; '.join(unsteady)}."
+
+
+def _table(head: list[str], body: list[list[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(head) + " |"
+    yield "|" + "|".join("---" if i == 0 else "---:" for i in range(len(head))) + "|"
+    for line in body:
+        yield "| " + " | ".join(line) + " |"
+
+
+def _ours(rows: tuple[Row, ...]) -> str:
+    return next((name for name in OURS if any(row.entry(name) for row in rows)), "cnnfast")
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _summary(rows: tuple[Row, ...]) -> Iterator[str]:
+    ours, body = _ours(rows), []
+    others = {label: names for label, names in OTHERS.items() if any(row.entry(name) for row in rows for name in names)}
+    for row in rows:
+        entry = row.entry(ours)
+        if entry is None:
+            continue
+        ms = entry.status if entry.timing is None else f"{1e3 * entry.timing.median:.3f}"
+        ratios = [row.speedup(entry, names) for names in others.values()]
+        cells = ["" if ratio is None else str(ratio) for ratio in ratios]
+        body.append([row.name, ms, *cells, _number(row.of_limit(entry)), entry.path])
+    yield from _table(["", f"{ours}, ms", *(f"over {label}" for label in others), "of the limit", "path"], body)
+
+
+def _limits(rows: tuple[Row, ...]) -> Iterator[str]:
+    names = list(dict.fromkeys(e.name for row in rows for e in row.entries if e.timing is not None))
+    body = []
+    for row in rows:
+        limit = row.limit
+        if limit is None or row.bandwidth is None:
+            continue
+        entries = [row.entry(name) for name in names]
+        cells = ["" if e is None else _number(row.of_limit(e)) for e in entries]
+        ceilings = f"{_number(row.mm_tflops)}, {row.bandwidth / 1e9:.1f}"
+        least = [f"{2 * row.macs / 1e9:.3f}", f"{row.least_bytes / 1e6:.2f}", ceilings, f"{1e3 * limit.seconds:.3f}"]
+        body.append([row.name, *least, limit.by, *cells])
+    head = ["", "GFLOP", "least MB", "mm TFLOP/s, copy GB/s", "least ms", "bound", *names]
+    yield from _table(head, body)
+
+
+def _detail(row: Row) -> Iterator[str]:
+    mm = "" if row.mm_tflops is None else f", torch.mm ({row.mm_size} squared) {row.mm_tflops:.3f} TFLOP/s"
+    yield f"### {row.name}"
+    yield ""
+    yield f"{row.title}; {row.macs / 1e6:.1f} M multiply-adds{mm}; error allowed {row.tolerance:.1e}."
+    yield ""
+    head = ["", "ms, median", "quartiles", "turns", "TFLOP/s", "of mm", "times over best eager"]
+    yield from _table([*head, "MB held", "MB peak of a call", "error", "path"], [_line(row, e) for e in row.entries])
+
+
+def _line(row: Row, e: Entry) -> list[str]:
+    error = "" if e.error is None else f"{e.error:.1e}"
+    if e.timing is None:
+        return [e.name, f"{e.status}: {e.note}", *[""] * 7, error, e.path]
+    ratio = row.speedup(e)
+    return [
+        e.name,
+        f"{1e3 * e.timing.median:.3f}",
+        f"{1e3 * e.timing.low:.3f} to {1e3 * e.timing.high:.3f}",
+        f"{len(e.timing.seconds)}",
+        _number(row.tflops(e), 3),
+        _number(row.fraction(e)),
+        "" if ratio is None else str(ratio),
+        "" if e.held is None else f"{e.held / 1e6:.1f}",
+        "" if e.peak is None else f"{e.peak / 1e6:.1f}",
+        error,
+        e.path,
+    ]
