@@ -60,6 +60,7 @@ class Report:
     ffma: int  # scalar multiply-adds in the loop
     instructions: int
     loads: dict[str, int]  # global and asynchronous loads of the main loop by opcode
+    looped: bool  # False: the loop was unrolled away, and everything from its first to its last product counts as one
     local: int  # LDL and STL anywhere
 
     @property
@@ -76,13 +77,9 @@ class Report:
 
     @property
     def narrow_loads(self) -> int:
-        """2-byte (and smaller) global loads in the main loop: a lost divisibility hint."""
+        """2-byte (and smaller) global loads in the main loop: a lost divisibility hint (or, in an unrolled loop, a few
+        of the epilogue's vectors, which the compiler moved up)."""
         return sum(n for width, n in self.widths.items() if width in (1, 2))
-
-    def trips(self, macs: int) -> float:
-        """Trips of the source's loop in one of the machine code's, where one is ``macs`` multiply-adds of the block.
-        Whole where all the tensor-core instructions were found."""
-        return self.macs / macs
 
 
 def _width(op: str) -> int:
@@ -288,9 +285,9 @@ def _run(tool: str, *args: str) -> str:
     return subprocess.run([str(_TOOLS / tool), *args], check=True, capture_output=True, text=True).stdout
 
 
-def _main_loop(sass: str) -> list[str]:
-    """Instructions of the loop that holds the most tensor-core (else multiply-add) instructions; where a short loop was
-    unrolled away, everything from the first to the last of them."""
+def _main_loop(sass: str) -> tuple[list[str], bool]:
+    """Instructions of the loop that holds the most tensor-core (else multiply-add) instructions, and True; where a
+    short loop was unrolled away, everything from the first to the last of them, and False."""
     lines, labels = [], {}
     for line in sass.splitlines():
         if m := re.match(r"^\s*(\.L_x_\d+):", line):
@@ -309,9 +306,9 @@ def _main_loop(sass: str) -> list[str]:
 
     best = max(loops, key=weight, default=[])
     if any(_MMA.match(_opcode(t)) for t in best):
-        return best
+        return best, True
     mma = [i for i, t in enumerate(lines) if _MMA.match(_opcode(t))]
-    return lines[mma[0] : mma[-1] + 1] if mma else best
+    return (lines[mma[0] : mma[-1] + 1], False) if mma else (best, True)
 
 
 def _opcode(text: str) -> str:
@@ -345,7 +342,8 @@ def inspect(kernel: Any) -> Report:
     m = re.search(r"REG:(\d+)\s+STACK:(\d+)", usage)
     if m is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage[:200]!r}")
-    loop = [_opcode(t) for t in _main_loop(sass)]
+    body, looped = _main_loop(sass)
+    loop = [_opcode(t) for t in body]
     mma = [op for op in loop if _MMA.match(op)]
     return Report(
         name=meta.name,
@@ -360,5 +358,6 @@ def inspect(kernel: Any) -> Report:
         ffma=sum(op.startswith("FFMA") for op in loop),
         instructions=len(loop),
         loads=dict(Counter(op for op in loop if _LOADS.match(op))),
+        looped=looped,
         local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
     )

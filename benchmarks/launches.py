@@ -7,8 +7,7 @@ are called: those inside a fused step (copies, packing of weights), those of eag
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -31,12 +30,12 @@ from .inspector import Call, recording
 
 __all__ = ["NUMERICS", "Op", "StepRun", "Unrun", "eager_ops", "inductor_passes", "precision", "record"]
 
-# name -> (dtype, PyTorch's switch for float32 convolutions)
-NUMERICS: dict[str, tuple[torch.dtype, str]] = {
-    "fp16": (torch.float16, "tf32"),
-    "bf16": (torch.bfloat16, "tf32"),
-    "tf32": (torch.float32, "tf32"),
-    "fp32": (torch.float32, "ieee"),
+# name -> (dtype, whether PyTorch lets float32 convolutions use TF32)
+NUMERICS: dict[str, tuple[torch.dtype, bool]] = {
+    "fp16": (torch.float16, True),
+    "bf16": (torch.bfloat16, True),
+    "tf32": (torch.float32, True),
+    "fp32": (torch.float32, False),
 }
 
 
@@ -165,25 +164,14 @@ class _Stand(nn.Module):
         return torch.empty(y.shape, dtype=y.dtype, memory_format=fmt)
 
 
-@contextmanager
-def _conv_precision(value: str) -> Iterator[None]:
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
-    conv.fp32_precision = value
-    try:
-        yield
-    finally:
-        conv.fp32_precision = before
-
-
 def precision(numerics: str) -> Precision:
-    dtype, switch = NUMERICS[numerics]
-    return Precision(dtype, dtype == torch.float32 and switch == "tf32")
+    dtype, tf32 = NUMERICS[numerics]
+    return Precision(dtype, dtype == torch.float32 and tf32)
 
 
 def record(case: Case, batch: int, numerics: str, arch: int) -> list[StepRun | Unrun]:
     """The steps and modules of one forward in order, as they are on every call but the first."""
-    dtype, switch = NUMERICS[numerics]
+    dtype, tf32 = NUMERICS[numerics]
     found: list[StepRun | Unrun] = []
     meta = skeleton(case, dtype)
     modules = list(skeleton(case, dtype).to_empty(device="cpu"))
@@ -196,7 +184,7 @@ def record(case: Case, batch: int, numerics: str, arch: int) -> list[StepRun | U
     model = cnnfast.Sequential(*modules).eval()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(_conv_precision(switch))
+        stack.enter_context(dispatch.tf32_convolutions(tf32))
         stack.enter_context(dispatch.backend("triton"))
         calls = stack.enter_context(recording(arch))
         for name, replacement in _hooks(found, meta, steps, calls).items():

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from cnnfast.devices import KIB, REGISTERS, Device
-from cnnfast.plan import Plan, tap_map
+from cnnfast.plan import Plan, candidates, tap_map
 from cnnfast.spec import Precision
 
 from .inspections import Failed
@@ -92,6 +92,13 @@ def pressure(report: Report, plan: Plan, precision: Precision, device: Device) -
     if macs == 0:
         return math.inf
     return report.instructions * report.num_warps / 4 / (macs / rate(report.mma_kind, precision, device))
+
+
+def narrow_loads(report: Report, plan: Plan) -> int:
+    """Loads of 2 bytes or less of the loop's operands. Where the loop was unrolled away, fewer than one trip of one
+    operand needs are the epilogue's vectors."""
+    trip = min(plan.block_m, plan.block_n) * plan.block_k * plan.unroll // (32 * report.num_warps)
+    return report.narrow_loads if report.looped or report.narrow_loads >= trip else 0
 
 
 def whole_trips(report: Report, plan: Plan, precision: Precision) -> bool:
@@ -225,7 +232,7 @@ class Analysis:
     blocks: int
     limit: str
     waves: float
-    starved: bool  # fewer 64x64 tiles than multiprocessors
+    judged: bool  # the limit on issue pressure is for it
     registers: int
     shared: int
     spilled: int  # bytes of stack, or else instructions on local memory
@@ -244,9 +251,7 @@ class Analysis:
     failures: tuple[str, ...]
 
 
-def analyse(
-    run: StepRun, reports: list[Report | Failed], precision: Precision, numerics: str, device: Device
-) -> Analysis | Failed:
+def analyse(run: StepRun, reports: list[Report | Failed], precision: Precision, device: Device) -> Analysis | Failed:
     """``reports`` of ``run.calls``, in their order; `Failed` where a kernel did not compile."""
     if failed := [r for r in reports if isinstance(r, Failed)]:
         return failed[0]
@@ -261,11 +266,15 @@ def analyse(
     bounds = _bounds(run, plan, done, moved, issue, rate(main.mma_kind, precision, device), fits.blocks, device)
     top = max(bounds, key=lambda name: bounds[name])
     few = _tiles(run, plan, 64) < device.multiprocessors
+    low = plan.lowering
+    # The implicit-GEMM regime: many channels and many rows.
+    judged = low.regime == "phases" and min(low.channels_in, low.columns) >= 32 and not few
+    judged = judged and precision.dtype == torch.float16
     name = "starved" if top == "latency" and done.programs < device.multiprocessors else top
     failures = [
         *(_limits(r, device) for r in compiled),
         [*_grids(run.calls), *_loop(main, plan, precision), *overflows(call, plan)],
-        _rules(run, plan, numerics, issue, few, done, moved, name, device),
+        _rules(run, plan, precision, judged, issue, done, moved, name, device),
     ]
     return Analysis(
         regime=plan.lowering.regime,
@@ -275,7 +284,7 @@ def analyse(
         blocks=fits.blocks,
         limit=fits.limit,
         waves=waves,
-        starved=few,
+        judged=judged,
         registers=main.registers,
         shared=main.shared,
         spilled=max(r.stack or r.local for r in compiled),
@@ -348,8 +357,8 @@ def _loop(report: Report, plan: Plan, precision: Precision) -> list[str]:
     exact = precision.dtype == torch.float32 and not precision.tf32
     if not exact and not report.mma:
         found.append("no tensor-core instruction in the main loop")
-    if report.narrow_loads:
-        found.append(f"{report.narrow_loads} loads of 2 bytes or less in the main loop")
+    if narrow := narrow_loads(report, plan):
+        found.append(f"{narrow} loads of 2 bytes or less in the main loop")
     if not whole_trips(report, plan, precision):
         found.append(f"{report.mma} tensor-core instructions in the main loop are no whole trips of it")
     return found
@@ -375,25 +384,28 @@ def overflows(call: Call, plan: Plan) -> list[str]:
 def _rules(
     run: StepRun,
     plan: Plan,
-    numerics: str,
+    precision: Precision,
+    judged: bool,
     issue: float,
-    few: bool,
     done: Work,
     moved: Traffic,
     bound: str,
     device: Device,
 ) -> list[str]:
     found = []
-    if plan.lowering.regime == "phases" and numerics == "fp16" and not few and issue > PRESSURE:
+    if judged and issue > PRESSURE:
         found.append(f"issue pressure {issue:.2f} > {PRESSURE}")
     if bound == "dram" and moved.ratio > RATIO:
         parts = ", ".join(f"{k} {v / moved.least:.2f}" for k, v in moved.parts.items())
         found.append(f"bytes {moved.ratio:.2f} x the least ({parts})")
-    if done.programs < device.multiprocessors and plan.split_k == 1 and plan.steps() >= 4:
-        most = _tiles(run, plan, 16)
-        if most < device.multiprocessors:
-            found.append(
-                f"{done.programs} programs for {device.multiprocessors} multiprocessors: the smallest tiles give "
-                f"{most}, and K of {plan.steps()} steps is not split"
-            )
+    if done.programs < device.multiprocessors and plan.split_k == 1:
+        size = tuple(n + 2 * p for n, p in zip(run.input_shape[2:], run.step.pad, strict=True))
+        rows = plan.lowering.rows(run.input_shape[0], run.output_shape[2:])
+        for other in candidates(run.step.spec, run.input_shape[0], size, precision, device):
+            programs = other.tiles_of(rows) * other.split_k * run.step.spec.groups
+            if other.split_k > 1 or programs >= device.multiprocessors:
+                found.append(
+                    f"{done.programs} programs for {device.multiprocessors} multiprocessors: {other.name} exists"
+                )
+                break
     return found

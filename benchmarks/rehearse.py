@@ -117,8 +117,7 @@ def rehearse(
     for row, run in runs:
         if run.calls:
             found_reports = [reports[c.job.key] for c in run.calls]
-            numeric = precision(row.numerics)
-            row.result = analyse(run, found_reports, numeric, row.numerics, DEVICES[row.arch])
+            row.result = analyse(run, found_reports, precision(row.numerics), DEVICES[row.arch])
     out.rows = list(rows.values())
     out.binaries, out.compiled = len(reports), inspections.compiled
     out.seconds = time.monotonic() - start

@@ -25,7 +25,7 @@ def _where(row: Row) -> str:
 
 def judged(pairs: list[tuple[Row, Analysis]]) -> list[tuple[Row, Analysis]]:
     """Those that the limit on issue pressure is for."""
-    return [(r, a) for r, a in pairs if a.regime == "phases" and r.numerics == "fp16" and not a.starved]
+    return [(r, a) for r, a in pairs if a.judged]
 
 
 def summary(result: Rehearsal) -> str:
@@ -147,8 +147,8 @@ def _markdown(result: Rehearsal, about: dict[str, str]) -> Iterator[str]:
     yield "## By architecture and dtype"
     yield ""
     yield (
-        "Issue pressure: of implicit GEMM in fp16 with at least as many 64x64 tiles as multiprocessors, at most "
-        f"{PRESSURE} wanted. Bytes: of plans that memory bounds."
+        "Issue pressure: of implicit GEMM (32 or more channels in and out, at least as many 64x64 tiles as "
+        f"multiprocessors) in fp16, at most {PRESSURE} wanted. Bytes: of plans that memory bounds."
     )
     yield ""
     head = ["", "plans", "fail", "worst issue pressure", "worst bytes / least", "least useful share of multiply-adds"]
@@ -221,7 +221,7 @@ def _plots(result: Rehearsal, output: Path) -> Iterator[Path]:
     import matplotlib.pyplot as plt
 
     def pressure(a: Analysis) -> float | None:
-        return a.pressure if a.regime == "phases" and not a.starved else None
+        return a.pressure if a.judged else None
 
     for name, title, value, top in (
         ("pressure", "issue pressure of implicit GEMM, float16 (worst batch)", pressure, 1.0),
