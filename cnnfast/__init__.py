@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .packing import invalidate as invalidate
     from .spec import Activation as Activation
     from .spec import ConvSpec as ConvSpec
+    from .tuning import tune as tune
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ _EXPORTS = {
     "invalidate": "packing",
     "list_models": "generators",
     "ops": "ops",
+    "tune": "tuning",
     "warmup": "guard",
 }
 

@@ -41,6 +41,22 @@ def _models(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from . import tuning
+
+    return tuning.run(
+        tuning.Options(
+            models=tuple(arguments.models),
+            batches=tuple(arguments.batch),
+            dtypes=tuple(getattr(torch, name) for name in arguments.dtype),
+            device=arguments.device,
+            seconds=arguments.seconds,
+        )
+    )
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -69,6 +85,15 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("models", help="generators by name, and which have trained weights")
     command.set_defaults(work=_models)
+
+    command = commands.add_parser("tune", help="on a GPU: time every plan of a generator's layers, keep the best")
+    command.add_argument("models", nargs="*", metavar="MODEL", help="generators by name (default: all)")
+    command.add_argument("--batch", type=_positive, nargs="+", default=[1, 16], help="batch sizes (1 16)")
+    dtypes = ["float16", "bfloat16", "float32"]
+    command.add_argument("--dtype", nargs="+", choices=dtypes, default=["float16"], help="dtypes (float16)")
+    command.add_argument("--device", default="cuda", help="cuda, cuda:1, ... (%(default)s)")
+    command.add_argument("--seconds", type=_positive, help="stop after about this time (default: when done)")
+    command.set_defaults(work=_tune)
     return top
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, dispatch, onednn
+from . import __version__, dispatch, guard, onednn, store
 
-__all__ = ["Backend", "backends", "cpu_name", "nvidia_problem", "report"]
+__all__ = ["Backend", "backends", "cpu_name", "nvidia_problem", "report", "triton_off"]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ def cuda_devices() -> list[str]:
 # --- backends ---------------------------------------------------------------------------------------------------------
 
 
-def _triton_off() -> str | None:
+def triton_off(index: int | None = None) -> str | None:
+    """Why Triton's kernels do not run on CUDA device ``index`` (None: the current one), or None where they do."""
     try:
         importlib.import_module("triton")
     except ImportError as error:
@@ -135,14 +136,16 @@ def _triton_off() -> str | None:
         return problem
     if cuda_error() is not None:
         return "no CUDA device"
-    return dispatch.cuda_why_not(torch.cuda.current_device())
+    if index is not None and index >= torch.cuda.device_count():
+        return f"cuda:{index} does not exist: there are {torch.cuda.device_count()} CUDA devices"
+    return dispatch.cuda_why_not(torch.cuda.current_device() if index is None else index)
 
 
 def backends() -> list[Backend]:
     """Every backend, in the order in which ``auto`` prefers them."""
     detail = f"{onednn.instruction_set().name}, {torch.get_num_threads()} threads"
     return [
-        Backend("triton", _triton_off(), f"triton {package_version('triton')}"),
+        Backend("triton", triton_off(), f"triton {package_version('triton')}"),
         Backend("aten, oneDNN packed", onednn.why_missing(), detail),
         Backend("aten", None, "PyTorch's own operators"),
     ]
@@ -164,6 +167,9 @@ def _lines() -> Iterator[tuple[str, str]]:
     yield "instruction sets", isa + (f", limited by ONEDNN_MAX_CPU_ISA={limit}" if limit else "")
     for line in cuda_devices() or [nvidia_problem() or "no NVIDIA device visible"]:
         yield "device", line
+    checked = "on" if guard.enabled() else "off: CNNFAST_GUARD=0"
+    yield "check of kernels", f"{checked}; {store.count(guard.KIND)} passed, kept in {store.where(guard.KIND)}"
+    yield "tuned plans", f"{store.count('plans')}, kept in {store.where('plans')}"
     for backend in backends():
         yield f"backend {backend.name}", str(backend)
 

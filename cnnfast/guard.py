@@ -31,9 +31,27 @@ from .block import Operands, Step
 from .spec import ConvSpec
 from .tolerance import expected, verdict
 
-__all__ = ["UNGUARDED", "Proof", "enabled", "environment", "failures", "first_use", "proof", "report", "warmup"]
+__all__ = [
+    "UNGUARDED",
+    "Proof",
+    "Refused",
+    "capturing",
+    "describe_step",
+    "enabled",
+    "environment",
+    "failures",
+    "fill_with_noise",
+    "first_use",
+    "proof",
+    "report",
+    "warmup",
+]
 
-KIND = "proofs"
+KIND = "proofs"  # of the records on disk
+
+
+class Refused(RuntimeError):
+    """An explicit ``backend="triton"`` asked for a kernel that must not run; the message says why."""
 
 
 def enabled() -> bool:
@@ -110,12 +128,12 @@ def first_use(
     """The result of ``start(o)``, which launches the kernel, once that is known to be right; None where PyTorch's
     operators must run.
 
-    ``required``: RuntimeError with the reason instead of None (an explicit ``backend="triton"``).
+    ``required``: `Refused` with the reason instead of None (an explicit ``backend="triton"``).
     """
     if proof.why_not is None and capturing():
         reason = "a CUDA graph is being captured and this kernel was not used before: call cnnfast.warmup first"
         if required:
-            raise RuntimeError(f'backend="triton" cannot run this: {reason}')
+            raise Refused(f'backend="triton" cannot run this: {reason}')
         _warn(proof, f"{reason}. The graph holds PyTorch's operators.")
         return None
     cause: Exception | None = None
@@ -137,7 +155,7 @@ def first_use(
         if not required:
             _warn(proof, f"the Triton kernel {proof.why_not}. PyTorch's operators run instead.")
     if required:
-        raise RuntimeError(f'backend="triton" cannot run this: the kernel {proof.why_not}') from cause
+        raise Refused(f'backend="triton" cannot run this: the kernel {proof.why_not}') from cause
     return None
 
 
@@ -185,28 +203,33 @@ _PERIOD = 65521  # a prime: repeats of the noise fall on no row, channel or imag
 
 
 def _noise(step: Step, o: Operands) -> Operands:
-    """Operands like ``o`` of about unit size, the same for every run; weights give the result about unit variance."""
+    """Operands like ``o`` (shapes, layouts, dtypes) with `fill_with_noise`'s contents."""
+    like: dict[str, Any] = {name: torch.empty_like(t) for name, t in o._asdict().items() if isinstance(t, torch.Tensor)}
+    o = o._replace(**like)
+    fill_with_noise(step, o)
+    return o
+
+
+def fill_with_noise(step: Step, o: Operands) -> None:
+    """Fill dense operands with normal noise, the same in every run; weights such that results have about unit
+    variance."""
     base = torch.randn(_PERIOD, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     s = step.spec
-    taps = max(1, math.prod(o.weight.shape[2:]) // math.prod(s.stride))
+    taps = max(1, math.prod(o.weight.shape[2:]) // math.prod(s.stride if s.transposed else (1, 1)))
     gain = (s.in_channels // s.groups * taps) ** -0.5
-    filled: dict[str, Any] = {}
-    for i, (name, like) in enumerate(o._asdict().items()):
-        if not isinstance(like, torch.Tensor):
+    for i, (name, t) in enumerate(o._asdict().items()):
+        if not isinstance(t, torch.Tensor):
             continue
         values = base.roll(7919 * i)
         if name == "weight":
             values = values * gain
         elif name == "var":
             values = values.abs() + 0.1
-        out = torch.empty_like(like)
-        flat = out.as_strided((out.numel(),), (1,))
-        period = out.new_empty(_PERIOD).copy_(values)
+        flat = t.as_strided((t.numel(),), (1,))
+        period = t.new_empty(_PERIOD).copy_(values)
         whole = flat.numel() // _PERIOD * _PERIOD
         flat[:whole].view(-1, _PERIOD).copy_(period)
         flat[whole:].copy_(period[: flat.numel() - whole])
-        filled[name] = out
-    return o._replace(**filled)
 
 
 def capturing() -> bool:
@@ -250,16 +273,17 @@ def _said(error: BaseException) -> str:
 
 def describe(proof: Proof) -> str:
     """Which kernel: the layer and its plan."""
-    s = proof.step.spec
-    kind = "upsample + conv" if proof.step.upsample else "conv_transpose" if s.transposed else "conv"
-    kernel = "x".join(map(str, s.kernel_size if proof.step.upsample is None else _upsampled_kernel(proof.step)))
     dtype = str(proof.constants.get("dtype", "")).removeprefix("torch.")
-    return f"{kind} {s.in_channels} -> {s.out_channels}, kernel {kernel}, {dtype}, {proof.name}, cuda:{proof.index}"
+    return f"{describe_step(proof.step)}, {dtype}, {proof.name}, cuda:{proof.index}"
 
 
-def _upsampled_kernel(step: Step) -> tuple[int, ...]:
-    assert step.upsample is not None
-    return tuple(k - r + 1 for k, r in zip(step.spec.kernel_size, step.upsample.scale, strict=True))
+def describe_step(step: Step) -> str:
+    """Which layer."""
+    s, kernel = step.spec, step.spec.kernel_size
+    if step.upsample is not None:
+        kernel = tuple(k - r + 1 for k, r in zip(kernel, step.upsample.scale, strict=True))
+    kind = "upsample + conv" if step.upsample is not None else "conv_transpose" if s.transposed else "conv"
+    return f"{kind} {s.in_channels} -> {s.out_channels}, kernel {'x'.join(map(str, kernel))}"
 
 
 def report() -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from .fetch import cache_dir, write_atomically
 
-__all__ = ["SCHEMA", "folder", "forget", "get", "path", "put", "where"]
+__all__ = ["SCHEMA", "count", "folder", "forget", "get", "path", "put", "where"]
 
 SCHEMA = 1  # of the files; another one is ignored
 
@@ -36,6 +36,14 @@ def where(kind: str) -> str:
         return str(folder(kind))
     except RuntimeError as error:
         return f"no folder: {error}"
+
+
+def count(kind: str) -> int:
+    """How many records of a kind there are, of any GPU and version."""
+    try:
+        return sum(1 for _ in folder(kind).glob("*.json"))
+    except (OSError, RuntimeError):
+        return 0
 
 
 def _entry(kind: str, key: Mapping[str, Any]) -> dict[str, Any]:

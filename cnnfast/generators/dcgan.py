@@ -70,5 +70,9 @@ class DCGANGenerator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
                 nn.init.zeros_(module.bias)
 
+    def example_input(self, batch: int = 1) -> torch.Tensor:
+        """Noise for ``batch`` images, of the parameters' dtype and on their device."""
+        return torch.randn(batch, self.config.nz, 1, 1).to(next(self.parameters()))
+
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         return self.main(z)
