@@ -38,7 +38,7 @@ from .onednn import (
 from .packing import PACKS, why_not_cacheable
 from .spec import Activation, ConvSpec
 
-__all__ = ["InstructionSet", "convert", "instruction_set", "method_name", "run", "why_not"]
+__all__ = ["InstructionSet", "convert", "instruction_set", "method_name", "run", "why_not", "why_slower_plain"]
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -78,14 +78,13 @@ def _too_few(s: ConvSpec, shape: tuple[int, ...], least: float) -> str | None:
     and col2im (or im2col) with little overhead. The condition is ATen's own (`use_mkldnn`)."""
     macs = s.macs(shape[0], shape[2:])
     small = shape[0] == 1 and math.prod(shape) <= 20480 and min(s.kernel_size) <= 3
-    return (
-        f"{macs} multiply-adds are too few to gain from packed operators" if macs < (least if small else 2e6) else None
-    )
+    few = macs < (least if small else 2e6)
+    return f"{macs} multiply-adds are too few to gain from packed operators" if few else None
 
 
 def _why_slower(step: Step, shape: tuple[int, ...], method: Method, isa: InstructionSet) -> str | None:
     """Why PyTorch's own transposed convolution is expected to be as fast. Not for an upsampling, where PyTorch's own
-    way does several times the arithmetic; a plain convolution's rule is `_why_slower_plain`."""
+    way does several times the arithmetic; a plain convolution's rule is `why_slower_plain`."""
     s = step.spec
     if not s.transposed or step.upsample is not None or isinstance(method, Projection):
         return None
@@ -102,33 +101,57 @@ def _why_slower(step: Step, shape: tuple[int, ...], method: Method, isa: Instruc
     return _too_few(s, shape, 8e6)
 
 
+_LOSE_NAN = ("relu", "hardtanh")  # of oneDNN's post-ops; leaky_relu does with a slope of zero
+
+
+def _padded(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:2], shape[2] + 2 * step.pad[0], shape[3] + 2 * step.pad[1])
+
+
+def _elements(step: Step, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Numbers in the input and in the result."""
+    return math.prod(shape), shape[0] * step.spec.out_channels * math.prod(step.output_size(shape[2:]))
+
+
+def _check_pays(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether reading x for NaNs costs less than an activation afterwards that is in place."""
+    before, after = _elements(step, shape)
+    return before * dtype.itemsize < after * 4
+
+
 @lru_cache(maxsize=4096)
-def _why_slower_plain(
-    step: Step, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet, saves: bool, nchw: bool
+def why_slower_plain(
+    step: Step, shape: tuple[int, ...], dtype: torch.dtype, *, norm: bool, slopes: int, nchw: bool
 ) -> str | None:
     """Why PyTorch's own plain convolution of an x of ``shape`` is expected to be as fast, passes over memory included.
 
-    ``saves``: a norm or an activation goes into the convolution, at least a pass less than PyTorch makes. ``nchw``:
-    neither x nor the result is channels-last, so that both would be converted (oneDNN itself, called from ATen,
-    converts faster than ATen's copies).
+    ``norm``: a scale to fold in; ``slopes``: elements of PReLU's weight; ``nchw``: neither x nor the result is
+    channels-last, so that both would be converted (oneDNN itself, called from ATen, converts faster than ATen's
+    copies). None for other steps.
     """
     s = step.spec
-    out = s.output_size([n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)])
-    elements = math.prod(shape) + shape[0] * s.out_channels * math.prod(out)
-    if few := _too_few(s, shape, 12e6):
+    if s.transposed or step.upsample is not None:
+        return None
+    isa, padded = instruction_set(), _padded(step, shape)
+    before, after = _elements(step, shape)
+    elements = before + after
+    # In 16 bits ATen takes oneDNN for small inputs, too; few input channels it gathers slowly.
+    if few := _too_few(s, padded, 25e6 if dtype == torch.float32 and after < 4 * before else 2e6):
         return few
     if math.prod(s.weight_shape) >= elements:
         return None  # ATen brings the weight into oneDNN's layout on every call
-    intense = s.macs(shape[0], shape[2:]) >= 64 * elements
+    intense = s.macs(padded[0], padded[2:]) >= 64 * elements
     if _compute_dtype(dtype, isa) != dtype:
         if dtype == torch.float16 and isa >= InstructionSet.AMX and not intense:
             return "too little arithmetic for its conversions to float32"
         return None
     if nchw:
-        if dtype != torch.float32 and intense and s.out_channels >= 16:
+        if dtype != torch.float32 and intense and s.out_channels >= 16 and elements >= 2**21:
             return None
         return "the conversions to channels-last and back cost what packed operators save"
-    return None if saves else "no norm or activation goes into the convolution, and its weight is small"
+    post = post_op(step.activation)
+    fused = post.attr != "none" and (post.attr not in _LOSE_NAN or _check_pays(step, shape, dtype)) or slopes == 1
+    return None if norm or fused else "no pass over memory is saved, and the weight is small"
 
 
 class _Plan(NamedTuple):
@@ -136,6 +159,7 @@ class _Plan(NamedTuple):
     post: PostOp
     key: tuple[Any, ...]  # of the packed weight
     slower: str | None
+    check_pays: bool
 
 
 @lru_cache(maxsize=4096)
@@ -149,16 +173,16 @@ def _plan(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> _Plan | str
         step.output_size(shape[2:])
     except ValueError as error:
         return str(error)
-    shape = (*shape[:2], shape[2] + 2 * step.pad[0], shape[3] + 2 * step.pad[1])
-    isa = instruction_set()
+    isa, padded = instruction_set(), _padded(step, shape)
     compute = _compute_dtype(dtype, isa)
-    kind = _method(step.spec, shape, compute, isa)
+    kind = _method(step.spec, padded, compute, isa)
     if kind is Deconvolution and any(p >= s for p, s in zip(step.spec.output_padding, step.spec.stride, strict=True)):
         return "oneDNN has no deconvolution whose output padding reaches the stride"
-    method = kind(step.spec, shape, compute)  # type: ignore[call-arg]
+    method = kind(step.spec, padded, compute)  # type: ignore[call-arg]
     sample = method.pack(torch.zeros(step.spec.weight_shape), None)
     key = (step, compute, type(method), layout(sample))
-    return _Plan(method, post_op(step.activation), key, _why_slower(step, shape, method, isa))
+    slower = _why_slower(step, padded, method, isa)
+    return _Plan(method, post_op(step.activation), key, slower, _check_pays(step, shape, dtype))
 
 
 def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str | None:
@@ -179,13 +203,13 @@ def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str |
     plan = _plan(step, x.shape, x.dtype)
     if isinstance(plan, str):
         return plan
-    if step.spec.transposed or step.upsample is not None:
+    if plan.slower is not None or step.spec.transposed or step.upsample is not None:
         return plan.slower
     o = operands
-    folds = o.mean is not None or o.scale is not None
-    saves = folds or (_post(step, plan.post, o).fused and step.activation.name != "identity")
+    norm = o.residual is None and (o.mean is not None or o.scale is not None)
+    slopes = 0 if o.slope is None else o.slope.numel()
     nchw = not channels_last and not x.is_contiguous(memory_format=torch.channels_last)
-    return _why_slower_plain(step, x.shape, x.dtype, instruction_set(), saves, nchw)
+    return why_slower_plain(step, x.shape, x.dtype, norm=norm, slopes=slopes, nchw=nchw)
 
 
 def method_name(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> str:
@@ -212,7 +236,6 @@ def _pack(method: Method, step: Step, o: Operands) -> tuple[Any, bool]:
     return method.pack(weight, shift), finite
 
 
-_LOSE_NAN = ("relu", "hardtanh")  # of oneDNN's names; leaky_relu does with a slope of zero
 _IN_PLACE: dict[str, Callable[..., torch.Tensor]] = {
     "relu": torch.relu_,
     "tanh": torch.tanh_,
@@ -271,6 +294,8 @@ def _transposed(t: torch.Tensor) -> torch.Tensor:
 
 def convert(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
     """``t`` (N, C, H, W) in this dtype and memory format; itself where it is that already."""
+    if not channels_last and t.is_contiguous():
+        return t.to(dtype)
     image = t.numel() // max(1, t.shape[0])
     large = image >= 2**20 and t.shape[1] >= 32 or image >= 2**18 and t.shape[1] >= 64
     if large and not channels_last and torch.get_num_threads() <= 4:
@@ -292,14 +317,18 @@ def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor:
     plan = _plan(step, x.shape, x.dtype)
     if isinstance(plan, str):
         raise ValueError(f"the packed CPU path cannot take this step: {plan}")
-    method, post, key, _ = plan
+    method, post, key, _, check_pays = plan
     vectors = (o.bias, o.mean, o.var, o.scale, o.shift)
     packed, finite = PACKS.get(o.weight, (key, o.eps), vectors, lambda: _pack(method, step, o))
     x = convert(step.pad_input(x), method.dtype, True)
     post = _post(step, post, o)
     fused = post.fused
     if fused and (post.attr in _LOSE_NAN or post.scalars == (0.0,)):
-        fused = finite and math.isfinite(x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None).item())
+        fused = (
+            check_pays
+            and finite
+            and math.isfinite(x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None).item())
+        )
     y = method.run(x, packed, post if fused else PostOp(), channels_last)
     if not fused:
         y = _finish(y, step.activation, o)

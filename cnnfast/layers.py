@@ -6,11 +6,10 @@ Consecutive fused steps are a *chain*: channels-last inside, its last store in t
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
-from . import guard
+from . import cpu, guard
 from .block import Operands
 from .dispatch import resolve_backend
 from .fusion import FusedStep, Unfused, plan_modules
@@ -59,13 +58,21 @@ def _eager_layout(step: FusedStep, channels_last: bool, size: Sequence[int], out
 _MAX_BINDINGS = 64
 
 
+class Run(NamedTuple):
+    """How a step runs on inputs of one shape: whether its result is ``channels_last``; ``as_modules``: why its modules
+    run as they stand, or None."""
+
+    channels_last: bool
+    as_modules: str | None = None
+
+
 @dataclass(frozen=True)
 class Chain:
     """Consecutive fused steps of one dimensionality, dtype and device."""
 
     steps: tuple[FusedStep, ...]
     # Of inputs seen: (shape, strides, dtype, device, backend) -> see `bind`.
-    _bindings: dict[object, tuple[bool, ...] | str] = field(default_factory=dict, compare=False, repr=False)
+    _bindings: dict[object, tuple[Run, ...] | str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def slots(self) -> range:
@@ -76,40 +83,54 @@ class Chain:
         last = self.steps[-1]
         return (last.ndim, last.dtype, last.device) == (step.ndim, step.dtype, step.device)
 
-    def bind(self, x: Tensor) -> tuple[bool, ...] | str:
-        """Whether each step's result is channels-last, or why the modules run as they stand for an input like x."""
+    def bind(self, x: Tensor, reading: Reading) -> tuple[Run, ...] | str:
+        """How each step runs on an input like x, or why all modules run as they stand."""
         backend = resolve_backend(None)
         key = (x.shape, x.stride(), x.dtype, x.device, backend)
         bound = self._bindings.get(key)
         if bound is None:
             if len(self._bindings) >= _MAX_BINDINGS:
                 self._bindings.clear()
-            bound = self._bindings[key] = self._bind(x, backend)
+            bound = self._bindings[key] = self._bind(x, reading, backend)
         return bound
 
-    def _bind(self, x: Tensor, backend: str) -> tuple[bool, ...] | str:
+    def _bind(self, x: Tensor, reading: Reading, backend: str) -> tuple[Run, ...] | str:
         first = self.steps[0]
         if x.dtype != first.dtype or x.device != first.device:
             return f"the input is {x.dtype} on {x.device}, the weight {first.dtype} on {first.device}"
         if x.dim() != first.ndim + 2 or x.numel() == 0:
             return f"an input of shape {tuple(x.shape)} is no batch for a {first.ndim}-D convolution"
-        channels, size = x.shape[1], (1,) * (2 - first.ndim) + tuple(x.shape[2:])
-        channels_last = core.is_channels_last(x if first.ndim == 2 else x.contiguous().unsqueeze(2))
-        eager, elements = [channels_last], [x.numel()]  # of x and of every result
+        shapes = [torch.Size((*x.shape[:2], *(1,) * (2 - first.ndim), *x.shape[2:]))]
+        eager = [core.is_channels_last(x if first.ndim == 2 else x.contiguous().unsqueeze(2))]
         for s in self.steps:
+            n, channels, *size = shapes[-1]
             if channels != s.step.spec.in_channels:
                 return f"{channels} channels meet a convolution of {s.step.spec.in_channels}"
             try:
                 out = s.step.output_size(size)
             except ValueError as error:
                 return str(error)
-            channels_last = _eager_layout(s, channels_last, size, out)
-            channels, size = s.step.spec.out_channels, out
-            eager.append(channels_last)
-            elements.append(x.shape[0] * channels * math.prod(size))
-        if x.device.type == "cpu" and backend != "triton" and not any(eager) and not self._saves_conversions(elements):
-            return tuple(eager[1:])
-        return (True,) * (len(self.steps) - 1) + (channels_last,)
+            eager.append(_eager_layout(s, eager[-1], size, out))
+            shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
+        inside = [True] * (len(self.steps) - 1) + eager[-1:]
+        if x.device.type != "cpu" or backend == "triton":
+            return tuple(Run(channels_last) for channels_last in inside)
+        if not any(eager) and not self._saves_conversions([shape.numel() for shape in shapes]):
+            inside = eager[1:]
+        inside = [inside[0] or eager[0], *inside]  # `run` converts the input where the first result is channels-last
+        why = [self._why_as_modules(s, shapes[i], inside[i : i + 2], reading) for i, s in enumerate(self.steps)]
+        if why[0] is not None and None not in why and inside[1:] == eager[1:]:
+            return why[0]
+        if first.ndim == 1:  # modules would convert on the way in and out
+            why = [None] * len(why)
+        return tuple(Run(*how) for how in zip(inside[1:], why, strict=True))
+
+    @staticmethod
+    def _why_as_modules(s: FusedStep, shape: torch.Size, channels_last: list[bool], reading: Reading) -> str | None:
+        """Why a plain convolution's step gains nothing on a CPU; ``channels_last``: of its input and its result."""
+        slopes = 0 if s.slope is None else reading.tensors[s.slope][0].numel()  # type: ignore[union-attr]
+        nchw = not any(channels_last)
+        return cpu.why_slower_plain(s.step, shape, s.dtype, norm=s.norm is not None, slopes=slopes, nchw=nchw)
 
     def _saves_conversions(self, elements: list[int]) -> bool:
         """Whether channels-last inside is worth the conversions at both ends: oneDNN, called from ATen, brings the
@@ -122,7 +143,7 @@ class Chain:
             saved += before + after if max(s.step.spec.kernel_size) > 1 else 0
         return saved >= elements[0] + elements[-1]
 
-    def layouts(self, x: Any, reading: Reading) -> tuple[bool, ...] | str:
+    def runs(self, x: Any, reading: Reading) -> tuple[Run, ...] | str:
         """What `bind` says, or another reason why the modules run as they stand on x."""
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             return f"the input is a {type(x).__name__}, not a plain tensor"
@@ -130,24 +151,30 @@ class Chain:
             tensors = (t for k in self.slots for t in reading.tensors[k])
             if x.requires_grad or any(t is not None and t.requires_grad for t in tensors):
                 return "a gradient is needed (torch.no_grad or torch.inference_mode switch that off)"
-        return self.bind(x)
+        return self.bind(x, reading)
 
     def run(self, x: Any, reading: Reading) -> Any:
         """The chain's modules on x, fused where that can be."""
-        layouts = self.layouts(x, reading)
-        if isinstance(layouts, str):
+        runs = self.runs(x, reading)
+        if isinstance(runs, str):
             for k in self.slots:
                 x = reading.modules[k](x)
             return x
         ndim = self.steps[0].ndim
         if ndim == 1:  # (N, C, L) as (N, C, 1, L)
             x = x.unsqueeze(2)
-        if layouts[0] and x.device.type == "cpu":  # wherever the first step runs: its result is likely to be larger
+        on_cpu = x.device.type == "cpu"
+        if on_cpu and runs[0].channels_last:  # whatever runs the first step: its result is likely to be larger
             x = x.contiguous(memory_format=torch.channels_last)
-        for s, channels_last in zip(self.steps, layouts, strict=True):
-            x = core.run_step(s.step, _operands(s, x, reading.tensors), channels_last=channels_last)
+        for s, (channels_last, as_modules) in zip(self.steps, runs, strict=True):
+            if as_modules is None:
+                x = core.run_step(s.step, _operands(s, x, reading.tensors), channels_last=channels_last)
+                continue
+            for k in s.slots:
+                x = reading.modules[k](x)
+            x = cpu.convert(x, x.dtype, channels_last)
         if _both_layouts(x.shape[1], x.shape[2:]):
-            x = x.as_strided(x.shape, _strides(x.shape, layouts[-1]))
+            x = x.as_strided(x.shape, _strides(x.shape, runs[-1].channels_last))
         return x.squeeze(2) if ndim == 1 else x
 
 
@@ -251,10 +278,11 @@ class Sequential(nn.Sequential):
             if isinstance(item, Unfused):
                 lines.append(f"{item.slot}: {type(reading.modules[item.slot]).__name__} as it stands: {item.why_not}")
                 continue
-            layouts = item.layouts(input, reading) if input is not None and item.slots[0] == 0 and why is None else ()
-            for s in item.steps:
+            runs = item.runs(input, reading) if input is not None and item.slots[0] == 0 and why is None else ()
+            for i, s in enumerate(item.steps):
                 names = " + ".join(type(reading.modules[k]).__name__ for k in s.slots)
-                done = f"could be fused, but: {layouts}" if isinstance(layouts, str) else "fused"
+                reason = runs if isinstance(runs, str) else runs[i].as_modules if runs else None
+                done = "fused" if reason is None else f"could be fused, but: {reason}"
                 for failure in guard.failures(s.step, s.dtype):
                     done += f", but PyTorch's operators run: the kernel {failure}"
                 lines.append(f"{s.slots[0]}-{s.slots[-1]}: {names} {done}")

@@ -25,6 +25,7 @@ from .tolerance import assert_close
 pytestmark = pytest.mark.skipif(onednn.why_missing() is not None, reason=str(onednn.why_missing()))
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 # float16 takes float32's way or bfloat16's: where that is all there is to it, two dtypes do.
 two_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -72,6 +73,13 @@ GEOMETRY = [
     conv("plain_s2", "Convolution", 32, 24, 3, 2, 1, size=(7, 6), transposed=False),
     conv("plain_dilated", "Convolution", 32, 24, 3, 1, 2, dilation=2, size=(7, 6), transposed=False),
     conv("plain_groups", "Convolution", 32, 24, 3, 1, 1, groups=4, size=(7, 6), transposed=False),
+    conv("plain_depthwise", "Convolution", 32, 32, 3, 2, 1, groups=32, size=(7, 6), transposed=False),
+    conv("plain_1x1", "Convolution", 32, 24, 1, size=(7, 6), transposed=False),
+    conv("plain_rgb", "Convolution", 3, 48, 3, size=(7, 6), batch=1, transposed=False),
+    conv("plain_to_rgb", "Convolution", 64, 3, 9, 1, 4, size=(7, 10), transposed=False),
+    conv("plain_row", "Convolution", 32, 16, (1, 7), (1, 3), (0, 2), dilation=(1, 2), size=(1, 21), transposed=False),
+    conv("plain_k4s2p1", "Convolution", 32, 48, 4, 2, 1, size=(8, 7), transposed=False),
+    conv("plain_wide_padding", "Convolution", 16, 24, (1, 3), (1, 2), (2, 4), size=(5, 6), transposed=False),
 ]
 
 UPSAMPLING = [
@@ -147,10 +155,29 @@ def test_activations(case: Case, dtype: torch.dtype, act: Activation, residual: 
 
 @with_id(EPILOGUES)
 @two_dtypes
-def test_one_slope_for_all_channels(case: Case, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("slope", [None, 0.0, -0.5, 2.0, math.inf, math.nan])
+def test_one_slope_for_all_channels(case: Case, dtype: torch.dtype, slope: float | None) -> None:
+    """It runs on the accumulator as leaky_relu, unless its number makes that something else."""
     case = replace(case, step=replace(case.step, activation=Activation("prelu")), slopes=1)
     o = operands(case, dtype)
+    if slope is None or math.isfinite(slope):
+        o = o if slope is None else o._replace(slope=torch.full((1,), slope))
+        compare(case, o, run(case, o))
+        return
+    o = o._replace(slope=torch.full((1,), slope, dtype=dtype))
+    y, expected = run(case, o).float(), run_reference(case.step, o).float()
+    assert torch.equal(y.isnan(), expected.isnan()) and torch.equal(y.isinf(), expected.isinf())
+
+
+@pytest.mark.parametrize("channels", [3, 16, 24, 32, 48])
+@pytest.mark.parametrize("size", [(6, 8), (5, 7)], ids=["even", "odd"])
+@dtypes
+def test_slopes_of_channels(channels: int, size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Channel counts that are no multiple of a vector take several pixels at once, where these divide."""
+    case = conv("slopes", "", 32, channels, 3, 1, 1, size=size, transposed=False, activation="prelu", slopes=channels)
+    o = operands(case, dtype)
     compare(case, o, run(case, o))
+    compare(case, o, run(case, o, False))
 
 
 @with_id(EPILOGUES)
@@ -313,6 +340,58 @@ def test_aten_where_it_is_as_fast(case: Case, reason: str | None) -> None:
     assert found is None if reason is None else reason in str(found)
 
 
+def plain(id: str, c_in: int, c_out: int, k: int, *args: int, size: tuple[int, int], **rest: Any) -> Case:
+    return conv(id, "", c_in, c_out, k, *args, size=size, transposed=False, **{"batch": 1, **rest})
+
+
+# (case, dtype, instruction set, in NCHW, a part of the reason or None): what was measured, see docs/facts.md.
+PLAIN_RULES: list[tuple[Case, torch.dtype, str, bool, str | None]] = [
+    (plain("leaky", 64, 64, 3, 1, 1, size=(90, 120), activation="leaky_relu"), torch.float32, "AMX", False, None),
+    (plain("tanh", 64, 3, 7, 1, 3, size=(64, 64), activation="tanh"), torch.float32, "AVX2", False, None),
+    (plain("strided", 64, 128, 4, 2, 1, size=(64, 64), activation="silu"), torch.bfloat16, "AMX", False, None),
+    (plain("norm", 64, 64, 3, 1, 1, size=(64, 64), norm=True), torch.float32, "AMX", False, None),
+    (plain("relu", 64, 64, 3, 1, 1, size=(64, 64)), torch.float32, "AMX", False, "no pass"),
+    (plain("relu_wider", 3, 64, 3, 1, 1, size=(64, 64)), torch.float32, "AMX", False, None),
+    (plain("relu_16_bits", 64, 64, 3, 1, 1, size=(64, 64)), torch.bfloat16, "AMX", False, None),
+    (plain("nothing", 64, 64, 3, 1, 1, size=(64, 64), activation="identity"), torch.float32, "AMX", False, "no pass"),
+    (plain("weight", 512, 512, 3, 1, 1, size=(16, 16), activation="identity"), torch.float32, "AMX", True, None),
+    (plain("slopes", 64, 64, 3, 1, 1, size=(64, 64), activation="prelu", slopes=64), torch.float32, "AMX", False, "no"),
+    (plain("slope", 64, 64, 3, 1, 1, size=(64, 64), activation="prelu", slopes=1), torch.float32, "AMX", False, None),
+    (plain("nchw", 64, 64, 3, 1, 1, size=(90, 120), norm=True), torch.float32, "AMX", True, "conversions to channels"),
+    (plain("nchw_bf16", 64, 64, 3, 1, 1, size=(180, 320), norm=True), torch.bfloat16, "AMX", True, None),
+    (plain("nchw_rgb", 64, 3, 9, 1, 4, size=(256, 256), activation="tanh"), torch.bfloat16, "AMX", True, "conversions"),
+    (plain("nchw_1x1", 64, 64, 1, size=(256, 256), activation="silu"), torch.bfloat16, "AMX", True, "conversions"),
+    (plain("wide", 64, 64, 3, 1, 1, size=(64, 64), activation="identity"), torch.bfloat16, "AVX512", True, None),
+    (plain("half", 64, 64, 3, 1, 1, size=(64, 64), activation="identity"), torch.float16, "AMX", True, None),
+    (plain("half_1x1", 64, 64, 1, size=(64, 64), activation="silu"), torch.float16, "AMX", False, "to float32"),
+    (plain("tiny", 16, 16, 3, 1, 1, size=(8, 8), activation="silu", batch=4), torch.bfloat16, "AMX", False, "too few"),
+    (plain("small", 64, 64, 3, 1, 1, size=(16, 16), activation="silu"), torch.float32, "AMX", False, "too few"),
+    (plain("batch", 64, 64, 3, 1, 1, size=(16, 16), activation="silu", batch=4), torch.float32, "AMX", False, None),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "isa", "nchw", "reason"),
+    [pytest.param(*row, id=f"{row[0].id}-{row[2]}-{DTYPE_NAMES[row[1]]}") for row in PLAIN_RULES],
+)
+def test_the_rule_of_plain_convolutions(
+    case: Case, dtype: torch.dtype, isa: str, nchw: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "instruction_set", lambda: InstructionSet[isa])
+    cpu._plan.cache_clear()
+    cpu.why_slower_plain.cache_clear()
+    try:
+        o = operands(case, dtype)
+        if nchw:
+            o = o._replace(x=o.x.contiguous())
+        found = cpu.why_not(case.step, o, not nchw)
+        assert found is None if reason is None else reason in str(found)
+        assert cpu.why_not(case.step, o._replace(weight=o.weight.data), not nchw) is not None
+    finally:
+        cpu._plan.cache_clear()
+        cpu.why_slower_plain.cache_clear()
+
+
 def test_why_not_without_onednn() -> None:
     o = operands(PLAIN, torch.float32)
     with torch.backends.mkldnn.flags(enabled=False):
@@ -331,14 +410,20 @@ def test_an_output_that_is_too_small_has_a_reason() -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("case", [c for c in EPILOGUES if c.id != "plain"], ids=lambda c: c.id)
+@with_id(EPILOGUES)
 @pytest.mark.parametrize("where", ["weight", "bias", "x"])
-@pytest.mark.parametrize("act", [Activation("relu"), Activation("hardtanh")], ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    "act",
+    [Activation("relu"), Activation("hardtanh"), Activation("leaky_relu", (0.0,)), Activation("leaky_relu", (0.1,))],
+    ids=lambda a: "_".join(map(str, (a.name, *a.params))),
+)
 def test_a_nan_stays_a_nan(case: Case, dtype: torch.dtype, where: str, act: Activation) -> None:
     """oneDNN's own relu and clip would turn it into a number."""
     o = operands(case, dtype)
     tensor = getattr(o, where)
-    tensor.data[(0,) * tensor.dim()] = math.nan
+    # The middle tap of a plain convolution meets no padding (0 * NaN is a matter of taste).
+    middle = where == "weight" and not case.step.spec.transposed
+    tensor.data[(0, 0, 1, 1) if middle else (0,) * tensor.dim()] = math.nan
     step = replace(case.step, activation=act)
     with torch.no_grad():
         y = cpu.run(step, o, True)

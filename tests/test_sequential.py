@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import cnnfast
-from cnnfast import layers
+from cnnfast import cpu, layers
 
 from .conftest import conv_precision
 from .tolerance import assert_close
@@ -212,9 +212,18 @@ def stack_profile(examples: int) -> settings:
     return settings(max_examples=examples, deadline=None, derandomize=True, database=None, print_blob=True)
 
 
+@pytest.mark.parametrize("everything", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize(("ndim", "examples"), [(2, 150), (1, 60)])
 @pytest.mark.usefixtures("one_thread")
-def test_random_stacks_in_eval_mode(ndim: int, examples: int, steps: list[str]) -> None:
+def test_random_stacks_in_eval_mode(
+    ndim: int, examples: int, everything: bool, steps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``everything``: no step is too small for the packed operators."""
+    if everything:
+        cpu._plan.cache_clear()
+        monkeypatch.setattr(cpu, "_why_slower", lambda *args: None)
+        monkeypatch.setattr(cpu, "why_slower_plain", lambda *args, **kwargs: None)
+
     @stack_profile(examples)
     @given(stacks(ndim))
     def run(stack: tuple[nn.Sequential, Tensor]) -> None:
@@ -222,7 +231,8 @@ def test_random_stacks_in_eval_mode(ndim: int, examples: int, steps: list[str]) 
         check(cnnfast.Sequential(*plain.eval()), x, inputs=24)
 
     run()
-    assert len(steps) >= 24 * examples / 2
+    assert len(steps) >= 24 * examples / 3
+    cpu._plan.cache_clear()
 
 
 @pytest.mark.usefixtures("one_thread")
