@@ -1,5 +1,6 @@
 # The commands of the project. `make demo` and `make test` set up all they need, in $(VENV).
 #   PYTHON   the interpreter to start from; a torch >= 2.11 that it can import is reused
+#   GPU      options of `make gpu`: GPU="--minutes 60 --resume", GPU=--dry-run
 #   VENV     where the environment goes; empty (`make VENV= demo`): use PYTHON as it is, install nothing
 
 PYTHON ?= python3
@@ -41,8 +42,8 @@ bench: $(call installed,bench) ## benchmarks against eager, torch.compile, onnxr
 rehearse: $(call installed,bench) ## every case's plan and machine code on six GPU architectures, without a GPU
 	$(RUN) -m benchmarks.rehearse
 
-gpu: ## on a machine with an NVIDIA GPU: kernel tests, and times against cuDNN; installs nothing
-	$(RUN_AS_IS) -m benchmarks.gpu
+gpu: ## on a machine with an NVIDIA GPU: kernel tests, tuning, times against cuDNN, in ten minutes; installs nothing
+	$(RUN_AS_IS) -m benchmarks.gpu $(GPU)
 
 clean: ## caches and build files; the environment and the weights' cache stay
 	rm -rf build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

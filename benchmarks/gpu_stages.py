@@ -1,149 +1,199 @@
-"""The work of one stage of `benchmarks.gpu`: ``python benchmarks/gpu_stages.py STAGE --output DIR [--dry-run]``.
+"""The work of one stage of `benchmarks.gpu`: ``python benchmarks/gpu_stages.py STAGE --output DIR --seconds S``.
 
 A script that `benchmarks.gpu` runs in a process of its own. In a dry run ttsem runs it: device "cuda" is then the CPU,
-every launch is executed by an interpreter of Triton's intermediate language, and no time is taken.
+every launch is executed by an interpreter of Triton's intermediate language, and times are stubbed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks import cases
-from benchmarks.compare import Timer, compare, yardstick
-from benchmarks.peers import GPU_IMPLEMENTATIONS, Implementation, Workload
-from benchmarks.report import Report, environment
-from cnnfast.timing import Timing, measure
+from benchmarks import cases, gpu_predict, gpu_timing, gpu_tune
+from benchmarks.gpu_compare import Measure, ceilings, compare, least_us
+from benchmarks.gpu_peers import GRAPH, find
+from benchmarks.gpu_rows import Item, Rows, Steps, work_through
+from benchmarks.peers import Workload
+from benchmarks.report import environment
 
-CHECKED = (
-    "Every implementation has the same weights, input and TF32 setting, and is compared with float64 before it is "
-    "timed; one that is off is not timed. cuDNN's own search is on (`torch.backends.cudnn.benchmark`)."
+# The most important first.
+NUMERICS: tuple[tuple[torch.dtype, bool], ...] = (
+    (torch.float16, False),
+    (torch.float32, True),
+    (torch.bfloat16, False),
+    (torch.float32, False),
 )
-COLD = (
-    "Times are of the device (CUDA events), the L2 cache overwritten before every call, so that the host's time is "
-    "hidden: medians of `triton.testing.do_bench`, repeated in turn."
-)
-WARM = (
-    "Times are of calls back to back on one stream (CUDA events), the host's time included where it is the longer one."
-)
-STUBBED = (
-    "**Dry run: the kernels ran in an interpreter on a CPU. Results are checked; times are stubbed (there are none).**"
-)
+GRAPHS = ("eager channels_last", "eager channels_last" + GRAPH, "cnnfast", "cnnfast" + GRAPH)
+DRY = ("eager channels_last", "cnnfast")  # what a machine without a GPU can run
 
 
-def cold(repeats: int = 5) -> Timer:
-    """Device time with a cold L2 cache."""
-    from triton.testing import do_bench
+@dataclass(frozen=True)
+class Context:
+    """One process of a stage: its share of the rows is every ``parts``-th from ``part`` on."""
 
-    def timer(calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(repeats):
-            for name, call in calls.items():
-                seconds[name].append(do_bench(call, warmup=5, rep=20, return_mode="median") / 1e3)
-        return {name: Timing(tuple(values), 1) for name, values in seconds.items()}
+    folder: Path
+    rows: Rows
+    dry_run: bool
+    part: int = 0
+    parts: int = 1
 
-    return timer
+    def measure(self, timer: Callable[[gpu_timing.Calls], Any] | None) -> Measure:
+        return Measure(gpu_timing.stubbed if self.dry_run and timer is not None else timer, self.dry_run)
 
+    def row(self, w: Workload, names: tuple[str, ...], timer: Any, seconds: float = 3.0, suffix: str = "") -> Item:
+        """The item of a workload; ``suffix`` tells it from the same one with other implementations."""
+        chosen = find(*(names if not self.dry_run else tuple(n for n in DRY if n in names)))
+        limits = self.rows.data.get("ceilings")
 
-def warm(calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
-    """Calls back to back."""
-    return measure(calls, repeats=10, device="cuda")
+        def work(steps: Steps) -> Mapping[str, Any]:
+            row = compare(w, chosen, self.measure(timer), steps)
+            if limits is not None:
+                row["least_us"] = least_us(w, limits)
+            if not self.dry_run:
+                torch.cuda.empty_cache()
+            return row
 
-
-def numerics() -> Iterator[tuple[torch.dtype, bool]]:
-    """(dtype, TF32), the common ones first."""
-    yield torch.float16, False
-    yield torch.bfloat16, False
-    yield torch.float32, True
-    yield torch.float32, False
-
-
-def set_tf32(on: bool) -> None:
-    # The older switches: torch.compile reads them, and they raise once only the newer ones were set.
-    torch.backends.cudnn.allow_tf32 = on
-    torch.backends.cuda.matmul.allow_tf32 = on
+        return Item(w.name + suffix, work, seconds)
 
 
-def _implementations(names: tuple[str, ...]) -> tuple[Implementation, ...]:
-    return tuple(i for i in GPU_IMPLEMENTATIONS if i.name in names)
+def workloads(found: Iterable[cases.Case], every_batch: bool = True) -> list[Workload]:
+    """Those of all dtypes and batches, the most important first: the middle batch, then dtypes, then suites."""
+    ranked = []
+    for i, case in enumerate(found):
+        suite = cases.SUITES.index(case.suite) if case.suite in cases.SUITES else len(cases.SUITES)
+        for b, batch in enumerate(case.batches):
+            other = b != len(case.batches) // 2
+            if other and not every_batch:
+                continue
+            for n, (dtype, tf32) in enumerate(NUMERICS):
+                ranked.append(((other, n, suite, i, b), Workload(case, batch, dtype, "cuda", tf32)))
+    return [w for _, w in sorted(ranked, key=lambda pair: pair[0])]
 
 
-def _report(name: str, workloads: list[Workload], timer: Timer | None, notes: tuple[str, ...], folder: Path,
-            chosen: Callable[[Workload], tuple[Implementation, ...]]) -> int:  # fmt: skip
-    """Compares, writing the report after every row. Returns how many of cnnfast's entries failed or are wrong."""
-    report, bad, products = Report(environment("cuda"), f"python -m benchmarks.gpu ({name})", notes=notes), 0, {}
-    for i, w in enumerate(workloads):
-        set_tf32(w.tf32)
-        if timer is not None and (w.dtype, w.tf32) not in products:
-            products[w.dtype, w.tf32] = yardstick(w.dtype, "cuda", timer, (2048, 4096, 8192))
-        row = compare(w, chosen(w), timer, products.get((w.dtype, w.tf32)))
-        report = Report(report.environment, report.command, (*report.rows, row), notes, i == len(workloads) - 1)
-        report.write(folder, name)
-        for e in row.entries:
-            wrong = e.name.startswith("cnnfast") and e.status not in ("timed", "checked")
-            bad += wrong
-            time = "" if e.timing is None else f" {e.timing}"
-            error = "" if e.error is None else f" error {e.error:.1e}"
-            print(
-                f"{row.name}: {e.name}: {'WRONG: ' if wrong else ''}{e.status}{time}{error} {e.note} {e.path}",
-                flush=True,
-            )
-    print(f"{len(report.rows)} rows, {bad} failures of cnnfast")
-    return bad
+WHOLE = tuple(c for c in cases.CASES if c.suite != "layers")
 
 
-def check(folder: Path, dry_run: bool) -> int:
-    """Every regime and dtype at small sizes against float64, through the functions and (on a GPU) the modules."""
-    names = ("cnnfast.ops",) if dry_run else ("cnnfast", "cnnfast.ops")
-    found = (*cases.MINI[-2:], *cases.GEOMETRIES[:1]) if dry_run else (*cases.MINI, *cases.GEOMETRIES)
-    todo = [Workload(c, c.batches[0], dtype, "cuda", tf32) for dtype, tf32 in numerics() for c in found]
-    notes = (STUBBED,) if dry_run else ("Only checked, not timed.",)
-    return _report("check", todo, None, notes, folder, lambda w: _implementations(names))
+def check(c: Context) -> Iterator[Item]:
+    """Every regime, dtype and odd geometry at small sizes; then every benchmark case once, which compiles it."""
+    if c.dry_run:
+        small = (*cases.MINI[1:3], *cases.GEOMETRIES[:1])
+    else:
+        small = (*cases.GEOMETRIES, *cases.MINI)
+    found = workloads(small)
+    if not c.dry_run:
+        found += workloads(cases.CASES, every_batch=False)
+    for w in found[c.part :: c.parts]:
+        yield c.row(w, ("cnnfast",), None, 5.0)
 
 
-def table(folder: Path, dry_run: bool) -> int:
-    """The comparison with cuDNN, the generator first."""
-    if dry_run:
-        todo = [Workload(cases.MINI[1], 2, torch.float16, "cuda")]
-        names = ("eager", "eager channels_last", "cnnfast.ops")
-        return _report("table", todo, None, (STUBBED,), folder, lambda w: _implementations(names))
-    torch.backends.cudnn.benchmark = True
-    order = sorted(cases.CASES, key=lambda c: c.suite == "layers")
-    todo = [Workload(c, n, dtype, "cuda", tf32) for c in order for dtype, tf32 in numerics() for n in c.batches]
-
-    def chosen(w: Workload) -> tuple[Implementation, ...]:
-        compiled = ("torch.compile channels_last",) if w.case.suite != "layers" else ()
-        return _implementations(("eager", "eager channels_last", *compiled, "cnnfast"))
-
-    return _report("table", todo, cold(), (CHECKED, COLD), folder, chosen)
+def table(c: Context) -> Iterator[Item]:
+    """Layers, blocks and whole generators against cuDNN."""
+    found = workloads(cases.MINI[1:2]) if c.dry_run else workloads(cases.CASES)
+    names = ("eager", *GRAPHS)
+    return (c.row(w, names, gpu_timing.cold) for w in found)
 
 
-def back_to_back(folder: Path, dry_run: bool) -> int:
+def single_steps(c: Context) -> list[Workload]:
+    """What is tuned: layers and blocks, the most important first. A generator's steps are its layers'."""
+    if c.dry_run:
+        return workloads(cases.MINI[1:2])[:2]
+    return [w for w in workloads(cases.CASES) if w.case.suite != "generator"]
+
+
+def candidates(c: Context) -> Iterator[Item]:
+    """The plans that `tune` will time, compiled and proven side by side."""
+    return gpu_tune.candidate_items(single_steps(c)[c.part :: c.parts], c.dry_run)
+
+
+def tune(c: Context) -> Iterator[Item]:
+    """The fastest plan of each step."""
+    return gpu_tune.tune_items(single_steps(c), c.dry_run)
+
+
+def tuned(c: Context) -> Iterator[Item]:
+    """The rows of the table whose steps were tuned, with the tuned plans."""
+    names = GRAPHS[1::2] if not c.dry_run else DRY
+    found = workloads(cases.MINI[1:2]) if c.dry_run else workloads(cases.CASES)
+    return (c.row(w, names, gpu_timing.cold) for w in gpu_tune.tuned_workloads(c.folder, found))
+
+
+def back_to_back(c: Context) -> Iterator[Item]:
     """Whole generators with the host's time: what a user sees who calls them in a loop."""
-    if dry_run:
-        todo = [Workload(cases.MINI[-1], 2, torch.float16, "cuda")]
-        return _report("back_to_back", todo, None, (STUBBED,), folder, lambda w: _implementations(("cnnfast.ops",)))
-    torch.backends.cudnn.benchmark = True
-    found = [c for c in cases.CASES if c.suite != "layers"]
-    todo = [Workload(c, n, dtype, "cuda", tf32) for c in found for dtype, tf32 in numerics() for n in c.batches]
-    names = ("eager", "eager channels_last", "torch.compile channels_last", "cnnfast")
-    return _report("back_to_back", todo, warm, (CHECKED, WARM), folder, lambda w: _implementations(names))
+    found = workloads(cases.MINI[1:2]) if c.dry_run else workloads(WHOLE)
+    return (c.row(w, GRAPHS, gpu_timing.warm) for w in found)
 
 
-STAGES = {"check": check, "table": table, "back_to_back": back_to_back}
+def compiled(c: Context) -> Iterator[Item]:
+    """Whole generators beside `torch.compile`; max-autotune, which takes its time, after all others."""
+    found = workloads(cases.MINI[1:2])[:1] if c.dry_run else workloads(WHOLE, every_batch=False)
+    default = ("eager channels_last", "torch.compile", "cnnfast", "cnnfast under torch.compile")
+    longest = (*GRAPHS[1::2], "torch.compile max-autotune")  # which captures a graph itself
+    for w in found:
+        yield c.row(w, default, gpu_timing.cold, 20.0)
+    if not c.dry_run:
+        for w in found:
+            yield c.row(w, longest, gpu_timing.cold, 60.0, " (max-autotune)")
+
+
+def host_time(c: Context) -> Iterator[Item]:
+    """What a call costs the host, whose device work is small."""
+    found = workloads(cases.MINI[1:2])[:1] if c.dry_run else workloads(WHOLE)
+    least = [w for w in found if w.batch == min(w.case.batches)]
+    return (c.row(w, GRAPHS, gpu_timing.host) for w in least)
+
+
+Stage = Callable[[Context], Iterator[Item]]
+STAGES: dict[str, Stage] = {
+    "check": check,
+    "table": table,
+    "candidates": candidates,
+    "tune": tune,
+    "tuned": tuned,
+    "back_to_back": back_to_back,
+    "compiled": compiled,
+    "prediction": lambda c: gpu_predict.prediction_items(c.folder),
+    "host_time": host_time,
+}
+MEASURED_LIMITS = ("table", "tuned")  # stages that give the least time beside each row
+
+
+def show(row: Mapping[str, Any]) -> str:
+    """A row in a few words, for the log."""
+    parts = [f"{row['key']}:"]
+    if "note" in row:
+        parts.append(str(row["note"]))
+    for e in row.get("entries", ()):
+        time = f" {e['us']['median']:.1f} us" if "us" in e and not e.get("stubbed") else ""
+        error = f" error {e['error']:.1e}" if "error" in e else ""
+        parts.append(f"[{e['name']}: {e['status']}{time}{error} {e.get('note', '')}{e.get('path', '')}]")
+    return " ".join(parts)
 
 
 def work(argv: list[str]) -> int:
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("stage", choices=STAGES)
-    p.add_argument("--output", type=Path, required=True)
+    p.add_argument("--output", type=Path, required=True, help="folder of the run (holds run.json)")
+    p.add_argument("--seconds", type=float, required=True, help="begin no row after them")
+    p.add_argument("--part", default="0/1", help="I/N: every N-th row from I on")
     p.add_argument("--dry-run", action="store_true")
-    arguments = p.parse_args(argv)
-    return 1 if STAGES[arguments.stage](arguments.output, arguments.dry_run) else 0
+    a = p.parse_args(argv)
+    part, parts = (int(n) for n in a.part.split("/"))
+    torch.backends.cudnn.benchmark = True
+    run = json.loads((a.output / "run.json").read_text())
+    facts = environment("cuda") | {"guard": os.environ.get("CNNFAST_GUARD", "on")}
+    rows = Rows(a.output, a.stage, run, part, parts, stubbed=a.dry_run, environment=facts)
+    c = Context(a.output, rows, a.dry_run, part, parts)
+    if a.stage in MEASURED_LIMITS and "ceilings" not in rows.data:
+        rows.data["ceilings"] = ceilings(NUMERICS, c.measure(gpu_timing.cold))
+    return 1 if work_through(rows, STAGES[a.stage](c), a.seconds, show) else 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ from .cases import Case
 
 __all__ = [
     "EAGER",
-    "GPU_IMPLEMENTATIONS",
     "IMPLEMENTATIONS",
     "SUITE_IMPLEMENTATIONS",
     "TOLERANCES",
@@ -220,65 +219,6 @@ def _cnnfast(channels_last: bool) -> Callable[[Workload], Prepared]:
     return prepare
 
 
-def _on_triton(w: Workload) -> Prepared:
-    """`cnnfast.Sequential` with the Triton backend asked for: what does not run there is a failure, not a fallback."""
-    ready = _cnnfast(True)(w)
-
-    def call() -> object:
-        with cnnfast.backend("triton"):
-            return ready.call()
-
-    path = path_of(call)
-    if "Triton" not in path or "ATen" in path:
-        raise RuntimeError(f"not every convolution ran as a Triton kernel: {path}")
-    return Prepared(call, _tensor, lambda: path_of(call))
-
-
-_ACTIVATIONS = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.LeakyReLU: "leaky_relu", nn.Identity: None}
-
-
-def _ops(w: Workload) -> Prepared:
-    """The public functions, one call per convolution, with BatchNorm as scale and shift; Triton asked for."""
-    calls: list[Callable[[torch.Tensor], torch.Tensor]] = []
-    modules = list(w.modules(channels_last=True))
-    while modules:
-        m = modules.pop(0)
-        keywords: dict[str, Any] = {"backend": "triton"}
-        factor = None
-        if isinstance(m, nn.Upsample):
-            factor, m = int(m.scale_factor), modules.pop(0)  # type: ignore[arg-type]
-        if modules and isinstance(modules[0], nn.BatchNorm2d):
-            norm = modules.pop(0)
-            mean, var, scale, shift = (t.float() for t in (norm.running_mean, norm.running_var, norm.weight, norm.bias))
-            scale = scale * torch.rsqrt(var + norm.eps)
-            keywords |= {"scale": scale.detach(), "shift": (shift - mean * scale).detach()}
-        if modules and type(modules[0]) in _ACTIVATIONS:
-            keywords["activation"] = _ACTIVATIONS[type(modules.pop(0))]
-        if factor is not None:
-            calls.append(partial(_upsample, m, factor, keywords))
-        else:
-            calls.append(partial(_transpose, m, keywords))
-    x = w.input(True)
-
-    def call() -> torch.Tensor:
-        y = x
-        for step in calls:
-            y = step(y)
-        return y
-
-    return Prepared(call, _tensor, lambda: path_of(call))
-
-
-def _upsample(m: nn.Conv2d, factor: int, keywords: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
-    return cnnfast.ops.upsample_conv2d(x, m.weight, m.bias, factor, m.padding, groups=m.groups, **keywords)
-
-
-def _transpose(m: nn.ConvTranspose2d, keywords: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
-    return cnnfast.ops.conv_transpose2d(
-        x, m.weight, m.bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation, **keywords
-    )
-
-
 # --- others -----------------------------------------------------------------------------------------------------------
 
 
@@ -367,12 +307,3 @@ SUITE_IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "upsample": tuple(i.name for i in IMPLEMENTATIONS if i.name != "torch.compile max-autotune"),
     "layers": ("eager", "eager channels_last", "torch.compile channels_last", "onnxruntime", "OpenVINO", "cnnfast"),
 }
-
-# On a GPU; the functions stand beside the modules, because a mode of torch that emulates a GPU keeps modules unfused.
-GPU_IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("eager", _eager(False)),
-    Implementation("eager channels_last", _eager(True)),
-    Implementation("torch.compile channels_last", _compiled(True)),
-    Implementation("cnnfast", _on_triton),
-    Implementation("cnnfast.ops", _ops),
-)

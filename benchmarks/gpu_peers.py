@@ -1,0 +1,107 @@
+"""The implementations of the GPU run: PyTorch with cuDNN, `torch.compile`, cnnfast; each with and without CUDA graph.
+
+Every one is checked before it is timed (`benchmarks.peers.check`), which also is its warm-up: compilation, cuDNN's
+search and the proof of a kernel at its first launch happen there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+import cnnfast
+
+from .gpu_timing import captured
+from .peers import Implementation, NotAvailable, Prepared, Workload, path_of
+
+__all__ = ["BASELINES", "COMPILED", "GPU_IMPLEMENTATIONS", "GRAPH", "OURS", "find"]
+
+GRAPH = ", CUDA graph"
+
+
+def _tensor(y: object) -> torch.Tensor:
+    assert isinstance(y, torch.Tensor)
+    return y
+
+
+def _eager(channels_last: bool) -> Callable[[Workload], Prepared]:
+    def prepare(w: Workload) -> Prepared:
+        model, x = w.modules(channels_last=channels_last), w.input(channels_last)
+        return Prepared(lambda: model(x), _tensor)
+
+    return prepare
+
+
+def backend() -> str:
+    """What a user has on a GPU: Triton where it applies. A machine that only pretends to have one (a function mode of
+    torch) runs Triton's kernels where they are asked for."""
+    return "auto" if torch.version.cuda is not None else "triton"
+
+
+def _cnnfast(w: Workload) -> Prepared:
+    """`cnnfast.Sequential`. NotAvailable where no step of it runs as a Triton kernel; RuntimeError where one that could
+    was given up at its first use (`cnnfast.guard`)."""
+    model, x = w.modules(cnnfast.Sequential, True), w.input(True)
+    assert isinstance(model, cnnfast.Sequential)
+
+    def call() -> object:
+        with cnnfast.backend(backend()):
+            return model(x)
+
+    with torch.inference_mode():
+        call()
+    given_up = [line for line in model.explain().splitlines() if "PyTorch's operators run" in line]
+    if given_up:
+        raise RuntimeError("; ".join(given_up))
+    path = path_of(call)
+    if "Triton" not in path:
+        raise NotAvailable(f"no step of it has a Triton kernel: {path or 'no convolution seen'}")
+    return Prepared(call, _tensor, lambda: path_of(call))
+
+
+def _compiled(container: type[nn.Sequential], mode: str | None) -> Callable[[Workload], Prepared]:
+    def prepare(w: Workload) -> Prepared:
+        torch._dynamo.reset()  # else each workload counts as a recompilation of one function
+        model, x = torch.compile(w.modules(container, True), dynamic=False, mode=mode), w.input(True)
+        return Prepared(lambda: model(x), _tensor)
+
+    return prepare
+
+
+def _graph(prepare: Callable[[Workload], Prepared]) -> Callable[[Workload], Prepared]:
+    """The same, captured by `torch.cuda.graph`; what is timed is a replay."""
+
+    def graphed(w: Workload) -> Prepared:
+        ready = prepare(w)
+        # A first capture in inference mode leaves generator state behind that no later one may write (PyTorch #166792).
+        with torch.inference_mode(False), torch.no_grad():
+            replay = captured(lambda: ready.result(ready.call()))
+        return replace(ready, call=replay, result=_tensor)
+
+    return graphed
+
+
+GPU_IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("eager", _eager(False)),
+    Implementation("eager channels_last", _eager(True)),
+    Implementation("eager channels_last" + GRAPH, _graph(_eager(True))),
+    Implementation("torch.compile", _compiled(nn.Sequential, None)),
+    Implementation("torch.compile max-autotune", _compiled(nn.Sequential, "max-autotune")),
+    Implementation("cnnfast", _cnnfast),
+    Implementation("cnnfast" + GRAPH, _graph(_cnnfast)),
+    Implementation("cnnfast under torch.compile", _compiled(cnnfast.Sequential, None)),
+)
+BASELINES = ("eager", "eager channels_last")
+COMPILED = ("torch.compile", "torch.compile max-autotune")
+OURS = tuple(i.name for i in GPU_IMPLEMENTATIONS if i.name.startswith("cnnfast"))
+
+
+def find(*names: str) -> tuple[Implementation, ...]:
+    """The implementations of these names, in the list's order. ValueError for an unknown one."""
+    known = [i.name for i in GPU_IMPLEMENTATIONS]
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"unknown implementation {', '.join(unknown)}: expected some of {', '.join(known)}")
+    return tuple(i for i in GPU_IMPLEMENTATIONS if i.name in names)
