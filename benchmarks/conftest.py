@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import cases
-from benchmarks.peers import IMPLEMENTATIONS, Implementation, NotAvailable, Workload, check
+from benchmarks.peers import IMPLEMENTATIONS, SUITE_IMPLEMENTATIONS, Implementation, NotAvailable, Workload, check
 
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 
@@ -21,7 +22,7 @@ def _cached(workload: Workload) -> Workload:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrise by the cases of the module's ``SUITE``, with each case's middle batch size."""
+    """Parametrise by the cases of the module's ``SUITE``, with each case's middle batch size, and its peers."""
     suite = getattr(metafunc.module, "SUITE", None)
     if suite is None:
         return
@@ -31,6 +32,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         if (batches := case.batches_on("cpu"))
         for dtype in cases.DTYPES["cpu"]
         for implementation in IMPLEMENTATIONS
+        if implementation.name in SUITE_IMPLEMENTATIONS[suite]
     ]
     metafunc.parametrize(("row", "implementation"), pairs)
 
@@ -45,6 +47,8 @@ def bench(benchmark: object) -> Callable[[tuple[cases.Case, int, torch.dtype], I
 
     def run(row: tuple[cases.Case, int, torch.dtype], implementation: Implementation) -> None:
         workload = _cached(Workload(*row))
+        if "torch._dynamo" in sys.modules:
+            torch._dynamo.reset()  # else each test's modules count as recompilations of one function
         try:
             prepared = implementation.prepare(workload)
         except NotAvailable as reason:

@@ -1,8 +1,8 @@
-"""A report as Markdown: ours against the others, the limits, the memory, then every row in full."""
+"""A report as Markdown, one line a row in every table: ours against the others, limits, times, memory, checks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from .rows import OTHERS, OURS, UNSTEADY, Entry, Row
@@ -52,9 +52,24 @@ def _lines(report: Report) -> Iterator[str]:
         )
         yield ""
         yield from _limits(report.rows)
-    for row in report.rows:
+    if any(e.timing for row in report.rows for e in row.entries):
         yield ""
-        yield from _detail(row)
+        yield "## Times"
+        yield ""
+        yield "Milliseconds: median [quartiles]. TFLOP/s and single figures are in the JSON file."
+        yield ""
+        yield from _by_implementation(report.rows, _milliseconds)
+    if any(e.peak is not None for row in report.rows for e in row.entries):
+        yield ""
+        yield "## Memory"
+        yield ""
+        yield "MB held + peak of a call."
+        yield ""
+        yield from _by_implementation(report.rows, _megabytes)
+    yield ""
+    yield "## Checks"
+    yield ""
+    yield from _checks(report.rows)
 
 
 def _remarks(rows: tuple[Row, ...]) -> Iterator[str]:
@@ -122,31 +137,47 @@ def _limits(rows: tuple[Row, ...]) -> Iterator[str]:
     yield from _table(head, body)
 
 
-def _detail(row: Row) -> Iterator[str]:
-    mm = "" if row.mm_tflops is None else f", torch.mm ({row.mm_size} squared) {row.mm_tflops:.3f} TFLOP/s"
-    yield f"### {row.name}"
-    yield ""
-    yield f"{row.title}; {row.macs / 1e6:.1f} M multiply-adds{mm}; error allowed {row.tolerance:.1e}."
-    yield ""
-    head = ["", "ms, median", "quartiles", "turns", "TFLOP/s", "of mm", "times over best eager"]
-    yield from _table([*head, "MB held", "MB peak of a call", "error", "path"], [_line(row, e) for e in row.entries])
+def _by_implementation(rows: tuple[Row, ...], cell: Callable[[Entry], str]) -> Iterator[str]:
+    """A column for each implementation."""
+    names = list(dict.fromkeys(e.name for row in rows for e in row.entries if cell(e)))
+    body = []
+    for row in rows:
+        entries = [row.entry(name) for name in names]
+        body.append([row.name, row.title, *("" if e is None else cell(e) for e in entries)])
+    yield from _table(["", "", *names], body)
 
 
-def _line(row: Row, e: Entry) -> list[str]:
-    error = "" if e.error is None else f"{e.error:.1e}"
-    if e.timing is None:
-        return [e.name, f"{e.status}: {e.note}", *[""] * 7, error, e.path]
-    ratio = row.speedup(e)
-    return [
-        e.name,
-        f"{1e3 * e.timing.median:.3f}",
-        f"{1e3 * e.timing.low:.3f} to {1e3 * e.timing.high:.3f}",
-        f"{len(e.timing.seconds)}",
-        _number(row.tflops(e), 3),
-        _number(row.fraction(e)),
-        "" if ratio is None else str(ratio),
-        "" if e.held is None else f"{e.held / 1e6:.1f}",
-        "" if e.peak is None else f"{e.peak / 1e6:.1f}",
-        error,
-        e.path,
-    ]
+def _milliseconds(e: Entry) -> str:
+    return "" if e.timing is None else str(e.timing).replace(" ms", "")
+
+
+def _megabytes(e: Entry) -> str:
+    return "" if e.peak is None or e.held is None else f"{e.held / 1e6:.1f} + {e.peak / 1e6:.1f}"
+
+
+def _checks(rows: tuple[Row, ...]) -> Iterator[str]:
+    """The worst error of each implementation, and what has no time."""
+    yield "Largest error over the largest value of the float64 result, and the error allowed:"
+    yield ""
+    dtypes = {row.dtype: row.tolerance for row in rows}
+    names = list(dict.fromkeys(e.name for row in rows for e in row.entries if e.error is not None))
+    body = []
+    for name in names:
+        worst = []
+        for dtype in dtypes:
+            entries = [e for row in rows if row.dtype == dtype for e in row.entries if e.name == name]
+            errors = [e.error for e in entries if e.error is not None]
+            worst.append(f"{max(errors):.1e}" if errors else "")
+        body.append([name, *worst])
+    yield from _table(["", *(f"{dtype} (allowed {t:.1e})" for dtype, t in dtypes.items())], body)
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for e in row.entries:
+            if e.timing is None:
+                reasons.setdefault((e.name, f"{e.status}: {e.note}"), []).append(row.name)
+    if reasons:
+        yield ""
+        yield "Without a time:"
+        yield ""
+        for (name, reason), where in reasons.items():
+            yield f"- {name}: {reason} ({'; '.join(where) if len(where) <= 4 else f'{len(where)} rows'})"

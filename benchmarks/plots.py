@@ -223,6 +223,8 @@ def _batch(results: Results, most: int = 4) -> Figure | None:
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xticks([row["batch"] for row in rows], [str(row["batch"]) for row in rows])
+        ax.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+        ax.yaxis.set_minor_formatter(lambda y, _: f"{y:g}")
         ax.set_title(f"{case}, {dtype}", fontsize=8)
         ax.grid(linewidth=0.3, which="both")
         ax.tick_params(labelsize=6, which="both")

@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from cnnfast import cpu, env
 from cnnfast.timing import Timing
 
 from .markdown import markdown
-from .rows import OTHERS, Entry, Row
+from .peers import EAGER
+from .rows import OTHERS, OURS, Entry, Row
 
 __all__ = ["Entry", "Report", "Row", "environment", "machine_name", "write_atomically"]
 
@@ -37,19 +38,10 @@ class Report:
     schema: int = 2
 
     def to_json(self) -> str:
-        data = asdict(self)
-        for row, out in zip(self.rows, data["rows"], strict=True):
-            limit = row.limit
-            out["mm_tflops"] = row.mm_tflops
-            out["mm"] = _timing(row.mm)
-            out["limit"] = None if limit is None else {"ms": 1e3 * limit.seconds, "by": limit.by}
-            for entry, e in zip(row.entries, out["entries"], strict=True):
-                e["timing"] = _timing(entry.timing)
-                e["tflops"], e["fraction_of_mm"] = row.tflops(entry), row.fraction(entry)
-                e["fraction_of_limit"] = row.of_limit(entry)
-                ratios = {label: row.speedup(entry, names) for label, names in OTHERS.items()}
-                e["speedup_over"] = {label: asdict(r) for label, r in ratios.items() if r is not None}
-        return json.dumps(data, indent=1) + "\n"
+        """Indented down to the entries, of which each has one line; six digits."""
+        top = {key: value for key, value in asdict(self).items() if key != "rows"}
+        rows = [_row(row) for row in self.rows]
+        return f"{json.dumps(top, indent=1)[:-2]},\n {_dumped('rows', rows)}\n}}\n"
 
     def write(self, folder: Path, name: str = "bench") -> tuple[Path, Path]:
         """``name.json`` and ``name.md`` in ``folder``, each replaced as a whole."""
@@ -57,6 +49,35 @@ class Report:
         write_atomically(paths[0], self.to_json())
         write_atomically(paths[1], markdown(self))
         return paths
+
+
+def _row(row: Row) -> str:
+    limit = row.limit
+    data = {f.name: getattr(row, f.name) for f in fields(row) if f.name not in ("entries", "mm")}
+    data |= {"mm_tflops": row.mm_tflops, "mm": _timing(row.mm)}
+    data["limit"] = None if limit is None else {"ms": 1e3 * limit.seconds, "by": limit.by}
+    entries = [json.dumps(_rounded(_entry(row, e))) for e in row.entries]
+    return f"{json.dumps(_rounded(data))[:-1]},\n {_dumped('entries', entries)}}}"
+
+
+def _dumped(key: str, items: list[str]) -> str:
+    return f'"{key}": [\n' + ",\n".join(items) + "]"
+
+
+def _entry(row: Row, entry: Entry) -> dict[str, Any]:
+    """Ratios of ours over every other, of the others over the best eager."""
+    labels = OTHERS if entry.name in OURS else [label for label in OTHERS if OTHERS[label] == EAGER]
+    ratios = {label: row.speedup(entry, OTHERS[label]) for label in labels}
+    data = {f.name: getattr(entry, f.name) for f in fields(entry)} | {"timing": _timing(entry.timing)}
+    data |= {"tflops": row.tflops(entry), "fraction_of_mm": row.fraction(entry)}
+    data |= {"fraction_of_limit": row.of_limit(entry)}
+    return data | {"speedup_over": {label: asdict(r) for label, r in ratios.items() if r is not None}}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    return {k: _rounded(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _timing(t: Timing | None) -> dict[str, Any] | None:

@@ -17,7 +17,6 @@ OURS: dict[str, tuple[str, ...]] = {
     "cnnfast": EAGER,
     "cnnfast NCHW": EAGER[:1],
     "cnnfast torch.compile": EAGER,
-    "cnnfast.ops": EAGER,
 }
 # What ours are set against: a label, and the implementations of which the fastest counts.
 OTHERS: dict[str, tuple[str, ...]] = {

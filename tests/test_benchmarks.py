@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -300,3 +302,27 @@ def test_host_time_calls_reach_the_launch():
         calls = {c.name: c for c in host_time.triton_calls()}
         latent = next(c for name, c in calls.items() if name.endswith("latent"))
         assert [plan.split()[0] for plan in host_time.launches(latent.call)] == ["latent"]
+
+
+# --- the pytest-benchmark suites --------------------------------------------------------------------------------------
+
+
+def test_suites_check_before_they_time(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    rows = "rrdb.1-float32-eager or rrdb.1-float32-cnnfast"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "benchmarks/test_layers.py", "-k", rows]
+        + [f"--benchmark-json={tmp_path / 'layers.json'}", "--benchmark-max-time=0.01", "--benchmark-min-rounds=2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    found = {b["name"]: b["extra_info"] for b in json.loads((tmp_path / "layers.json").read_text())["benchmarks"]}
+    assert len(found) == 3  # eager in both formats, and ours
+    assert all(0 < info["error"] < peers.TOLERANCES[torch.float32] and info["tflops"] > 0 for info in found.values())
+
+
+def test_every_suite_has_a_file():
+    for suite in cases.SUITES:
+        assert f'SUITE = "{suite}"' in (ROOT / "benchmarks" / f"test_{suite}.py").read_text()
