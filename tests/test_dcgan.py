@@ -189,3 +189,10 @@ def test_trained_faces_agree_with_plain_pytorch() -> None:
         expected = plain(z)
         assert expected.std() > 0.3  # pictures, not grey
         assert relative_error(ours(z), expected) <= 1e-5
+
+
+def test_example_input() -> None:
+    model = DCGANGenerator(DCGANConfig(nz=7, ngf=4, image_size=8)).double()
+    z = model.example_input(3)
+    assert z.shape == (3, 7, 1, 1) and z.dtype == torch.float64
+    assert model.eval()(z).shape == (3, 3, 8, 8)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cnnfast
-from cnnfast import dispatch, env, onednn
+from cnnfast import dispatch, env, guard, onednn, store
 
 
 def backend_off(name: str) -> str | None:
@@ -36,6 +36,18 @@ def test_report_names_versions_and_every_backend() -> None:
         assert part in report
     for backend in env.backends():
         assert f"backend {backend.name}" in report
+
+
+def test_the_check_of_kernels_and_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CNNFAST_CACHE", str(tmp_path))
+    store.put(guard.KIND, {"kernel": 1}, {})
+    assert f"off: CNNFAST_GUARD=0; 1 passed, kept in {tmp_path / 'proofs'}" in env.report()
+    monkeypatch.delenv("CNNFAST_GUARD")
+    assert f"on; 1 passed, kept in {tmp_path / 'proofs'}" in env.report()
+    assert f"0, kept in {tmp_path / 'plans'}" in env.report()
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("CNNFAST_CACHE", str(tmp_path / "file"))
+    assert "on; 0 passed" in env.report()
 
 
 def test_command_line() -> None:
