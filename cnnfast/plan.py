@@ -245,8 +245,7 @@ def _tiles(low: Lowering, precision: Precision, device: Device) -> Iterator[tupl
     for m, n in itertools.product((128, 64, 32, 16), (128, 64, 32, 16)):
         if wide and m * n > 64 * 64:
             continue
-        large = 128 * 128 if low.channels_last else 128 * 64
-        warps = 8 if m * n >= large else 4 if m * n >= 32 * 64 else 2 if m * n > 16 * 16 else 1
+        warps = 8 if m * n >= 128 * 128 else 4 if m * n >= 32 * 64 else 2 if m * n > 16 * 16 else 1
         yield m, n, warps, 3, 64
         if m * n <= 64 * 64:
             yield m, n, warps, 3, 128
@@ -339,11 +338,13 @@ def modelled_clocks(plan: Plan, rows: int, precision: Precision, device: Device)
     prologue = 1500.0 / concurrent
     store = plan.block_m * plan.block_n * (4 if plan.split_k > 1 else precision.itemsize) / 32
     total = per_sm * (tile + prologue + store)
-    if plan.split_k > 1:
-        out = rows * math.prod(low.phases) * low.columns * low.spec.groups
-        total += SECOND_PASS + out * 4 * 2 * plan.split_k / device.dram_bytes_per_clock
-    idle = max(0.0, 1 - programs / device.multiprocessors)
-    return total * (1 + IDLE * idle) if plan.split_k == 1 else total
+    out = rows * math.prod(low.phases) * low.columns * low.spec.groups
+    moved = (rows * low.spec.in_channels + math.prod(low.spec.weight_shape) + out) * precision.itemsize
+    if plan.split_k == 1:
+        total *= 1 + IDLE * max(0.0, 1 - programs / device.multiprocessors)
+        return max(total, moved / device.dram_bytes_per_clock)
+    sums = 4 * plan.split_k * out  # written, and read again by the second pass
+    return max(total, (moved + sums) / device.dram_bytes_per_clock) + SECOND_PASS + sums / device.dram_bytes_per_clock
 
 
 BINARIES = 3  # of a layer, over all sizes of batch and image

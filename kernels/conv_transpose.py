@@ -10,7 +10,7 @@ A plain convolution has one phase, and reads at (stride * qh + off_h(j), stride 
 
 M = rows (n, qh, qw) of the phase; N = output channels; K = taps of the phase x input channels of the group, taps
 outside.
-x and y are channels-last, dense; w is addressed by four constant strides (group, tap, k, column), so that a
+x and y are channels-last, dense; w is addressed by constant strides (group, tap, k, column), so that a
 channels-last parameter is read in place. One program owns a BLOCK_M x BLOCK_N tile of one phase, group and K split.
 
 With MERGE_H x MERGE_W > 1 the columns are (a, b, channel): one pass over x feeds all phases, and the store puts column
@@ -139,6 +139,8 @@ def conv_transpose_kernel(
     W_TAP: tl.constexpr,
     W_K: tl.constexpr,
     W_COL: tl.constexpr,
+    W_FIRST: tl.constexpr,
+    W_ROW: tl.constexpr,  # from one row of merged phases to the next, where their columns are not all W_COL apart
     Y_CHANNELS_LAST: tl.constexpr,
     SLOPES: tl.constexpr,
     P0: tl.constexpr,
@@ -211,7 +213,14 @@ def conv_transpose_kernel(
     # ---------------
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = offs_n < COLS
-    w_tile = w_ptr + group * W_GROUP + offs_k[:, None] * W_K + offs_n[None, :] * W_COL
+    CHANNELS_OUT: tl.constexpr = COUT // GROUPS
+    merged = offs_n // CHANNELS_OUT
+    a_h = merged // MERGE_W
+    if W_ROW > 0:
+        w_col = a_h * W_ROW + (offs_n - a_h * (MERGE_W * CHANNELS_OUT)) * W_COL
+    else:
+        w_col = offs_n * W_COL
+    w_tile = w_ptr + W_FIRST + group * W_GROUP + offs_k[:, None] * W_K + w_col[None, :]
     TRIP: tl.constexpr = BLOCK_K * UNROLL
     TRIPS: tl.constexpr = (CIN + TRIP - 1) // TRIP
     steps = taps_h * taps_w * TRIPS
@@ -265,14 +274,11 @@ def conv_transpose_kernel(
                 acc = tl.dot(a, b, acc, input_precision="ieee")
 
     # --- the store: column -> (a, b, channel), row -> output position -------------------------------------------------
-    CHANNELS_OUT: tl.constexpr = COUT // GROUPS
-    merged = offs_n // CHANNELS_OUT
     chan = group * CHANNELS_OUT + offs_n - merged * CHANNELS_OUT
     oh = qh * (SH * MERGE_H) + rh
     ow = qw * (SW * MERGE_W) + rw
     mask = row_mask[:, None] & col_mask[None, :]
     if MERGE_H * MERGE_W > 1:
-        a_h = merged // MERGE_W
         a_w = merged - a_h * MERGE_W
         mask = mask & (oh[:, None] + a_h[None, :] < OH) & (ow[:, None] + a_w[None, :] < OW)
     else:

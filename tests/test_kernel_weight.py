@@ -30,7 +30,8 @@ LAYERS = {
     "rgb": (transposed(64, 3, 4, 2, 1), (8, 8), True),
     "rgb-k5s3": (transposed(48, 3, 5, 3, 2), (8, 8), True),
     "grey-k3s2": (transposed(33, 1, 3, 2, 1, 1), (8, 8), True),
-    "latent-padded": (transposed(40, 20, 4, 2, 1), (1, 1), True),
+    "latent-cropped": (transposed(40, 20, 4, 2, 1), (1, 1), False),
+    "latent-dilated": (transposed(40, 20, 3, 1, 1, 0, dilation=2), (1, 1), True),
     "rgb-groups": (transposed(64, 6, 4, 2, 1, groups=2), (8, 8), True),
     "up": (upsampled(40, 36, 3, (2, 2)), (4, 4), False),
     "up-k5x3": (upsampled(32, 32, 5, (3, 3)), (4, 4), False),
@@ -82,4 +83,6 @@ def test_kernel_weight(layer: str, dtype: torch.dtype, device: torch.device) -> 
     for given in (weight, weight.to(memory_format=torch.channels_last), view):
         got = kernel_weight(step, low, given.to(device) if given is not view else wide.to(device)[::2, ::2, ::2, ::2])
         assert got.dtype == dtype and math.prod(got.shape) == want.numel()
+        if got.dim() == 4:  # the parameter itself or its copy, channels-last
+            got = got.permute(0, 2, 3, 1)
         assert torch.equal(got.flatten().cpu(), want), f"{given.stride()}"

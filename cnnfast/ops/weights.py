@@ -18,10 +18,12 @@ __all__ = ["WeightLayout", "kernel_weight", "weight_layout"]
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """How the kernel addresses a weight: element (group, tap, k, column) at their products with these strides.
+    """How the kernel addresses a weight: element (group, tap, k, column) at ``first`` and their products with these
+    strides.
 
-    ``packed``: columns are (phase, output channel), in an order that no parameter has; otherwise it is a channels_last
-    weight of the convolution.
+    Where ``row`` is not 0, a column is (phase row, phase column, output channel), and a phase row is that far from the
+    next; otherwise columns are ``column`` apart. ``packed``: in an order that no parameter has; otherwise it is a
+    channels_last weight of the convolution.
     """
 
     packed: bool
@@ -29,11 +31,18 @@ class WeightLayout:
     tap: int
     k: int
     column: int
+    first: int = 0
+    row: int = 0
 
 
-def _identity_map(low: Lowering) -> bool:
-    """Whether a merged lowering's columns, in order, are exactly the taps of the weight: (kh, kw, channel)."""
-    return low.kernel == (1, 1) and tap_map(low) == tuple([[t] for t in range(k)] for k in low.spec.kernel_size)
+def _run_of_taps(low: Lowering) -> tuple[int, int] | None:
+    """For a merged lowering of one tap whose phases take consecutive taps, the first of them."""
+    if low.kernel != (1, 1):
+        return None
+    maps = [[row[0] for row in dim] for dim in tap_map(low)]
+    if any(taps != list(range(taps[0], taps[0] + len(taps))) or taps[0] < 0 for taps in maps):
+        return None
+    return maps[0][0], maps[1][0]
 
 
 @lru_cache(maxsize=4096)
@@ -45,8 +54,11 @@ def weight_layout(low: Lowering) -> WeightLayout:
         return WeightLayout(False, cout * taps * cin, cin, 1, taps * cin)
     if low.regime == "phases":  # [C_in][tap][C_out/g]
         return WeightLayout(False, cin * taps * cout, cout, taps * cout, 1)
-    if _identity_map(low):
-        return WeightLayout(False, cin * taps * cout, 0, taps * cout, 1)
+    run = _run_of_taps(low)
+    if run is not None:
+        width = s.kernel_size[1] * cout
+        row = 0 if low.merge[1] == s.kernel_size[1] else width  # 0: the rows of taps are consecutive too
+        return WeightLayout(False, cin * taps * cout, 0, taps * cout, 1, run[0] * width + run[1] * cout, row)
     union, columns = math.prod(low.kernel), low.columns
     return WeightLayout(True, union * cin * columns, cin * columns, columns, 1)
 
