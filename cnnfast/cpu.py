@@ -146,7 +146,8 @@ def why_slower_plain(
             return "too little arithmetic for its conversions to float32"
         return None
     if nchw:
-        if dtype != torch.float32 and intense and s.out_channels >= 16 and elements >= 2**21:
+        fast_products = isa >= InstructionSet.AMX and dtype != torch.float32
+        if fast_products and intense and s.out_channels >= 16 and elements >= 2**21:
             return None
         return "the conversions to channels-last and back cost what packed operators save"
     post = post_op(step.activation)
