@@ -973,3 +973,62 @@ def test_a_generator_runs_on_the_kernel(device: torch.device, launches: list[str
     assert len([name for name in launches if "reduce" not in name]) == 3
     assert real_strides(got) == real_strides(want)
     assert_close(got, exact, want)
+
+
+PLAIN_STACKS: dict[str, Callable[[int, int, int], list[nn.Module]]] = {
+    "prelu": lambda i, o, p: [nn.Conv2d(i, o, 3, padding=p), nn.PReLU(o)],
+    "leaky": lambda i, o, p: [nn.Conv2d(i, o, 3, padding=p), nn.LeakyReLU(0.1, inplace=True)],
+    "norm-relu": lambda i, o, p: [nn.Conv2d(i, o, 3, padding=p, bias=False), nn.BatchNorm2d(o), nn.ReLU()],
+    "reflect": lambda i, o, p: [nn.Conv2d(i, o, 3, padding=p, padding_mode="reflect"), nn.ReLU()],
+}
+
+
+@pytest.mark.parametrize(("padding", "cl"), [(0, False), (1, True)], ids=["nchw", "padding-channels-last"])
+@pytest.mark.parametrize("name", PLAIN_STACKS)
+def test_plain_convolutions_run_on_the_kernel(
+    name: str, padding: int, cl: bool, device: torch.device, launches: list[str]
+) -> None:
+    make = PLAIN_STACKS[name]
+    seq = cnnfast.Sequential(*make(32, 48, padding), *make(48, 64, padding))
+    randomized(seq).eval().to(memory_format=CL if cl else torch.contiguous_format)
+    x = x2d(1, 2, 32, 6, 7)
+    with torch.no_grad():
+        want, exact = nn.Sequential(*seq)(x), copy.deepcopy(nn.Sequential(*seq)).double()(x.double())
+        seq.to(device)
+        with cnnfast.backend("triton"), conv_precision("ieee"):
+            got = seq(x.to(device))
+    assert len([launch for launch in launches if "reduce" not in launch]) == 2
+    assert real_strides(got) == real_strides(want)
+    assert_close(got, exact, want)
+
+
+def test_one_dimensional_convolutions_run_on_the_kernel(device: torch.device, launches: list[str]) -> None:
+    seq = cnnfast.Sequential(
+        nn.Conv1d(32, 48, 7, padding=3), nn.PReLU(), nn.Conv1d(48, 32, 3, padding=3, dilation=3), nn.BatchNorm1d(32)
+    )
+    randomized(seq).eval()
+    x = x2d(1, 2, 32, 21)
+    with torch.no_grad():
+        want, exact = nn.Sequential(*seq)(x), copy.deepcopy(nn.Sequential(*seq)).double()(x.double())
+        seq.to(device)
+        with cnnfast.backend("triton"), conv_precision("ieee"):
+            got = seq(x.to(device))
+    assert len([launch for launch in launches if "reduce" not in launch]) == 2
+    assert_close(got, exact, want)
+
+
+def test_strided_convolutions_stand_alone_on_a_gpu(device: torch.device, launches: list[str]) -> None:
+    """There is no kernel for them: they are no steps there, so that an explicit backend has nothing to refuse."""
+    if device.type != "cuda":
+        pytest.skip("on CPU tensors they are steps")
+    seq = cnnfast.Sequential(nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU())
+    randomized(seq).eval()
+    x = x2d(1, 2, 32, 6, 7)
+    with torch.no_grad():
+        want, exact = nn.Sequential(*seq)(x), copy.deepcopy(nn.Sequential(*seq)).double()(x.double())
+        seq.to(device)
+        with cnnfast.backend("triton"), conv_precision("ieee"):
+            got = seq(x.to(device))
+    assert "0: Conv2d as it stands: stride=(2, 2): there is no kernel for strided" in seq.explain()
+    assert len([launch for launch in launches if "reduce" not in launch]) == 1
+    assert_close(got, exact, want)
