@@ -31,7 +31,8 @@ from .launches import StepRun
 
 __all__ = ["PRESSURE", "RATIO", "Analysis", "Occupancy", "Traffic", "analyse", "occupancy", "pressure", "traffic"]
 
-PRESSURE = 0.8  # issue pressure allowed in the implicit-GEMM regime with fp16
+PRESSURE = 0.8  # issue pressure allowed in the implicit-GEMM regime with fp16, where tensor cores are the bound
+FULL = 0.95  # of the multiprocessors with a program count as a full wave
 RATIO = 1.15  # bytes over the least allowed where memory is the bound
 TRIP, PROLOGUE = 700.0, 1500.0  # clocks, the assumptions of `plan.modelled_clocks`
 LIMIT = 2**31
@@ -233,6 +234,7 @@ class Analysis:
     limit: str
     waves: float
     judged: bool  # the limit on issue pressure is for it
+    over: float  # issue slots over the slower of tensor cores and memory
     registers: int
     shared: int
     spilled: int  # bytes of stack, or else instructions on local memory
@@ -265,16 +267,17 @@ def analyse(run: StepRun, reports: list[Report | Failed], precision: Precision, 
     waves = done.programs / (device.multiprocessors * max(1, fits.blocks))
     bounds = _bounds(run, plan, done, moved, issue, rate(main.mma_kind, precision, device), fits.blocks, device)
     top = max(bounds, key=lambda name: bounds[name])
-    few = _tiles(run, plan, 64) < device.multiprocessors
     low = plan.lowering
-    # The implicit-GEMM regime: many channels and many rows.
-    judged = low.regime == "phases" and min(low.channels_in, low.columns) >= 32 and not few
-    judged = judged and precision.dtype == torch.float16
+    many = low.regime == "phases" and min(low.channels_in, low.columns) >= 32
+    gemm = many and precision.dtype == torch.float16 and _tiles(run, plan, 64) >= device.multiprocessors
+    judged = gemm and bounds["tensor"] >= moved.least / device.dram_bytes_per_clock
+    over = bounds["issue"] / max(bounds["tensor"], bounds["dram"])
     name = "starved" if top == "latency" and done.programs < device.multiprocessors else top
     failures = [
         *(_limits(r, device) for r in compiled),
         [*_grids(run.calls), *_loop(main, plan, precision), *overflows(call, plan)],
-        _rules(run, plan, precision, judged, issue, done, moved, name, device),
+        _issue(issue, over, gemm, judged),
+        _rules(run, plan, precision, done, moved, name, device),
     ]
     return Analysis(
         regime=plan.lowering.regime,
@@ -285,6 +288,7 @@ def analyse(run: StepRun, reports: list[Report | Failed], precision: Precision, 
         limit=fits.limit,
         waves=waves,
         judged=judged,
+        over=over,
         registers=main.registers,
         shared=main.shared,
         spilled=max(r.stack or r.local for r in compiled),
@@ -381,29 +385,35 @@ def overflows(call: Call, plan: Plan) -> list[str]:
     return found
 
 
+def _issue(issue: float, over: float, gemm: bool, judged: bool) -> list[str]:
+    """The implicit-GEMM regime (32 channels and more in and out, float16, at least as many 64x64 tiles as
+    multiprocessors): tensor cores must not wait for issue slots; where memory is slower than they are, it must not."""
+    if judged and issue > PRESSURE:
+        return [f"issue pressure {issue:.2f} > {PRESSURE}"]
+    if gemm and over > 1:
+        return [f"issue slots take {over:.2f} x the time of tensor cores and memory"]
+    return []
+
+
 def _rules(
     run: StepRun,
     plan: Plan,
     precision: Precision,
-    judged: bool,
-    issue: float,
     done: Work,
     moved: Traffic,
     bound: str,
     device: Device,
 ) -> list[str]:
     found = []
-    if judged and issue > PRESSURE:
-        found.append(f"issue pressure {issue:.2f} > {PRESSURE}")
     if bound == "dram" and moved.ratio > RATIO:
         parts = ", ".join(f"{k} {v / moved.least:.2f}" for k, v in moved.parts.items())
         found.append(f"bytes {moved.ratio:.2f} x the least ({parts})")
-    if done.programs < device.multiprocessors and plan.split_k == 1:
+    if done.programs < FULL * device.multiprocessors and plan.split_k == 1:
         size = tuple(n + 2 * p for n, p in zip(run.input_shape[2:], run.step.pad, strict=True))
         rows = plan.lowering.rows(run.input_shape[0], run.output_shape[2:])
         for other in candidates(run.step.spec, run.input_shape[0], size, precision, device):
             programs = other.tiles_of(rows) * other.split_k * run.step.spec.groups
-            if other.split_k > 1 or programs >= device.multiprocessors:
+            if other.split_k > 1 or programs >= FULL * device.multiprocessors:
                 found.append(
                     f"{done.programs} programs for {device.multiprocessors} multiprocessors: {other.name} exists"
                 )

@@ -8,6 +8,7 @@ worked out (`rehearsal.py`). Writes a table, JSON and plots; ends with status 1 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -20,7 +21,7 @@ from . import cases
 from .cases import Case
 from .inspections import Failed, Inspections
 from .inspector import ARCHS
-from .launches import NUMERICS, Op, StepRun, Unrun, eager_ops, inductor_passes, precision, record
+from .launches import NUMERICS, Op, Recorder, StepRun, Unrun, eager_ops, inductor_passes, precision
 from .rehearsal import Analysis, analyse
 
 __all__ = ["Passes", "Row", "Rehearsal", "rehearse"]
@@ -100,14 +101,14 @@ def rehearse(
     out, rows, runs = Rehearsal(), {}, []
     for number, case in enumerate(which, 1):
         chosen = [b for b in case.batches if wanted is None or b in wanted]
-        for batch in chosen:
-            for name in numerics:
-                for arch in archs:
-                    found = record(case, batch, name, arch)
-                    runs += _rows(case, name, arch, found, rows)
-                    for u in found:
-                        if isinstance(u, Unrun):
-                            out.unrun.setdefault(case.name, {})[u.module] = u.why_not
+        for name in numerics if chosen else ():
+            recorder = Recorder(case, name)
+            for batch, arch in itertools.product(chosen, archs):
+                found = recorder(batch, arch)
+                runs += _rows(case, name, arch, found, rows)
+                for u in found:
+                    if isinstance(u, Unrun):
+                        out.unrun.setdefault(case.name, {})[u.module] = u.why_not
         if chosen:
             out.passes.append(_passes(case, chosen[-1]))
         if progress is not None:
@@ -150,7 +151,7 @@ def _passes(case: Case, batch: int) -> Passes:
     ours: list[Op] = []
     launches = 0
     size = 0
-    for part in record(case, batch, name, arch):
+    for part in Recorder(case, name)(batch, arch):
         ours += part.ops
         if isinstance(part, StepRun) and part.calls:
             launches += len(part.calls)

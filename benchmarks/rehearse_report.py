@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .rehearsal import PRESSURE, Analysis
+from .rehearsal import FULL, PRESSURE, Analysis
 from .rehearse import Rehearsal, Row
 from .report import environment, write_atomically
 
@@ -148,7 +148,8 @@ def _markdown(result: Rehearsal, about: dict[str, str]) -> Iterator[str]:
     yield ""
     yield (
         "Issue pressure: of implicit GEMM (32 or more channels in and out, at least as many 64x64 tiles as "
-        f"multiprocessors) in fp16, at most {PRESSURE} wanted. Bytes: of plans that memory bounds."
+        f"multiprocessors) in fp16 where tensor cores are slower than memory, at most {PRESSURE} wanted. Bytes: of "
+        f"plans that memory bounds. A wave counts as full from {FULL:.0%} of the multiprocessors."
     )
     yield ""
     head = ["", "plans", "fail", "worst issue pressure", "worst bytes / least", "least useful share of multiply-adds"]
@@ -179,6 +180,19 @@ def _markdown(result: Rehearsal, about: dict[str, str]) -> Iterator[str]:
         yield "## Not on Triton"
         yield ""
         yield from (f"- {line} ({', '.join(dict.fromkeys(names))})" for line, names in reasons.items())
+    others = [(r, a) for r, a in _done(result.rows) if r.numerics == "fp16" and not a.judged and a.over > PRESSURE]
+    if others:
+        yield ""
+        yield "## Issue slots elsewhere"
+        yield ""
+        yield (
+            "Plans in float16 outside that limit (few channels, few tiles, or memory is slower than the tensor cores) "
+            f"whose issue slots take more than {PRESSURE} of the time of the slower of tensor cores and memory."
+        )
+        yield ""
+        head = ["", "plan", "issue pressure", "issue / max(tensor, memory)", "bound"]
+        lines = ([_where(r), a.plan, f"{a.pressure:.2f}", f"{a.over:.2f}", a.bound] for r, a in others)
+        yield from _table(head, lines)
     for arch in (80, 90):
         body = list(_layers(result, arch, "fp16"))
         if body:
