@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import cnnfast
-from cnnfast import ConvTranspose2dNormActivation, Sequential
+from cnnfast import ConvTranspose2dNormActivation, Sequential, onednn
 from cnnfast.layers import Chain, Plan
 from cnnfast.modules import read
 
@@ -110,6 +110,48 @@ def test_intermediates_are_channels_last_and_the_last_store_is_eagers(monkeypatc
         seq(torch.randn(1, 4, 5, 5))
         seq(torch.randn(1, 4, 5, 5).to(memory_format=torch.channels_last))
     assert asked == [True, True, False, True, True, True]
+
+
+def conv(c_in: int = 64, c_out: int = 64, k: int = 3) -> nn.Conv2d:
+    return nn.Conv2d(c_in, c_out, k, padding=k // 2)
+
+
+# name -> (modules, input, whether each result is channels-last and whether modules run as they stand; or a reason)
+RUNS: dict[str, tuple[list[nn.Module], tuple[int, ...], list[tuple[bool, bool]] | str]] = {
+    "chain": ([conv(), nn.SiLU(), conv(), nn.SiLU()], (64, 40, 40), [(True, False), (False, False)]),
+    "nothing-to-fuse": ([conv(), conv()], (64, 40, 40), [(True, True), (False, True)]),
+    "single": ([conv(), nn.SiLU()], (64, 40, 40), "the conversions to channels-last and back"),
+    "tiny": ([conv(8, 8), nn.SiLU()], (8, 5, 5), "too few"),
+    "1x1": ([conv(k=1), nn.SiLU(), conv(k=1), nn.SiLU()], (64, 60, 60), "the conversions"),
+    "1x1-and-3x3": ([conv(), nn.SiLU(), conv(k=1), nn.SiLU()], (64, 40, 40), [(True, False), (False, False)]),
+    "transposed": ([conv(k=1), nn.ConvTranspose2d(64, 64, 2, 2)], (64, 60, 60), [(True, True), (False, False)]),
+    "one-dimension": ([nn.Conv1d(64, 64, 7), nn.Conv1d(64, 64, 7)], (64, 640), [(True, False), (False, False)]),
+}
+
+
+@pytest.mark.skipif(onednn.why_missing() is not None, reason=str(onednn.why_missing()))
+@pytest.mark.parametrize("name", RUNS)
+def test_how_a_chain_of_nchw_runs(name: str) -> None:
+    """Conversions are made where they save some, and a step that gains nothing runs as its modules."""
+    modules, shape, expected = RUNS[name]
+    seq = Sequential(*modules).eval()
+    reading = read(seq)
+    (chain,) = Plan.make(reading).items
+    x = torch.randn(1, *shape)
+    with torch.no_grad():
+        runs = chain.runs(x, reading)
+        if isinstance(expected, str):
+            assert isinstance(runs, str) and expected in runs
+            assert f"could be fused, but: {runs}" in seq.explain(x)
+        else:
+            assert [(r.channels_last, r.as_modules is not None) for r in runs] == expected
+            assert [line.endswith("fused") for line in seq.explain(x).splitlines()] == [not e[1] for e in expected]
+        torch.testing.assert_close(seq(x), nn.Sequential(*seq)(x))
+        assert seq(x).stride() == nn.Sequential(*seq)(x).stride()
+        with cnnfast.backend("triton"):  # as on a GPU: a launch for every step
+            runs = chain.runs(x, reading)
+            assert [r.as_modules for r in runs] == [None] * len(chain.steps)
+            assert [r.channels_last for r in runs] == [True] * (len(chain.steps) - 1) + [False]
 
 
 def test_explain() -> None:
