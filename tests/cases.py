@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from cnnfast import dispatch
-from cnnfast.block import Operands, Step, Upsample, plain_step, run_reference, upsample_step
+from cnnfast.block import Operands, Step, Upsample, plain_step, upsample_step
 from cnnfast.spec import Activation, ConvSpec
+from cnnfast.tolerance import expected
 
-from .tolerance import assert_close, round_tf32
+from .tolerance import assert_close
 
 __all__ = ["Case", "PRECISIONS", "check", "conv", "reference", "upsample"]
 
@@ -134,21 +135,8 @@ def cast(o: Operands, dtype: torch.dtype) -> Operands:
 
 
 def reference(step: Step, o: Operands, tf32: bool) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """(the step in float64, the yardstick of the tolerance rule in x's dtype, the largest magnitude before the
-    activation), computed on the CPU."""
-    wide, exact = cast(o, torch.float32), cast(o, torch.float64)
-    run = step
-    if tf32:
-        # The kernel multiplies what an upsampling's taps sum to, rounded; a torch user's convolution rounds the taps.
-        wide = wide._replace(x=round_tf32(wide.x), weight=round_tf32(wide.weight))
-    elif step.upsample is not None and o.x.dtype != torch.float32:
-        weight = step.conv_weight(o.weight.cpu()).float()
-        wide = wide._replace(x=step.pad_input(wide.x), weight=weight)
-        run = replace(step, upsample=None, pad=(0, 0))
-    before = run_reference(replace(step, activation=Activation()), exact)
-    slope = exact.slope if step.activation.name == "prelu" else None
-    yardstick = run_reference(run, wide).type(o.x.dtype)
-    return step.activation(before, slope), yardstick, before.abs().max().item() if before.numel() else 0.0
+    """`cnnfast.tolerance.expected`, computed on the CPU."""
+    return expected(step, Operands(*(v.cpu() if isinstance(v, torch.Tensor) else v for v in o)), tf32)
 
 
 def check(case: Case, precision: str, device: torch.device, launches: list[str]) -> torch.Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from cnnfast.tolerance import round_tf32, verdict
+from cnnfast.tolerance import verdict
 
-__all__ = ["assert_close", "round_tf32"]
+__all__ = ["assert_close"]
 
 
 def assert_close(
