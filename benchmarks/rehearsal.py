@@ -1,225 +1,23 @@
-"""The arithmetic of the rehearsal: from a recorded step and its compiled kernels to occupancy, issue pressure, bytes
-and the bound that applies, and what of it is a failure. Counts and ratios only: nothing was measured on a GPU.
-
-Assumptions, in one place:
-
-- Rates are those of the device table (`cnnfast.plan.DEVICES`). mma.sync runs at half wgmma's rate on sm_90 and at a
-  quarter of tcgen05's on sm_100. TF32 runs at half float16's rate. Four schedulers issue one instruction per clock.
-- Bytes: every pass over device memory counts, as if L2 kept nothing between two launches: copies and packing of
-  weights, the workspace of a split K written and read. Inside a launch, x and the weight are read once where what the
-  groups of row tiles in flight need fits L2; otherwise x once per phase and column tile, or the weight once per round
-  of groups. Stores to interleaved positions are merged in L2.
-- Latency: a trip of the main loop takes at least `TRIP` clocks over the stages in flight, a program `PROLOGUE` more.
-"""
+"""All that the rehearsal says of one fused step: the arithmetic of `rehearsal_model` judged by `rehearsal_rules`."""
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from cnnfast.devices import KIB, REGISTERS, Device
-from cnnfast.plan import Plan, candidates, tap_map
+from cnnfast.devices import Device
 from cnnfast.spec import Precision
 
+from . import rehearsal_rules as rules
 from .inspections import Failed
-from .inspector import Call, Report
+from .inspector import Report
 from .launches import StepRun
+from .rehearsal_model import bounds as bounds_of
+from .rehearsal_model import occupancy, pressure, rate, tiles, traffic, work
 
-__all__ = ["PRESSURE", "RATIO", "Analysis", "Occupancy", "Traffic", "analyse", "occupancy", "pressure", "traffic"]
-
-PRESSURE = 0.8  # issue pressure allowed in the implicit-GEMM regime with fp16, where tensor cores are the bound
-FULL = 0.95  # of the multiprocessors with a program count as a full wave
-RATIO = 1.15  # bytes over the least allowed where memory is the bound
-TRIP, PROLOGUE = 700.0, 1500.0  # clocks, the assumptions of `plan.modelled_clocks`
-LIMIT = 2**31
-_GRID = (2**31 - 1, 65535, 65535)
-_SCALAR = {80: 64}  # float32 multiply-adds per clock and multiprocessor; 128 elsewhere
-
-
-# --- occupancy --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Occupancy:
-    """Blocks of a kernel that a multiprocessor holds at once, and what allows no more."""
-
-    blocks: int
-    limit: str
-
-
-def occupancy(registers: int, shared: int, num_warps: int, device: Device) -> Occupancy:
-    """As the CUDA occupancy calculator: registers are given to warps in 256, a quarter of the file for each scheduler;
-    shared memory in 128 bytes, with 1 KiB per block for the system."""
-    per_warp = -(-max(registers, 1) * 32 // 256) * 256
-    limits = {
-        "registers": REGISTERS // 4 // per_warp * 4 // num_warps,
-        "shared memory": device.shared_per_multiprocessor // (-(-(shared + KIB) // 128) * 128),
-        "warps": device.warps // num_warps,
-        "blocks": device.blocks,
-    }
-    limit = min(limits, key=lambda name: limits[name])
-    return Occupancy(limits[limit], limit)
-
-
-# --- the tensor cores and the issue slots -----------------------------------------------------------------------------
-
-
-def rate(kind: str, precision: Precision, device: Device) -> float:
-    """Multiply-adds per clock and multiprocessor of the loop's instructions."""
-    if not kind:
-        return float(_SCALAR.get(device.arch, 128))
-    share = 1.0
-    if kind == "mma":
-        share = {9: 0.5, 10: 0.25}.get(device.arch // 10, 1.0)
-    return device.mma_per_clock * share / (2 if precision.itemsize == 4 else 1)
-
-
-def loop_macs(report: Report, plan: Plan, precision: Precision) -> int:
-    """Multiply-adds of the block in one trip of the machine code's loop."""
-    if report.mma_kind == "tcgen05":  # block_m x block_n x 32 bytes of k
-        return report.mma * plan.block_m * plan.block_n * 32 // precision.itemsize
-    if report.mma_kind:
-        return report.macs
-    return report.ffma * 32 * report.num_warps
-
-
-def pressure(report: Report, plan: Plan, precision: Precision, device: Device) -> float:
-    """Issue slots that the loop takes over the tensor-core cycles it feeds: over 1, the tensor cores wait."""
-    macs = loop_macs(report, plan, precision)
-    if macs == 0:
-        return math.inf
-    return report.instructions * report.num_warps / 4 / (macs / rate(report.mma_kind, precision, device))
-
-
-def narrow_loads(report: Report, plan: Plan) -> int:
-    """Loads of 2 bytes or less of the loop's operands. Where the loop was unrolled away, fewer than one trip of one
-    operand needs are the epilogue's vectors."""
-    trip = min(plan.block_m, plan.block_n) * plan.block_k * plan.unroll // (32 * report.num_warps)
-    return report.narrow_loads if report.looped or report.narrow_loads >= trip else 0
-
-
-def whole_trips(report: Report, plan: Plan, precision: Precision) -> bool:
-    """Whether the loop's tensor-core instructions make up whole trips of the source's loop: a check of both counts."""
-    if not report.mma_kind:
-        return True
-    return loop_macs(report, plan, precision) % (plan.block_m * plan.block_n * plan.block_k * plan.unroll) == 0
-
-
-# --- work and bytes ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Work:
-    """Multiply-adds: ``useful`` after phase decomposition, ``executed`` with what fills up tiles; ``programs`` that do
-    any, and ``operand_bytes`` that they load."""
-
-    useful: int
-    executed: int
-    programs: int
-    operand_bytes: int
-
-
-def work(run: StepRun, plan: Plan) -> Work:
-    low, s = plan.lowering, run.step.spec
-    batch, out = run.input_shape[0], run.output_shape[2:]
-    size = tuple(n + 2 * p for n, p in zip(run.input_shape[2:], run.step.pad, strict=True))
-    if low.regime == "latent":
-        useful = batch * s.in_channels * s.out_channels // s.groups * math.prod(out)
-    else:
-        useful = s.macs(batch, size)
-    if low.merged or not s.transposed:
-        phases = [(low.rows(batch, out), math.prod(low.kernel))]
-    else:
-        phases = [
-            (batch * h.size(out[0], s.stride[0]) * w.size(out[1], s.stride[1]), h.taps * w.taps)
-            for h, w in itertools.product(*s.phases)
-        ]
-    trip = plan.block_k * plan.unroll
-    k = -(-low.channels_in // trip) * trip
-    columns = -(-low.columns // plan.block_n)
-    programs = executed = operands = 0
-    for rows, taps in phases:
-        tiles = -(-rows // plan.block_m) * columns * s.groups
-        programs += tiles
-        executed += tiles * plan.block_m * plan.block_n * taps * k
-        operands += tiles * (plan.block_m + plan.block_n) * taps * k * run.itemsize
-    return Work(useful, executed, programs * plan.split_k, operands)
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of device memory by what moves them; ``least``: the step's tensors, each once."""
-
-    least: int
-    parts: dict[str, int]
-
-    @property
-    def moved(self) -> int:
-        return sum(self.parts.values())
-
-    @property
-    def ratio(self) -> float:
-        return self.moved / self.least
-
-
-def traffic(run: StepRun, plan: Plan, resident: int, device: Device) -> Traffic:
-    """See the assumptions at the top. ``resident``: blocks at once on a multiprocessor."""
-    low, s = plan.lowering, run.step.spec
-    y = math.prod(run.output_shape) * run.itemsize
-    main = run.main
-    copied = sum(op.read + op.written for op in run.ops)
-    copied += sum(_OTHER_KERNELS[c.job.function](c) for c in run.calls if c is not main)
-    parts = {"copies": copied, "y": y, "vectors": run.vectors}
-    x, w = main.bytes_of("x_ptr"), main.bytes_of("w_ptr")
-    rows = plan.block_m * plan.group_m
-    groups = -(-low.rows(run.input_shape[0], run.output_shape[2:]) // rows)
-    sweep = math.prod(low.phases) * -(-low.columns // plan.block_n)
-    per_group = min(rows, _input_rows(run)) * low.channels_in * run.itemsize
-    flying = min(groups, 1 + device.multiprocessors * resident // max(1, plan.group_m * sweep))
-    if flying * per_group + w // s.groups <= device.l2_bytes:
-        x_times, w_times = 1, 1
-    elif flying * per_group <= device.l2_bytes:
-        x_times, w_times = 1, -(-groups // flying)
-    else:
-        x_times, w_times = sweep, -(-groups // flying)
-    parts |= {"x": x * x_times, "weight": w * w_times}
-    if plan.split_k > 1:
-        parts["workspace"] = 2 * 4 * plan.split_k * math.prod(run.output_shape)
-    weight = round(run.weight * (1.0 if run.step.upsample else _used_taps(plan)))
-    return Traffic(math.prod(run.input_shape) * run.itemsize + weight + run.vectors + y, parts)
-
-
-def _gathered(call: Call) -> int:
-    """Bytes of the kernel that reorders a weight: it reads no more than the taps that it writes."""
-    written = call.bytes_of("out_ptr")
-    return written + min(call.bytes_of("w_ptr"), written * call.job.named_constants["TERMS"])
-
-
-# What the launches beside the convolution move. (The second pass of a split is counted as "workspace" and "y".)
-_OTHER_KERNELS: dict[str, Callable[[Call], int]] = {
-    "gather_weight_kernel": _gathered,
-    "split_k_epilogue_kernel": lambda call: 0,
-}
-
-
-def _used_taps(plan: Plan) -> float:
-    """Share of the taps that reach the output at all (a 1x1 input with cropping needs few)."""
-    low = plan.lowering
-    if not low.merged:
-        return 1.0
-    used = math.prod(len({t for row in rows for t in row if t >= 0}) for rows in tap_map(low))
-    return used / math.prod(low.spec.kernel_size)
-
-
-def _input_rows(run: StepRun) -> int:
-    return run.input_shape[0] * math.prod(run.input_shape[2:])
-
-
-# --- all of it, for one step ------------------------------------------------------------------------------------------
+__all__ = ["Analysis", "analyse"]
 
 
 @dataclass(frozen=True)
@@ -265,19 +63,19 @@ def analyse(run: StepRun, reports: list[Report | Failed], precision: Precision, 
     done, moved = work(run, plan), traffic(run, plan, fits.blocks, device)
     issue = pressure(main, plan, precision, device)
     waves = done.programs / (device.multiprocessors * max(1, fits.blocks))
-    bounds = _bounds(run, plan, done, moved, issue, rate(main.mma_kind, precision, device), fits.blocks, device)
+    bounds = bounds_of(run, plan, done, moved, issue, rate(main.mma_kind, precision, device), fits.blocks, device)
     top = max(bounds, key=lambda name: bounds[name])
     low = plan.lowering
     many = low.regime == "phases" and min(low.channels_in, low.columns) >= 32
-    gemm = many and precision.dtype == torch.float16 and _tiles(run, plan, 64) >= device.multiprocessors
+    gemm = many and precision.dtype == torch.float16 and tiles(run, plan, 64) >= device.multiprocessors
     judged = gemm and bounds["tensor"] >= moved.least / device.dram_bytes_per_clock
     over = bounds["issue"] / max(bounds["tensor"], bounds["dram"])
     name = "starved" if top == "latency" and done.programs < device.multiprocessors else top
     failures = [
-        *(_limits(r, device) for r in compiled),
-        [*_grids(run.calls), *_loop(main, plan, precision), *overflows(call, plan)],
-        _issue(issue, over, gemm, judged),
-        _rules(run, plan, precision, done, moved, name, device),
+        *(rules.limits(r, device) for r in compiled),
+        [*rules.grids(run.calls), *rules.loop(main, plan, precision), *rules.overflows(call, plan)],
+        rules.issue_slots(issue, over, gemm, judged),
+        rules.ratios(run, plan, precision, done, moved, name, device),
     ]
     return Analysis(
         regime=plan.lowering.regime,
@@ -306,116 +104,3 @@ def analyse(run: StepRun, reports: list[Report | Failed], precision: Precision, 
         shares={k: v / bounds[top] for k, v in bounds.items()},
         failures=tuple(itertools.chain.from_iterable(failures)),
     )
-
-
-def _tiles(run: StepRun, plan: Plan, side: int) -> int:
-    """Programs along the grid if tiles were ``side`` squared."""
-    low = plan.lowering
-    rows = low.rows(run.input_shape[0], run.output_shape[2:])
-    return -(-rows // side) * -(-low.columns // side) * math.prod(low.phases) * run.step.spec.groups
-
-
-def _bounds(
-    run: StepRun, plan: Plan, done: Work, moved: Traffic, issue: float, per_clock: float, blocks: int, device: Device
-) -> dict[str, float]:
-    """Clocks that each part of the machine is busy for at least. Only their order and ratios mean anything."""
-    tensor = done.executed / (per_clock * device.multiprocessors)
-    through_l2 = done.operand_bytes + moved.parts["y"] + moved.parts.get("workspace", 0)
-    rounds = -(-done.programs // (device.multiprocessors * max(1, blocks)))
-    trips = -(-plan.steps() // plan.split_k)
-    return {
-        "tensor": tensor,
-        "issue": tensor * issue,
-        "dram": moved.moved / device.dram_bytes_per_clock,
-        "l2": through_l2 / (device.l2_bytes_per_clock * device.multiprocessors),
-        "latency": rounds * (trips * TRIP / max(1, plan.num_stages - 1) + PROLOGUE),
-    }
-
-
-# --- failures ---------------------------------------------------------------------------------------------------------
-
-
-def _limits(report: Report, device: Device) -> list[str]:
-    found = []
-    if report.stack or report.local:
-        found.append(f"{report.name} spills: {report.stack} bytes of stack, {report.local} LDL and STL")
-    if report.shared > device.shared_memory:
-        found.append(
-            f"{report.name} takes {report.shared} bytes of shared memory, the device has {device.shared_memory}"
-        )
-    if occupancy(report.registers, report.shared, report.num_warps, device).blocks < 1:
-        found.append(f"{report.name} does not fit a multiprocessor: {report.registers} registers")
-    return found
-
-
-def _grids(calls: list[Call]) -> list[str]:
-    return [
-        f"grid {c.grid} of {c.job.function} exceeds {_GRID}"
-        for c in calls
-        if any(g > most for g, most in zip(c.grid, _GRID, strict=True))
-    ]
-
-
-def _loop(report: Report, plan: Plan, precision: Precision) -> list[str]:
-    found = []
-    exact = precision.dtype == torch.float32 and not precision.tf32
-    if not exact and not report.mma:
-        found.append("no tensor-core instruction in the main loop")
-    if narrow := narrow_loads(report, plan):
-        found.append(f"{narrow} loads of 2 bytes or less in the main loop")
-    if not whole_trips(report, plan, precision):
-        found.append(f"{report.mma} tensor-core instructions in the main loop are no whole trips of it")
-    return found
-
-
-def overflows(call: Call, plan: Plan) -> list[str]:
-    """Offsets that the kernel forms in 32 bits and that do not fit."""
-    shapes = {n: call.arguments[n][0] for n in ("x_ptr", "w_ptr", "y_ptr")}
-    big = call.job.named_constants["BIG"]
-    found = []
-    for name, shape in shapes.items():
-        whole, image = math.prod(shape), math.prod(shape[1:])
-        if name == "w_ptr" and whole >= LIMIT:
-            found.append(f"the weight has {whole} elements: offsets overflow")
-        elif name != "w_ptr" and (image if big else whole) >= LIMIT:
-            found.append(f"{name} {tuple(shape)} overflows 32-bit offsets (BIG={big})")
-    rows = plan.lowering.rows(call.arguments["N"], (call.arguments["OH"], call.arguments["OW"]))
-    if rows + plan.block_m >= LIMIT:
-        found.append(f"{rows} rows overflow")
-    return found
-
-
-def _issue(issue: float, over: float, gemm: bool, judged: bool) -> list[str]:
-    """The implicit-GEMM regime (32 channels and more in and out, float16, at least as many 64x64 tiles as
-    multiprocessors): tensor cores must not wait for issue slots; where memory is slower than they are, it must not."""
-    if judged and issue > PRESSURE:
-        return [f"issue pressure {issue:.2f} > {PRESSURE}"]
-    if gemm and over > 1:
-        return [f"issue slots take {over:.2f} x the time of tensor cores and memory"]
-    return []
-
-
-def _rules(
-    run: StepRun,
-    plan: Plan,
-    precision: Precision,
-    done: Work,
-    moved: Traffic,
-    bound: str,
-    device: Device,
-) -> list[str]:
-    found = []
-    if bound == "dram" and moved.ratio > RATIO:
-        parts = ", ".join(f"{k} {v / moved.least:.2f}" for k, v in moved.parts.items())
-        found.append(f"bytes {moved.ratio:.2f} x the least ({parts})")
-    if done.programs < FULL * device.multiprocessors and plan.split_k == 1:
-        size = tuple(n + 2 * p for n, p in zip(run.input_shape[2:], run.step.pad, strict=True))
-        rows = plan.lowering.rows(run.input_shape[0], run.output_shape[2:])
-        for other in candidates(run.step.spec, run.input_shape[0], size, precision, device):
-            programs = other.tiles_of(rows) * other.split_k * run.step.spec.groups
-            if other.split_k > 1 or programs >= FULL * device.multiprocessors:
-                found.append(
-                    f"{done.programs} programs for {device.multiprocessors} multiprocessors: {other.name} exists"
-                )
-                break
-    return found

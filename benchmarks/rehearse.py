@@ -2,7 +2,7 @@
 
 For every case, batch, dtype and architecture the real path is driven up to the launch (`launches.py`), each distinct
 binary compiled and its machine code read (`inspections.py`), and plan, occupancy, issue pressure, bytes and the bound
-worked out (`rehearsal.py`). Writes a table, JSON and plots; ends with status 1 where a plan fails.
+worked out and judged (`rehearsal.py`). Writes a table, JSON and plots; ends with status 1 where a plan fails.
 """
 
 from __future__ import annotations

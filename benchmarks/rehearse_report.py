@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .rehearsal import FULL, PRESSURE, Analysis
+from .rehearsal import Analysis
+from .rehearsal_rules import FULL, PRESSURE
 from .rehearse import Rehearsal, Row
 from .report import environment, write_atomically
 
@@ -138,7 +139,7 @@ def _markdown(result: Rehearsal, about: dict[str, str]) -> Iterator[str]:
     yield "# What the benchmark cases are on GPUs that are not here"
     yield ""
     yield "Written by `python -m benchmarks.rehearse`. Do not edit. Counts from compiled code and arithmetic: nothing"
-    yield "was run or timed on a GPU. What is assumed stands at the top of `benchmarks/rehearsal.py`."
+    yield "was run or timed on a GPU. What is assumed stands at the top of `benchmarks/rehearsal_model.py`."
     yield ""
     yield from (f"- {k}: {v}" for k, v in about.items())
     yield ""

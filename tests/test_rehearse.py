@@ -14,11 +14,13 @@ from torch import nn
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import cases, inspections, rehearsal, rehearse  # noqa: E402
+from benchmarks import cases, inspections, rehearse  # noqa: E402
 from benchmarks.inspections import Failed, Inspections  # noqa: E402
 from benchmarks.inspector import Call, Report, _main_loop, recording  # noqa: E402
 from benchmarks.launches import Op, Recorder, StepRun, Unrun, eager_ops, inductor_passes, precision  # noqa: E402
-from benchmarks.rehearsal import Analysis, analyse, occupancy, pressure, traffic, work  # noqa: E402
+from benchmarks.rehearsal import Analysis, analyse  # noqa: E402
+from benchmarks.rehearsal_model import occupancy, pressure, traffic, work  # noqa: E402
+from benchmarks.rehearsal_rules import overflows  # noqa: E402
 from cnnfast.devices import DEVICES  # noqa: E402
 from cnnfast.plan import Plan, lower  # noqa: E402
 from cnnfast.spec import ConvSpec  # noqa: E402
@@ -320,12 +322,12 @@ def test_offsets() -> None:
     assert run.plan is not None
     whole = ((64, 256, 2**9, 2**8), torch.float16)  # 2^31 elements
     image = ((64, 256, 2**12, 2**11), torch.float16)  # 2^31 in one image
-    assert rehearsal.overflows(run.calls[0], run.plan) == []
-    assert rehearsal.overflows(altered(run.calls[0], False, x_ptr=whole), run.plan)
-    assert rehearsal.overflows(altered(run.calls[0], True, x_ptr=whole), run.plan) == []
-    assert rehearsal.overflows(altered(run.calls[0], True, y_ptr=image), run.plan)
-    assert rehearsal.overflows(altered(run.calls[0], True, w_ptr=((2**31,), torch.float16)), run.plan)
-    assert rehearsal.overflows(altered(run.calls[0], True, N=2**24), run.plan)
+    assert overflows(run.calls[0], run.plan) == []
+    assert overflows(altered(run.calls[0], False, x_ptr=whole), run.plan)
+    assert overflows(altered(run.calls[0], True, x_ptr=whole), run.plan) == []
+    assert overflows(altered(run.calls[0], True, y_ptr=image), run.plan)
+    assert overflows(altered(run.calls[0], True, w_ptr=((2**31,), torch.float16)), run.plan)
+    assert overflows(altered(run.calls[0], True, N=2**24), run.plan)
 
 
 # --- launches of others -----------------------------------------------------------------------------------------------

@@ -1,0 +1,123 @@
+"""What the rehearsal calls a failure: limits of the device, the main loop, offsets, and the wanted ratios."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from cnnfast.devices import Device
+from cnnfast.plan import Plan, candidates
+from cnnfast.spec import Precision
+
+from .inspector import Call, Report
+from .launches import StepRun
+from .rehearsal_model import Traffic, Work, loop_macs, occupancy
+
+__all__ = ["FULL", "PRESSURE", "RATIO", "grids", "issue_slots", "limits", "loop", "narrow_loads", "overflows", "ratios"]
+
+PRESSURE = 0.8  # issue pressure allowed in the implicit-GEMM regime with fp16, where tensor cores are the bound
+FULL = 0.95  # of the multiprocessors with a program count as a full wave
+RATIO = 1.15  # bytes over the least allowed where memory is the bound
+_INT32 = 2**31
+_GRID = (2**31 - 1, 65535, 65535)
+
+
+def limits(report: Report, device: Device) -> list[str]:
+    found = []
+    if report.stack or report.local:
+        found.append(f"{report.name} spills: {report.stack} bytes of stack, {report.local} LDL and STL")
+    if report.shared > device.shared_memory:
+        found.append(
+            f"{report.name} takes {report.shared} bytes of shared memory, the device has {device.shared_memory}"
+        )
+    if occupancy(report.registers, report.shared, report.num_warps, device).blocks < 1:
+        found.append(f"{report.name} does not fit a multiprocessor: {report.registers} registers")
+    return found
+
+
+def grids(calls: list[Call]) -> list[str]:
+    return [
+        f"grid {c.grid} of {c.job.function} exceeds {_GRID}"
+        for c in calls
+        if any(g > most for g, most in zip(c.grid, _GRID, strict=True))
+    ]
+
+
+def narrow_loads(report: Report, plan: Plan) -> int:
+    """Loads of 2 bytes or less of the loop's operands. Where the loop was unrolled away, fewer than one trip of one
+    operand needs are the epilogue's vectors."""
+    trip = min(plan.block_m, plan.block_n) * plan.block_k * plan.unroll // (32 * report.num_warps)
+    return report.narrow_loads if report.looped or report.narrow_loads >= trip else 0
+
+
+def whole_trips(report: Report, plan: Plan, precision: Precision) -> bool:
+    """Whether the loop's tensor-core instructions make up whole trips of the source's loop: a check of both counts."""
+    if not report.mma_kind:
+        return True
+    return loop_macs(report, plan, precision) % (plan.block_m * plan.block_n * plan.block_k * plan.unroll) == 0
+
+
+def loop(report: Report, plan: Plan, precision: Precision) -> list[str]:
+    found = []
+    exact = precision.dtype == torch.float32 and not precision.tf32
+    if not exact and not report.mma:
+        found.append("no tensor-core instruction in the main loop")
+    if narrow := narrow_loads(report, plan):
+        found.append(f"{narrow} loads of 2 bytes or less in the main loop")
+    if not whole_trips(report, plan, precision):
+        found.append(f"{report.mma} tensor-core instructions in the main loop are no whole trips of it")
+    return found
+
+
+def overflows(call: Call, plan: Plan) -> list[str]:
+    """Offsets that the kernel forms in 32 bits and that do not fit."""
+    shapes = {n: call.arguments[n][0] for n in ("x_ptr", "w_ptr", "y_ptr")}
+    big = call.job.named_constants["BIG"]
+    found = []
+    for name, shape in shapes.items():
+        whole, image = math.prod(shape), math.prod(shape[1:])
+        if name == "w_ptr" and whole >= _INT32:
+            found.append(f"the weight has {whole} elements: offsets overflow")
+        elif name != "w_ptr" and (image if big else whole) >= _INT32:
+            found.append(f"{name} {tuple(shape)} overflows 32-bit offsets (BIG={big})")
+    rows = plan.lowering.rows(call.arguments["N"], (call.arguments["OH"], call.arguments["OW"]))
+    if rows + plan.block_m >= _INT32:
+        found.append(f"{rows} rows overflow")
+    return found
+
+
+def issue_slots(issue: float, over: float, gemm: bool, judged: bool) -> list[str]:
+    """The implicit-GEMM regime (32 channels and more in and out, float16, at least as many 64x64 tiles as
+    multiprocessors): tensor cores must not wait for issue slots; where memory is slower than they are, it must not."""
+    if judged and issue > PRESSURE:
+        return [f"issue pressure {issue:.2f} > {PRESSURE}"]
+    if gemm and over > 1:
+        return [f"issue slots take {over:.2f} x the time of tensor cores and memory"]
+    return []
+
+
+def ratios(
+    run: StepRun,
+    plan: Plan,
+    precision: Precision,
+    done: Work,
+    moved: Traffic,
+    bound: str,
+    device: Device,
+) -> list[str]:
+    found = []
+    if bound == "dram" and moved.ratio > RATIO:
+        parts = ", ".join(f"{k} {v / moved.least:.2f}" for k, v in moved.parts.items())
+        found.append(f"bytes {moved.ratio:.2f} x the least ({parts})")
+    if done.programs < FULL * device.multiprocessors and plan.split_k == 1:
+        size = tuple(n + 2 * p for n, p in zip(run.input_shape[2:], run.step.pad, strict=True))
+        rows = plan.lowering.rows(run.input_shape[0], run.output_shape[2:])
+        for other in candidates(run.step.spec, run.input_shape[0], size, precision, device):
+            programs = other.tiles_of(rows) * other.split_k * run.step.spec.groups
+            if other.split_k > 1 or programs >= FULL * device.multiprocessors:
+                found.append(
+                    f"{done.programs} programs for {device.multiprocessors} multiprocessors: {other.name} exists"
+                )
+                break
+    return found
