@@ -67,9 +67,10 @@ def scrub(text: str) -> str:
     return text
 
 
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> Iterator[str]:
+def _table(head: Sequence[str], body: Iterable[Sequence[str]], texts: Sequence[int] = (0,)) -> Iterator[str]:
+    """``texts``: the columns that hold no figures."""
     yield "| " + " | ".join(head) + " |"
-    yield "|" + "|".join("---" if i == 0 else "---:" for i in range(len(head))) + "|"
+    yield "|" + "|".join("---" if i in texts else "---:" for i in range(len(head))) + "|"
     for line in body:
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
 
@@ -156,7 +157,7 @@ def _timed(data: Data) -> Iterator[str]:
                 entry(row, "cnnfast").get("path", ""),
             ]
         )
-    yield from _table(head, body)
+    yield from _table(head, body, (0, len(head) - 1))
     if "ceilings" in data and not data.get("stubbed"):
         c = data["ceilings"]
         rates = ", ".join(f"{dtype} {flops / 1e12:.0f} TFLOP/s" for dtype, flops in c["flops"].items())
@@ -208,7 +209,7 @@ def _tuned(data: Data) -> Iterator[str]:
             tried = f"{len(step.get('plans', ()))} of {step.get('valid', '?')}"
             body.append([row["key"], tried, step["heuristic"], step.get("best", ""), *times, gain])
     head = ["step", "plans timed", "the heuristic's", "the best", "us", "us", "heuristic over best"]
-    yield from _table(head, body)
+    yield from _table(head, body, (0, 2, 3))
     yield from _refused(data)
 
 
@@ -312,7 +313,7 @@ def summary(
     for o in outcomes:
         link = f"[{o.stage}]({o.stage}.md)" if (folder / f"{o.stage}.md").exists() else o.stage
         body.append([link, o.about, o.status, f"{o.seconds:.0f}", o.detail])
-    lines += _table(["stage", "what", "result", "seconds", ""], body)
+    lines += _table(["stage", "what", "result", "seconds", ""], body, (0, 1, 2, 4))
     for o in outcomes:
         if o.crashes:
             lines += ["", f"{o.stage}: steps that ended the process:", "", *(f"- {line}" for line in o.crashes)]

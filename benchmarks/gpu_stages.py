@@ -170,6 +170,9 @@ def show(row: Mapping[str, Any]) -> str:
     parts = [f"{row['key']}:"]
     if "note" in row:
         parts.append(str(row["note"]))
+    for step in row.get("steps", ()):
+        best = f"best {step['best']}" if "best" in step else ""
+        parts.append(f"[{step['title']}: heuristic {step['heuristic']} {best}, {step['refused']} refused]")
     for e in row.get("entries", ()):
         time = f" {e['us']['median']:.1f} us" if "us" in e and not e.get("stubbed") else ""
         error = f" error {e['error']:.1e}" if "error" in e else ""

@@ -35,7 +35,7 @@ def warm(calls: Calls) -> dict[str, Timing]:
     return measure(calls, repeats=10, block_seconds=0.01, device="cuda")
 
 
-def host(calls: Calls, repeats: int = 20, block: int = 20) -> dict[str, Timing]:
+def host(calls: Calls, repeats: int = 20, block: int = 10) -> dict[str, Timing]:
     """Time that the host needs to hand over one call: ``block`` calls onto an idle device, not waited for. (A block is
     short: once the device's queue is full, the host waits for it.)"""
     seconds: dict[str, list[float]] = {name: [] for name in calls}

@@ -62,7 +62,7 @@ def _item(w: Workload, timer: tuning.Timer, limit: int, seconds: float, timed: b
         row: dict[str, Any] = {"case": w.case.name, "dtype": w.dtype_name, "batch": w.batch}
         try:
             found = steps.attempt("record", lambda: tasks(w))
-            done = steps.attempt("plans", lambda: tuning.tune_steps(found, timer, limit=limit))
+            done = steps.attempt("plans", lambda: tuning.tune_steps(found, timer, limit=limit, tell=_quiet))
         except NotAvailable as reason:
             return row | {"note": str(reason)}
         finally:
@@ -90,6 +90,10 @@ def _step(r: tuning.Result, timed: bool) -> dict[str, Any]:
         "plans": plans,
         "valid": len(clocks),
     }
+
+
+def _quiet(line: str) -> None:
+    """The row says it, and whether its times are stubbed."""
 
 
 def _untimed(calls: Mapping[str, Callable[[], object]]) -> dict[str, Any]:

@@ -107,6 +107,33 @@ def test_dry_run_executes_kernels_and_marks_its_files(tmp_path):
     assert gpu_report.STUBBED in (tmp_path / "summary.md").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ttsem") is None, reason="ttsem is not installed")
+def test_dry_run_of_everything(tmp_path, monkeypatch):
+    monkeypatch.setenv("CNNFAST_CACHE", str(tmp_path / "cache"))
+    run = gpu.identity(True)  # the same at both runs, whatever is edited meanwhile
+    monkeypatch.setattr(gpu, "identity", lambda dry_run: run)
+    out = tmp_path / "out"
+    assert gpu.main(["--dry-run", "--minutes", "30", "--output", str(out)]) == 0, (out / "summary.md").read_text()
+    summary = json.loads((out / "summary.json").read_text())
+    assert [s["stage"] for s in summary["stages"]] == [s.name for s in gpu.STAGES]
+    assert {s["status"] for s in summary["stages"]} == {"ok"} and summary["dry_run"]
+    assert not (tmp_path / "cache").exists()  # plans of stubbed times must not reach a user's cache
+    for path in out.iterdir():
+        text = path.read_text()
+        if path.suffix == ".json" and path.stem not in ("run", "summary"):
+            assert json.loads(text)["stubbed"] and json.loads(text)["rows"]
+        if path.suffix == ".md":
+            assert gpu_report.STUBBED in text
+        if path.suffix != ".log":
+            assert not [place for place in (str(ROOT), sys.prefix, str(tmp_path)) if place in text]
+    assert "wrote" not in (out / "summary.md").read_text()
+    # Nothing is left to do.
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.log")}
+    assert gpu.main(["--dry-run", "--resume", "--output", str(out)]) == 0
+    assert before == {p.name: p.stat().st_mtime_ns for p in out.glob("*.log")}
+
+
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -627,6 +654,30 @@ def test_published_text_has_no_paths_of_this_machine():
     assert str(ROOT) not in text and "REPOSITORY/x.py" in text and "PYTHON/lib" in text
     ignored = (ROOT / ".gitignore").read_text()
     assert "/benchmarks/results/**/*.log" in ignored
+
+
+def test_what_the_driver_says(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu.driver_facts() == {}
+    answer = "570.1, 1980 MHz, 2619 MHz, 700.00 W, Enabled, 31"
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho "{answer}"\n')
+    tool.chmod(0o755)
+    facts = gpu.driver_facts()
+    assert facts["GPU driver_version"] == "570.1" and facts["GPU temperature.gpu"] == "31" and len(facts) == 6
+    assert "--query-gpu=driver_version,clocks.max.sm," in (tmp_path / "asked").read_text()
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert gpu.driver_facts() == {}
+
+
+@pytest.mark.parametrize(("cpus", "gib", "expected"), [(1, 80, 1), (4, 80, 2), (64, 80, 6), (64, 24, 2), (64, 8, 1)])
+def test_processes_side_by_side(cpus, gib, expected, monkeypatch):
+    class Properties:
+        total_memory = gib * 2**30
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: cpus)
+    assert gpu.parts(dry_run=False) == expected and gpu.parts(dry_run=True) == 1
 
 
 def test_wrong_arguments(capsys):
