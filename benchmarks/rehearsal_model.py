@@ -26,8 +26,23 @@ from cnnfast.spec import Precision
 from .inspector import Call, Report
 from .launches import StepRun
 
-__all__ = ["Traffic", "Work", "bounds", "loop_macs", "occupancy", "pressure", "rate", "tiles", "traffic", "work"]
+__all__ = [
+    "BOUNDS",
+    "PARTS",
+    "Traffic",
+    "Work",
+    "bounds",
+    "loop_macs",
+    "occupancy",
+    "pressure",
+    "rate",
+    "tiles",
+    "traffic",
+    "work",
+]
 
+PARTS = ("x", "weight", "y", "vectors", "copies", "workspace")  # what moves bytes, see `traffic`
+BOUNDS = ("tensor", "issue", "dram", "l2", "latency")
 TRIP, PROLOGUE = 700.0, 1500.0  # clocks, the assumptions of `plan.modelled_clocks`
 _SCALAR = {80: 64}  # float32 multiply-adds per clock and multiprocessor; 128 elsewhere
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from .rehearsal import Analysis
+from .rehearsal_model import BOUNDS, PARTS
 from .rehearsal_rules import FULL, PRESSURE
-from .rehearse import Rehearsal, Row
+from .rehearse import Passes, Rehearsal, Row
 from .report import environment, write_atomically
 
 __all__ = ["summary", "write"]
@@ -60,36 +62,56 @@ def summary(result: Rehearsal) -> str:
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 _COLUMNS = (
-    "cases", "modules", "input", "output", "dtype", "arch", "plan", "grid", "programs", "waves", "blocks", "limit",
-    "registers", "shared", "spilled", "tensor_cores", "pressure", "instructions", "mma", "loads", "useful_macs",
-    "bytes_over_least", "bytes", "launches", "bound", "shares", "failures", "not_on_triton",
+    "layer", "dtype", "arch", "plan", "grid", "programs", "waves", "blocks", "limit", "registers", "shared", "spilled",
+    "tensor_cores", "pressure", "issue_over_tensor_or_memory", "instructions", "mma", "loads", "useful_macs",
+    "bytes_over_least", "launches", "bound", *(f"bytes_{p}" for p in PARTS), *(f"bound_{b}" for b in BOUNDS),
+    "failures", "not_on_triton",
 )  # fmt: skip
+_LAYER_COLUMNS = ("cases", "modules", "input", "output")
 
 
 def _round(value: float) -> float | None:
     return float(f"{value:.3g}") if math.isfinite(value) else None
 
 
-def _record(row: Row) -> list[Any]:
-    head = [row.cases, row.modules, row.input_shape, row.output_shape, row.numerics, row.arch]
-    a = row.result
+def _record(row: Row, layer: int) -> list[Any]:
+    head, a = [layer, row.numerics, row.arch], row.result
     if not isinstance(a, Analysis):
-        return [*head, *[None] * 20, row.failures, row.why_not]
+        return [*head, *[None] * (len(_COLUMNS) - len(head) - 2), row.failures, row.why_not]
     return [
         *head, a.plan, a.grid, a.programs, _round(a.waves), a.blocks, a.limit, a.registers, a.shared, a.spilled, a.kind,
-        _round(a.pressure), a.instructions, a.mma, a.widths, _round(a.useful), _round(a.ratio),
-        {k: _round(v) for k, v in a.parts.items()}, a.launches, a.bound, {k: _round(v) for k, v in a.shares.items()},
+        _round(a.pressure), _round(a.over), a.instructions, a.mma, a.widths, _round(a.useful), _round(a.ratio),
+        a.launches, a.bound, *(_round(a.parts.get(p, 0)) for p in PARTS), *(_round(a.shares[b]) for b in BOUNDS),
         a.failures, row.why_not,
     ]  # fmt: skip
 
 
 def _json(result: Rehearsal, about: dict[str, str]) -> str:
-    """One line for each plan, values in the order of "columns"."""
+    """One line for each plan, values in the order of "columns"; "layer" counts the lines of "layers"."""
+    layers: dict[tuple[Any, ...], int] = {}
+    rows = []
+    for r in result.rows:
+        key = tuple(r.cases), r.modules, r.input_shape, r.output_shape
+        rows.append(_line(_record(r, layers.setdefault(key, len(layers)))))
     parts = {"environment": about, "summary": summary(result).splitlines(), "not_fused": result.unrun}
-    parts["passes"] = [vars(p) for p in result.passes]
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in parts.items()]
-    rows = ",\n".join(json.dumps(_record(r), separators=(",", ":")) for r in result.rows)
-    return "{\n" + ",\n".join([*lines, f'"columns": {json.dumps(_COLUMNS)}', f'"rows": [\n{rows}\n]']) + "\n}\n"
+    tables = {
+        "passes": [[*vars(p).values()] for p in result.passes],
+        "layers": [[list(key[0]), *key[1:]] for key in layers],
+    }
+    columns = {"passes": [f.name for f in fields(Passes)], "layers": _LAYER_COLUMNS}
+    for name, table in tables.items():
+        lines += [f'"{name}_columns": {json.dumps(columns[name])}', f'"{name}": {_lines(map(_line, table))}']
+    lines += [f'"columns": {json.dumps(_COLUMNS)}', f'"rows": {_lines(rows)}']
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _line(values: Any) -> str:
+    return json.dumps(values, separators=(",", ":"))
+
+
+def _lines(rows: Iterable[str]) -> str:
+    return "[\n" + ",\n".join(rows) + "\n]"
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
