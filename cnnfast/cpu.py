@@ -149,6 +149,8 @@ def why_slower_plain(
         fast_products = isa >= InstructionSet.AMX and dtype != torch.float32
         if fast_products and intense and s.out_channels >= 16 and elements >= 2**21:
             return None
+        if isa < InstructionSet.AVX512 and intense and s.out_channels < 8:
+            return None  # ATen takes two to four times as long as in channels-last
         return "the conversions to channels-last and back cost what packed operators save"
     post = post_op(step.activation)
     fused = post.attr != "none" and (post.attr not in _LOSE_NAN or _check_pays(step, shape, dtype)) or slopes == 1
