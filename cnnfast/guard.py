@@ -89,6 +89,7 @@ UNGUARDED = Proof("not guarded", Step(ConvSpec.make(1, 1, 1)), -1, ready=True)
 """Of launches that are not on a CUDA device: Triton's interpreter, or a driver that emulates one."""
 
 _proofs: dict[Hashable, Proof] = {}
+_told: set[str] = set()
 
 
 def proof(step: Step, name: str, index: int, constants: Mapping[str, Any]) -> Proof:
@@ -152,7 +153,8 @@ def first_use(
                 raise
             cause, proof.why_not = error, f"cannot run on {environment(proof.index)['gpu']}: {_said(error)}"
         proof.state = f"PyTorch's operators run: the kernel {proof.why_not}"
-        if not required:
+        if not required and proof.why_not not in _told:  # a missing compiler is not told of for every layer
+            _told.add(proof.why_not)
             _warn(proof, f"the Triton kernel {proof.why_not}. PyTorch's operators run instead.")
     if required:
         raise Refused(f'backend="triton" cannot run this: the kernel {proof.why_not}') from cause
@@ -189,7 +191,8 @@ def _trial(
         proof.state = f"not checked yet, PyTorch's operators run: {_said(error)}"
         return False, None
     try:
-        problem = verdict(y, *expected(step, noise, tf32))
+        with torch.no_grad(), torch.autocast(o.x.device.type, enabled=False):
+            problem = verdict(y, *expected(step, noise, tf32))
     except RuntimeError as error:  # of PyTorch's operators in float64: out of memory, or not implemented
         proof.state = f"not checked yet, PyTorch's operators run: {_said(error)}"
         return False, None
@@ -261,11 +264,15 @@ def _modules(traceback: types.TracebackType | None) -> Iterable[str]:
 
 
 def _said(error: BaseException) -> str:
-    """The kind of an exception and its last words, those of the first cause (a compiler quotes the source first)."""
+    """The kind of an exception and what it says, in a line: that of the first cause."""
+    from triton.compiler.errors import CompilationError
+
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1][:300]}" if lines else type(error).__name__
+    if isinstance(error, CompilationError):  # the source comes first
+        lines = lines[-1:]
+    return f"{type(error).__name__}: {'; '.join(lines)[:300]}"
 
 
 # --- telling ----------------------------------------------------------------------------------------------------------
@@ -300,6 +307,7 @@ def failures(step: Step, dtype: torch.dtype) -> list[str]:
 def forget() -> None:
     """Drop what this process knows of kernels, as a new process would start (for tests)."""
     _proofs.clear()
+    _told.clear()
     environment.cache_clear()
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import cnnfast
 from cnnfast import guard, store
-from cnnfast.block import Operands, Step
+from cnnfast.block import Operands, Step, run_reference
 from cnnfast.ops.core import run_step
 from cnnfast.spec import Activation, ConvSpec
 
@@ -445,6 +445,88 @@ def test_capture_after_warmup(device: torch.device, starts: list[int], monkeypat
     assert starts == [1, 2, 4]
 
 
+# --- without a GPU, Triton's own errors -------------------------------------------------------------------------------
+
+
+def a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a card")
+
+
+@pytest.fixture
+def no_ttsem() -> None:
+    if "ttsem" in sys.modules:
+        pytest.skip("ttsem stands in the place of Triton and the device")
+
+
+@pytest.fixture
+def pretended(no_ttsem: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An RTX 3090 for which launches are compiled and do nothing, and CPU tensors that count as its."""
+    from benchmarks.inspector import target
+    from cnnfast import dispatch
+    from cnnfast.plan import DEVICES
+
+    with target(86), monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+        patched.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' index
+        a_card(patched)
+        patched.setattr(dispatch, "target_device", lambda x: DEVICES[86])
+        patched.setattr(dispatch, "cuda_why_not", lambda index: None)
+        yield
+
+
+@pytest.mark.usefixtures("pretended")
+def test_too_much_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from cnnfast.ops import launch
+
+    real = launch.choose_plan
+    big = dict(block_m=128, block_n=128, block_k=32, num_stages=8, num_warps=8)
+    monkeypatch.setattr(launch, "choose_plan", lambda *a: replace(real(*a), **big))
+    o = operands("cpu")
+    with pytest.warns(
+        RuntimeWarning, match="cannot run on a card: OutOfResources: out of resource: shared memory"
+    ) as w:
+        for _ in range(3):
+            check(run(o), o)
+    assert len(w) == 1 and "Hardware limit: 101376" in guard.report()[0]
+    with pytest.raises(guard.Refused) as caught:
+        run(o, backend="triton")
+    assert "shared memory" in str(caught.value)
+    forget()
+    with pytest.raises(guard.Refused) as caught:
+        run(o, backend="triton")
+    assert isinstance(caught.value.__cause__, OutOfResources)
+
+
+@pytest.mark.usefixtures("pretended")
+def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ptxas refuses; the same reason is told of once, for whatever number of layers."""
+    from triton import knobs
+    from triton.backends.nvidia import compiler
+
+    class Broken:
+        path, version = "/bin/false", "12.9"
+
+    monkeypatch.setattr(compiler, "get_ptxas", lambda *a: Broken())
+    monkeypatch.setattr(knobs.compilation, "always_compile", True)
+    o = operands("cpu")
+    with pytest.warns(RuntimeWarning, match="cannot run on a card: PTXASError: PTXAS error: .*failed") as w:
+        check(run(o), o)
+        tanh = replace(STEP, activation=Activation("tanh"))
+        check(run(o, tanh), o, tanh)
+    assert len(guard.report()) == 2 and 1 <= len(w) <= 2  # the text names a temporary file
+    assert all("PyTorch's operators run: the kernel cannot run" in line for line in guard.report())
+
+
+@pytest.mark.usefixtures("pretended")
+def test_a_launch_that_writes_nothing() -> None:
+    o = operands("cpu")
+    with pytest.warns(RuntimeWarning, match="gave wrong results on a card"):
+        check(run(o), o)
+
+
 # --- without a kernel -------------------------------------------------------------------------------------------------
 
 
@@ -467,6 +549,37 @@ def test_noise_is_like_the_operands() -> None:
     assert len(torch.unique(rows, dim=0)) > 0.99 * len(rows), "rows repeat: a wrong row could look right"
     again = guard._noise(STEP, o)
     assert all(torch.equal(a, b) for a, b in zip(noise, again, strict=True) if isinstance(a, torch.Tensor))
+
+
+@pytest.mark.usefixtures("no_ttsem")
+def test_autocast_does_not_loosen_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    a_card(monkeypatch)
+    o = operands("cpu", dtype=torch.float32)
+
+    def start(o: Operands, off: float) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return run_reference(STEP, o) * (1 + off)
+
+    for off, right in ((0.0, True), (1e-3, False)):
+        proof = guard.Proof("a plan", STEP, 0, {"off": off})
+        with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            y = guard.first_use(proof, lambda o, off=off: start(o, off), STEP, o, False, False)
+        assert (y is not None) is right is proof.ready, proof.state
+
+
+def test_the_same_reason_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    a_card(monkeypatch)
+
+    def start(o: Operands) -> torch.Tensor:
+        raise OutOfResources(3, 2, "shared memory")
+
+    with pytest.warns(RuntimeWarning, match="shared memory") as caught:
+        for name in ("one", "two"):
+            assert guard.first_use(guard.Proof(name, STEP, 0), start, STEP, operands("cpu"), False, False) is None
+    assert len(caught) == 1
 
 
 def test_whose_failure() -> None:
