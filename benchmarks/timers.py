@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from cnnfast.timing import Timing, measure
+from cnnfast.timing import LONG, Timing, measure
 
 __all__ = ["RATIOS", "Ratio", "Timer", "once", "paired", "wall_clock"]
 
@@ -62,13 +62,15 @@ def wall_clock(seconds: float, block_seconds: float = 0.02, repeats: tuple[int, 
 
     def timer(calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
         took = {name: once(call) for name, call in calls.items()}
+        # The first call may have to fetch memory back from the system: where it is cheap, a second one counts.
+        took |= {name: min(took[name], once(call)) for name, call in calls.items() if took[name] < LONG / 4}
         found = {name: Timing((s,), 1) for name, s in took.items() if s >= max(SLOW, seconds / 4)}
         rest = {name: call for name, call in calls.items() if name not in found}
         # The block, and the call ahead of it that is not counted.
-        turn = sum(max(block_seconds, took[name]) + took[name] for name in rest)
+        turn = sum(max(block_seconds, took[name]) + (took[name] if took[name] < LONG else 0) for name in rest)
         if rest:
             turns = max(repeats[0], min(repeats[1], round(seconds / turn)))
-            found |= measure(rest, repeats=turns, block_seconds=block_seconds)
+            found |= measure(rest, repeats=turns, block_seconds=block_seconds, once=took)
         return found
 
     return timer

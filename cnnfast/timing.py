@@ -3,7 +3,8 @@
 Machines drift (clock rates, neighbours, caches), so candidates are never timed one after the other: every repeat times
 a short block of calls of each of them, in an order that is shuffled anew (with a fixed seed: rotating it would leave
 each candidate behind the same neighbour, whose threads may still be spinning), and the medians over the repeats are
-compared. Each block follows a call of the same candidate that is not counted: times are of warm caches.
+compared. Each block follows a call of the same candidate that is not counted: times are of warm caches. (Not where a
+call takes `LONG`: it has left no cache as it was by the time that it ends.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "measure"]
+__all__ = ["LONG", "Timing", "measure"]
+
+LONG = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -56,28 +59,32 @@ def measure(
     block_seconds: float = 0.02,
     device: torch.device | str = "cpu",
     on_repeat: Callable[[], object] | None = None,
+    once: Mapping[str, float] | None = None,
 ) -> dict[str, Timing]:
     """Time each candidate ``repeats`` times, interleaved. The keys of the result are those of ``candidates``.
 
     A block holds about as many calls as fit into ``block_seconds``, at least one and at most 1000. On a CUDA
     ``device`` blocks are timed by events on the current stream, otherwise by the wall clock. ``on_repeat`` is called
-    after every repeat (a progress bar). What a candidate raises is raised.
+    after every repeat (a progress bar). ``once``: seconds of a call of each where they are known; otherwise each is
+    called three times first. What a candidate raises is raised.
     """
     if repeats < 1:
         raise ValueError(f"repeats={repeats} must be at least 1")
     clock = _cuda_block if torch.device(device).type == "cuda" else _wall_block
-    calls = {}
-    for name, call in candidates.items():
-        clock(call, 1)  # packs weights, picks algorithms, compiles
-        once = min(clock(call, 1), clock(call, 1))
-        calls[name] = max(1, min(1000, round(block_seconds / max(once, 1e-7))))
+    if once is None:
+        once = {}
+        for name, call in candidates.items():
+            clock(call, 1)  # packs weights, picks algorithms, compiles
+            once[name] = min(clock(call, 1), clock(call, 1))
+    calls = {name: max(1, min(1000, round(block_seconds / max(once[name], 1e-7)))) for name in candidates}
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     names, rng = list(candidates), random.Random(0)
     for _ in range(repeats):
         rng.shuffle(names)
         for name in names:
             # One call more, not counted: caches and thread pools still belong to the one before.
-            candidates[name]()
+            if once[name] < LONG:
+                candidates[name]()
             seconds[name].append(clock(candidates[name], calls[name]) / calls[name])
         if on_repeat is not None:
             on_repeat()

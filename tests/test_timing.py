@@ -52,6 +52,20 @@ def test_a_block_is_filled_with_calls_and_time_is_per_call(monkeypatch: pytest.M
     assert times["fast"].seconds == pytest.approx((0.002,) * 3) and times["slow"].seconds == pytest.approx((0.03,) * 3)
 
 
+def test_a_long_call_needs_no_other_ahead_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, log = Clock(), []
+    monkeypatch.setattr(timing.time, "perf_counter", clock)
+
+    def spend(name: str, seconds: float) -> None:
+        log.append(name)
+        clock.spend(seconds)
+
+    candidates = {"long": lambda: spend("long", 0.3), "short": lambda: spend("short", 0.1)}
+    times = measure(candidates, repeats=4, once={"long": 0.3, "short": 0.1})
+    assert log.count("long") == 4 and log.count("short") == 8, "known times: no calls ahead of the first turn"
+    assert times["long"].seconds == pytest.approx((0.3,) * 4) and times["short"].seconds == pytest.approx((0.1,) * 4)
+
+
 def test_every_repeat_is_reported() -> None:
     seen: list[int] = []
     measure({"a": lambda: None}, repeats=4, block_seconds=0.0, on_repeat=lambda: seen.append(1))
