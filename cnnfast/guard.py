@@ -78,7 +78,7 @@ class Proof:
     why_not: str | None = None
     state: str = "not used yet"
     calls: int = 0  # that came before it was ready
-    warned: bool = False
+    missed: bool = False  # a graph was captured without it
 
     def key(self) -> dict[str, Any]:
         """Of the record on disk."""
@@ -135,7 +135,9 @@ def first_use(
         reason = "a CUDA graph is being captured and this kernel was not used before: call cnnfast.warmup first"
         if required:
             raise Refused(f'backend="triton" cannot run this: {reason}')
-        _warn(proof, f"{reason}. The graph holds PyTorch's operators.")
+        if not proof.missed:
+            proof.missed = True
+            _warn(proof, f"{reason}. The graph holds PyTorch's operators.")
         return None
     cause: Exception | None = None
     if proof.why_not is None:
@@ -162,10 +164,7 @@ def first_use(
 
 
 def _warn(proof: Proof, text: str) -> None:
-    """Once a kernel."""
-    if not proof.warned:
-        proof.warned = True
-        warnings.warn(f"cnnfast: {describe(proof)}: {text}", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"cnnfast: {describe(proof)}: {text}", RuntimeWarning, stacklevel=4)
 
 
 def _trial(
@@ -298,9 +297,11 @@ def report() -> list[str]:
     return [f"{describe(p)}: {p.state}" for p in _proofs.values()]
 
 
-def failures(step: Step, dtype: torch.dtype) -> list[str]:
-    """Why PyTorch's operators run in place of kernels of this step: a line for each of its plans that failed."""
-    found = (p for p in _proofs.values() if p.why_not is not None and p.step == step)
+def failures(step: Step, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Why PyTorch's operators run in place of kernels of this step on ``device``: a line for each plan that failed."""
+    if device.type != "cuda":
+        return []
+    found = (p for p in _proofs.values() if p.why_not is not None and p.step == step and p.index == (device.index or 0))
     return [f"{p.name} {p.why_not}" for p in found if p.constants.get("dtype") == str(dtype)]
 
 

@@ -283,7 +283,7 @@ class Sequential(nn.Sequential):
                 names = " + ".join(type(reading.modules[k]).__name__ for k in s.slots)
                 reason = runs if isinstance(runs, str) else runs[i].as_modules if runs else None
                 done = "fused" if reason is None else f"could be fused, but: {reason}"
-                for failure in guard.failures(s.step, s.dtype):
+                for failure in guard.failures(s.step, s.dtype, s.device):
                     done += f", but PyTorch's operators run: the kernel {failure}"
                 lines.append(f"{s.slots[0]}-{s.slots[-1]}: {names} {done}")
         return "\n".join(lines)

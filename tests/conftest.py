@@ -78,9 +78,14 @@ def poison() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def unguarded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No check at a kernel's first use, which would launch everything twice: the tests check results themselves."""
+def unguarded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No check at a kernel's first use, which would launch everything twice: the tests check results themselves. And no
+    plans that were tuned on this machine."""
     monkeypatch.setenv("CNNFAST_GUARD", "0")
+    if "device" in request.fixturenames:
+        monkeypatch.setenv("CNNFAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @contextmanager

@@ -322,6 +322,7 @@ def test_explain_names_the_failure(device: torch.device, spoil: Spoil) -> None:
     first, second = model.explain().splitlines()
     assert "fused, but PyTorch's operators run: the kernel phases " in first and "gave wrong results on" in first
     assert "wrong results" not in second
+    assert guard.failures(STEP, torch.float16, torch.device("cpu")) == []
 
 
 def test_a_kernel_fault_is_not_taken_for_a_failure(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,6 +430,19 @@ def test_capture_of_a_kernel_that_was_not_used(
     with silent():
         check(run(o), o)
     assert starts == [2] * (2 if switch == "1" and not known else 1)
+
+
+def test_a_failure_is_told_of_after_a_capture_that_missed_it(
+    device: torch.device, spoil: Spoil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(**WRONG["tap"])
+    capture(monkeypatch, True)
+    o = operands(device)
+    with pytest.warns(RuntimeWarning, match="call cnnfast.warmup first"):
+        run(o)
+    capture(monkeypatch, False)
+    with pytest.warns(RuntimeWarning, match="gave wrong results"):
+        run(o)
 
 
 def test_capture_after_warmup(device: torch.device, starts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

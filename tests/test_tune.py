@@ -179,7 +179,8 @@ WRITER = """
 
 def test_processes_that_tune_at_once(a_gpu: dict[str, str], cache: Path) -> None:
     command = [sys.executable, "-c", textwrap.dedent(WRITER)]
-    writers = [subprocess.Popen([*command, me], stderr=subprocess.PIPE, text=True) for me in "ab"]
+    root = Path(__file__).resolve().parent.parent
+    writers = [subprocess.Popen([*command, me], cwd=root, stderr=subprocess.PIPE, text=True) for me in "ab"]
     for writer in writers:
         _, said = writer.communicate(timeout=120)
         assert writer.returncode == 0, said
