@@ -73,7 +73,7 @@ def analyse(run: StepRun, reports: list[Report | Failed], precision: Precision, 
     name = "starved" if top == "latency" and done.programs < device.multiprocessors else top
     failures = [
         *(rules.limits(r, device) for r in compiled),
-        [*rules.grids(run.calls), *rules.loop(main, plan, precision), *rules.overflows(call, plan)],
+        [*rules.grids(run.calls), *rules.loop(main, plan, call, precision), *rules.overflows(call, plan)],
         rules.issue_slots(issue, over, gemm, judged),
         rules.ratios(run, plan, precision, done, moved, name, device),
     ]

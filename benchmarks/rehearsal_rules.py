@@ -20,6 +20,7 @@ PRESSURE = 0.8  # issue pressure allowed in the implicit-GEMM regime with fp16, 
 FULL = 0.95  # of the multiprocessors with a program count as a full wave
 RATIO = 1.15  # bytes over the least allowed where memory is the bound
 _INT32 = 2**31
+_VECTORS = {"bias_ptr", "mean_ptr", "var_ptr", "scale_ptr", "shift_ptr", "slope_ptr"}
 _GRID = (2**31 - 1, 65535, 65535)
 
 
@@ -44,11 +45,11 @@ def grids(calls: list[Call]) -> list[str]:
     ]
 
 
-def narrow_loads(report: Report, plan: Plan) -> int:
-    """Loads of 2 bytes or less of the loop's operands. Where the loop was unrolled away, fewer than one trip of one
-    operand needs are the epilogue's vectors."""
-    trip = min(plan.block_m, plan.block_n) * plan.block_k * plan.unroll // (32 * report.num_warps)
-    return report.narrow_loads if report.looped or report.narrow_loads >= trip else 0
+def narrow_loads(report: Report, plan: Plan, call: Call) -> int:
+    """Loads of 2 bytes or less of the loop's operands. Where the loop was unrolled away, the compiler may have moved up
+    the epilogue's vectors: so many are none of the operands'."""
+    vectors = len(set(call.tensors) & _VECTORS) * -(-plan.block_n // (32 * report.num_warps))
+    return report.narrow_loads if report.looped or report.narrow_loads > vectors else 0
 
 
 def whole_trips(report: Report, plan: Plan, precision: Precision) -> bool:
@@ -58,12 +59,12 @@ def whole_trips(report: Report, plan: Plan, precision: Precision) -> bool:
     return loop_macs(report, plan, precision) % (plan.block_m * plan.block_n * plan.block_k * plan.unroll) == 0
 
 
-def loop(report: Report, plan: Plan, precision: Precision) -> list[str]:
+def loop(report: Report, plan: Plan, call: Call, precision: Precision) -> list[str]:
     found = []
     exact = precision.dtype == torch.float32 and not precision.tf32
     if not exact and not report.mma:
         found.append("no tensor-core instruction in the main loop")
-    if narrow := narrow_loads(report, plan):
+    if narrow := narrow_loads(report, plan, call):
         found.append(f"{narrow} loads of 2 bytes or less in the main loop")
     if not whole_trips(report, plan, precision):
         found.append(f"{report.mma} tensor-core instructions in the main loop are no whole trips of it")
@@ -113,7 +114,8 @@ def ratios(
     if done.programs < FULL * device.multiprocessors and plan.split_k == 1:
         size = tuple(n + 2 * p for n, p in zip(run.input_shape[2:], run.step.pad, strict=True))
         rows = plan.lowering.rows(run.input_shape[0], run.output_shape[2:])
-        for other in candidates(run.step.spec, run.input_shape[0], size, precision, device):
+        layout = plan.lowering.channels_last
+        for other in candidates(run.step.spec, run.input_shape[0], size, precision, device, layout):
             programs = other.tiles_of(rows) * other.split_k * run.step.spec.groups
             if other.split_k > 1 or programs >= FULL * device.multiprocessors:
                 found.append(

@@ -255,10 +255,16 @@ def test_failing_reports(change: dict[str, Any], says: str) -> None:
 
 
 def test_vectors_moved_up_in_an_unrolled_loop_are_no_narrow_operands() -> None:
-    few = dataclasses.replace(GOOD, loads={"LDGSTS.E.BYPASS.128": 16, "LDG.E.U16": 4}, looped=False)
-    assert verdict(few).failures == ()
-    many = dataclasses.replace(few, loads={"LDG.E.U16": 64})  # 64 * 128 elements of 128 threads
-    assert any("64 loads of 2 bytes" in f for f in verdict(many).failures)
+    """BatchNorm's four vectors of 64 elements are one load each for 128 threads."""
+    (run,) = Recorder(cases.find(["dcgan64.3"])[0], "fp16")(64, 80)
+    assert isinstance(run, StepRun) and run.plan is not None
+    run.plan = dataclasses.replace(run.plan, **TILE)
+    four = dataclasses.replace(GOOD, loads={"LDGSTS.E.BYPASS.128": 16, "LDG.E.U16": 4}, looped=False)
+    assert verdict(four, run).failures == ()
+    assert any("4 loads of 2 bytes" in f for f in verdict(dataclasses.replace(four, looped=True), run).failures)
+    five = dataclasses.replace(four, loads={"LDG.E.U16": 5})
+    assert any("5 loads of 2 bytes" in f for f in verdict(five, run).failures)
+    assert any("4 loads of 2 bytes" in f for f in verdict(four).failures)  # a step without vectors
 
 
 def test_pressure_is_judged_for_implicit_gemm_in_float16() -> None:
