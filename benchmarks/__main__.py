@@ -53,9 +53,9 @@ NOTES = (
 AVX2_NOTE = "Upsample blocks in bfloat16 are left out: eager takes minutes a call without instructions for it."
 
 
-def _implementations_note() -> str:
-    rows = [f"{suite}: {', '.join(names)}" for suite, names in SUITE_IMPLEMENTATIONS.items()]
-    return f"Implementations by suite ({'; '.join(rows)}); `--implementation` runs any."
+def _implementations_note(suites: dict[str, tuple[Implementation, ...]]) -> str:
+    rows = [f"{suite}: {', '.join(i.name for i in chosen)}" for suite, chosen in suites.items()]
+    return f"Implementations, by suite: {'; '.join(rows)}. `--implementation` runs any."
 
 
 def parser() -> argparse.ArgumentParser:
@@ -158,12 +158,12 @@ def run(arguments: argparse.Namespace) -> int:
     folder = (arguments.output or (SCRATCH if part else RESULTS)) / machine_name()
     no_memory = memory.unavailable()
     memory_note = f"Memory was not measured: {no_memory}." if no_memory else memory.METHODS["cpu"]
-    notes = (*NOTES, _implementations_note(), memory_note)
+    suites = {w.case.suite: implementations(w.case.suite, arguments) for w in todo}
+    notes = (*NOTES, _implementations_note(suites), memory_note)
     if arguments.isa == "AVX2" and not arguments.case:
         notes = (*notes, AVX2_NOTE)
     report = Report(environment(), f"python -m benchmarks {' '.join(sys.argv[1:])}".strip(), notes=notes)
     print("\n".join(f"{name}: {value}" for name, value in report.environment.items()))
-    suites = {w.case.suite: implementations(w.case.suite, arguments) for w in todo}
     _load(max(suites.values(), key=len))
     bandwidth = copy_bandwidth("cpu", wall_clock(3.0))
     products = {dtype: yardstick(dtype, "cpu", wall_clock(1.0)) for dtype in {w.dtype for w in todo}}

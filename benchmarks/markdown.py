@@ -58,7 +58,7 @@ def _lines(report: Report) -> Iterator[str]:
         yield ""
         yield "Milliseconds: median [quartiles]. TFLOP/s and single figures are in the JSON file."
         yield ""
-        yield from _by_implementation(report.rows, _milliseconds)
+        yield from _by_implementation(report.rows, _milliseconds, titles=True)
     if any(e.peak is not None for row in report.rows for e in row.entries):
         yield ""
         yield "## Memory"
@@ -92,9 +92,10 @@ def _remarks(rows: tuple[Row, ...]) -> Iterator[str]:
         yield f"Unsteady (quartiles more than {UNSTEADY:.0%} apart, other work ran): {'; '.join(unsteady)}."
 
 
-def _table(head: list[str], body: list[list[str]]) -> Iterator[str]:
+def _table(head: list[str], body: list[list[str]], text: tuple[int, ...] = (0,)) -> Iterator[str]:
+    """``text``: the columns that are not numbers."""
     yield "| " + " | ".join(head) + " |"
-    yield "|" + "|".join("---" if i == 0 else "---:" for i in range(len(head))) + "|"
+    yield "|" + "|".join("---" if i in text else "---:" for i in range(len(head))) + "|"
     for line in body:
         yield "| " + " | ".join(line) + " |"
 
@@ -118,7 +119,9 @@ def _summary(rows: tuple[Row, ...]) -> Iterator[str]:
         ratios = [row.speedup(entry, names) for names in others.values()]
         cells = ["" if ratio is None else str(ratio) for ratio in ratios]
         body.append([row.name, ms, *cells, _number(row.of_limit(entry)), entry.path])
-    yield from _table(["", f"{ours}, ms", *(f"over {label}" for label in others), "of the limit", "path"], body)
+    yield from _table(
+        ["", f"{ours}, ms", *(f"over {label}" for label in others), "of the limit", "path"], body, (0, len(others) + 3)
+    )
 
 
 def _limits(rows: tuple[Row, ...]) -> Iterator[str]:
@@ -137,14 +140,14 @@ def _limits(rows: tuple[Row, ...]) -> Iterator[str]:
     yield from _table(head, body)
 
 
-def _by_implementation(rows: tuple[Row, ...], cell: Callable[[Entry], str]) -> Iterator[str]:
+def _by_implementation(rows: tuple[Row, ...], cell: Callable[[Entry], str], titles: bool = False) -> Iterator[str]:
     """A column for each implementation."""
     names = list(dict.fromkeys(e.name for row in rows for e in row.entries if cell(e)))
     body = []
     for row in rows:
         entries = [row.entry(name) for name in names]
-        body.append([row.name, row.title, *("" if e is None else cell(e) for e in entries)])
-    yield from _table(["", "", *names], body)
+        body.append([row.name, *([row.title] if titles else []), *("" if e is None else cell(e) for e in entries)])
+    yield from _table(["", *([""] if titles else []), *names], body, (0, 1) if titles else (0,))
 
 
 def _milliseconds(e: Entry) -> str:
