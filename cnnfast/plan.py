@@ -201,7 +201,7 @@ class Plan:
 def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
     """Whether a plan can run at all: the one predicate of the heuristic and of tuning."""
     m, n, k = plan.block_m, plan.block_n, plan.block_k
-    if any(v & (v - 1) or v < 1 for v in (m, n, k, plan.num_warps, plan.unroll)) or min(m, n, k) < 16:
+    if any(v & (v - 1) or v < 1 for v in (m, n, k, plan.num_warps)) or min(m, n, k) < 16 or plan.unroll < 1:
         return False
     threads = plan.num_warps * 32
     # 128 accumulators a thread leave room for operands and addresses. A CUDA-core product (float32 exact) needs more of
@@ -214,15 +214,6 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
         # Two pipelined tcgen05 products a trip: the compiled code gave wrong sums when executed in emulation (triton
         # 3.7.1); whether compiler or emulator is at fault is open. One product a trip is right.
         return False
-    # Seen by compiling (tests/test_compiled.py): here the compiler saves registers for occupancy and spills a few.
-    if device.arch == 89 and (m, n, k, plan.unroll) == (64, 32, 64, 2):
-        return False
-    if device.arch // 10 == 8 and not plan.splits and (m, n, k, plan.unroll) == (64, 128, 32, 2):
-        return False
-    if device.arch // 10 == 10 and plan.splits and m >= 64:
-        return False
-    if device.arch // 10 == 12 and precision.itemsize == 4 and plan.splits and n == 16 and m * k >= 1024:
-        return False
     if plan.shared_memory(precision.itemsize) > device.shared_memory:
         return False
     most = max(1, plan.steps()) if plan.splits else 1
@@ -232,6 +223,7 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 SPLITS = (2, 4, 8, 16, 32)
+UNROLLS, MAX_TRIP = (2, 3, 5, 7), 192  # channel blocks of a trip, and its channels
 
 
 def _tiles(low: Lowering, precision: Precision, device: Device) -> Iterator[tuple[int, int, int, int, int]]:
@@ -245,7 +237,8 @@ def _tiles(low: Lowering, precision: Precision, device: Device) -> Iterator[tupl
     for m, n in itertools.product((128, 64, 32, 16), (128, 64, 32, 16)):
         if wide and m * n > 64 * 64:
             continue
-        warps = 8 if m * n >= 128 * 128 else 4 if m * n >= 32 * 64 else 2 if m * n > 16 * 16 else 1
+        largest = 8 if device.arch // 10 != 9 else 4  # wgmma keeps a warp's 128 x 32 of the tile without a spill
+        warps = largest if m * n >= 128 * 128 else 4 if m * n >= 32 * 64 else 2 if m * n > 16 * 16 else 1
         yield m, n, warps, 3, 64
         if m * n <= 64 * 64:
             yield m, n, warps, 3, 128
@@ -258,12 +251,18 @@ def _plans(low: Lowering, precision: Precision, device: Device) -> Iterator[Plan
             continue
         if m >= 4 * n and low.columns > n:  # a tall tile spends its loop on row addresses
             continue
-        block_k = k_bytes // precision.itemsize
-        while block_k > 16 and block_k >= 2 * low.channels_in:
+        block_k, channels, unroll = k_bytes // precision.itemsize, low.channels_in, 1
+        while block_k > 16 and block_k >= 2 * channels:
             block_k //= 2
-        # Two channel blocks of a tap share a trip's addresses, where the channels fill them.
-        pairs = low.channels_in % (2 * block_k) == 0 and precision.itemsize == 2
-        unroll = 2 if pairs and is_valid(Plan(low, m, n, block_k, 2, warps, stages), precision, device) else 1
+        # Several channel blocks of a tap share a trip's addresses, where the channels fill them.
+        part = block_k
+        while part > 16 and channels % part:
+            part //= 2
+        fits = [u for u in UNROLLS if channels % (u * part) == 0 and u * part <= MAX_TRIP and precision.itemsize == 2]
+        for u in fits:
+            if is_valid(Plan(low, m, n, part, u, warps, stages), precision, device):
+                block_k, unroll = part, u
+                break
         plan = Plan(low, m, n, block_k, unroll, warps, stages)
         if is_valid(plan, precision, device):
             yield plan
@@ -286,6 +285,15 @@ def _registers(plan: Plan) -> int:
     return min(255, 48 + 2 * plan.block_m * plan.block_n // (32 * plan.num_warps))
 
 
+def trip_rate(plan: Plan, precision: Precision, device: Device) -> float:
+    """Multiply-adds per clock of a multiprocessor with this tile's instructions."""
+    if _exact(precision):
+        return 64.0
+    rate = device.mma_per_clock * 2 / precision.itemsize
+    wide = plan.block_m >= 64 and plan.num_warps >= 4  # wgmma and tcgen05; mma.sync stays at the rate of sm_80
+    return rate if wide else min(rate, 1024 * 2 / precision.itemsize)
+
+
 def trip_clocks(plan: Plan, precision: Precision, device: Device) -> dict[str, float]:
     """Modelled clocks of a multiprocessor that one trip through the main loop takes of each of its parts: "tensor",
     "issue" (of instructions), "shared" (memory) and "l2"."""
@@ -294,20 +302,17 @@ def trip_clocks(plan: Plan, precision: Precision, device: Device) -> dict[str, f
     written = (m + n) * k * size
     macs = m * n * k
     generation = device.arch // 10
+    tensor = macs / trip_rate(plan, precision, device)
     if _exact(precision):
-        tensor, issue, read = macs / 64, 1.3 * macs / 128, written
+        issue, read = 1.3 * macs / 128, written
     elif generation == 9 and m >= 64 and warps >= 4:  # wgmma: operands straight from shared memory
-        tensor = macs / (device.mma_per_clock * 2 / size)
         products = m // 64 * k * size // 32 / (warps // 4)
         issue = (4 * products + 4 * copies + 68) * warps / 4
         read = m // 64 * (64 + n) * k * size
     elif generation == 10 and m >= 64 and warps >= 4:  # tcgen05: likewise, issued by one thread
-        tensor = macs / (device.mma_per_clock * 2 / size)
         issue = (6.3 * copies + 80) * warps / 4
         read = written
     else:  # mma.sync: each warp reads the rows and columns of its own part of the tile
-        rate = min(device.mma_per_clock, 1024) * 2 / size
-        tensor = macs / rate
         per_product = 1.5 if size == 2 else 3.5  # TF32's operands are rounded
         issue = (per_product * macs / (4096 / size) / warps + 4.5 * copies + 48) * warps / 4
         shapes = [(a, warps // a) for a in (1, 2, 4, 8) if a <= warps and a * 16 <= m]
@@ -321,15 +326,18 @@ def trip_clocks(plan: Plan, precision: Precision, device: Device) -> dict[str, f
 
 
 SECOND_PASS = 2000.0  # clocks until a dependent kernel has started
-IDLE = 1.0  # what idle multiprocessors cost beyond the model, which has few programs wait no longer than many
+FULL_WAVE = 0.95  # of the multiprocessors
+
+
+def programs_of(plan: Plan, rows: int) -> int:
+    """Programs of a launch whose largest phase has ``rows`` rows."""
+    return plan.tiles_of(rows) * plan.split_k * plan.lowering.spec.groups
 
 
 def modelled_clocks(plan: Plan, rows: int, precision: Precision, device: Device) -> float:
     """Modelled time of a plan whose largest phase has ``rows`` rows (only comparisons mean anything)."""
-    low = plan.lowering
     resident = resident_blocks(device, plan.num_warps, _registers(plan), plan.shared_memory(precision.itemsize))
-    programs = plan.tiles_of(rows) * plan.split_k * low.spec.groups
-    per_sm = -(-programs // device.multiprocessors)
+    per_sm = -(-programs_of(plan, rows) // device.multiprocessors)
     concurrent = min(resident, per_sm)
     # A program alone cannot hide its latency: a trip takes at least a share of the memory's, by depth of the pipeline.
     latency = 700.0 / (plan.num_stages - 1) / concurrent
@@ -337,14 +345,36 @@ def modelled_clocks(plan: Plan, rows: int, precision: Precision, device: Device)
     tile = steps * max(*trip_clocks(plan, precision, device).values(), latency)
     prologue = 1500.0 / concurrent
     store = plan.block_m * plan.block_n * (4 if plan.split_k > 1 else precision.itemsize) / 32
-    total = per_sm * (tile + prologue + store)
-    out = rows * math.prod(low.phases) * low.columns * low.spec.groups
-    moved = (rows * low.spec.in_channels + math.prod(low.spec.weight_shape) + out) * precision.itemsize
-    if plan.split_k == 1:
-        total *= 1 + IDLE * max(0.0, 1 - programs / device.multiprocessors)
-        return max(total, moved / device.dram_bytes_per_clock)
-    sums = 4 * plan.split_k * out  # written, and read again by the second pass
-    return max(total, (moved + sums) / device.dram_bytes_per_clock) + SECOND_PASS + sums / device.dram_bytes_per_clock
+    busy = per_sm * (tile + prologue + store)
+    moved, sums = _moved(plan, rows, precision.itemsize)
+    total = max(busy, (moved + sums) / device.dram_bytes_per_clock)
+    if plan.split_k > 1:
+        total += SECOND_PASS + sums / device.dram_bytes_per_clock
+    return total + busy / 1000  # of two that wait for memory, the one that computes less
+
+
+def _moved(plan: Plan, rows: int, itemsize: int) -> tuple[float, float]:
+    """Bytes to and from DRAM, about: of the operands, each once, and of the partial sums, one way."""
+    low = plan.lowering
+    s = low.spec
+    out = rows * math.prod(low.phases) * low.columns * s.groups
+    weight = low.channels_in * low.columns * s.groups if low.regime == "latent" else math.prod(s.weight_shape)
+    sums = 4 * plan.split_k * out if plan.split_k > 1 else 0
+    return (rows * s.in_channels + weight + out) * itemsize, sums
+
+
+def _cost(plan: Plan, rows: int, precision: Precision, device: Device) -> tuple[float, float]:
+    """What the choice minimises: first the rules that the plan breaks, then its modelled time.
+
+    Rules: a wave of programs, or K in parts; no partial sums that weigh on a layer that waits for memory.
+    """
+    idle = plan.split_k == 1 and programs_of(plan, rows) < FULL_WAVE * device.multiprocessors
+    moved, sums = _moved(plan, rows, precision.itemsize)
+    low = plan.lowering
+    macs = rows * math.prod(low.phases) * low.columns * low.spec.groups * low.channels_in * low.max_taps
+    rate = trip_rate(plan, precision, device) * device.multiprocessors
+    heavy = 2 * sums > 0.15 * moved and (moved + 2 * sums) / device.dram_bytes_per_clock > macs / rate
+    return float(idle + heavy), modelled_clocks(plan, rows, precision, device)
 
 
 BINARIES = 3  # of a layer, over all sizes of batch and image
@@ -353,26 +383,27 @@ _SIZES = tuple(4**e for e in range(2, 8))  # rows for which a menu is composed: 
 
 @lru_cache(maxsize=4096)
 def _menu(low: Lowering, precision: Precision, device: Device) -> tuple[tuple[Plan, ...], ...]:
-    """The tiles a layer may use, as the plans of each (several where K can be split): those that lose the least over
-    all sizes of batch and image, in no more than `BINARIES` binaries. A split's second pass is one of them.
+    """The tiles a layer may use, as the plans of each (several where K can be split): those that break the fewest rules
+    and then lose the least time over all sizes of batch and image, in no more than `BINARIES` binaries. A split's
+    second pass is one of them.
     """
     whole = [(p,) for p in _plans(low, precision, device)]
     split = [tuple(parts) for (p,) in whole if (parts := _split(p, precision, device))]
     if not whole:
         raise RuntimeError(f"no valid plan for {low.spec} in {precision.dtype} on {device.name}")
+    table = {
+        plans: [min(_cost(p, rows, precision, device) for p in plans) for rows in _SIZES] for plans in (*whole, *split)
+    }
+    sizes = range(len(_SIZES))
+    best = [min(costs[i][1] for costs in table.values()) for i in sizes]
 
-    def times(plans: tuple[Plan, ...]) -> list[float]:
-        return [min(modelled_clocks(p, rows, precision, device) for p in plans) for rows in _SIZES]
-
-    table = {plans: times(plans) for plans in (*whole, *split)}
-    best = [min(t[i] for t in table.values()) for i in range(len(_SIZES))]
-
-    def loss(menu: tuple[tuple[Plan, ...], ...]) -> float:
-        return sum(math.log(min(table[plans][i] for plans in menu) / best[i]) for i in range(len(_SIZES)))
+    def loss(menu: tuple[tuple[Plan, ...], ...]) -> tuple[float, float]:
+        chosen = [min(table[plans][i] for plans in menu) for i in sizes]
+        return sum(rules for rules, _ in chosen), sum(math.log(chosen[i][1] / best[i]) for i in sizes)
 
     def leading(among: list[tuple[Plan, ...]]) -> list[tuple[Plan, ...]]:
-        """Those that are the fastest of ``among`` for some size."""
-        firsts = (min(among, key=lambda plans: table[plans][i]) for i in range(len(_SIZES)))
+        """Those that are the best of ``among`` for some size."""
+        firsts = (min(among, key=lambda plans: table[plans][i]) for i in sizes)
         return list(dict.fromkeys(firsts))
 
     menus: list[tuple[tuple[Plan, ...], ...]] = list(itertools.combinations(leading(whole), BINARIES))
@@ -399,7 +430,7 @@ def choose_plan(
     low = lower(spec, input_size, channels_last)
     rows = low.rows(batch, spec.output_size(input_size))
     plans = itertools.chain.from_iterable(_menu(low, precision, device))
-    return min(plans, key=lambda plan: modelled_clocks(plan, rows, precision, device))
+    return min(plans, key=lambda plan: _cost(plan, rows, precision, device))
 
 
 def candidates(
@@ -414,4 +445,4 @@ def candidates(
     low = lower(spec, input_size, channels_last)
     rows = low.rows(batch, spec.output_size(input_size))
     found = [q for p in _plans(low, precision, device) for q in (p, *_split(p, precision, device))]
-    return sorted(found, key=lambda plan: modelled_clocks(plan, rows, precision, device))
+    return sorted(dict.fromkeys(found), key=lambda plan: modelled_clocks(plan, rows, precision, device))

@@ -78,6 +78,8 @@ def constants(
 
 
 REDUCE_M, REDUCE_N = 16, 64
+# Of a thread, as many as there are. Without this, ptxas aims at 128 for occupancy, and spills a few on the way.
+MAX_REGISTERS = 255
 
 
 @lru_cache(maxsize=4096)
@@ -119,7 +121,13 @@ def prepare(
     return Launch(
         plan,
         _in_order(kernels.conv_transpose_kernel, consts),
-        dict(grid=plan.grid(batch, out), warmup=False, num_warps=plan.num_warps, num_stages=plan.num_stages),
+        dict(
+            grid=plan.grid(batch, out),
+            warmup=False,
+            num_warps=plan.num_warps,
+            num_stages=plan.num_stages,
+            maxnreg=MAX_REGISTERS,
+        ),
         (batch, s.out_channels, out[0], out[1]),
         reduce,
         reduce_grid,
