@@ -1,8 +1,6 @@
 """Prove on first use: a kernel runs on a GPU only after it was right there once.
 
-The first launch of a compiled kernel in a process is a trial: operands of the caller's shapes, layouts and dtypes,
-filled with noise from a fixed seed (the first batch of a program may be zeros or hold NaNs, and would prove nothing),
-the first and the last image compared with float64 by the tolerance rule. What passes is kept on disk and not repeated
+The first launch of a compiled kernel in a process is a trial (`trial.py`). What passes is kept on disk and not repeated
 by other processes. A kernel that is wrong, does not compile or does not fit the GPU is not used again: PyTorch's
 operators run, with one warning, and `report` and `cnnfast.Sequential.explain` say why; an explicit
 ``backend="triton"`` raises.
@@ -14,10 +12,7 @@ call `warmup` first. An illegal memory access of a kernel cannot be recovered fr
 from __future__ import annotations
 
 import hashlib
-import math
 import os
-import subprocess
-import types
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -26,10 +21,9 @@ from typing import Any
 
 import torch
 
-from . import __version__, store
+from . import __version__, store, trial
 from .block import Operands, Step
 from .spec import ConvSpec
-from .tolerance import expected, verdict
 
 __all__ = [
     "UNGUARDED",
@@ -40,7 +34,6 @@ __all__ = [
     "enabled",
     "environment",
     "failures",
-    "fill_with_noise",
     "first_use",
     "proof",
     "report",
@@ -151,9 +144,9 @@ def first_use(
                 return y
             proof.why_not = f"gave wrong results on {environment(proof.index)['gpu']}: {problem}"
         except Exception as error:
-            if not enabled() or not is_kernel_failure(error):
+            if not enabled() or not trial.is_kernel_failure(error):
                 raise
-            cause, proof.why_not = error, f"cannot run on {environment(proof.index)['gpu']}: {_said(error)}"
+            cause, proof.why_not = error, f"cannot run on {environment(proof.index)['gpu']}: {trial.said(error)}"
         proof.state = f"PyTorch's operators run: the kernel {proof.why_not}"
         if not required and proof.why_not not in _told:  # a missing compiler is not told of for every layer
             _told.add(proof.why_not)
@@ -181,19 +174,9 @@ def _trial(
     if calls & (calls - 1):  # what could not be decided is tried again at calls 1, 2, 3, 5, 9, 17, ...
         return False, None
     try:
-        noise = _noise(step, o)
-        y = start(noise)
-        ends = slice(None, None, max(1, y.shape[0] - 1))  # the first and the last image
-        residual = None if noise.residual is None else noise.residual[ends]
-        noise, y = noise._replace(x=noise.x[ends], residual=residual), y[ends]
-    except torch.OutOfMemoryError as error:
-        proof.state = f"not checked yet, PyTorch's operators run: {_said(error)}"
-        return False, None
-    try:
-        with torch.no_grad(), torch.autocast(o.x.device.type, enabled=False):
-            problem = verdict(y, *expected(step, noise, tf32))
-    except RuntimeError as error:  # of PyTorch's operators in float64: out of memory, or not implemented
-        proof.state = f"not checked yet, PyTorch's operators run: {_said(error)}"
+        problem = trial.problem(start, step, o, tf32)
+    except trial.Undecided as reason:
+        proof.state = f"not checked yet, PyTorch's operators run: {reason}"
         return False, None
     if problem is None:
         kept = store.put(KIND, proof.key(), {"kernel": describe(proof)})
@@ -201,77 +184,9 @@ def _trial(
     return True, problem
 
 
-_PERIOD = 65521  # a prime: repeats of the noise fall on no row, channel or image twice
-
-
-def _noise(step: Step, o: Operands) -> Operands:
-    """Operands like ``o`` (shapes, layouts, dtypes) with `fill_with_noise`'s contents."""
-    like: dict[str, Any] = {name: torch.empty_like(t) for name, t in o._asdict().items() if isinstance(t, torch.Tensor)}
-    o = o._replace(**like)
-    fill_with_noise(step, o)
-    return o
-
-
-def fill_with_noise(step: Step, o: Operands) -> None:
-    """Fill dense operands with normal noise, the same in every run; weights such that results have about unit
-    variance."""
-    base = torch.randn(_PERIOD, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    s = step.spec
-    taps = max(1, math.prod(o.weight.shape[2:]) // math.prod(s.stride if s.transposed else (1, 1)))
-    gain = (s.in_channels // s.groups * taps) ** -0.5
-    for i, (name, t) in enumerate(o._asdict().items()):
-        if not isinstance(t, torch.Tensor):
-            continue
-        values = base.roll(7919 * i)
-        if name == "weight":
-            values = values * gain
-        elif name == "var":
-            values = values.abs() + 0.1
-        flat = t.as_strided((t.numel(),), (1,))
-        period = t.new_empty(_PERIOD).copy_(values)
-        whole = flat.numel() // _PERIOD * _PERIOD
-        flat[:whole].view(-1, _PERIOD).copy_(period)
-        flat[whole:].copy_(period[: flat.numel() - whole])
-
-
 def capturing() -> bool:
     """Whether the current stream is being captured into a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-# --- whose failure it is ----------------------------------------------------------------------------------------------
-
-
-def is_kernel_failure(error: BaseException) -> bool:
-    """Whether Triton's compiler, its driver or the tools it calls refused a kernel: not a user's mistake, and not a
-    GPU that is out of memory at the moment."""
-    from triton.errors import TritonError
-
-    if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
-        return False
-    if isinstance(error, TritonError):
-        return True
-    # Compiler passes, the CUDA driver and a missing C compiler raise plain exceptions, out of triton's own modules.
-    plain = (RuntimeError, OSError, ImportError, ValueError, subprocess.CalledProcessError)
-    return isinstance(error, plain) and any(name.startswith("triton.") for name in _modules(error.__traceback__))
-
-
-def _modules(traceback: types.TracebackType | None) -> Iterable[str]:
-    while traceback is not None:
-        yield str(traceback.tb_frame.f_globals.get("__name__", ""))
-        traceback = traceback.tb_next
-
-
-def _said(error: BaseException) -> str:
-    """The kind of an exception and what it says, in a line: that of the first cause."""
-    from triton.compiler.errors import CompilationError
-
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, CompilationError):  # the source comes first
-        lines = lines[-1:]
-    return f"{type(error).__name__}: {'; '.join(lines)[:300]}"
 
 
 # --- telling ----------------------------------------------------------------------------------------------------------

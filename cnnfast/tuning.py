@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import dispatch, env, guard, store, tuned
+from . import dispatch, env, guard, store, trial, tuned
 from .block import Operands, Step
 from .generators import create_model, list_models
 from .plan import Plan, candidates, choose_plan
@@ -72,7 +72,7 @@ class Task:
         """Noise."""
         made: dict[str, Any] = {name: like.make(self.device) for name, like in self.likes}
         o = Operands(eps=self.eps, **made)
-        guard.fill_with_noise(self.step, o)
+        trial.fill_with_noise(self.step, o)
         return o
 
     @property

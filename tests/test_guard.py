@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import cnnfast
-from cnnfast import guard, store
+from cnnfast import guard, store, trial
 from cnnfast.block import Operands, Step, run_reference
 from cnnfast.ops.core import run_step
 from cnnfast.spec import Activation, ConvSpec
@@ -358,7 +358,7 @@ def test_the_switch(device: torch.device, starts: list[int], spoil: Spoil, monke
 
 
 def test_out_of_memory_in_the_check(device: torch.device, starts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    real, tries = guard.expected, []
+    real, tries = trial.expected, []
 
     def full(*args: Any) -> Any:
         tries.append(1)
@@ -366,7 +366,7 @@ def test_out_of_memory_in_the_check(device: torch.device, starts: list[int], mon
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
         return real(*args)
 
-    monkeypatch.setattr(guard, "expected", full)
+    monkeypatch.setattr(trial, "expected", full)
     o = operands(device)
     with silent():
         check(run(o), o)
@@ -385,7 +385,7 @@ def test_out_of_memory_in_the_check_of_an_explicit_backend(
     def full(*args: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(guard, "expected", full)
+    monkeypatch.setattr(trial, "expected", full)
     o = operands(device)
     check(run(o, backend="triton"), o)
     assert starts == [2, 2], "the trial and the launch that was asked for"
@@ -547,7 +547,7 @@ def test_a_launch_that_writes_nothing() -> None:
 def test_noise_is_like_the_operands() -> None:
     o = operands("cpu", 300)._replace(var=torch.zeros(32), mean=torch.zeros(32), eps=1e-5)
     o = o._replace(x=o.x.contiguous(), slope=torch.zeros(1))
-    noise = guard._noise(STEP, o)
+    noise = trial.noise(STEP, o)
     for name, like in o._asdict().items():
         got = getattr(noise, name)
         if isinstance(like, torch.Tensor):
@@ -555,13 +555,13 @@ def test_noise_is_like_the_operands() -> None:
             assert got.isfinite().all() and (got != 0).any()
         else:
             assert got == like
-    assert noise.x.numel() > guard._PERIOD and noise.var.min() > 0
+    assert noise.x.numel() > trial._PERIOD and noise.var.min() > 0
     assert noise.x.float().std().item() == pytest.approx(1, abs=0.02)
     y = torch.nn.functional.conv_transpose2d(noise.x.float(), noise.weight.float(), None, 2, 1)[:, :, 2:4, 2:4]
     assert y.std().item() == pytest.approx(1, abs=0.1)
     rows = noise.x.permute(0, 2, 3, 1).reshape(-1, 32)
     assert len(torch.unique(rows, dim=0)) > 0.99 * len(rows), "rows repeat: a wrong row could look right"
-    again = guard._noise(STEP, o)
+    again = trial.noise(STEP, o)
     assert all(torch.equal(a, b) for a, b in zip(noise, again, strict=True) if isinstance(a, torch.Tensor))
 
 
@@ -605,10 +605,10 @@ def test_whose_failure() -> None:
         PTXASError("no"),
         CompilationError("", None, "no"),
     ):
-        assert guard.is_kernel_failure(error)
+        assert trial.is_kernel_failure(error)
     for error in (ValueError("a mistake"), RuntimeError("a size"), torch.OutOfMemoryError("CUDA out of memory")):
-        assert not guard.is_kernel_failure(error)
-    assert not guard.is_kernel_failure(RuntimeError("Triton Error [CUDA]: out of memory"))
+        assert not trial.is_kernel_failure(error)
+    assert not trial.is_kernel_failure(RuntimeError("Triton Error [CUDA]: out of memory"))
 
 
 def test_plain_exceptions_out_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -619,11 +619,11 @@ def test_plain_exceptions_out_of_triton(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(build.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="Failed to find C compiler") as caught:
         build._build("a", "a.c", ".", [], [], [], [])
-    assert guard.is_kernel_failure(caught.value)
+    assert trial.is_kernel_failure(caught.value)
     monkeypatch.setenv("CC", sys.executable)
     with pytest.raises(subprocess.CalledProcessError) as failed:
         build._build("a", "/nowhere/a.c", ".", [], [], [], [])
-    assert guard.is_kernel_failure(failed.value)
+    assert trial.is_kernel_failure(failed.value)
 
 
 def test_warmup_runs_every_batch_without_gradients() -> None:
