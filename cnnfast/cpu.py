@@ -153,8 +153,14 @@ def why_slower_plain(
             return None  # ATen takes two to four times as long as in channels-last
         return "the conversions to channels-last and back cost what packed operators save"
     post = post_op(step.activation)
-    fused = post.attr != "none" and (post.attr not in _LOSE_NAN or _check_pays(step, shape, dtype)) or slopes == 1
-    return None if norm or fused else "no pass over memory is saved, and the weight is small"
+    saved = after if norm else 0
+    if slopes == 1 or post.attr not in ("none", *_LOSE_NAN):
+        saved += after
+    elif post.attr in _LOSE_NAN and _check_pays(step, shape, dtype):
+        saved += after - before * dtype.itemsize // 4
+    if saved < 2**18:  # 50 us of a pass against what a call costs in Python with cold caches
+        return "a pass over memory saved is too little or none, and the weight is small"
+    return None
 
 
 class _Plan(NamedTuple):
