@@ -1,9 +1,10 @@
 """Which run of modules is one fused step: the rules, once.
 
 A step is ``ConvTranspose1d/2d``, ``Conv1d/2d`` or ``Upsample(nearest) + Conv2d``, then a BatchNorm in eval mode, then
-an activation, the last two optional. `plan_modules` gives steps for a list of modules, and for every other module the
-reason why it runs as it stands. A step is made of values alone (slots in the list, geometry, numbers); whoever runs it
-reads the tensors from the modules on every call.
+an activation, both optional. Ahead of the latter two's convolution a module may pad by zeros, reflection or
+replication. `plan_modules` gives steps for a list of modules, and for every other module the reason why it runs as it
+stands. A step is made of values alone (slots in the list, geometry, numbers); whoever runs it reads the tensors from
+the modules on every call.
 """
 
 from __future__ import annotations
@@ -143,8 +144,9 @@ def _step(parts: list[_Part], slot: int, reasons: dict[int, str]) -> FusedStep:
         conv, base = slot, _transposed(part)
     elif part.role == "upsample":
         conv, base = _upsampled(parts, slot)
-    elif part.role == "conv":
-        conv, base = slot, _plain(part)
+    elif part.role == "conv" or part.role.startswith("pad"):
+        conv, pad = _padded(parts, slot, part.ndim)
+        base = _plain(parts[conv], pad)
     else:
         raise Refused("no convolution ahead of it that takes it in")
     weight, channels, ndim = _tensor(parts[conv].tensors[0]), base.spec.out_channels, parts[conv].ndim
@@ -276,16 +278,48 @@ def _plain_padding(part: _Part, kernel: Sequence[int]) -> tuple[int, ...]:
     return padding
 
 
-def _plain(part: _Part) -> Step:
+class _Pad(NamedTuple):
+    """A module that pads both sides of each dimension alike."""
+
+    mode: str
+    padding: tuple[int, ...]
+
+
+def _padded(parts: list[_Part], slot: int | None, ndim: int) -> tuple[int, _Pad | None]:
+    """The slot of a Conv1d or Conv2d at ``slot`` or after a padding module there, and what that pads."""
+    pad = None
+    if slot is not None and parts[slot].role.startswith("pad") and parts[slot].ndim == ndim:
+        (padding,) = parts[slot].attributes
+        before, after = _pair("padding", padding, 2 * ndim)[::2][::-1], padding[1::2][::-1]
+        if before != after or min(before) < 0:
+            raise Refused(f"padding={padding}: only the same on both sides goes into a convolution")
+        pad = _Pad(parts[slot].role.removeprefix("pad "), before)
+        slot = _following(parts, slot, ndim)
+    if slot is None or parts[slot].role != "conv" or parts[slot].ndim != ndim:
+        raise Refused(f"no Conv{ndim}d follows that could take it in")
+    return slot, pad
+
+
+def _all_padding(part: _Part, kernel: Sequence[int], pad: _Pad | None) -> _Pad:
+    """What is padded ahead of the convolution by it and the module before it."""
+    mode, padding = part.attributes[5], _plain_padding(part, kernel)
+    if pad is None or not any(pad.padding):
+        return _Pad(mode, padding)
+    if any(padding) and (mode, pad.mode) != ("zeros", "zeros"):
+        raise Refused("the convolution that follows pads, too")
+    return _Pad(pad.mode, tuple(p + q for p, q in zip(padding, pad.padding, strict=True)))
+
+
+def _plain(part: _Part, pad: _Pad | None) -> Step:
     """The step of a Conv1d or Conv2d without an upsampling ahead of it."""
-    stride, _, _, dilation, groups, mode, _ = part.attributes
+    stride, _, _, dilation, groups, _, _ = part.attributes
     weight, n = _conv_weight(part), part.ndim
     c_out, per_group, *kernel = weight.shape
     if type(groups) is not int:
         raise Refused(f"groups={groups!r} is not an int")
     if _pair("stride", stride, n) != (1,) * n and weight.device.type != "cpu":
         raise Refused(f"stride={stride}: there is no kernel for strided convolutions yet")
-    padding = _plain_padding(part, kernel)
+    mode, padding = _all_padding(part, kernel, pad)
     try:
         step = plain_step(
             ConvSpec.make(
@@ -317,11 +351,9 @@ def _upsampled(parts: list[_Part], slot: int) -> tuple[int, Step]:
     factors = scale_factor if type(scale_factor) is tuple else (scale_factor, scale_factor)
     if len(factors) != 2 or not all(f in range(1, MAX_SCALE + 1) for f in factors):
         raise Refused(f"scale_factor={scale_factor!r} is not one or two integers from 1 to {MAX_SCALE}")
-    conv = _following(parts, slot, 2)
-    if conv is None or parts[conv].role != "conv" or parts[conv].ndim != 2:
-        raise Refused("no Conv2d follows that could take it in")
+    conv, pad = _padded(parts, _following(parts, slot, 2), 2)
     part = parts[conv]
-    stride, _, _, dilation, groups, mode, _ = part.attributes
+    stride, _, _, dilation, groups, _, _ = part.attributes
     weight = _conv_weight(part)
     c_out, per_group, *kernel = weight.shape
     if type(groups) is not int:
@@ -330,7 +362,7 @@ def _upsampled(parts: list[_Part], slot: int) -> tuple[int, Step]:
         raise Refused(f"the Conv2d that follows has stride={stride} and dilation={dilation}: 1 and 1 are collapsed")
     if not all(k % 2 for k in kernel):
         raise Refused(f"the Conv2d that follows has kernel_size={tuple(kernel)}: odd ones are collapsed")
-    padding = _plain_padding(part, kernel)
+    mode, padding = _all_padding(part, kernel, pad)
     upsample = Upsample((int(factors[0]), int(factors[1])), padding, mode)  # type: ignore[arg-type]
     try:
         step = upsample_step(per_group * groups, c_out, (kernel[0], kernel[1]), upsample, groups)

@@ -31,7 +31,7 @@ Tensors = tuple[Tensor | None, ...]
 class Kind(NamedTuple):
     """How to look at one class of modules: functions of a module's ``__dict__``, and of its tensors."""
 
-    role: str  # transposed, conv, upsample, norm, activation, identity or dropout
+    role: str  # transposed, conv, upsample, pad and its mode, norm, activation, identity or dropout
     ndim: int  # spatial dimensions; 0: any
     forward: Callable[..., Any]  # the class's own, which a patched class has no longer
     look: Callable[[dict[str, Any]], tuple[Any, ...]]  # the four dicts of hooks, training, then attributes
@@ -119,6 +119,10 @@ def _kinds() -> dict[type, Kind]:
     add(nn.Conv2d, "conv", 2, (*geometry, "_reversed_padding_repeated_twice"), _conv_tensors)
     for upsample in (nn.Upsample, nn.UpsamplingNearest2d):
         add(upsample, "upsample", 2, ("size", "scale_factor", "mode", "align_corners"))
+    for n, pads in ((1, (nn.ReflectionPad1d, nn.ReplicationPad1d)), (2, (nn.ReflectionPad2d, nn.ReplicationPad2d))):
+        for pad, mode in zip(pads, ("reflect", "replicate"), strict=True):
+            add(pad, f"pad {mode}", n, ("padding",))
+    add(nn.ZeroPad2d, "pad zeros", 2, ("padding",))
     add(nn.BatchNorm1d, "norm", 1, ("eps",), _norm_tensors)
     add(nn.BatchNorm2d, "norm", 2, ("eps",), _norm_tensors)
     add(nn.ReLU, "activation", 0, ("inplace",), activation=_named("relu"))

@@ -85,6 +85,13 @@ FUSED: dict[str, tuple[list[nn.Module], int, Activation]] = {
     "plain-reflect-nothing": ([nn.Conv2d(4, 6, 3, padding_mode="reflect")], 1, Activation()),
     "plain-replicate-1d": ([nn.Conv1d(4, 6, 3, padding=1, padding_mode="replicate")], 1, Activation()),
     "plain-reflect-1d": ([nn.Conv1d(4, 6, 3, padding=2, padding_mode="reflect"), nn.ReLU()], 2, Activation("relu")),
+    "pad-reflect": ([nn.ReflectionPad2d(1), nn.Conv2d(4, 6, 3), nn.ReLU()], 3, Activation("relu")),
+    "pad-replicate": ([nn.ReplicationPad2d((3, 3, 1, 1)), nn.Identity(), nn.Conv2d(4, 6, 3, 2)], 3, Activation()),
+    "pad-zeros": ([nn.ZeroPad2d((2, 2, 0, 0)), nn.Conv2d(4, 6, 3, padding=(2, 1))], 2, Activation()),
+    "pad-nothing": ([nn.ReflectionPad2d(0), nn.Conv2d(4, 6, 3, padding=1, padding_mode="replicate")], 2, Activation()),
+    "pad-1d": ([nn.ReflectionPad1d(2), nn.Conv1d(4, 6, 5), nn.ReLU()], 3, Activation("relu")),
+    "upsample-pad": ([up(), nn.ReflectionPad2d(1), nn.Conv2d(4, 6, 3), nn.ReLU()], 4, Activation("relu")),
+    "upsample-pad-replicate": ([up(), nn.ReplicationPad2d((2, 2, 1, 1)), nn.Conv2d(4, 6, 5)], 3, Activation()),
     "same-reflect": ([up(), nn.Conv2d(4, 6, 3, padding="same", padding_mode="reflect")], 2, Activation()),
 }
 
@@ -103,7 +110,7 @@ def test_fused(name: str) -> None:
 @pytest.mark.parametrize("name", FUSED)
 def test_results_of_what_is_fused(name: str) -> None:
     seq = randomized(cnnfast.Sequential(*FUSED[name][0])).eval()
-    one_dimension = isinstance(seq[0], (nn.ConvTranspose1d, nn.Conv1d))
+    one_dimension = isinstance(seq[0], (nn.ConvTranspose1d, nn.Conv1d, nn.ReflectionPad1d))
     x = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(0))
     check(seq, x if one_dimension else torch.stack([x, x * 0.5 + 1, x.flip(2), x.roll(1, 2), x * x], 2), inputs=4)
 
@@ -133,6 +140,15 @@ UNFUSED: dict[str, tuple[list[nn.Module], int, str]] = {
     "linear": ([nn.Linear(4, 4)], 0, "Linear is no part of a fused step"),
     "circular": ([nn.Conv2d(4, 6, 3, padding_mode="circular")], 0, "padding_mode='circular' must be one of"),
     "circular-1d": ([nn.Conv1d(4, 6, 3, padding=1, padding_mode="circular")], 0, "padding_mode='circular'"),
+    "pad-uneven": ([nn.ReflectionPad2d((0, 1, 0, 1)), nn.Conv2d(4, 6, 3)], 0, "only the same on both sides"),
+    "pad-negative": ([nn.ZeroPad2d(-1), nn.Conv2d(4, 6, 3)], 0, "only the same on both sides"),
+    "pad-twice": ([nn.ReflectionPad2d(1), nn.Conv2d(4, 6, 3, padding=1)], 0, "pads, too"),
+    "pad-zeros-twice": ([nn.ZeroPad2d(1), nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect")], 0, "pads, too"),
+    "pad-alone": ([nn.ReflectionPad2d(1), nn.ReLU()], 0, "no Conv2d follows"),
+    "pad-transposed": ([nn.ReflectionPad2d(1), ct()], 0, "no Conv2d follows"),
+    "pad-dimensions": ([nn.ReflectionPad1d(1), nn.Conv2d(4, 6, 3)], 0, "no Conv1d follows"),
+    "pad-constant": ([nn.ConstantPad2d(1, 2.0), nn.Conv2d(4, 6, 3)], 0, "no part"),
+    "upsample-far-pad": ([up(), nn.ReflectionPad2d(2), nn.Conv2d(4, 6, 5)], 0, "reflect padding"),
     "uneven-same": ([nn.Conv2d(4, 6, (3, 4), padding="same")], 0, r"padding='same' .*\(3, 4\) pads unevenly"),
     "uneven-same-1d": ([nn.Conv1d(4, 6, 2, padding="same")], 0, "unevenly"),
     "uneven-reflect": ([nn.Conv2d(4, 6, 4, padding="same", padding_mode="reflect")], 0, "unevenly"),
@@ -236,6 +252,22 @@ def test_training_mode(slot: int) -> None:
     else:
         steps = [i for i in items if isinstance(i, FusedStep)]
         assert [s.slots for s in steps] == [tuple(range(slot))]
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        ([up(), nn.ReflectionPad2d(2), nn.Conv2d(4, 6, 5), nn.ReLU()], [None, (1, 2, 3)]),
+        ([nn.ReflectionPad2d(1), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU()], [None, (1, 2)]),
+        ([nn.ReflectionPad2d((1, 2, 1, 2)), nn.Conv2d(4, 6, 3)], [None, (1,)]),
+        ([ct(4, 4), nn.ReflectionPad2d(3), nn.Conv2d(4, 3, 7), nn.Tanh()], [(0,), (1, 2, 3)]),
+    ],
+    ids=["far-reflection", "both-pad", "uneven", "head"],
+)
+def test_what_a_refused_pad_leaves(modules: list[nn.Module], expected: list[object]) -> None:
+    assert [getattr(i, "slots", None) for i in plan(*modules)] == expected
+    seq = randomized(cnnfast.Sequential(*modules)).eval()
+    check(seq, torch.randn(2, 4, 5, 6, generator=torch.Generator().manual_seed(0)), inputs=4)
 
 
 def test_the_steps_of_a_generator_follow_one_another() -> None:

@@ -136,9 +136,9 @@ def stacks(draw: st.DrawFn, ndim: int) -> tuple[nn.Sequential, Tensor]:
     n = draw(st.sampled_from([1, 2, 5]))
     first = channels = draw(CHANNELS)
     first_size = size = draw(st.integers(1, 6))
-    ct, conv, bn, dropout = {
-        1: (nn.ConvTranspose1d, nn.Conv1d, nn.BatchNorm1d, nn.Dropout1d),
-        2: (nn.ConvTranspose2d, nn.Conv2d, nn.BatchNorm2d, nn.Dropout2d),
+    ct, conv, bn, dropout, *pads = {
+        1: (nn.ConvTranspose1d, nn.Conv1d, nn.BatchNorm1d, nn.Dropout1d, nn.ReflectionPad1d, nn.ReplicationPad1d),
+        2: (nn.ConvTranspose2d, nn.Conv2d, nn.BatchNorm2d, nn.Dropout2d, nn.ReflectionPad2d, nn.ZeroPad2d),
     }[ndim]
     modules: list[nn.Module] = []
     for _ in range(draw(st.integers(1, 3))):
@@ -161,6 +161,11 @@ def stacks(draw: st.DrawFn, ndim: int) -> tuple[nn.Sequential, Tensor]:
                 size *= r
                 if draw(st.booleans()):
                     modules.append(nn.Identity())
+            if draw(st.integers(0, 3)) == 0:
+                p = draw(st.integers(0, min(2, size - 1)))
+                q = draw(st.sampled_from([p, p, p + 1])) if size > p + 1 else p
+                modules.append(draw(st.sampled_from(pads))((p, q) * ndim))
+                size += p + q
             dilation = draw(st.sampled_from([1, 1, 2]))
             kernel = draw(st.sampled_from([k for k in (1, 2, 3, 4, 5) if dilation * (k - 1) < size]))
             mode = draw(st.sampled_from(["zeros", "zeros", "replicate", "reflect", "circular"]))
