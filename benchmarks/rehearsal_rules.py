@@ -29,9 +29,7 @@ def limits(report: Report, device: Device) -> list[str]:
     if report.stack or report.local:
         found.append(f"{report.name} spills: {report.stack} bytes of stack, {report.local} LDL and STL")
     if report.shared > device.shared_memory:
-        found.append(
-            f"{report.name} takes {report.shared} bytes of shared memory, the device has {device.shared_memory}"
-        )
+        found.append(f"{report.name} takes {report.shared} bytes of shared memory of {device.shared_memory}")
     if occupancy(report.registers, report.shared, report.num_warps, device).blocks < 1:
         found.append(f"{report.name} does not fit a multiprocessor: {report.registers} registers")
     return found
@@ -47,9 +45,11 @@ def grids(calls: list[Call]) -> list[str]:
 
 def narrow_loads(report: Report, plan: Plan, call: Call) -> int:
     """Loads of 2 bytes or less of the loop's operands. Where the loop was unrolled away, the compiler may have moved up
-    the epilogue's vectors: so many are none of the operands'."""
-    vectors = len(set(call.tensors) & _VECTORS) * -(-plan.block_n // (32 * report.num_warps))
-    return report.narrow_loads if report.looped or report.narrow_loads > vectors else 0
+    the epilogue's vectors: beside wider loads, as many as those can take (a thread holds a quarter of the columns of
+    its warp's products) are none of the operands'."""
+    vectors = len(set(call.tensors) & _VECTORS) * plan.block_n // 4
+    wide = sum(n for width, n in report.widths.items() if width >= 4)
+    return report.narrow_loads if report.looped or report.narrow_loads > vectors or not wide else 0
 
 
 def whole_trips(report: Report, plan: Plan, precision: Precision) -> bool:
@@ -66,6 +66,8 @@ def loop(report: Report, plan: Plan, call: Call, precision: Precision) -> list[s
         found.append("no tensor-core instruction in the main loop")
     if narrow := narrow_loads(report, plan, call):
         found.append(f"{narrow} loads of 2 bytes or less in the main loop")
+    if report.shared > plan.shared_memory(precision.itemsize):
+        found.append(f"{report.shared} bytes of shared memory, the plan says {plan.shared_memory(precision.itemsize)}")
     if not whole_trips(report, plan, precision):
         found.append(f"{report.mma} tensor-core instructions in the main loop are no whole trips of it")
     return found
