@@ -8,7 +8,9 @@ are called: those inside a fused step (copies, packing of weights), those of eag
 from __future__ import annotations
 
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 from unittest import mock
 
@@ -107,10 +109,15 @@ def _bytes(t: Any) -> int:
     return t.numel() * t.element_size() if isinstance(t, torch.Tensor) else 0
 
 
+@lru_cache(maxsize=2)  # a generator's own initialisation is slow, even of tensors that are not there
+def _made(case: Case) -> nn.Sequential:
+    with torch.device("meta"):
+        return case.make().eval()
+
+
 def skeleton(case: Case, dtype: torch.dtype) -> nn.Sequential:
     """The modules on the meta device, in eval mode and channels_last."""
-    with torch.device("meta"):
-        return case.make().eval().to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return deepcopy(_made(case)).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _input(case: Case, batch: int, dtype: torch.dtype, device: str) -> torch.Tensor:

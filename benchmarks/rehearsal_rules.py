@@ -7,7 +7,7 @@ import math
 import torch
 
 from cnnfast.devices import Device
-from cnnfast.plan import Plan, candidates
+from cnnfast.plan import Plan, broken_rules, candidates
 from cnnfast.spec import Precision
 
 from .inspector import Call, Report
@@ -118,8 +118,7 @@ def ratios(
         rows = plan.lowering.rows(run.input_shape[0], run.output_shape[2:])
         layout = plan.lowering.channels_last
         for other in candidates(run.step.spec, run.input_shape[0], size, precision, device, layout):
-            programs = other.tiles_of(rows) * other.split_k * run.step.spec.groups
-            if other.split_k > 1 or programs >= FULL * device.multiprocessors:
+            if broken_rules(other, rows, precision, device) == 0:
                 found.append(
                     f"{done.programs} programs for {device.multiprocessors} multiprocessors: {other.name} exists"
                 )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .guard import warmup as warmup
     from .layers import ConvTranspose2dNormActivation as ConvTranspose2dNormActivation
     from .layers import Sequential as Sequential
+    from .memory_format import channels_last as channels_last
     from .packing import invalidate as invalidate
     from .spec import Activation as Activation
     from .spec import ConvSpec as ConvSpec
@@ -32,6 +33,7 @@ _EXPORTS = {
     "ConvTranspose2dNormActivation": "layers",
     "Sequential": "layers",
     "backend": "dispatch",
+    "channels_last": "memory_format",
     "create_model": "generators",
     "guard": "guard",
     "invalidate": "packing",

@@ -23,6 +23,7 @@ __all__ = [
     "Device",
     "Lowering",
     "Plan",
+    "broken_rules",
     "candidates",
     "choose_plan",
     "device_for",
@@ -342,7 +343,9 @@ def modelled_clocks(plan: Plan, rows: int, precision: Precision, device: Device)
     # A program alone cannot hide its latency: a trip takes at least a share of the memory's, by depth of the pipeline.
     latency = 700.0 / (plan.num_stages - 1) / concurrent
     steps = -(-plan.steps() // plan.split_k)
-    tile = steps * max(*trip_clocks(plan, precision, device).values(), latency)
+    parts = trip_clocks(plan, precision, device).values()
+    # The parts overlap, but not wholly.
+    tile = steps * (max(*parts, latency) + (sum(parts) - max(parts)) / 10)
     prologue = 1500.0 / concurrent
     store = plan.block_m * plan.block_n * (4 if plan.split_k > 1 else precision.itemsize) / 32
     busy = per_sm * (tile + prologue + store)
@@ -350,7 +353,7 @@ def modelled_clocks(plan: Plan, rows: int, precision: Precision, device: Device)
     total = max(busy, (moved + sums) / device.dram_bytes_per_clock)
     if plan.split_k > 1:
         total += SECOND_PASS + sums / device.dram_bytes_per_clock
-    return total + busy / 1000  # of two that wait for memory, the one that computes less
+    return total + busy / 100  # of two that wait for memory, the one that computes less
 
 
 def _moved(plan: Plan, rows: int, itemsize: int) -> tuple[float, float]:
@@ -363,10 +366,11 @@ def _moved(plan: Plan, rows: int, itemsize: int) -> tuple[float, float]:
     return (rows * s.in_channels + weight + out) * itemsize, sums
 
 
-def _cost(plan: Plan, rows: int, precision: Precision, device: Device) -> tuple[float, float]:
-    """What the choice minimises: first the rules that the plan breaks, then its modelled time.
+def broken_rules(plan: Plan, rows: int, precision: Precision, device: Device) -> int:
+    """How many rules a plan breaks whose largest phase has ``rows`` rows.
 
-    Rules: a wave of programs, or K in parts; no partial sums that weigh on a layer that waits for memory.
+    Rules: a wave of programs, or K in parts; and on a layer that waits for memory, no partial sums of more than 15 % of
+    what must be moved anyway.
     """
     idle = plan.split_k == 1 and programs_of(plan, rows) < FULL_WAVE * device.multiprocessors
     moved, sums = _moved(plan, rows, precision.itemsize)
@@ -374,7 +378,12 @@ def _cost(plan: Plan, rows: int, precision: Precision, device: Device) -> tuple[
     macs = rows * math.prod(low.phases) * low.columns * low.spec.groups * low.channels_in * low.max_taps
     rate = trip_rate(plan, precision, device) * device.multiprocessors
     heavy = 2 * sums > 0.15 * moved and (moved + 2 * sums) / device.dram_bytes_per_clock > macs / rate
-    return float(idle + heavy), modelled_clocks(plan, rows, precision, device)
+    return idle + heavy
+
+
+def _cost(plan: Plan, rows: int, precision: Precision, device: Device) -> tuple[int, float]:
+    """What the choice minimises."""
+    return broken_rules(plan, rows, precision, device), modelled_clocks(plan, rows, precision, device)
 
 
 BINARIES = 3  # of a layer, over all sizes of batch and image
@@ -387,7 +396,7 @@ def _menu(low: Lowering, precision: Precision, device: Device) -> tuple[tuple[Pl
     and then lose the least time over all sizes of batch and image, in no more than `BINARIES` binaries. A split's
     second pass is one of them.
     """
-    whole = [(p,) for p in _plans(low, precision, device)]
+    whole: list[tuple[Plan, ...]] = [(p,) for p in _plans(low, precision, device)]
     split = [tuple(parts) for (p,) in whole if (parts := _split(p, precision, device))]
     if not whole:
         raise RuntimeError(f"no valid plan for {low.spec} in {precision.dtype} on {device.name}")
@@ -397,7 +406,7 @@ def _menu(low: Lowering, precision: Precision, device: Device) -> tuple[tuple[Pl
     sizes = range(len(_SIZES))
     best = [min(costs[i][1] for costs in table.values()) for i in sizes]
 
-    def loss(menu: tuple[tuple[Plan, ...], ...]) -> tuple[float, float]:
+    def loss(menu: tuple[tuple[Plan, ...], ...]) -> tuple[int, float]:
         chosen = [min(table[plans][i] for plans in menu) for i in sizes]
         return sum(rules for rules, _ in chosen), sum(math.log(chosen[i][1] / best[i]) for i in sizes)
 

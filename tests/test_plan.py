@@ -102,7 +102,7 @@ CHOSEN = {
     (80, "dcgan1", 64): "latent 64x64x32*1 w4 s3",
     (80, "dcgan2", 1): "phases 16x16x64*2 w1 s3 split4",
     (80, "dcgan2", 16): "phases 16x16x64*2 w1 s3 split1",
-    (80, "dcgan2", 64): "phases 128x64x32*2 w4 s3",
+    (80, "dcgan2", 64): "phases 128x64x32*2 w4 s3 split2",
     (80, "dcgan3", 1): "phases 16x16x64*2 w1 s3 split1",
     (80, "dcgan3", 16): "phases 64x64x32*2 w4 s3",
     (80, "dcgan3", 64): "phases 64x64x32*2 w4 s3",

@@ -135,7 +135,7 @@ def kernel_weight(step: Step, low: Lowering, weight: torch.Tensor) -> torch.Tens
     place; others are copied on each call, so that no write to a parameter, ``.data`` included, can go unseen."""
     if step.upsample is None and not weight_layout(low).packed:
         return weight.contiguous(memory_format=torch.channels_last)
-    g = _gather(step, low, tuple(weight.stride()), weight.device)  # type: ignore[arg-type]
+    g = _gather(step, low, tuple(weight.stride()), weight.device)
     out = weight.new_empty(g.size)
     gather_weight_kernel[g.grid](weight, g.table, out, **g.constants)
     return out

@@ -1,0 +1,59 @@
+"""`cnnfast.channels_last`: the same model, its weights in the kernels' order."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+import cnnfast
+from cnnfast.fusion import FusedStep, plan_modules
+
+
+def model() -> nn.Sequential:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        modules = nn.ConvTranspose1d(32, 16, 4, 2, 1), nn.LeakyReLU(0.1), nn.Conv1d(16, 8, 3, 1, 1, bias=False)
+        return nn.Sequential(*modules).eval()
+
+
+def test_values_stay_and_strides_change() -> None:
+    before, after = model(), model()
+    assert cnnfast.channels_last(after) is after
+    x = torch.randn(2, 32, 9)
+    assert torch.allclose(before(x), after(x), atol=1e-6)
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(tensor, after.state_dict()[name])
+    assert after[0].weight.stride() == (16 * 4, 1, 16) and after[2].weight.stride() == (16 * 3, 1, 16)
+
+
+def test_load_state_dict_and_copies_keep_the_order() -> None:
+    source, target = model(), cnnfast.channels_last(model())
+    with torch.no_grad():
+        source[0].weight.mul_(2)
+    target.load_state_dict(source.state_dict())
+    for m in (target, copy.deepcopy(target)):
+        assert torch.equal(m[0].weight, source[0].weight) and m[0].weight.stride() == (64, 1, 16)
+
+
+def test_four_dimensions_as_torch() -> None:
+    conv = cnnfast.channels_last(nn.Sequential(nn.ConvTranspose2d(8, 4, 4, 2, 1)))[0]
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_kernels_read_it_in_place(device: torch.device) -> None:
+    from cnnfast.ops.weights import kernel_weight
+    from cnnfast.plan import lower
+
+    modules = list(cnnfast.channels_last(model().to(device)))
+    for step in plan_modules(modules):
+        assert isinstance(step, FusedStep)
+        weight = modules[step.conv].weight
+        used = kernel_weight(step.step, lower(step.step.spec, (1, 9)), weight.unsqueeze(2))
+        assert used.data_ptr() == weight.data_ptr()
+    first = plan_modules(list(model().to(device)))[0]
+    weight = model()[0].weight.to(device)
+    assert (
+        kernel_weight(first.step, lower(first.step.spec, (1, 9)), weight.unsqueeze(2)).data_ptr() != weight.data_ptr()
+    )
