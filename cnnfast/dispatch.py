@@ -177,7 +177,11 @@ def tf32_convolutions(on: bool) -> Iterator[None]:
 
 
 def precision_of(dtype: torch.dtype) -> Precision:
-    return Precision(dtype, dtype == torch.float32 and conv_tf32())
+    """The numerics that PyTorch's switches ask for. The same object for equal ones: it is compared on every call."""
+    return _precision(dtype, dtype is torch.float32 and conv_tf32())
+
+
+_precision = lru_cache(maxsize=16)(Precision)
 
 
 def allocate(
