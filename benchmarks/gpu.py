@@ -293,7 +293,11 @@ def main(argv: list[str] | None = None) -> int:
     if shutil.which("nvidia-smi") is None and not arguments.dry_run:
         print("note: nvidia-smi is not on the path")
     chosen = [s for s in STAGES if s.name in (arguments.stage or names)]
-    return run(chosen, folder.resolve(), arguments.dry_run, arguments.minutes, arguments.resume)
+    try:
+        return run(chosen, folder.resolve(), arguments.dry_run, arguments.minutes, arguments.resume)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what is finished is kept: --resume goes on from there", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

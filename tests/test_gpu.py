@@ -111,6 +111,7 @@ def test_dry_run_executes_kernels_and_marks_its_files(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("ttsem") is None, reason="ttsem is not installed")
 def test_dry_run_of_everything(tmp_path, monkeypatch):
     monkeypatch.setenv("CNNFAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CNNFAST_GUARD", raising=False)
     run = gpu.identity(True)  # the same at both runs, whatever is edited meanwhile
     monkeypatch.setattr(gpu, "identity", lambda dry_run: run)
     out = tmp_path / "out"
@@ -378,6 +379,73 @@ def test_a_lost_device_is_noticed(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     assert gpu_rows.device_problem() == "RuntimeError: CUDA error: an illegal memory access was encountered"
+
+
+FAKE = """
+import contextlib, sys
+import torch
+
+class Stream:
+    def wait_stream(self, other): pass
+
+class Event:
+    def __init__(self, enable_timing=False): pass
+    def record(self): pass
+    def synchronize(self): pass
+    def elapsed_time(self, end): return 1.0
+
+class Graph:
+    def replay(self): pass
+
+def nothing(*arguments, **keywords): return contextlib.nullcontext()
+
+for name, value in dict(
+    Stream=Stream, current_stream=Stream, Event=Event, CUDAGraph=Graph, stream=nothing, graph=nothing,
+    memory_allocated=lambda: 0, max_memory_allocated=lambda: 2**20, reset_peak_memory_stats=lambda: None,
+).items():
+    setattr(torch.cuda, name, value)
+
+from benchmarks import cases, gpu_compare, gpu_stages, gpu_tune, limits
+
+cases.CASES = cases.MINI[1:2]
+gpu_stages.NUMERICS = gpu_stages.NUMERICS[:1]
+gpu_tune.PLANS = 2
+product, copy = gpu_compare.yardstick, gpu_compare.copy_bandwidth
+gpu_compare.yardstick = lambda dtype, device, timer, sizes: product(dtype, device, timer, (64,))
+gpu_compare.copy_bandwidth = lambda device, timer, size: copy(device, timer, 4096)
+gpu_tune.tuning.cuda_timer = gpu_stages.gpu_timing.cold  # of which ttsem makes one call
+sys.exit(gpu_stages.work(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ttsem") is None, reason="ttsem is not installed")
+def test_stages_as_on_a_gpu(tmp_path):
+    """Not the dry run but the code of a real one, on ttsem's kernels and a torch.cuda that answers and does nothing."""
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    variables = environ() | {"CNNFAST_CACHE": str(tmp_path / "cache"), "CNNFAST_GUARD": "1"}
+    for stage in ("table", "candidates", "tune", "tuned", "prediction"):
+        arguments = ["-m", "ttsem.sanitize", str(script), "--", stage, "--output", str(tmp_path), "--seconds", "300"]
+        done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = gpu_rows.read(tmp_path / "table.json")["rows"]
+    names = ("eager", *gpu_stages.GRAPHS)
+    assert [(e["name"], e["status"], e["peak_bytes"]) for e in row["entries"]] == [(n, "timed", 2**20) for n in names]
+    assert row["least_us"] > 0 and all("stubbed" not in e for e in row["entries"])
+    text = gpu_report.page(gpu_rows.read(tmp_path / "table.json"))
+    assert "| float16, over eager, both in CUDA graphs | 1 | 1.00x |" in text and "Of the limit: the least time" in text
+    assert (
+        "| 1000.0 | 1000.0 | 1000.0 | 1000.0 | 1000.0 | 1.00x | 1.00x |" in text and "| 1 / 1 | Triton phases" in text
+    )
+    (row,) = gpu_rows.read(tmp_path / "tune.json")["rows"]
+    (step,) = row["steps"]
+    assert len(step["plans"]) == 2 and step["kept"] and step["best"] == step["heuristic"] and step["valid"] >= 2
+    (row,) = gpu_rows.read(tmp_path / "tuned.json")["rows"]
+    assert step["best"] in row["entries"][-1]["path"]
+    keys = {row["key"] for row in gpu_rows.read(tmp_path / "prediction.json")["rows"]}
+    assert keys >= {f"{gpu_predict.HEURISTIC}, float16", f"{gpu_predict.LIMIT}, tuned, float16"}
 
 
 # --- a row ------------------------------------------------------------------------------------------------------------
@@ -654,6 +722,31 @@ def test_published_text_has_no_paths_of_this_machine():
     assert str(ROOT) not in text and "REPOSITORY/x.py" in text and "PYTHON/lib" in text
     ignored = (ROOT / ".gitignore").read_text()
     assert "/benchmarks/results/**/*.log" in ignored
+
+
+def test_an_interrupt_ends_the_stage_and_keeps_what_is_there(tmp_path, monkeypatch, capsys):
+    started = []
+
+    def interrupt(*arguments, **keywords):
+        started.append(arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "run_stage", interrupt)
+    monkeypatch.setattr(gpu, "obstacle", lambda dry_run: None)
+    assert gpu.main(["--dry-run", "--stage", "check", "--output", str(tmp_path)]) == 130 and started
+    assert "--resume goes on" in capsys.readouterr().err and (tmp_path / "summary.md").exists()
+
+
+def test_an_interrupt_stops_the_processes(tmp_path):
+    import threading
+    import time
+
+    stop = threading.Event()
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    threading.Timer(1.0, stop.set).start()
+    start = time.monotonic()
+    ending = gpu_process.supervise(lambda s: command, tmp_path, "x", 500.0, 500.0, environ(), ROOT, stop=stop)
+    assert ending == gpu_process.Ending("failed") and time.monotonic() - start < 60
 
 
 def test_what_the_driver_says(tmp_path, monkeypatch):
