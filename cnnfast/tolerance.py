@@ -23,8 +23,9 @@ __all__ = ["expected", "round_tf32", "verdict"]
 def round_tf32(x: torch.Tensor) -> torch.Tensor:
     """float32 values rounded to TF32's ten explicit mantissa bits, to nearest, ties away from zero (as cuDNN
     rounds)."""
-    bits = x.float().contiguous().view(torch.int32)
-    return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+    x = x.float().contiguous()
+    rounded = ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(x.isnan(), x, rounded)  # the addition carries a NaN of all ones to -0
 
 
 def verdict(actual: torch.Tensor, expected64: torch.Tensor, yardstick: torch.Tensor, before: float = 0.0) -> str | None:

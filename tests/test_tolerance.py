@@ -90,3 +90,9 @@ def test_expected_is_the_reference_in_float64(tf32: bool, upsampled: bool) -> No
 def test_round_tf32_keeps_ten_bits() -> None:
     x = torch.tensor([1.0, 1 + 2**-10, 1 + 2**-11, 1 + 2**-12, -(1 + 3 * 2**-11)])
     assert round_tf32(x).tolist() == [1.0, 1 + 2**-10, 1 + 2**-10, 1.0, -(1 + 2**-9)]
+
+
+def test_round_tf32_keeps_what_is_not_finite() -> None:
+    bits = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1, 0x7F800000, -0x800000], dtype=torch.int32)  # CUDA's NaN first
+    rounded = round_tf32(bits.view(torch.float32))
+    assert rounded[:3].isnan().all() and rounded[3:].tolist() == [float("inf"), -float("inf")]
