@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import cnnfast
-from cnnfast.fusion import MAX_SCALE, FusedStep, Unfused, plan_modules
+from cnnfast.convolutions import MAX_SCALE
+from cnnfast.fusion import FusedStep, Unfused, plan_modules
 from cnnfast.modules import read
 from cnnfast.spec import Activation
 

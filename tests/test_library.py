@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import cnnfast
-from cnnfast.block import Operands, Step, Upsample, run_reference, upsample_step
+from cnnfast.block import Operands, Step, Upsample, plain_step, run_reference, upsample_step
 from cnnfast.ops import core, library
 from cnnfast.spec import Activation, ConvSpec
 
@@ -16,6 +16,10 @@ from .tolerance import assert_close
 CASES = {
     "k4s2": (Step(ConvSpec.make(16, 8, 4, 2, 1), Activation("relu")), (2, 16, 5, 6)),
     "op": (Step(ConvSpec.make(4, 6, 3, 2, 1, 1, 2, 1), Activation("leaky_relu", (0.2,))), (1, 4, 3, 4)),
+    "reflect": (
+        plain_step(ConvSpec.make(4, 8, 3, 2, 1, transposed=False), "reflect", Activation("relu")),
+        (2, 4, 5, 6),
+    ),
     "plain": (Step(ConvSpec.make(4, 8, 3, 1, 1, transposed=False), Activation("tanh")), (2, 4, 5, 5)),
     "upsample": (upsample_step(8, 8, (3, 3), Upsample((2, 2), (1, 1), "reflect")), (2, 8, 4, 5)),
     "prelu": (Step(ConvSpec.make(4, 8, 2, 2), Activation("prelu")), (2, 4, 5, 5)),
