@@ -117,7 +117,7 @@ def _made(case: Case) -> nn.Sequential:
 
 def skeleton(case: Case, dtype: torch.dtype) -> nn.Sequential:
     """The modules on the meta device, in eval mode and channels_last."""
-    return deepcopy(_made(case)).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return cnnfast.channels_last(deepcopy(_made(case)).to(dtype))
 
 
 def _input(case: Case, batch: int, dtype: torch.dtype, device: str) -> torch.Tensor:

@@ -7,17 +7,16 @@ import math
 import torch
 
 from cnnfast.devices import Device
-from cnnfast.plan import Plan, broken_rules, candidates
+from cnnfast.plan import FULL_WAVE, Plan, broken_rules, candidates
 from cnnfast.spec import Precision
 
 from .inspector import Call, Report
 from .launches import StepRun
 from .rehearsal_model import Traffic, Work, loop_macs, occupancy
 
-__all__ = ["FULL", "PRESSURE", "RATIO", "grids", "issue_slots", "limits", "loop", "narrow_loads", "overflows", "ratios"]
+__all__ = ["PRESSURE", "RATIO", "grids", "issue_slots", "limits", "loop", "narrow_loads", "overflows", "ratios"]
 
 PRESSURE = 0.8  # issue pressure allowed in the implicit-GEMM regime with fp16, where tensor cores are the bound
-FULL = 0.95  # of the multiprocessors with a program count as a full wave
 RATIO = 1.15  # bytes over the least allowed where memory is the bound
 _INT32 = 2**31
 _VECTORS = {"bias_ptr", "mean_ptr", "var_ptr", "scale_ptr", "shift_ptr", "slope_ptr"}
@@ -113,7 +112,7 @@ def ratios(
     if bound == "dram" and moved.ratio > RATIO:
         parts = ", ".join(f"{k} {v / moved.least:.2f}" for k, v in moved.parts.items())
         found.append(f"bytes {moved.ratio:.2f} x the least ({parts})")
-    if done.programs < FULL * device.multiprocessors and plan.split_k == 1:
+    if done.programs < FULL_WAVE * device.multiprocessors and plan.split_k == 1:
         size = tuple(n + 2 * p for n, p in zip(run.input_shape[2:], run.step.pad, strict=True))
         rows = plan.lowering.rows(run.input_shape[0], run.output_shape[2:])
         layout = plan.lowering.channels_last

@@ -9,9 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from cnnfast.plan import FULL_WAVE
+
 from .rehearsal import Analysis
 from .rehearsal_model import BOUNDS, PARTS
-from .rehearsal_rules import FULL, PRESSURE
+from .rehearsal_rules import PRESSURE
 from .rehearse import Passes, Rehearsal, Row
 from .report import environment, write_atomically
 
@@ -172,7 +174,7 @@ def _markdown(result: Rehearsal, about: dict[str, str]) -> Iterator[str]:
     yield (
         "Issue pressure: of implicit GEMM (32 or more channels in and out, at least as many 64x64 tiles as "
         f"multiprocessors) in fp16 where tensor cores are slower than memory, at most {PRESSURE} wanted. Bytes: of "
-        f"plans that memory bounds. A wave counts as full from {FULL:.0%} of the multiprocessors."
+        f"plans that memory bounds. A wave counts as full from {FULL_WAVE:.0%} of the multiprocessors."
     )
     yield ""
     head = ["", "plans", "fail", "worst issue pressure", "worst bytes / least", "least useful share of multiply-adds"]
