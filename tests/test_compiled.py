@@ -1,89 +1,55 @@
-"""Machine code of the plans that are chosen for real layers, compiled ahead of time for GPUs that need not be there."""
+"""Machine code of the plans that are chosen for real layers, compiled ahead of time for GPUs that need not be there: a
+part of the rehearsal (`make rehearse` is the whole), and the main loop against a plain matrix product."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
 
-from cnnfast.block import Step
+from cnnfast.block import Operands, Step
 from cnnfast.plan import DEVICES, Plan, choose_plan, lower
-from cnnfast.spec import Activation, ConvSpec, Precision
+from cnnfast.spec import Activation, ConvSpec
 
-from .test_plan import BATCHES, LAYERS, PRECISIONS
+from .test_plan import BATCHES, HALF, LAYERS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 import triton.language as tl  # noqa: E402
 
-from benchmarks.inspector import ARCHS, Report, inspect, target  # noqa: E402
+from benchmarks import cases  # noqa: E402
+from benchmarks.inspections import Inspections  # noqa: E402
+from benchmarks.inspector import ARCHS, Report, inspect, recording, target  # noqa: E402
+from benchmarks.launches import NUMERICS  # noqa: E402
+from benchmarks.rehearsal import Analysis  # noqa: E402
+from benchmarks.rehearse import Rehearsal, rehearse  # noqa: E402
 from cnnfast.ops import launch  # noqa: E402
 
 FAST = (80, 90)
-ARCHITECTURES = [a if a in FAST else pytest.param(a, marks=pytest.mark.slow) for a in ARCHS]
-# What the compiler makes of bfloat16 is what it makes of float16, but for the instruction's type.
-NUMERICS = [pytest.param(n, marks=pytest.mark.slow) if n == "bf16" else n for n in PRECISIONS]
+# A layer of each regime and of each kind: implicit GEMM, few columns, 1x1 input, split K, plain, one-dimensional.
+FEW = ("dcgan64.1", "dcgan64.3", "dcgan64.5", "pix2pix.3", "srvgg.tail", "vocoder.2", "upsample256")
 
 
-def code_of(plan: Plan) -> tuple[Any, ...]:
-    """What decides the shape of the machine code: plans of one tile differ in constants otherwise."""
-    low, trip = plan.lowering, plan.block_k * plan.unroll
-    full = low.channels_in % trip == 0, low.columns % plan.block_n == 0
-    steps = min(plan.steps(), 64)  # short loops are unrolled away
-    return low.regime, replace(plan, lowering=None, split_k=min(plan.split_k, 2)), full, steps, low.max_taps
+def verdict(found: Rehearsal, regimes: set[str]) -> None:
+    """Every plan was compiled and passes; nothing fell back, and these regimes are among them."""
+    done = [r.result for r in found.rows if isinstance(r.result, Analysis)]
+    assert len(done) == len(found.rows) and regimes <= {a.regime for a in done}
+    failing = [f"{r.cases[0]}, {r.title}, {r.numerics} sm_{r.arch}: {f}" for r in found.failing for f in r.failures]
+    assert not failing, "\n".join(failing)
 
 
-_reports: dict[Any, list[Report]] = {}
+@pytest.mark.parametrize("arch", FAST)
+def test_plans_compile_well(arch: int) -> None:
+    verdict(rehearse(cases.find(list(FEW)), [arch], ["fp16"], [1, 16], Inspections(0)), {"phases", "merged", "latent"})
 
 
-def compiled(
-    arch: int, precision: Precision, step: Step, batch: int, size: tuple[int, int], plan: Plan
-) -> list[Report]:
-    """The kernels of a launch with BatchNorm's vectors: the convolution and, where K is split, its second pass."""
-    key = arch, precision, code_of(plan), step.activation
-    if key not in _reports:
-        how = launch.prepare(step, batch, size, precision, DEVICES[arch], True, 0, plan)
-        spec = step.spec
-        x, weight, y = (
-            torch.empty(shape, dtype=precision.dtype, device="meta")
-            for shape in ((batch, spec.in_channels, *size), spec.weight_shape, how.output_shape)
-        )
-        v = torch.empty(spec.out_channels, device="meta")
-        with target(arch) as kernels:
-            # A function compiled before, for the same constants, is in Triton's cache: ask for a new one.
-            for function in (launch.kernels.conv_transpose_kernel, launch.kernels.split_k_epilogue_kernel):
-                function.device_caches.pop(arch, None)
-            launch.kernels.launch(x, weight, y, None, (None, v, v, v, v, None), 1e-5, how)
-        assert len(kernels) == (2 if plan.split_k > 1 else 1)
-        _reports[key] = [inspect(k) for k in kernels]
-    return _reports[key]
-
-
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("precision", NUMERICS)
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_plan_compiles_well(arch: int, precision: str, layer: str) -> None:
-    """No spill, tensor cores in the main loop, no narrow loads, shared memory within the device and the estimate."""
-    spec, size = LAYERS[layer]
-    numerics, device = PRECISIONS[precision], DEVICES[arch]
-    activation = Activation("tanh" if spec.out_channels == 3 else "relu")
-    for batch in BATCHES:
-        plan = choose_plan(spec, batch, size, numerics, device)
-        reports = compiled(arch, numerics, Step(spec, activation), batch, size, plan)
-        what = f"sm_{arch} {precision} {layer} batch {batch}: {plan.name}: {reports}"
-        main = reports[0]
-        assert main.arch == arch and main.num_warps == plan.num_warps, what
-        for report in reports:
-            assert report.stack == 0 and report.local == 0, f"spills: {what}"
-            assert report.registers <= 255 and report.shared <= device.shared_memory, what
-        exact = numerics.dtype == torch.float32 and not numerics.tf32
-        assert (main.mma > 0) is not exact, f"tensor cores: {what}"
-        assert main.narrow_loads == 0, f"2-byte loads in the loop: {what}"
-        assert main.shared <= plan.shared_memory(numerics.itemsize), f"more shared memory than the plan says: {what}"
-        x, y, z = plan.grid(batch, spec.output_size(size))
-        assert x < 2**31 and y <= 65535 and z <= 65535, what
+@pytest.mark.slow
+@pytest.mark.parametrize("numerics", NUMERICS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_more_plans_compile_well(arch: int, numerics: str) -> None:
+    few = (*FEW, "dcgan64.2", "dcgan64.4", "cyclegan.up1", "rrdb.2", "vocoder.1", "pix2pix.5")
+    verdict(rehearse(cases.find(list(few)), [arch], [numerics], inspections=Inspections(0)), {"phases", "merged"})
 
 
 # --- the main loop against a plain matrix product ---------------------------------------------------------------------
@@ -154,17 +120,33 @@ def matmul_report(arch: int, tile: Tile) -> Report:
 LONG = ConvSpec.make(1024, 256, 4, 2, 1)  # so many channels that no loop is unrolled away
 
 
+def report_of(arch: int, plan: Plan) -> Report:
+    """The convolution's kernel for LONG with this plan, BatchNorm and ReLU."""
+    x, weight = (
+        torch.empty(shape, dtype=torch.float16, memory_format=torch.channels_last)
+        for shape in ((16, LONG.in_channels, 8, 8), LONG.weight_shape)
+    )
+    v = torch.empty(LONG.out_channels, dtype=torch.float16)
+    operands = Operands(x, weight, None, v, v, 1e-5, v, v)
+    with recording(arch) as calls:
+        launch.run(Step(LONG, Activation("relu")), operands, True, plan)
+    (call,) = calls
+    report = Inspections(0).of([call.job])[call.job.key]
+    assert isinstance(report, Report), report
+    return report
+
+
 @pytest.mark.parametrize("arch", FAST)
 def test_main_loop_against_a_matrix_product(arch: int) -> None:
     """Implicit GEMM issues no more instructions per tensor-core instruction than a plain product with the same tile,
     for every tile that is chosen in float16."""
-    half = PRECISIONS["fp16"]
-    chosen = {choose_plan(spec, b, size, half, DEVICES[arch]) for spec, size in LAYERS.values() for b in BATCHES}
-    plans = {replace(p, lowering=lower(LONG, (8, 8)), split_k=1) for p in chosen if p.lowering.regime == "phases"}
+    chosen = {choose_plan(spec, b, size, HALF, DEVICES[arch]) for spec, size in LAYERS.values() for b in BATCHES}
+    low = lower(LONG, (8, 8))
+    plans = {replace(p, lowering=low, splits=False, split_k=1) for p in chosen if p.lowering.regime == "phases"}
     assert len(plans) >= 3
     lines, worse = [], []
     for plan in sorted(plans, key=lambda p: p.name):
-        (mine,) = compiled(arch, half, Step(LONG, Activation("relu")), 16, (8, 8), plan)
+        mine = report_of(arch, plan)
         tile = Tile(plan.block_m, plan.block_n, plan.block_k, plan.num_warps, plan.num_stages)
         product = matmul_report(arch, tile)
         lines.append(f"sm_{arch} {plan.name}: {mine.per_mma:.2f}, matrix product {product.per_mma:.2f}")
