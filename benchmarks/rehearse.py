@@ -155,9 +155,10 @@ def _passes(case: Case, batch: int) -> Passes:
         ours += part.ops
         if isinstance(part, StepRun) and part.calls:
             launches += len(part.calls)
-            # The tensors that the launches read and write; what is read again is in the rows.
+            # The tensors that the launches read and write, each once; what is read again is in the rows.
             for call in part.calls:
-                size += sum(call.bytes_of(n) for n in call.tensors)
+                partial = call is part.main and call.arguments["SPLITS"] > 1  # y is the second pass's
+                size += sum(call.bytes_of(n) for n in call.tensors if not (partial and n == "y_ptr"))
     eager = eager_ops(case, batch, NUMERICS[name][0])
     return Passes(
         case.name,
