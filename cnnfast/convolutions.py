@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .block import Step, Upsample, plain_step, upsample_step
+from .dispatch import spec_why_not
 from .modules import Refused
 from .spec import Activation, ConvSpec
 
@@ -183,8 +184,6 @@ def plain_conv_step(part: Part, pad: _Pad | None) -> Step:
     c_out, per_group, *kernel = weight.shape
     if type(groups) is not int:
         raise Refused(f"groups={groups!r} is not an int")
-    if _pair("stride", stride, n) != (1,) * n and weight.device.type != "cpu":
-        raise Refused(f"stride={stride}: there is no kernel for strided convolutions yet")
     mode, padding = _all_padding(part, kernel, pad)
     try:
         step = plain_step(
@@ -192,7 +191,7 @@ def plain_conv_step(part: Part, pad: _Pad | None) -> Step:
                 per_group * groups,
                 c_out,
                 kernel,
-                stride,
+                _pair("stride", stride, n),
                 padding,
                 groups=groups,
                 dilation=_pair("dilation", dilation, n),
@@ -203,6 +202,9 @@ def plain_conv_step(part: Part, pad: _Pad | None) -> Step:
         )
     except ValueError as error:
         raise Refused(str(error)) from None
+    reason = None if weight.device.type == "cpu" else spec_why_not(step.spec)
+    if reason is not None:  # PyTorch's own modules do it as well
+        raise Refused(f"no kernel: {reason}")
     check_vector(part.tensors[1], c_out, (weight.dtype,), weight)
     return step
 

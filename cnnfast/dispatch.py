@@ -13,7 +13,7 @@ import torch
 
 from .block import Operands, Step
 from .plan import Device, device_for, lower
-from .spec import Precision
+from .spec import ConvSpec, Precision
 
 __all__ = [
     "BACKENDS",
@@ -24,6 +24,7 @@ __all__ = [
     "cuda_why_not",
     "precision_of",
     "resolve_backend",
+    "spec_why_not",
     "target_device",
     "tf32_convolutions",
     "triton_why_not",
@@ -90,11 +91,9 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LIMIT = 2**31
 
 
-@lru_cache(maxsize=4096)
-def _spec_why_not(step: Step, batch: int, input_size: tuple[int, int], dtype: torch.dtype) -> str | None:
-    s = step.spec
-    if dtype not in _DTYPES:
-        return f"dtype {dtype} is not one of {', '.join(str(d) for d in _DTYPES)}"
+def spec_why_not(spec: ConvSpec) -> str | None:
+    """Why no kernel runs this convolution, whatever its input."""
+    s = spec
     channels_in, channels_out = s.in_channels // s.groups, s.out_channels // s.groups
     if channels_in < MIN_CHANNELS:
         return f"{channels_in} input channels per group are fewer than {MIN_CHANNELS}"
@@ -102,6 +101,17 @@ def _spec_why_not(step: Step, batch: int, input_size: tuple[int, int], dtype: to
         return f"{channels_out} output channels per group are fewer than {MIN_CHANNELS} (groups={s.groups})"
     if s.groups > 65535:
         return f"groups={s.groups} exceeds the grid limit of 65535"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def _step_why_not(step: Step, batch: int, input_size: tuple[int, int], dtype: torch.dtype) -> str | None:
+    s = step.spec
+    if dtype not in _DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(str(d) for d in _DTYPES)}"
+    reason = spec_why_not(s)
+    if reason is not None:
+        return reason
     padded = [n + 2 * p for n, p in zip(input_size, step.pad, strict=True)]
     out = s.output_size(padded)
     for what, channels, size in (("input", s.in_channels, padded), ("output", s.out_channels, out)):
@@ -120,7 +130,7 @@ def why_not(step: Step, operands: Operands) -> str | None:
     reason = triton_why_not()
     if reason is None and x.is_cuda:
         reason = cuda_why_not(x.device.index or 0)
-    return reason or _spec_why_not(step, x.shape[0], (x.shape[2], x.shape[3]), x.dtype)
+    return reason or _step_why_not(step, x.shape[0], (x.shape[2], x.shape[3]), x.dtype)
 
 
 # --- the device and its numerics --------------------------------------------------------------------------------------

@@ -1022,18 +1022,22 @@ def test_one_dimensional_convolutions_run_on_the_kernel(device: torch.device, la
     assert_close(got, exact, want)
 
 
-def test_strided_convolutions_stand_alone_on_a_gpu(device: torch.device, launches: list[str]) -> None:
-    """There is no kernel for them: they are no steps there, so that an explicit backend has nothing to refuse."""
+def test_what_no_kernel_runs_stands_alone_on_a_gpu(device: torch.device, launches: list[str]) -> None:
+    """Three input channels: no step there, so that an explicit backend has nothing to refuse. A stride has a kernel."""
     if device.type != "cuda":
-        pytest.skip("on CPU tensors they are steps")
-    seq = cnnfast.Sequential(nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 1, 1), nn.ReLU())
+        pytest.skip("on CPU tensors it is a step")
+    seq = cnnfast.Sequential(
+        nn.Conv2d(3, 32, 3), nn.ReLU(), nn.ReflectionPad2d(1), nn.Conv2d(32, 32, 3, 2), nn.LeakyReLU(0.2)
+    )
     randomized(seq).eval()
-    x = x2d(1, 2, 32, 6, 7)
+    x = x2d(1, 2, 3, 8, 9)
     with torch.no_grad():
         want, exact = nn.Sequential(*seq)(x), copy.deepcopy(nn.Sequential(*seq)).double()(x.double())
         seq.to(device)
         with cnnfast.backend("triton"), conv_precision("ieee"):
             got = seq(x.to(device))
-    assert "0: Conv2d as it stands: stride=(2, 2): there is no kernel for strided" in seq.explain()
+    lines = seq.explain().splitlines()
+    assert lines[0] == "0: Conv2d as it stands: no kernel: 3 input channels per group are fewer than 16"
+    assert lines[-1] == "2-4: ReflectionPad2d + Conv2d + LeakyReLU fused"
     assert len([launch for launch in launches if "reduce" not in launch]) == 1
     assert_close(got, exact, want)
