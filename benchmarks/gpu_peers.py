@@ -17,7 +17,7 @@ import cnnfast
 from .gpu_timing import captured
 from .peers import Implementation, NotAvailable, Prepared, Workload, path_of
 
-__all__ = ["BASELINES", "COMPILED", "GPU_IMPLEMENTATIONS", "GRAPH", "OURS", "find"]
+__all__ = ["BASELINES", "COMPILED", "GPU_IMPLEMENTATIONS", "GRAPH", "OURS", "backend", "find", "fused"]
 
 GRAPH = ", CUDA graph"
 
@@ -41,11 +41,17 @@ def backend() -> str:
     return "auto" if torch.version.cuda is not None else "triton"
 
 
+def fused(w: Workload) -> cnnfast.Sequential:
+    """The modules as a user has them who wants speed on a GPU: weights in the order in which the kernels read them."""
+    model = cnnfast.channels_last(w.modules(cnnfast.Sequential))
+    assert isinstance(model, cnnfast.Sequential)
+    return model
+
+
 def _cnnfast(w: Workload) -> Prepared:
     """`cnnfast.Sequential`. NotAvailable where no step of it runs as a Triton kernel; RuntimeError where one that could
     was given up at its first use (`cnnfast.guard`)."""
-    model, x = w.modules(cnnfast.Sequential, True), w.input(True)
-    assert isinstance(model, cnnfast.Sequential)
+    model, x = fused(w), w.input(True)
 
     def call() -> object:
         with cnnfast.backend(backend()):

@@ -18,7 +18,7 @@ from cnnfast.plan import candidates, modelled_clocks
 
 from . import gpu_timing
 from .gpu_compare import set_tf32
-from .gpu_peers import backend
+from .gpu_peers import backend, fused
 from .gpu_rows import Item, Steps, read
 from .peers import NotAvailable, Workload
 
@@ -32,11 +32,11 @@ def tasks(w: Workload) -> list[tuning.Task]:
     """The fused steps of a workload. NotAvailable where none runs as a Triton kernel."""
     set_tf32(w.tf32)
     w = replace(w)
-    model, x = w.modules(cnnfast.Sequential, True), w.input(True)
+    model, x = fused(w), w.input(True)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         with cnnfast.backend(backend()):
-            return model(x)  # type: ignore[no-any-return]
+            return model(x)
 
     found = tuning.record(forward, x)
     if not found:
