@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from cnnfast.block import Operands, Step, run_reference
 from cnnfast.ops.core import run_step
 from cnnfast.spec import Activation, ConvSpec
 
-from .cases import reference
+from .cases import PRECISIONS, Case, reference
+from .conftest import conv_precision
+from .test_conv_transpose import REGIMES
 from .tolerance import assert_close
 
 STEP = Step(ConvSpec.make(32, 32, 4, 2, 1), Activation("relu"))
@@ -225,6 +228,19 @@ def test_operands_at_odd_addresses_are_the_same_kernel(device: torch.device, sta
     assert moved.x.data_ptr() % 16
     check(run(moved), o)
     assert seen == [0] * 4 and len(guard.report()) == 1
+
+
+@pytest.mark.parametrize("precision", ["fp16", "tf32"])
+@pytest.mark.parametrize("case", REGIMES, ids=lambda case: case.id)
+def test_right_kernels_of_every_regime_pass(case: Case, precision: str, device: torch.device) -> None:
+    from cnnfast.ops import launch
+
+    dtype, switch = PRECISIONS[precision]
+    with conv_precision(switch), torch.no_grad():
+        o = case.operands(dtype, device)
+        plan = replace(launch.lookup(case.step, o, case.channels_last).plan, **dict(case.plan))
+        start = functools.partial(launch.run, case.step, channels_last=case.channels_last, plan=plan)
+        assert trial.problem(start, case.step, o, precision == "tf32") is None
 
 
 # --- kernels that must not run ----------------------------------------------------------------------------------------
