@@ -87,8 +87,8 @@ def rate(kind: str, precision: Precision, device: Device) -> float:
 
 def loop_macs(report: Report, plan: Plan, precision: Precision) -> int:
     """Multiply-adds of the block in one trip of the machine code's loop."""
-    if report.mma_kind == "tcgen05":  # block_m x block_n x 32 bytes of k
-        return report.mma * plan.block_m * plan.block_n * 32 // precision.itemsize
+    if report.mma_kind == "tcgen05":  # at most 128 rows and 256 columns, 32 bytes of k
+        return report.mma * min(plan.block_m, 128) * min(plan.block_n, 256) * 32 // precision.itemsize
     if report.mma_kind:
         return report.macs
     return report.ffma * 32 * report.num_warps

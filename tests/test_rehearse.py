@@ -109,6 +109,8 @@ def test_pressure_of_tcgen05_and_of_scalar_products() -> None:
     """One tcgen05 instruction is the block's whole tile by 32 bytes of k; FFMA are 32 products a warp."""
     five = dataclasses.replace(GOOD, mma_kind="tcgen05", mma=8, macs=0)
     assert pressure(five, plan_of(block_k=128, unroll=1), HALF, B200) == pytest.approx(256 / (64 * 64 * 128 / 4096))
+    tall = plan_of(block_m=256, block_k=64, unroll=1)  # two instructions for its rows
+    assert pressure(five, tall, HALF, B200) == pytest.approx(256 / (256 * 64 * 64 / 4096))
     exact = dataclasses.replace(GOOD, mma_kind="", mma=0, macs=0, ffma=200)
     assert pressure(exact, plan_of(), EXACT, A100) == pytest.approx(256 / (200 * 32 * 4 / 64))
     assert pressure(dataclasses.replace(exact, ffma=0), plan_of(), EXACT, A100) == math.inf
