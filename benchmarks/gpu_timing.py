@@ -19,15 +19,19 @@ Calls = Mapping[str, Callable[[], object]]
 WARM_UP = 3  # calls ahead of a capture: cuDNN's search, compilation and proofs are not for a graph
 
 
-def cold(calls: Calls, repeats: int = 5) -> dict[str, Timing]:
-    """Device time per call, the L2 cache overwritten before each: medians of `triton.testing.do_bench`, in turn."""
+def cold(calls: Calls, repeats: int = 5, seconds: float = 5.0) -> dict[str, Timing]:
+    """Device time per call, the L2 cache overwritten before each: medians of `triton.testing.do_bench`, in turn.
+    ``repeats`` turns; of long calls, two at least and no more after ``seconds``."""
     from triton.testing import do_bench
 
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
+    start = time.monotonic()
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats):
+        if turn >= 2 and time.monotonic() - start > seconds:
+            break
         for name, call in calls.items():
-            seconds[name].append(do_bench(call, warmup=5, rep=20, return_mode="median") / 1e3)
-    return {name: Timing(tuple(values), 1) for name, values in seconds.items()}
+            found[name].append(do_bench(call, warmup=5, rep=20, return_mode="median") / 1e3)
+    return {name: Timing(tuple(values), 1) for name, values in found.items()}
 
 
 def warm(calls: Calls) -> dict[str, Timing]:

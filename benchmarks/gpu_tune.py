@@ -58,11 +58,15 @@ def modelled(task: tuning.Task) -> dict[str, float]:
 
 
 def _item(w: Workload, timer: tuning.Timer, limit: int, seconds: float, timed: bool) -> Item:
+    """``seconds``: after which no further plan is compiled."""
+
     def work(steps: Steps) -> Mapping[str, Any]:
         row: dict[str, Any] = {"case": w.case.name, "dtype": w.dtype_name, "batch": w.batch}
         try:
             found = steps.attempt("record", lambda: tasks(w))
-            done = steps.attempt("plans", lambda: tuning.tune_steps(found, timer, limit=limit, tell=_quiet))
+            done = steps.attempt(
+                "plans", lambda: tuning.tune_steps(found, timer, seconds=seconds, limit=limit, tell=_quiet)
+            )
         except NotAvailable as reason:
             return row | {"note": str(reason)}
         finally:
@@ -73,7 +77,7 @@ def _item(w: Workload, timer: tuning.Timer, limit: int, seconds: float, timed: b
         row |= {"refused": refused, "steps": [_step(r, timed) for r in done], "failures": len(wrong)}
         return row | ({"note": "; ".join(wrong)} if wrong else {})
 
-    return Item(w.name, work, seconds)
+    return Item(w.name, work, seconds / 2)
 
 
 def _step(r: tuning.Result, timed: bool) -> dict[str, Any]:
@@ -103,13 +107,13 @@ def _untimed(calls: Mapping[str, Callable[[], object]]) -> dict[str, Any]:
 
 def candidate_items(found: list[Workload], dry_run: bool) -> Iterator[Item]:
     """Every plan that will be timed, compiled and proven."""
-    return (_item(w, _untimed, DRY_PLANS if dry_run else PLANS, 20.0, False) for w in found)
+    return (_item(w, _untimed, DRY_PLANS if dry_run else PLANS, 40.0, False) for w in found)
 
 
 def tune_items(found: list[Workload], dry_run: bool) -> Iterator[Item]:
     """The plans of each step, timed."""
     timer = gpu_timing.stubbed if dry_run else tuning.cuda_timer
-    return (_item(w, timer, DRY_PLANS if dry_run else PLANS, 8.0, True) for w in found)
+    return (_item(w, timer, DRY_PLANS if dry_run else PLANS, 20.0, True) for w in found)
 
 
 def tuned_workloads(folder: Path, found: list[Workload]) -> list[Workload]:

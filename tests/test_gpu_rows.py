@@ -24,6 +24,7 @@ from benchmarks import (
     gpu_timing,
     peers,
 )
+from cnnfast import guard
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = {"code": "abc"}
@@ -128,6 +129,33 @@ def test_cold_times_are_do_bench_in_turn(monkeypatch):
     timings = gpu_timing.cold({"a": lambda: "a", "b": lambda: "b"}, 2)
     assert asked == ["a", "b", "a", "b"]
     assert timings["a"].seconds == (2e-3, 2e-3) and timings["b"].median == 4e-3
+    clock = iter(range(0, 1000, 3))  # 3 s a turn
+    monkeypatch.setattr(gpu_timing.time, "monotonic", lambda: next(clock))
+    assert len(gpu_timing.cold({"a": lambda: "a"}, 5, 5.0)["a"].seconds) == 3
+    assert len(gpu_timing.cold({"a": lambda: "a"}, 5, 0.0)["a"].seconds) == 2
+
+
+def test_a_kernel_that_was_given_up_is_a_failure(monkeypatch):
+    w = peers.Workload(cases.MINI[1], 2, torch.float32)
+    monkeypatch.setattr(gpu_peers, "backend", lambda: "auto")
+    ours = gpu_peers.find("cnnfast")[0]
+    with pytest.raises(peers.NotAvailable, match="no step of it has a Triton kernel: "):
+        ours.prepare(w)  # on the CPU
+    monkeypatch.setattr(guard, "failures", lambda *arguments: ["phases 64x64x64 gave wrong results"])
+    with pytest.raises(RuntimeError, match="PyTorch's operators run: the kernel phases 64x64x64 gave wrong results"):
+        ours.prepare(w)
+
+
+def test_memory_that_runs_out_in_float64_is_no_failure(tmp_path, monkeypatch):
+    def expected(w):
+        assert torch.backends.cudnn.benchmark is False
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(peers.Workload, "expected", property(expected))
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    row = compared(tmp_path, None, ("eager", prepared()))
+    assert row == {"status": "not available", "note": "the GPU has too little memory"}
+    assert torch.backends.cudnn.benchmark is True
 
 
 FAKE = """
