@@ -147,7 +147,8 @@ def why_slower_plain(
         return None
     if nchw:
         fast_products = isa >= InstructionSet.AMX and dtype != torch.float32
-        if fast_products and intense and s.out_channels >= 16 and elements >= 2**21:
+        worth = (intense or after >= 4 * before) and s.out_channels >= 16 and elements >= 2**21
+        if fast_products and worth:
             return None
         if isa < InstructionSet.AVX512 and intense and s.out_channels < 8:
             return None  # ATen takes two to four times as long as in channels-last

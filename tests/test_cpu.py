@@ -376,6 +376,7 @@ PLAIN_RULES: list[tuple[Case, torch.dtype, str, bool, str | None]] = [
         "conversions",
     ),
     (plain("nchw_rgb", 64, 3, 9, 1, 4, size=(256, 256), activation="tanh"), torch.bfloat16, "AMX", True, "conversions"),
+    (plain("nchw_from_rgb", 3, 64, 3, 1, 1, size=(180, 320)), torch.bfloat16, "AMX", True, None),
     (plain("nchw_rgb_avx2", 64, 3, 9, 1, 4, size=(64, 64), activation="identity"), torch.float32, "AVX2", True, None),
     (plain("nchw_rgb", 64, 3, 9, 1, 4, size=(64, 64), activation="tanh"), torch.float32, "AVX512", True, "conversions"),
     (plain("nchw_1x1", 64, 64, 1, size=(256, 256), activation="silu"), torch.bfloat16, "AMX", True, "conversions"),
