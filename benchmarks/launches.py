@@ -128,14 +128,21 @@ def _input(case: Case, batch: int, dtype: torch.dtype, device: str) -> torch.Ten
     return torch.empty(x.shape, dtype=dtype, device=device, memory_format=torch.channels_last)
 
 
+def _like_a_gpu(y: torch.Tensor, device: str) -> torch.Tensor:
+    """Memory of y's shape in the memory format that a GPU gives it where weights are channels_last."""
+    fmt = torch.channels_last if y.dim() == 4 else torch.contiguous_format
+    return torch.empty(y.shape, dtype=y.dtype, device=device, memory_format=fmt)
+
+
 def eager_ops(case: Case, batch: int, dtype: torch.dtype) -> list[Op]:
     """The operators of the plain modules in inference. (On a GPU a convolution's bias is one more launch.)"""
     ops: list[Op] = []
     with torch.no_grad():  # not inference_mode, in which composite operators are not taken apart
         x = _input(case, batch, dtype, "meta")
-        modules = skeleton(case, dtype)
-        with _Count(ops):
-            modules(x)
+        for module in skeleton(case, dtype):
+            with _Count(ops):
+                x = module(x)
+            x = _like_a_gpu(x, "meta")
     return ops
 
 
@@ -167,8 +174,7 @@ class _Stand(nn.Module):
         with _Count(ops):
             y = self.inner[0](meta)
         self.into.append(Unrun(repr(self.inner[0]), self.why_not, tuple(ops)))
-        fmt = torch.channels_last if y.dim() == 4 else torch.contiguous_format  # as on a GPU, weights being so
-        return torch.empty(y.shape, dtype=y.dtype, memory_format=fmt)
+        return _like_a_gpu(y, "cpu")
 
 
 def precision(numerics: str) -> Precision:

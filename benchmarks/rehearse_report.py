@@ -277,7 +277,8 @@ def _plots(result: Rehearsal, output: Path) -> Iterator[Path]:
         for i, line in enumerate(table):
             for j, v in enumerate(line):
                 if not math.isnan(v):
-                    axes.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=6, color="white")
+                    color = "black" if v > 0.7 * top else "white"
+                    axes.text(j, i, f"{v:.2f}", ha="center", va="center", fontsize=6, color=color)
         axes.set_title(title, fontsize=9)
         figure.colorbar(image)
         path = output / f"{name}.png"
