@@ -196,6 +196,9 @@ def _checked(data: Data) -> Iterator[str]:
 def _tested(data: Data) -> Iterator[str]:
     outcomes = [row["outcome"] for row in data["rows"] if "outcome" in row]
     yield ", ".join(f"{outcomes.count(o)} {o}" for o in dict.fromkeys(outcomes)) + "." if outcomes else "None ran."
+    lost = [f"- {row['key']}: {row['note']}" for row in data["rows"] if row.get("outcome") == "not collected"]
+    if lost:
+        yield from ["", "Files that could not be read:", "", *lost]
 
 
 def _tuned(data: Data) -> Iterator[str]:
