@@ -215,6 +215,8 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
         # Two pipelined tcgen05 products a trip: the compiled code gave wrong sums when executed in emulation (triton
         # 3.7.1); whether compiler or emulator is at fault is open. One product a trip is right.
         return False
+    if device.arch == 89 and (m, n, k, plan.unroll) == (128, 32, 32, 2) and not plan.splits:
+        return False  # seen by compiling: ptxas unrolls nine trips of it and spills a few registers
     if plan.shared_memory(precision.itemsize) > device.shared_memory:
         return False
     most = max(1, plan.steps()) if plan.splits else 1
@@ -234,7 +236,7 @@ def _tiles(low: Lowering, precision: Precision, device: Device) -> Iterator[tupl
         return
     wide = precision.itemsize == 4
     if device.arch // 10 == 10 and not wide:  # its tensor cores outrun the instructions of shorter trips
-        yield 128, 128, 8, 2, 256
+        yield from ((128, 128, 8, 2, 256), (128, 64, 4, 3, 256), (64, 128, 4, 3, 256))
     for m, n in itertools.product((128, 64, 32, 16), (128, 64, 32, 16)):
         if wide and m * n > 64 * 64:
             continue
@@ -366,19 +368,28 @@ def _moved(plan: Plan, rows: int, itemsize: int) -> tuple[float, float]:
     return (rows * s.in_channels + weight + out) * itemsize, sums
 
 
+PRESSURE = 0.75  # of issue slots, as modelled; compiled code stays below 0.8 then
+
+
 def broken_rules(plan: Plan, rows: int, precision: Precision, device: Device) -> int:
     """How many rules a plan breaks whose largest phase has ``rows`` rows.
 
-    Rules: a wave of programs, or K in parts; and on a layer that waits for memory, no partial sums of more than 15 % of
-    what must be moved anyway.
+    A wave of programs, or K in parts. Where a layer waits for memory, no partial sums of more than 15 % of what must be
+    moved anyway. Where it waits for tensor cores (an implicit GEMM of 32 channels and more in and out, with enough
+    rows), no more instructions than leave them busy.
     """
+    low = plan.lowering
     idle = plan.split_k == 1 and programs_of(plan, rows) < FULL_WAVE * device.multiprocessors
     moved, sums = _moved(plan, rows, precision.itemsize)
-    low = plan.lowering
     macs = rows * math.prod(low.phases) * low.columns * low.spec.groups * low.channels_in * low.max_taps
-    rate = trip_rate(plan, precision, device) * device.multiprocessors
+    rate = device.mma_per_clock * 2 / precision.itemsize * device.multiprocessors
     heavy = 2 * sums > 0.15 * moved and (moved + 2 * sums) / device.dram_bytes_per_clock > macs / rate
-    return idle + heavy
+    gemm = low.regime == "phases" and min(low.channels_in, low.columns) >= 32 and precision.itemsize == 2
+    enough = -(-rows // 64) * -(-low.columns // 64) * math.prod(low.phases) >= device.multiprocessors
+    tensor = plan.block_m * plan.block_n * plan.block_k * plan.unroll / device.mma_per_clock
+    busy = gemm and enough and macs / rate >= moved / device.dram_bytes_per_clock
+    crowded = busy and trip_clocks(plan, precision, device)["issue"] > PRESSURE * tensor
+    return idle + heavy + crowded
 
 
 def _cost(plan: Plan, rows: int, precision: Precision, device: Device) -> tuple[int, float]:
@@ -387,7 +398,7 @@ def _cost(plan: Plan, rows: int, precision: Precision, device: Device) -> tuple[
 
 
 BINARIES = 3  # of a layer, over all sizes of batch and image
-_SIZES = tuple(4**e for e in range(2, 8))  # rows for which a menu is composed: larger ones want what 16384 want
+_SIZES = (1, *(4**e for e in range(2, 8)))  # rows for which a menu is composed: more of them want what 16384 want
 
 
 @lru_cache(maxsize=4096)
@@ -408,7 +419,8 @@ def _menu(low: Lowering, precision: Precision, device: Device) -> tuple[tuple[Pl
 
     def loss(menu: tuple[tuple[Plan, ...], ...]) -> tuple[int, float]:
         chosen = [min(table[plans][i] for plans in menu) for i in sizes]
-        return sum(rules for rules, _ in chosen), sum(math.log(chosen[i][1] / best[i]) for i in sizes)
+        # Large sizes weigh more: there the kernel's time is the user's, elsewhere the host's may be.
+        return sum(rules for rules, _ in chosen), sum((2 + i) * math.log(chosen[i][1] / best[i]) for i in sizes)
 
     def leading(among: list[tuple[Plan, ...]]) -> list[tuple[Plan, ...]]:
         """Those that are the best of ``among`` for some size."""
