@@ -34,8 +34,9 @@ from .indexing import border, inside, phase_taps, tile_order
 @triton.jit
 def round_tf32(v):
     """float32 to TF32's mantissa, to nearest and ties away: the tensor core would truncate."""
-    rounded = ((v.to(tl.int32, bitcast=True) + 0x1000) & -8192).to(tl.float32, bitcast=True)
-    return tl.where(v == v, rounded, v)  # a NaN of all ones would overflow to -0
+    bits = v.to(tl.int32, bitcast=True)
+    # A NaN of all ones would overflow to -0, one of low bits alone be cut to infinity: both get the high bit.
+    return tl.where(v == v, (bits + 0x1000) & -8192, bits | 0x400000).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cnnfast.block import Step
+from cnnfast.block import Step, run_reference
 from cnnfast.ops.core import run_step
 from cnnfast.spec import ACTIVATIONS, Activation
 
@@ -302,3 +302,15 @@ def test_upsample_padding_that_does_not_collapse(device: torch.device) -> None:
 def test_step_of_identity_activation_is_the_default() -> None:
     spec = REGIMES[0].step.spec
     assert Step(spec) == Step(spec, Activation("identity"))
+
+
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], ids=hex)
+def test_tf32_keeps_every_nan(bits: int, device: torch.device, launches: list[str]) -> None:
+    """CUDA's own NaN is all ones: rounding it to TF32 as an integer would give -0."""
+    case = conv("nan", "phases", 32, 32, 4, 2, 1, size=(3, 4), activation="identity")
+    o = case.operands(torch.float32, device)
+    o.x.view(torch.int32)[0, 5, 1, 2] = bits
+    with conv_precision("tf32"):
+        y = run_step(case.step, o, channels_last=True, backend="triton")
+    expected = run_reference(case.step, o._replace(x=o.x.cpu(), weight=o.weight.cpu(), bias=o.bias.cpu())).isnan()
+    assert expected.any() and not expected.all() and torch.equal(y.isnan().cpu(), expected)
