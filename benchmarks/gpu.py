@@ -49,7 +49,8 @@ class Stage:
 
     ``command``: arguments of Python, or None for the worker's stage of that name. ``parallel``: rows may be made side
     by side (compiling takes most of the time, and nothing is timed). ``plain``: without plans tuned earlier.
-    ``proves``: needs `cnnfast.guard`, whatever the environment says.
+    ``proves``: needs `cnnfast.guard`, whatever the environment says. ``follows``: is of what other stages found, so
+    that ``--resume`` runs it again.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Stage:
     parallel: bool = False
     plain: bool = True
     proves: bool = False
+    follows: bool = False
 
 
 STAGES: tuple[Stage, ...] = (
@@ -70,10 +72,10 @@ STAGES: tuple[Stage, ...] = (
     Stage("table", "layers, blocks and generators against cuDNN, cold L2 cache, with and without CUDA graphs", 2.3),
     Stage("candidates", "plans of the cases' steps compiled and proven", 0.9, 120.0, None, None, True, False, True),
     Stage("tune", "those plans timed, the best ones kept", 0.6, 120.0, plain=False, proves=True),
-    Stage("tuned", "the table's rows again, with the tuned plans", 0.6, plain=False),
+    Stage("tuned", "the table's rows again, with the tuned plans", 0.6, plain=False, follows=True),
     Stage("back_to_back", "generators and blocks, calls in a row, with the host's time", 0.5),
     Stage("compiled", "generators and blocks beside torch.compile", 1.0, 300.0),
-    Stage("prediction", "the model that chooses plans, and the limits, against what was measured", 0.1),
+    Stage("prediction", "the model that chooses plans, and the limits, against what was measured", 0.1, follows=True),
     Stage("host_time", "time on the host of a call", 0.3),
 )
 
@@ -246,7 +248,10 @@ def run(
         write_atomically(folder / "summary.json", json.dumps(data, indent=1) + "\n")
         write_atomically(folder / "summary.md", text)
 
-    todo = [s for s in stages if not (resume and s.name in outcomes and _finished(outcomes[s.name], folder))]
+    def kept(s: Stage) -> bool:
+        return resume and not s.follows and s.name in outcomes and _finished(outcomes[s.name], folder)
+
+    todo = [s for s in stages if not kept(s)]
     for stage in stages:
         if stage not in todo:
             print(f"{stage.name}: {outcomes[stage.name].status} in an earlier run, kept")

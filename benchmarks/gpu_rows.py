@@ -115,6 +115,10 @@ class Rows:
         self._keys.add(row["key"])
         self.write()
 
+    def clear(self) -> None:
+        """Begin anew: rows of figures that have changed."""
+        self.data["rows"], self._keys = [], set()
+
     def end(self, left_out: Iterable[str] = ()) -> None:
         """The stage came to its end by itself, without the rows ``left_out``."""
         self.data |= {"ended": True, "left_out": list(left_out)}

@@ -193,6 +193,8 @@ def work(argv: list[str]) -> int:
     run = json.loads((a.output / "run.json").read_text())
     facts = environment("cuda") | {"guard": os.environ.get("CNNFAST_GUARD", "on")}
     rows = Rows(a.output, a.stage, run, part, parts, stubbed=a.dry_run, environment=facts)
+    if a.stage == "prediction":
+        rows.clear()
     c = Context(a.output, rows, a.dry_run, part, parts)
     if a.stage in MEASURED_LIMITS and "ceilings" not in rows.data:
         rows.data["ceilings"] = ceilings(NUMERICS, c.measure(gpu_timing.cold))
