@@ -14,7 +14,7 @@ import torch
 
 import cnnfast
 from cnnfast import dispatch, tuning
-from cnnfast.plan import candidates, modelled_clocks
+from cnnfast.choice import candidates, modelled_clocks
 
 from . import gpu_timing
 from .gpu_compare import set_tf32

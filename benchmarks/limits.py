@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from cnnfast.plan import Device
+from cnnfast.devices import Device
 
 from .timers import Timer, once
 

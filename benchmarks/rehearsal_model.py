@@ -43,7 +43,7 @@ __all__ = [
 
 PARTS = ("x", "weight", "y", "vectors", "copies", "workspace")  # what moves bytes, see `traffic`
 BOUNDS = ("tensor", "issue", "dram", "l2", "latency")
-TRIP, PROLOGUE = 700.0, 1500.0  # clocks, the assumptions of `plan.modelled_clocks`
+TRIP, PROLOGUE = 700.0, 1500.0  # clocks, the assumptions of `choice.modelled_clocks`
 _SCALAR = {80: 64}  # float32 multiply-adds per clock and multiprocessor; 128 elsewhere
 
 

@@ -6,8 +6,9 @@ import math
 
 import torch
 
+from cnnfast.choice import FULL_WAVE, broken_rules, candidates
 from cnnfast.devices import Device
-from cnnfast.plan import FULL_WAVE, Plan, broken_rules, candidates
+from cnnfast.plan import Plan
 from cnnfast.spec import Precision
 
 from .inspector import Call, Report

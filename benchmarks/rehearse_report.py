@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from cnnfast.plan import FULL_WAVE
+from cnnfast.choice import FULL_WAVE
 
 from .rehearsal import Analysis
 from .rehearsal_model import BOUNDS, PARTS

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from .block import Operands, Step
-from .plan import Device, device_for, lower
+from .devices import Device, device_for
+from .plan import lower
 from .spec import ConvSpec, Precision
 
 __all__ = [

@@ -1,37 +1,20 @@
-"""How a convolution is launched: the form the kernel sees (`Lowering`), the tile (`Plan`), and the choice of both.
+"""How a convolution is launched: the form the kernel sees (`Lowering`) and the tile (`Plan`). `choice` picks.
 
-Everything here is pure: no tensor, no GPU, no Triton. `choose_plan` compares plans by a model of time (tensor-core
-time, L2 time and latency per trip of the main loop, waves of programs) that was fitted to no GPU.
+Everything here is pure: no tensor, no GPU, no Triton.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
-from .devices import DEVICES, Device, device_for, resident_blocks
+from .devices import Device
 from .spec import ConvSpec, Phase, Precision
 
-__all__ = [
-    "BINARIES",
-    "DEVICES",
-    "Device",
-    "Lowering",
-    "Plan",
-    "broken_rules",
-    "candidates",
-    "choose_plan",
-    "device_for",
-    "is_valid",
-    "lower",
-    "modelled_clocks",
-    "tap_map",
-]
+__all__ = ["Lowering", "Plan", "is_exact", "is_valid", "lower", "tap_map"]
 
 
 # --- lowering: which gather the kernel runs ---------------------------------------------------------------------------
@@ -199,6 +182,11 @@ class Plan:
         return buffers + 64  # barriers (sm_100 has 16 bytes of them)
 
 
+def is_exact(precision: Precision) -> bool:
+    """float32 on the CUDA cores: no tensor core multiplies it exactly."""
+    return precision.dtype == torch.float32 and not precision.tf32
+
+
 def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
     """Whether a plan can run at all: the one predicate of the heuristic and of tuning."""
     m, n, k = plan.block_m, plan.block_n, plan.block_k
@@ -207,7 +195,7 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
     threads = plan.num_warps * 32
     # 128 accumulators a thread leave room for operands and addresses. A CUDA-core product (float32 exact) needs more of
     # those, and so does a store that finds no two elements of a row together.
-    if m * n > threads * (32 if _exact(precision) or not plan.lowering.channels_last else 128) or m * n < threads * 2:
+    if m * n > threads * (32 if is_exact(precision) or not plan.lowering.channels_last else 128) or m * n < threads * 2:
         return False
     if plan.num_warps > (m // 16) * (n // 16):  # the surplus warps would repeat the work of the others
         return False
@@ -224,250 +212,3 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
         return False
     most = max(1, plan.steps()) if plan.splits else 1
     return 1 <= plan.split_k <= min(most, 65535)
-
-
-# --- the choice -------------------------------------------------------------------------------------------------------
-
-SPLITS = (2, 4, 8, 16, 32)
-UNROLLS, MAX_TRIP = (2, 3, 5, 7), 192  # channel blocks of a trip, and its channels
-
-
-def _tiles(low: Lowering, precision: Precision, device: Device) -> Iterator[tuple[int, int, int, int, int]]:
-    """(block_m, block_n, num_warps, num_stages, bytes of k per block) that are tried, in this order."""
-    if _exact(precision):
-        yield from ((64, 64, 8, 2, 64), (32, 64, 4, 2, 64), (32, 32, 4, 2, 64), (16, 32, 2, 2, 64), (16, 16, 1, 2, 64))
-        return
-    wide = precision.itemsize == 4
-    if device.arch // 10 == 10 and not wide:  # its tensor cores outrun the instructions of shorter trips
-        yield from ((128, 128, 8, 2, 256), (128, 64, 4, 3, 256), (64, 128, 4, 3, 256))
-    for m, n in itertools.product((128, 64, 32, 16), (128, 64, 32, 16)):
-        if wide and m * n > 64 * 64:
-            continue
-        largest = 8 if device.arch // 10 != 9 else 4  # wgmma keeps a warp's 128 x 32 of the tile without a spill
-        warps = largest if m * n >= 128 * 128 else 4 if m * n >= 32 * 64 else 2 if m * n > 16 * 16 else 1
-        yield m, n, warps, 3, 64
-        if m * n <= 64 * 64:
-            yield m, n, warps, 3, 128
-
-
-def _plans(low: Lowering, precision: Precision, device: Device) -> Iterator[Plan]:
-    """Every tile for a lowering, K in one piece."""
-    for m, n, warps, stages, k_bytes in _tiles(low, precision, device):
-        if n > 16 and n >= 2 * low.columns:
-            continue
-        if m >= 4 * n and low.columns > n:  # a tall tile spends its loop on row addresses
-            continue
-        block_k, channels, unroll = k_bytes // precision.itemsize, low.channels_in, 1
-        while block_k > 16 and block_k >= 2 * channels:
-            block_k //= 2
-        # Several channel blocks of a tap share a trip's addresses, where the channels fill them.
-        part = block_k
-        while part > 16 and channels % part:
-            part //= 2
-        fits = [u for u in UNROLLS if channels % (u * part) == 0 and u * part <= MAX_TRIP and precision.itemsize == 2]
-        for u in fits:
-            if is_valid(Plan(low, m, n, part, u, warps, stages), precision, device):
-                block_k, unroll = part, u
-                break
-        plan = Plan(low, m, n, block_k, unroll, warps, stages)
-        if is_valid(plan, precision, device):
-            yield plan
-
-
-def _split(plan: Plan, precision: Precision, device: Device) -> list[Plan]:
-    """The tile with K in one part, and in parts of at least two trips; empty where no split is possible."""
-    parts = [replace(plan, splits=True, split_k=n) for n in (1, *SPLITS) if plan.steps() >= 2 * n]
-    parts = [p for p in parts if is_valid(p, precision, device)]
-    return parts if len(parts) > 1 else []
-
-
-def _exact(precision: Precision) -> bool:
-    """float32 on the CUDA cores: no tensor core multiplies it exactly."""
-    return precision.dtype == torch.float32 and not precision.tf32
-
-
-def _registers(plan: Plan) -> int:
-    """Of a thread, about: twice the accumulators, and 48 (seen in compiled plans from 16x16 to 128x128)."""
-    return min(255, 48 + 2 * plan.block_m * plan.block_n // (32 * plan.num_warps))
-
-
-def trip_rate(plan: Plan, precision: Precision, device: Device) -> float:
-    """Multiply-adds per clock of a multiprocessor with this tile's instructions."""
-    if _exact(precision):
-        return 64.0
-    rate = device.mma_per_clock * 2 / precision.itemsize
-    wide = plan.block_m >= 64 and plan.num_warps >= 4  # wgmma and tcgen05; mma.sync stays at the rate of sm_80
-    return rate if wide else min(rate, 1024 * 2 / precision.itemsize)
-
-
-def trip_clocks(plan: Plan, precision: Precision, device: Device) -> dict[str, float]:
-    """Modelled clocks of a multiprocessor that one trip through the main loop takes of each of its parts: "tensor",
-    "issue" (of instructions), "shared" (memory) and "l2"."""
-    m, n, k, warps, size = plan.block_m, plan.block_n, plan.block_k * plan.unroll, plan.num_warps, precision.itemsize
-    copies = (m + n) * k * size / 16 / (32 * warps)  # 16-byte copies of a thread
-    written = (m + n) * k * size
-    macs = m * n * k
-    generation = device.arch // 10
-    tensor = macs / trip_rate(plan, precision, device)
-    if _exact(precision):
-        issue, read = 1.3 * macs / 128, written
-    elif generation == 9 and m >= 64 and warps >= 4:  # wgmma: operands straight from shared memory
-        products = m // 64 * k * size // 32 / (warps // 4)
-        issue = (4 * products + 4 * copies + 68) * warps / 4
-        read = m // 64 * (64 + n) * k * size
-    elif generation == 10 and m >= 64 and warps >= 4:  # tcgen05: likewise, issued by one thread
-        issue = (6.3 * copies + 80) * warps / 4
-        read = written
-    else:  # mma.sync: each warp reads the rows and columns of its own part of the tile
-        per_product = 1.5 if size == 2 else 3.5  # TF32's operands are rounded
-        issue = (per_product * macs / (4096 / size) / warps + 4.5 * copies + 48) * warps / 4
-        shapes = [(a, warps // a) for a in (1, 2, 4, 8) if a <= warps and a * 16 <= m]
-        read = min(warps * (m // a + max(n // b, 8)) * k * size for a, b in shapes)
-    return {
-        "tensor": tensor,
-        "issue": issue,
-        "shared": (written + read) / 128,
-        "l2": written / device.l2_bytes_per_clock,
-    }
-
-
-SECOND_PASS = 2000.0  # clocks until a dependent kernel has started
-FULL_WAVE = 0.95  # of the multiprocessors
-
-
-def programs_of(plan: Plan, rows: int) -> int:
-    """Programs of a launch whose largest phase has ``rows`` rows."""
-    return plan.tiles_of(rows) * plan.split_k * plan.lowering.spec.groups
-
-
-def modelled_clocks(plan: Plan, rows: int, precision: Precision, device: Device) -> float:
-    """Modelled time of a plan whose largest phase has ``rows`` rows (only comparisons mean anything)."""
-    resident = resident_blocks(device, plan.num_warps, _registers(plan), plan.shared_memory(precision.itemsize))
-    per_sm = -(-programs_of(plan, rows) // device.multiprocessors)
-    concurrent = min(resident, per_sm)
-    # A program alone cannot hide its latency: a trip takes at least a share of the memory's, by depth of the pipeline.
-    latency = 700.0 / (plan.num_stages - 1) / concurrent
-    steps = -(-plan.steps() // plan.split_k)
-    parts = trip_clocks(plan, precision, device).values()
-    # The parts overlap, but not wholly.
-    tile = steps * (max(*parts, latency) + (sum(parts) - max(parts)) / 10)
-    prologue = 1500.0 / concurrent
-    store = plan.block_m * plan.block_n * (4 if plan.split_k > 1 else precision.itemsize) / 32
-    busy = per_sm * (tile + prologue + store)
-    moved, sums = _moved(plan, rows, precision.itemsize)
-    total = max(busy, (moved + sums) / device.dram_bytes_per_clock)
-    if plan.split_k > 1:
-        total += SECOND_PASS + sums / device.dram_bytes_per_clock
-    return total + busy / 100  # of two that wait for memory, the one that computes less
-
-
-def _moved(plan: Plan, rows: int, itemsize: int) -> tuple[float, float]:
-    """Bytes to and from DRAM, about: of the operands, each once, and of the partial sums, one way."""
-    low = plan.lowering
-    s = low.spec
-    out = rows * math.prod(low.phases) * low.columns * s.groups
-    weight = low.channels_in * low.columns * s.groups if low.regime == "latent" else math.prod(s.weight_shape)
-    sums = 4 * plan.split_k * out if plan.split_k > 1 else 0
-    return (rows * s.in_channels + weight + out) * itemsize, sums
-
-
-PRESSURE = 0.75  # of issue slots, as modelled; compiled code stays below 0.8 then
-
-
-def broken_rules(plan: Plan, rows: int, precision: Precision, device: Device) -> int:
-    """How many rules a plan breaks whose largest phase has ``rows`` rows.
-
-    A wave of programs, or K in parts. Where a layer waits for memory, no partial sums of more than 15 % of what must be
-    moved anyway. Where it waits for tensor cores (an implicit GEMM of 32 channels and more in and out, with enough
-    rows), no more instructions than leave them busy.
-    """
-    low = plan.lowering
-    idle = plan.split_k == 1 and programs_of(plan, rows) < FULL_WAVE * device.multiprocessors
-    moved, sums = _moved(plan, rows, precision.itemsize)
-    macs = rows * math.prod(low.phases) * low.columns * low.spec.groups * low.channels_in * low.max_taps
-    rate = device.mma_per_clock * 2 / precision.itemsize * device.multiprocessors
-    heavy = 2 * sums > 0.15 * moved and (moved + 2 * sums) / device.dram_bytes_per_clock > macs / rate
-    gemm = low.regime == "phases" and min(low.channels_in, low.columns) >= 32 and precision.itemsize == 2
-    enough = -(-rows // 64) * -(-low.columns // 64) * math.prod(low.phases) >= device.multiprocessors
-    tensor = plan.block_m * plan.block_n * plan.block_k * plan.unroll / device.mma_per_clock
-    busy = gemm and enough and macs / rate >= moved / device.dram_bytes_per_clock
-    crowded = busy and trip_clocks(plan, precision, device)["issue"] > PRESSURE * tensor
-    return idle + heavy + crowded
-
-
-PENALTY = 1.5  # a rule is broken where keeping it would take longer than this by the model
-
-
-def _cost(plan: Plan, rows: int, precision: Precision, device: Device) -> float:
-    """What the choice minimises."""
-    return modelled_clocks(plan, rows, precision, device) * PENALTY ** broken_rules(plan, rows, precision, device)
-
-
-BINARIES = 3  # of a layer, over all sizes of batch and image
-_SIZES = (1, *(4**e for e in range(2, 8)))  # rows for which a menu is composed: more of them want what 16384 want
-
-
-@lru_cache(maxsize=4096)
-def _menu(low: Lowering, precision: Precision, device: Device) -> tuple[tuple[Plan, ...], ...]:
-    """The tiles a layer may use, as the plans of each (several where K can be split): those that lose the least over
-    all sizes of batch and image, in no more than `BINARIES` binaries. A split's second pass is one of them.
-    """
-    whole: list[tuple[Plan, ...]] = [(p,) for p in _plans(low, precision, device)]
-    split = [tuple(parts) for (p,) in whole if (parts := _split(p, precision, device))]
-    if not whole:
-        raise RuntimeError(f"no valid plan for {low.spec} in {precision.dtype} on {device.name}")
-    table = {
-        plans: [min(_cost(p, rows, precision, device) for p in plans) for rows in _SIZES] for plans in (*whole, *split)
-    }
-    sizes = range(len(_SIZES))
-    best = [min(costs[i] for costs in table.values()) for i in sizes]
-
-    def loss(menu: tuple[tuple[Plan, ...], ...]) -> float:
-        # Large sizes weigh more: there the kernel's time is the user's, elsewhere the host's may be.
-        return sum((2 + i) * math.log(min(table[plans][i] for plans in menu) / best[i]) for i in sizes)
-
-    def leading(among: list[tuple[Plan, ...]]) -> list[tuple[Plan, ...]]:
-        """Those that are the best of ``among`` for some size."""
-        firsts = (min(among, key=lambda plans: table[plans][i]) for i in sizes)
-        return list(dict.fromkeys(firsts))
-
-    menus: list[tuple[tuple[Plan, ...], ...]] = list(itertools.combinations(leading(whole), BINARIES))
-    if split:
-        menus += itertools.product([*leading(whole), *leading(split)], leading(split))
-    return min(menus or [tuple(leading(whole))], key=loss)
-
-
-@lru_cache(maxsize=4096)
-def choose_plan(
-    spec: ConvSpec,
-    batch: int,
-    input_size: tuple[int, ...],
-    precision: Precision,
-    device: Device,
-    channels_last: bool = True,
-) -> Plan:
-    """The plan for x (batch, C_in, *input_size) on ``device``, ``channels_last`` the result. Deterministic: the same
-    arguments give the same plan.
-
-    Over all sizes of batch and image, the plans of a layer need at most `BINARIES` compiled kernels. RuntimeError where
-    no plan is valid.
-    """
-    low = lower(spec, input_size, channels_last)
-    rows = low.rows(batch, spec.output_size(input_size))
-    plans = itertools.chain.from_iterable(_menu(low, precision, device))
-    return min(plans, key=lambda plan: _cost(plan, rows, precision, device))
-
-
-def candidates(
-    spec: ConvSpec,
-    batch: int,
-    input_size: tuple[int, ...],
-    precision: Precision,
-    device: Device,
-    channels_last: bool = True,
-) -> list[Plan]:
-    """Every valid plan for x (batch, C_in, *input_size), by modelled time: what tuning tries."""
-    low = lower(spec, input_size, channels_last)
-    rows = low.rows(batch, spec.output_size(input_size))
-    found = [q for p in _plans(low, precision, device) for q in (p, *_split(p, precision, device))]
-    return sorted(dict.fromkeys(found), key=lambda plan: modelled_clocks(plan, rows, precision, device))

@@ -12,7 +12,8 @@ from dataclasses import fields
 from typing import Any
 
 from . import guard, store
-from .plan import Device, Plan, is_valid, lower
+from .devices import Device
+from .plan import Plan, is_valid, lower
 from .spec import ConvSpec, Precision
 
 __all__ = ["keep", "key", "stored"]

@@ -17,8 +17,9 @@ import torch
 
 from . import dispatch, env, guard, store, trial, tuned
 from .block import Operands, Step
+from .choice import candidates, choose_plan
 from .generators import create_model, list_models
-from .plan import Plan, candidates, choose_plan
+from .plan import Plan
 from .timing import Timing, measure
 
 __all__ = ["Options", "Result", "Task", "Timer", "cuda_timer", "record", "run", "tune", "tune_steps"]

@@ -13,7 +13,7 @@ from torch import nn
 
 import cnnfast
 from cnnfast.block import Operands, Step, Upsample, upsample_step
-from cnnfast.plan import BINARIES
+from cnnfast.choice import BINARIES
 from cnnfast.spec import Activation, ConvSpec
 
 pytest.importorskip("triton", reason="triton is not installed")

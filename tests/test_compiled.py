@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from cnnfast.block import Operands, Step
-from cnnfast.plan import DEVICES, Plan, choose_plan, lower
+from cnnfast.choice import choose_plan
+from cnnfast.devices import DEVICES
+from cnnfast.plan import Plan, lower
 from cnnfast.spec import Activation, ConvSpec
 
 from .test_plan import BATCHES, HALF, LAYERS

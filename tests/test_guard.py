@@ -494,7 +494,7 @@ def pretended(no_ttsem: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     """An RTX 3090 for which launches are compiled and do nothing, and CPU tensors that count as its."""
     from benchmarks.inspector import target
     from cnnfast import dispatch
-    from cnnfast.plan import DEVICES
+    from cnnfast.devices import DEVICES
 
     with target(86), monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "is_cuda", property(lambda self: True))

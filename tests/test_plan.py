@@ -9,8 +9,9 @@ import math
 import pytest
 import torch
 
+from cnnfast.choice import BINARIES, candidates, choose_plan, modelled_clocks
 from cnnfast.devices import DEVICES, device_for, resident_blocks
-from cnnfast.plan import BINARIES, Plan, candidates, choose_plan, is_valid, lower, modelled_clocks, tap_map
+from cnnfast.plan import Plan, is_valid, lower, tap_map
 from cnnfast.spec import ConvSpec, Precision, collapse_upsample
 
 HALF, BF16 = Precision(torch.float16), Precision(torch.bfloat16)

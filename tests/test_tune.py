@@ -18,7 +18,9 @@ import cnnfast
 from cnnfast import env, guard, store, tuned, tuning
 from cnnfast.__main__ import main
 from cnnfast.block import Step
-from cnnfast.plan import DEVICES, Plan, candidates, choose_plan
+from cnnfast.choice import candidates, choose_plan
+from cnnfast.devices import DEVICES
+from cnnfast.plan import Plan
 from cnnfast.spec import Activation, ConvSpec, Precision
 from cnnfast.timing import Timing
 

@@ -13,8 +13,10 @@ import torch
 
 from .. import dispatch, guard, tuned
 from ..block import Operands, Step
+from ..choice import choose_plan
+from ..devices import Device
 from ..kernels import conv_transpose as kernels
-from ..plan import Device, Plan, choose_plan
+from ..plan import Plan
 from ..spec import Precision, tap_inverse
 from .weights import kernel_weight, weight_layout
 
