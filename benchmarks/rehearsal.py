@@ -49,6 +49,7 @@ class Analysis:
     bound: str
     shares: dict[str, float]  # of the largest bound
     failures: tuple[str, ...]
+    exceptions: tuple[str, ...]  # rules that no plan of the kernel could keep
 
 
 def analyse(run: StepRun, reports: list[Report | Failed], precision: Precision, device: Device) -> Analysis | Failed:
@@ -71,11 +72,15 @@ def analyse(run: StepRun, reports: list[Report | Failed], precision: Precision, 
     judged = gemm and bounds["tensor"] >= moved.least / device.dram_bytes_per_clock
     over = bounds["issue"] / max(bounds["tensor"], bounds["dram"])
     name = "starved" if top == "latency" and done.programs < device.multiprocessors else top
+    soft = [
+        *rules.issue_slots(issue, over, gemm, judged),
+        *rules.ratios(plan, done, moved, name, device),
+    ]
+    better = rules.better_plan(run, plan, precision, device) if soft else None
     failures = [
         *(rules.limits(r, device) for r in compiled),
         [*rules.grids(run.calls), *rules.loop(main, plan, call, precision), *rules.overflows(call, plan)],
-        rules.issue_slots(issue, over, gemm, judged),
-        rules.ratios(run, plan, precision, done, moved, name, device),
+        [f"{text}; {better} keeps the rules" for text in soft if better is not None],
     ]
     return Analysis(
         regime=plan.lowering.regime,
@@ -103,4 +108,5 @@ def analyse(run: StepRun, reports: list[Report | Failed], precision: Precision, 
         bound=name,
         shares={k: v / bounds[top] for k, v in bounds.items()},
         failures=tuple(itertools.chain.from_iterable(failures)),
+        exceptions=tuple(soft) if better is None else (),
     )

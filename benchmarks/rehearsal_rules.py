@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from cnnfast.choice import FULL_WAVE, broken_rules, candidates
+from cnnfast.choice import FULL_WAVE, PENALTY, broken_rules, candidates, modelled_clocks
 from cnnfast.devices import Device
 from cnnfast.plan import Plan
 from cnnfast.spec import Precision
@@ -15,7 +15,18 @@ from .inspector import Call, Report
 from .launches import StepRun
 from .rehearsal_model import Traffic, Work, loop_macs, occupancy
 
-__all__ = ["PRESSURE", "RATIO", "grids", "issue_slots", "limits", "loop", "narrow_loads", "overflows", "ratios"]
+__all__ = [
+    "PRESSURE",
+    "RATIO",
+    "better_plan",
+    "grids",
+    "issue_slots",
+    "limits",
+    "loop",
+    "narrow_loads",
+    "overflows",
+    "ratios",
+]
 
 PRESSURE = 0.8  # issue pressure allowed in the implicit-GEMM regime with fp16, where tensor cores are the bound
 RATIO = 1.15  # bytes over the least allowed where memory is the bound
@@ -100,27 +111,25 @@ def issue_slots(issue: float, over: float, gemm: bool, judged: bool) -> list[str
     return []
 
 
-def ratios(
-    run: StepRun,
-    plan: Plan,
-    precision: Precision,
-    done: Work,
-    moved: Traffic,
-    bound: str,
-    device: Device,
-) -> list[str]:
+def ratios(plan: Plan, done: Work, moved: Traffic, bound: str, device: Device) -> list[str]:
     found = []
     if bound == "dram" and moved.ratio > RATIO:
         parts = ", ".join(f"{k} {v / moved.least:.2f}" for k, v in moved.parts.items())
         found.append(f"bytes {moved.ratio:.2f} x the least ({parts})")
     if done.programs < FULL_WAVE * device.multiprocessors and plan.split_k == 1:
-        size = tuple(n + 2 * p for n, p in zip(run.input_shape[2:], run.step.pad, strict=True))
-        rows = plan.lowering.rows(run.input_shape[0], run.output_shape[2:])
-        layout = plan.lowering.channels_last
-        for other in candidates(run.step.spec, run.input_shape[0], size, precision, device, layout):
-            if broken_rules(other, rows, precision, device) == 0:
-                found.append(
-                    f"{done.programs} programs for {device.multiprocessors} multiprocessors: {other.name} exists"
-                )
-                break
+        found.append(f"{done.programs} programs for {device.multiprocessors} multiprocessors")
     return found
+
+
+def better_plan(run: StepRun, plan: Plan, precision: Precision, device: Device) -> str | None:
+    """Another plan that keeps all rules of `choice.broken_rules` and takes, by the model, no more than
+    `choice.PENALTY` times as long: where there is none, a broken rule of issue slots, bytes or waves is no failure of
+    the plan but an exception, and listed as one."""
+    size = tuple(n + 2 * p for n, p in zip(run.input_shape[2:], run.step.pad, strict=True))
+    rows = plan.lowering.rows(run.input_shape[0], run.output_shape[2:])
+    most = PENALTY * modelled_clocks(plan, rows, precision, device)
+    for other in candidates(run.step.spec, run.input_shape[0], size, precision, device, plan.lowering.channels_last):
+        keeps = other != plan and broken_rules(other, rows, precision, device) == 0
+        if keeps and modelled_clocks(other, rows, precision, device) <= most:
+            return other.name
+    return None

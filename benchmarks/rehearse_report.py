@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -53,6 +54,7 @@ def summary(result: Rehearsal) -> str:
             r, a = max(bound, key=lambda p: p[1].ratio)
             lines.append(f"Worst bytes over the least where memory is the bound: {a.ratio:.2f}, {_where(r)}.")
         lines.append(f"Kernels that spill: {sum(a.spilled > 0 for _, a in pairs)}.")
+        lines += _exceptions(pairs)
     if fallen:
         lines.append(f"Cases with steps that do not run on Triton: {', '.join(fallen)}.")
     for row in result.failing:
@@ -61,13 +63,26 @@ def summary(result: Rehearsal) -> str:
     return "\n".join(lines)
 
 
+def _exceptions(pairs: list[tuple[Row, Analysis]]) -> Iterator[str]:
+    """How many plans break a rule that no plan of the kernel keeps in reasonable time, by architecture and kind."""
+    kinds: dict[tuple[str, int], list[str]] = {}
+    for r, a in pairs:
+        for text in a.exceptions:
+            kind = next(k for k in ("issue pressure", "issue slots", "bytes", "programs") if k in text)
+            kinds.setdefault((kind, r.arch), []).append(f"{_where(r)}, {a.plan}: {text}")
+    for (kind, arch), found in sorted(kinds.items()):
+        numbers = [float(n) for text in found for n in re.findall(r"(?:pressure|take|bytes) ([\d.]+)", text)]
+        worst = f", worst {max(numbers):.2f}" if numbers else ""
+        yield f"Exceptions, {kind}, sm_{arch}: {len(found)}{worst} (no tile of the kernel does better)."
+
+
 # --- JSON -------------------------------------------------------------------------------------------------------------
 
 _COLUMNS = (
     "layer", "dtype", "arch", "plan", "grid", "programs", "waves", "blocks", "limit", "registers", "shared", "spilled",
     "tensor_cores", "pressure", "issue_over_tensor_or_memory", "instructions", "mma", "loads", "useful_macs",
     "bytes_over_least", "launches", "bound", *(f"bytes_{p}" for p in PARTS), *(f"bound_{b}" for b in BOUNDS),
-    "failures", "not_on_triton",
+    "failures", "exceptions", "not_on_triton",
 )  # fmt: skip
 _LAYER_COLUMNS = ("cases", "modules", "input", "output")
 
@@ -79,12 +94,12 @@ def _round(value: float) -> float | None:
 def _record(row: Row, layer: int) -> list[Any]:
     head, a = [layer, row.numerics, row.arch], row.result
     if not isinstance(a, Analysis):
-        return [*head, *[None] * (len(_COLUMNS) - len(head) - 2), row.failures, row.why_not]
+        return [*head, *[None] * (len(_COLUMNS) - len(head) - 3), row.failures, (), row.why_not]
     return [
         *head, a.plan, a.grid, a.programs, _round(a.waves), a.blocks, a.limit, a.registers, a.shared, a.spilled, a.kind,
         _round(a.pressure), _round(a.over), a.instructions, a.mma, a.widths, _round(a.useful), _round(a.ratio),
         a.launches, a.bound, *(_round(a.parts.get(p, 0)) for p in PARTS), *(_round(a.shares[b]) for b in BOUNDS),
-        a.failures, row.why_not,
+        a.failures, a.exceptions, row.why_not,
     ]  # fmt: skip
 
 
