@@ -72,11 +72,9 @@ def analyse(run: StepRun, reports: list[Report | Failed], precision: Precision, 
     judged = gemm and bounds["tensor"] >= moved.least / device.dram_bytes_per_clock
     over = bounds["issue"] / max(bounds["tensor"], bounds["dram"])
     name = "starved" if top == "latency" and done.programs < device.multiprocessors else top
-    soft = [
-        *rules.issue_slots(issue, over, gemm, judged),
-        *rules.ratios(plan, done, moved, name, device),
-    ]
-    better = rules.better_plan(run, plan, precision, device) if soft else None
+    crowded = rules.issue_slots(issue, judged)
+    soft = [*crowded, *rules.ratios(plan, done, moved, name, device)]
+    better, other = rules.better_plan(run, plan, precision, device, bool(crowded)) if soft else (None, None)
     failures = [
         *(rules.limits(r, device) for r in compiled),
         [*rules.grids(run.calls), *rules.loop(main, plan, call, precision), *rules.overflows(call, plan)],
@@ -108,5 +106,5 @@ def analyse(run: StepRun, reports: list[Report | Failed], precision: Precision, 
         bound=name,
         shares={k: v / bounds[top] for k, v in bounds.items()},
         failures=tuple(itertools.chain.from_iterable(failures)),
-        exceptions=tuple(soft) if better is None else (),
+        exceptions=() if better else tuple(f"{text}; {other or 'no tile'} keeps the rules" for text in soft),
     )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 
-from cnnfast.choice import FULL_WAVE, PENALTY, broken_rules, candidates, modelled_clocks
+from cnnfast.choice import FULL_WAVE, PENALTY, broken_rules, candidates, menu, modelled_clocks, modelled_pressure
+from cnnfast.choice import PRESSURE as FREE
 from cnnfast.devices import Device
 from cnnfast.plan import Plan
 from cnnfast.spec import Precision
@@ -101,14 +105,10 @@ def overflows(call: Call, plan: Plan) -> list[str]:
     return found
 
 
-def issue_slots(issue: float, over: float, gemm: bool, judged: bool) -> list[str]:
+def issue_slots(issue: float, judged: bool) -> list[str]:
     """The implicit-GEMM regime (32 channels and more in and out, float16, at least as many 64x64 tiles as
-    multiprocessors): tensor cores must not wait for issue slots; where memory is slower than they are, it must not."""
-    if judged and issue > PRESSURE:
-        return [f"issue pressure {issue:.2f} > {PRESSURE}"]
-    if gemm and over > 1:
-        return [f"issue slots take {over:.2f} x the time of tensor cores and memory"]
-    return []
+    multiprocessors) where tensor cores are slower than memory: they must not wait for issue slots."""
+    return [f"issue pressure {issue:.2f} > {PRESSURE}"] if judged and issue > PRESSURE else []
 
 
 def ratios(plan: Plan, done: Work, moved: Traffic, bound: str, device: Device) -> list[str]:
@@ -121,15 +121,31 @@ def ratios(plan: Plan, done: Work, moved: Traffic, bound: str, device: Device) -
     return found
 
 
-def better_plan(run: StepRun, plan: Plan, precision: Precision, device: Device) -> str | None:
-    """Another plan that keeps all rules of `choice.broken_rules` and takes, by the model, no more than
-    `choice.PENALTY` times as long: where there is none, a broken rule of issue slots, bytes or waves is no failure of
-    the plan but an exception, and listed as one."""
+def better_plan(
+    run: StepRun, plan: Plan, precision: Precision, device: Device, crowded: bool
+) -> tuple[str | None, str | None]:
+    """(of the layer's own few binaries, of all candidates): another tile that keeps all rules of `choice.broken_rules`
+    (``crowded``: that leaves issue slots free) and takes, by the model, no more than `choice.PENALTY` times as long.
+
+    Only the first makes a broken rule of issue slots, bytes or waves a failure of the choice: otherwise it is an
+    exception, for want of a better tile or of another binary, and listed as one.
+    """
     size = tuple(n + 2 * p for n, p in zip(run.input_shape[2:], run.step.pad, strict=True))
     rows = plan.lowering.rows(run.input_shape[0], run.output_shape[2:])
     most = PENALTY * modelled_clocks(plan, rows, precision, device)
-    for other in candidates(run.step.spec, run.input_shape[0], size, precision, device, plan.lowering.channels_last):
-        keeps = other != plan and broken_rules(other, rows, precision, device) == 0
-        if keeps and modelled_clocks(other, rows, precision, device) <= most:
-            return other.name
-    return None
+    tile = replace(plan, splits=False, split_k=1)
+
+    def better(among: Iterable[Plan]) -> str | None:
+        for other in among:
+            if crowded and replace(other, splits=False, split_k=1) == tile:
+                continue
+            if crowded and modelled_pressure(other, precision, device) > FREE:
+                continue
+            keeps = other != plan and broken_rules(other, rows, precision, device) == 0
+            if keeps and modelled_clocks(other, rows, precision, device) <= most:
+                return other.name
+        return None
+
+    layout = plan.lowering.channels_last
+    own = itertools.chain.from_iterable(menu(plan.lowering, precision, device))
+    return better(own), better(candidates(run.step.spec, run.input_shape[0], size, precision, device, layout))

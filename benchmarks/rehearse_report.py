@@ -64,16 +64,24 @@ def summary(result: Rehearsal) -> str:
 
 
 def _exceptions(pairs: list[tuple[Row, Analysis]]) -> Iterator[str]:
-    """How many plans break a rule that no plan of the kernel keeps in reasonable time, by architecture and kind."""
-    kinds: dict[tuple[str, int], list[str]] = {}
+    """How many plans break a rule that the layer's binaries cannot keep in reasonable time."""
+    kinds: dict[tuple[str, int, str], list[str]] = {}
     for r, a in pairs:
         for text in a.exceptions:
-            kind = next(k for k in ("issue pressure", "issue slots", "bytes", "programs") if k in text)
-            kinds.setdefault((kind, r.arch), []).append(f"{_where(r)}, {a.plan}: {text}")
-    for (kind, arch), found in sorted(kinds.items()):
-        numbers = [float(n) for text in found for n in re.findall(r"(?:pressure|take|bytes) ([\d.]+)", text)]
-        worst = f", worst {max(numbers):.2f}" if numbers else ""
-        yield f"Exceptions, {kind}, sm_{arch}: {len(found)}{worst} (no tile of the kernel does better)."
+            kind = next(k for k in ("issue pressure", "bytes", "programs") if k in text)
+            why = (
+                "no tile of the kernel does better" if "no tile" in text else "a better tile is not among its binaries"
+            )
+            kinds.setdefault((kind, r.arch, why), []).append(f"{_where(r)}, {a.plan}: {text}")
+    for (kind, arch, why), found in sorted(kinds.items()):
+        worst = max(found, key=_ratio)
+        yield f"Exceptions ({why}), {kind}, sm_{arch}: {len(found)}, for one {worst.split(';')[0]}."
+
+
+def _ratio(text: str) -> float:
+    found = re.search(r"(?:pressure|bytes) ([\d.]+)|(\d+) programs", text)
+    assert found is not None
+    return float(found[1]) if found[1] else -float(found[2])
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------

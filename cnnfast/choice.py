@@ -21,10 +21,13 @@ __all__ = [
     "BINARIES",
     "FULL_WAVE",
     "PENALTY",
+    "PRESSURE",
     "broken_rules",
     "candidates",
     "choose_plan",
+    "menu",
     "modelled_clocks",
+    "modelled_pressure",
     "programs_of",
 ]
 
@@ -170,6 +173,13 @@ def _moved(plan: Plan, rows: int, itemsize: int) -> tuple[float, float]:
 PRESSURE = 0.75  # of issue slots, as modelled; compiled code stays below 0.8 then
 
 
+def modelled_pressure(plan: Plan, precision: Precision, device: Device) -> float:
+    """Clocks that the main loop's instructions take of the issue slots, over those of the tensor cores at full rate."""
+    macs = plan.block_m * plan.block_n * plan.block_k * plan.unroll
+    full = macs * precision.itemsize / (2 * device.mma_per_clock)
+    return trip_clocks(plan, precision, device)["issue"] / full
+
+
 def broken_rules(plan: Plan, rows: int, precision: Precision, device: Device) -> int:
     """How many rules a plan breaks whose largest phase has ``rows`` rows.
 
@@ -185,13 +195,11 @@ def broken_rules(plan: Plan, rows: int, precision: Precision, device: Device) ->
     heavy = 2 * sums > 0.15 * moved and (moved + 2 * sums) / device.dram_bytes_per_clock > macs / rate
     gemm = low.regime == "phases" and min(low.channels_in, low.columns) >= 32 and precision.itemsize == 2
     enough = -(-rows // 64) * -(-low.columns // 64) * math.prod(low.phases) >= device.multiprocessors
-    tensor = plan.block_m * plan.block_n * plan.block_k * plan.unroll / device.mma_per_clock
     busy = gemm and enough and macs / rate >= moved / device.dram_bytes_per_clock
-    crowded = busy and trip_clocks(plan, precision, device)["issue"] > PRESSURE * tensor
-    return idle + heavy + crowded
+    return idle + heavy + (busy and modelled_pressure(plan, precision, device) > PRESSURE)
 
 
-PENALTY = 1.5  # a rule is broken where keeping it would take longer than this by the model
+PENALTY = 2.0  # a rule is broken where keeping it would take longer than this by the model
 
 
 def _cost(plan: Plan, rows: int, precision: Precision, device: Device) -> float:
@@ -200,11 +208,11 @@ def _cost(plan: Plan, rows: int, precision: Precision, device: Device) -> float:
 
 
 BINARIES = 3  # of a layer, over all sizes of batch and image
-_SIZES = (1, *(4**e for e in range(2, 8)))  # rows for which a menu is composed: more of them want what 16384 want
+_SIZES = (1, *(2**e for e in range(4, 15)))  # rows for which a menu is composed: more of them want what 16384 want
 
 
 @lru_cache(maxsize=4096)
-def _menu(low: Lowering, precision: Precision, device: Device) -> tuple[tuple[Plan, ...], ...]:
+def menu(low: Lowering, precision: Precision, device: Device) -> tuple[tuple[Plan, ...], ...]:
     """The tiles a layer may use, as the plans of each (several where K can be split): those that lose the least over
     all sizes of batch and image, in no more than `BINARIES` binaries. A split's second pass is one of them.
     """
@@ -218,9 +226,9 @@ def _menu(low: Lowering, precision: Precision, device: Device) -> tuple[tuple[Pl
     sizes = range(len(_SIZES))
     best = [min(costs[i] for costs in table.values()) for i in sizes]
 
-    def loss(menu: tuple[tuple[Plan, ...], ...]) -> float:
+    def loss(found: tuple[tuple[Plan, ...], ...]) -> float:
         # Large sizes weigh more: there the kernel's time is the user's, elsewhere the host's may be.
-        return sum((2 + i) * math.log(min(table[plans][i] for plans in menu) / best[i]) for i in sizes)
+        return sum((3 + i) * math.log(min(table[plans][i] for plans in found) / best[i]) for i in sizes)
 
     def leading(among: list[tuple[Plan, ...]]) -> list[tuple[Plan, ...]]:
         """Those that are the best of ``among`` for some size."""
@@ -250,7 +258,7 @@ def choose_plan(
     """
     low = lower(spec, input_size, channels_last)
     rows = low.rows(batch, spec.output_size(input_size))
-    plans = itertools.chain.from_iterable(_menu(low, precision, device))
+    plans = itertools.chain.from_iterable(menu(low, precision, device))
     return min(plans, key=lambda plan: _cost(plan, rows, precision, device))
 
 

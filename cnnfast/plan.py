@@ -206,7 +206,7 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
     # Seen by compiling: ptxas unrolls short loops of these, and spills a few registers.
     if device.arch // 10 == 8 and (m, n, k, plan.unroll) == (128, 32, 32, 2) and not plan.splits:
         return False
-    if device.arch == 89 and (m, n, k, plan.unroll) == (64, 64, 64, 2) and not plan.lowering.channels_last:
+    if device.arch == 89 and (m, n, k, plan.unroll) == (64, 64, 64, 2) and not plan.splits:
         return False
     if plan.shared_memory(precision.itemsize) > device.shared_memory:
         return False
