@@ -102,6 +102,10 @@ def conv_precision(value: str) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def restored_precision() -> Iterator[None]:
-    """No test leaves PyTorch's precision switches changed."""
-    with conv_precision(torch.backends.cudnn.conv.fp32_precision):
-        yield
+    """No test leaves PyTorch's precision switches changed, the older ones and the newer."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    old, new = (cudnn.allow_tf32, matmul.allow_tf32), (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision)
+    yield
+    cudnn.allow_tf32, matmul.allow_tf32 = old
+    if (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) != new:
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = new
