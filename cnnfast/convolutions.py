@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .block import Step, Upsample, plain_step, upsample_step
+from .block import PADDING_MODES, Step, Upsample, plain_step, upsample_step
 from .dispatch import spec_why_not
 from .modules import Refused
 from .spec import Activation, ConvSpec
@@ -170,6 +170,8 @@ def padded_conv(parts: list[Part], slot: int | None, ndim: int) -> tuple[int, _P
 def _all_padding(part: Part, kernel: Sequence[int], pad: _Pad | None) -> _Pad:
     """What is padded ahead of the convolution by it and the module before it."""
     mode, padding = part.attributes[5], _plain_padding(part, kernel)
+    if mode not in PADDING_MODES:  # also where nothing is padded: PyTorch's circular padding of nothing is a copy
+        raise Refused(f"padding_mode={mode!r} must be one of {PADDING_MODES}")
     if pad is None or not any(pad.padding):
         return _Pad(mode, padding)
     if any(padding) and (mode, pad.mode) != ("zeros", "zeros"):
