@@ -217,7 +217,9 @@ UNFUSED: dict[str, tuple[list[nn.Module], int, str]] = {
     "upsample-dilated": ([up(), nn.Conv2d(4, 6, 3, dilation=2)], 0, "dilation=\\(2, 2\\)"),
     "upsample-even": ([up(), nn.Conv2d(4, 6, 4)], 0, "odd ones"),
     "upsample-circular-nothing": (
-        [up(), nn.ReflectionPad2d(1), nn.Conv2d(4, 6, 1, padding="same", padding_mode="circular")], 0, "circular"
+        [up(), nn.ReflectionPad2d(1), nn.Conv2d(4, 6, 1, padding="same", padding_mode="circular")],
+        0,
+        "circular",
     ),
     "upsample-circular": ([up(), nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular")], 0, "circular"),
     "upsample-far-reflect": ([up(), nn.Conv2d(4, 6, 5, padding=2, padding_mode="reflect")], 0, "reflect padding"),
