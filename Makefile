@@ -25,7 +25,7 @@ help: ## this list
 demo: $(call installed,demo) ## 64 faces by plain PyTorch and by cnnfast: differences, times, out/*.png
 	$(RUN) -m cnnfast demo --output out
 
-test: $(call installed,test) ## the tests, about six minutes on two cores
+test: $(call installed,test) ## the tests, about three minutes on two cores
 	$(RUN) tests/run.py
 
 test-all: $(call installed,test) ## every test: all architectures and dtypes
