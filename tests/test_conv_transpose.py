@@ -117,6 +117,8 @@ SCHEDULES = (
     conv("split-in-one", "phases", 128, 32, 4, 2, 1, size=(3, 3), split=False, plan=ONE, norm=True, residual=True),
     conv("unroll1", "phases", 64, 64, 4, 2, 1, size=(4, 4), plan=(("unroll", 1), ("block_k", 32))),
     conv("unroll2", "phases", 64, 64, 4, 2, 1, size=(4, 4), plan=(("unroll", 2), ("block_k", 32))),
+    conv("unroll3", "phases", 96, 32, 4, 2, 1, size=(4, 4), plan=(("unroll", 3), ("block_k", 32))),
+    conv("unroll5", "phases", 80, 32, 3, 1, 1, transposed=False, size=(4, 4), plan=(("unroll", 5), ("block_k", 16))),
     conv("unroll2-masked", "phases", 100, 40, 4, 2, 1, size=(4, 4), plan=(("unroll", 2), ("block_k", 32))),
     conv("one-big-tile", "phases", 64, 64, 4, 2, 1, size=(5, 7), plan=(("block_m", 128), ("block_n", 64),
          ("num_warps", 4))),
