@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cnnfast.choice import PROLOGUE, TRIP
 from cnnfast.devices import KIB, REGISTERS, Device
 from cnnfast.plan import Plan, tap_map
 from cnnfast.spec import Precision
@@ -43,7 +44,6 @@ __all__ = [
 
 PARTS = ("x", "weight", "y", "vectors", "copies", "workspace")  # what moves bytes, see `traffic`
 BOUNDS = ("tensor", "issue", "dram", "l2", "latency")
-TRIP, PROLOGUE = 700.0, 1500.0  # clocks, the assumptions of `choice.modelled_clocks`
 _SCALAR = {80: 64}  # float32 multiply-adds per clock and multiprocessor; 128 elsewhere
 
 

@@ -9,7 +9,16 @@ from dataclasses import replace
 
 import torch
 
-from cnnfast.choice import FULL_WAVE, PENALTY, broken_rules, candidates, menu, modelled_clocks, modelled_pressure
+from cnnfast.choice import (
+    FULL_WAVE,
+    PENALTY,
+    WORKSPACE,
+    broken_rules,
+    candidates,
+    menu,
+    modelled_clocks,
+    modelled_pressure,
+)
 from cnnfast.choice import PRESSURE as FREE
 from cnnfast.devices import Device
 from cnnfast.plan import Plan
@@ -33,7 +42,7 @@ __all__ = [
 ]
 
 PRESSURE = 0.8  # issue pressure allowed in the implicit-GEMM regime with fp16, where tensor cores are the bound
-RATIO = 1.15  # bytes over the least allowed where memory is the bound
+RATIO = 1 + WORKSPACE  # bytes over the least allowed where memory is the bound
 _INT32 = 2**31
 _VECTORS = {"bias_ptr", "mean_ptr", "var_ptr", "scale_ptr", "shift_ptr", "slope_ptr"}
 _GRID = (2**31 - 1, 65535, 65535)

@@ -22,6 +22,9 @@ __all__ = [
     "FULL_WAVE",
     "PENALTY",
     "PRESSURE",
+    "PROLOGUE",
+    "TRIP",
+    "WORKSPACE",
     "broken_rules",
     "candidates",
     "choose_plan",
@@ -130,6 +133,8 @@ def trip_clocks(plan: Plan, precision: Precision, device: Device) -> dict[str, f
     }
 
 
+# Clocks: of a trip of the main loop over the stages in flight, of a program beside its trips.
+TRIP, PROLOGUE = 700.0, 1500.0
 SECOND_PASS = 2000.0  # clocks until a dependent kernel has started
 FULL_WAVE = 0.95  # of the multiprocessors
 
@@ -145,12 +150,12 @@ def modelled_clocks(plan: Plan, rows: int, precision: Precision, device: Device)
     per_sm = -(-programs_of(plan, rows) // device.multiprocessors)
     concurrent = min(resident, per_sm)
     # A program alone cannot hide its latency: a trip takes at least a share of the memory's, by depth of the pipeline.
-    latency = 700.0 / (plan.num_stages - 1) / concurrent
+    latency = TRIP / (plan.num_stages - 1) / concurrent
     steps = -(-plan.steps() // plan.split_k)
     parts = trip_clocks(plan, precision, device).values()
     # The parts overlap, but not wholly.
     tile = steps * (max(*parts, latency) + (sum(parts) - max(parts)) / 10)
-    prologue = 1500.0 / concurrent
+    prologue = PROLOGUE / concurrent
     store = plan.block_m * plan.block_n * (4 if plan.split_k > 1 else precision.itemsize) / 32
     busy = per_sm * (tile + prologue + store)
     moved, sums = _moved(plan, rows, precision.itemsize)
@@ -170,6 +175,7 @@ def _moved(plan: Plan, rows: int, itemsize: int) -> tuple[float, float]:
     return (rows * s.in_channels + weight + out) * itemsize, sums
 
 
+WORKSPACE = 0.15  # partial sums, out and in, over what must be moved anyway
 PRESSURE = 0.75  # of issue slots, as modelled; compiled code stays below 0.8 then
 
 
@@ -183,8 +189,8 @@ def modelled_pressure(plan: Plan, precision: Precision, device: Device) -> float
 def broken_rules(plan: Plan, rows: int, precision: Precision, device: Device) -> int:
     """How many rules a plan breaks whose largest phase has ``rows`` rows.
 
-    A wave of programs, or K in parts. Where a layer waits for memory, no partial sums of more than 15 % of what must be
-    moved anyway. Where it waits for tensor cores (an implicit GEMM of 32 channels and more in and out, with enough
+    A wave of programs, or K in parts. Where a layer waits for memory, no more partial sums than `WORKSPACE` of what
+    must be moved anyway. Where it waits for tensor cores (an implicit GEMM of 32 channels and more in and out, with enough
     rows), no more instructions than leave them busy.
     """
     low = plan.lowering
@@ -192,7 +198,7 @@ def broken_rules(plan: Plan, rows: int, precision: Precision, device: Device) ->
     moved, sums = _moved(plan, rows, precision.itemsize)
     macs = rows * math.prod(low.phases) * low.columns * low.spec.groups * low.channels_in * low.max_taps
     rate = device.mma_per_clock * 2 / precision.itemsize * device.multiprocessors
-    heavy = 2 * sums > 0.15 * moved and (moved + 2 * sums) / device.dram_bytes_per_clock > macs / rate
+    heavy = 2 * sums > WORKSPACE * moved and (moved + 2 * sums) / device.dram_bytes_per_clock > macs / rate
     gemm = low.regime == "phases" and min(low.channels_in, low.columns) >= 32 and precision.itemsize == 2
     enough = -(-rows // 64) * -(-low.columns // 64) * math.prod(low.phases) >= device.multiprocessors
     busy = gemm and enough and macs / rate >= moved / device.dram_bytes_per_clock

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .spec import Activation, ConvSpec
+from .spec import Activation, ConvSpec, summed_taps
 
 __all__ = ["collapse_weight", "conv", "conv_block", "epilogue", "gather_conv", "upsample_conv"]
 
@@ -97,9 +97,9 @@ def gather_conv(x: torch.Tensor, weight: torch.Tensor, spec: ConvSpec) -> torch.
 
 
 def _sum_matrix(k: int, r: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(k + r - 1, k) zeros and ones: tap j of the collapsed kernel sums the taps t with k-1-j <= t < k-1-j+r."""
-    j, t = torch.arange(k + r - 1, device=device)[:, None], torch.arange(k, device=device)[None, :]
-    return ((t >= k - 1 - j) & (t < k - 1 - j + r)).to(dtype)
+    """(k + r - 1, k) zeros and ones: row j sums the taps of `spec.summed_taps`."""
+    rows = [[float(t in taps) for t in range(k)] for taps in summed_taps(k, r)]
+    return torch.tensor(rows, dtype=dtype, device=device)
 
 
 def collapse_weight(weight: torch.Tensor, scale: Sequence[int], groups: int = 1) -> torch.Tensor:

@@ -27,6 +27,7 @@ __all__ = [
     "Phase",
     "Precision",
     "collapse_upsample",
+    "summed_taps",
     "phases_1d",
     "tap_inverse",
 ]
@@ -262,6 +263,12 @@ class ConvSpec:
             output_padding=(0, *self.output_padding),
             dilation=(1, *self.dilation),
         )
+
+
+def summed_taps(k: int, r: int) -> list[list[int]]:
+    """For each tap j of the collapsed kernel, the taps of a k-tap convolution after an upsampling by r that it sums:
+    those t with k-1-j <= t < k-1-j+r."""
+    return [[t for t in range(k) if k - 1 - j <= t < k - 1 - j + r] for j in range(k + r - 1)]
 
 
 def collapse_upsample(

@@ -12,6 +12,7 @@ import torch
 from ..block import Step
 from ..kernels.weight import gather_weight_kernel
 from ..plan import Lowering, tap_map
+from ..spec import summed_taps
 
 __all__ = ["WeightLayout", "kernel_weight", "weight_layout"]
 
@@ -78,18 +79,13 @@ class _Gather:
     constants: dict[str, Any]
 
 
-def _summed_taps(k: int, r: int) -> list[list[int]]:
-    """For each tap of the collapsed kernel the taps of a k-tap convolution after x r that it sums."""
-    return [[t for t in range(k) if k - 1 - j <= t < k - 1 - j + r] for j in range(k + r - 1)]
-
-
 def _taps_of(step: Step) -> tuple[list[list[int]], list[list[int]]]:
     """Per dimension, the taps of the layer's own weight that make each tap of ``step.spec``'s."""
     kh, kw = step.spec.kernel_size
     if step.upsample is None:
         return [[t] for t in range(kh)], [[t] for t in range(kw)]
     (rh, rw) = step.upsample.scale
-    return _summed_taps(kh - rh + 1, rh), _summed_taps(kw - rw + 1, rw)
+    return summed_taps(kh - rh + 1, rh), summed_taps(kw - rw + 1, rw)
 
 
 @lru_cache(maxsize=256)
