@@ -190,8 +190,8 @@ def broken_rules(plan: Plan, rows: int, precision: Precision, device: Device) ->
     """How many rules a plan breaks whose largest phase has ``rows`` rows.
 
     A wave of programs, or K in parts. Where a layer waits for memory, no more partial sums than `WORKSPACE` of what
-    must be moved anyway. Where it waits for tensor cores (an implicit GEMM of 32 channels and more in and out, with enough
-    rows), no more instructions than leave them busy.
+    must be moved anyway. Where it waits for tensor cores (an implicit GEMM of 32 channels and more in and out, with
+    enough rows), no more instructions than leave them busy.
     """
     low = plan.lowering
     idle = plan.split_k == 1 and programs_of(plan, rows) < FULL_WAVE * device.multiprocessors
