@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
+from typing import Protocol
 
 from .devices import Device, resident_blocks
 from .plan import Lowering, Plan, is_exact, is_valid, lower
@@ -23,7 +24,9 @@ __all__ = [
     "PENALTY",
     "PRESSURE",
     "PROLOGUE",
+    "SECOND_PASS",
     "TRIP",
+    "Tile",
     "WORKSPACE",
     "broken_rules",
     "candidates",
@@ -32,7 +35,24 @@ __all__ = [
     "modelled_clocks",
     "modelled_pressure",
     "programs_of",
+    "registers",
+    "trip_clocks",
 ]
+
+
+class Tile(Protocol):
+    """What the model looks at: rows x columns x the depth of a trip, and the schedule."""
+
+    @property
+    def block_m(self) -> int: ...
+    @property
+    def block_n(self) -> int: ...
+    @property
+    def block_k(self) -> int: ...
+    @property
+    def unroll(self) -> int: ...
+    @property
+    def num_warps(self) -> int: ...
 
 
 SPLITS = (2, 4, 8, 16, 32)
@@ -88,12 +108,12 @@ def _split(plan: Plan, precision: Precision, device: Device) -> list[Plan]:
     return parts if len(parts) > 1 else []
 
 
-def _registers(plan: Plan) -> int:
+def registers(plan: Tile) -> int:
     """Of a thread, about: twice the accumulators, and 48 (seen in compiled plans from 16x16 to 128x128)."""
     return min(255, 48 + 2 * plan.block_m * plan.block_n // (32 * plan.num_warps))
 
 
-def trip_rate(plan: Plan, precision: Precision, device: Device) -> float:
+def trip_rate(plan: Tile, precision: Precision, device: Device) -> float:
     """Multiply-adds per clock of a multiprocessor with this tile's instructions."""
     if is_exact(precision):
         return 64.0
@@ -102,7 +122,7 @@ def trip_rate(plan: Plan, precision: Precision, device: Device) -> float:
     return rate if wide else min(rate, 1024 * 2 / precision.itemsize)
 
 
-def trip_clocks(plan: Plan, precision: Precision, device: Device) -> dict[str, float]:
+def trip_clocks(plan: Tile, precision: Precision, device: Device) -> dict[str, float]:
     """Modelled clocks of a multiprocessor that one trip through the main loop takes of each of its parts: "tensor",
     "issue" (of instructions), "shared" (memory) and "l2"."""
     m, n, k, warps, size = plan.block_m, plan.block_n, plan.block_k * plan.unroll, plan.num_warps, precision.itemsize
@@ -146,7 +166,7 @@ def programs_of(plan: Plan, rows: int) -> int:
 
 def modelled_clocks(plan: Plan, rows: int, precision: Precision, device: Device) -> float:
     """Modelled time of a plan whose largest phase has ``rows`` rows (only comparisons mean anything)."""
-    resident = resident_blocks(device, plan.num_warps, _registers(plan), plan.shared_memory(precision.itemsize))
+    resident = resident_blocks(device, plan.num_warps, registers(plan), plan.shared_memory(precision.itemsize))
     per_sm = -(-programs_of(plan, rows) // device.multiprocessors)
     concurrent = min(resident, per_sm)
     # A program alone cannot hide its latency: a trip takes at least a share of the memory's, by depth of the pipeline.

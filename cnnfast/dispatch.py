@@ -23,6 +23,7 @@ __all__ = [
     "check_backend",
     "conv_tf32",
     "cuda_why_not",
+    "on_device",
     "precision_of",
     "resolve_backend",
     "spec_why_not",
@@ -106,12 +107,14 @@ def spec_why_not(spec: ConvSpec) -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def _step_why_not(step: Step, batch: int, input_size: tuple[int, int], dtype: torch.dtype) -> str | None:
+def _step_why_not(
+    step: Step, batch: int, input_size: tuple[int, int], dtype: torch.dtype, few_channels: bool
+) -> str | None:
     s = step.spec
     if dtype not in _DTYPES:
         return f"dtype {dtype} is not one of {', '.join(str(d) for d in _DTYPES)}"
     reason = spec_why_not(s)
-    if reason is not None:
+    if reason is not None and not few_channels:
         return reason
     padded = [n + 2 * p for n, p in zip(input_size, step.pad, strict=True)]
     out = s.output_size(padded)
@@ -124,14 +127,14 @@ def _step_why_not(step: Step, batch: int, input_size: tuple[int, int], dtype: to
     return None
 
 
-def why_not(step: Step, operands: Operands) -> str | None:
+def why_not(step: Step, operands: Operands, few_channels: bool = False) -> str | None:
     """Why the Triton kernel cannot run this step on these tensors, or None. The one predicate that decides a
-    fallback."""
+    fallback. ``few_channels``: fewer than a tensor core's fragment are right, if slow, and not refused."""
     x = operands.x
     reason = triton_why_not()
     if reason is None and x.is_cuda:
         reason = cuda_why_not(x.device.index or 0)
-    return reason or _step_why_not(step, x.shape[0], (x.shape[2], x.shape[3]), x.dtype)
+    return reason or _step_why_not(step, x.shape[0], (x.shape[2], x.shape[3]), x.dtype, few_channels)
 
 
 # --- the device and its numerics --------------------------------------------------------------------------------------
@@ -193,6 +196,16 @@ def precision_of(dtype: torch.dtype) -> Precision:
 
 
 _precision = lru_cache(maxsize=16)(Precision)
+
+
+@contextmanager
+def on_device(x: torch.Tensor) -> Iterator[None]:
+    """Launches inside the block go to x's device, whichever is the current one."""
+    if x.is_cuda and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            yield
+    else:
+        yield
 
 
 def allocate(

@@ -69,7 +69,7 @@ def finish(
     ACT: tl.constexpr,
 ):
     """The epilogue and the store. acc (BLOCK_M, BLOCK_N) float32 to ``offs`` of y where ``mask``; chan (BLOCK_N,) its
-    output channels. Every pointer but y's may be None."""
+    output channels. Every pointer but y's may be None. Returns the values as stored."""
     if bias_ptr is not None or mean_ptr is not None:
         center = _vector(bias_ptr, chan, chan_mask, 0.0) - _vector(mean_ptr, chan, chan_mask, 0.0)
         acc += center[None, :]
@@ -86,8 +86,29 @@ def finish(
         slope = _vector(slope_ptr, chan * (1 if SLOPES > 1 else 0), chan_mask, 0.0)[None, :]
     else:
         slope = 0.0
-    acc = act(acc, slope, P0, P1, ACT)
-    tl.store(y_ptr + offs, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    acc = act(acc, slope, P0, P1, ACT).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offs, acc, mask=mask)
+    return acc
+
+
+@triton.jit
+def _store_statistics(stats_ptr, part, parts, count, mean, m2, chan, chan_mask, first, COUT: tl.constexpr):
+    """One part of `cnnfast.norms.Partials`: count (parts,), mean (parts, COUT) and m2 likewise, one after the other.
+    ``first``: whether this program is the part's one that stores the count."""
+    offs = part.to(tl.int64) * COUT + chan
+    tl.store(stats_ptr + part, count, mask=first)
+    tl.store(stats_ptr + parts + offs, mean, mask=chan_mask)
+    tl.store(stats_ptr + parts + parts.to(tl.int64) * COUT + offs, m2, mask=chan_mask)
+
+
+@triton.jit
+def _emit_statistics(v, row_mask, rows, stats_ptr, part, parts, chan, chan_mask, first, COUT: tl.constexpr):
+    """Mean and centred sum of squares of v (BLOCK_M, BLOCK_N), as stored, over its first ``rows`` rows."""
+    v = v.to(tl.float32)
+    count = rows.to(tl.float32)
+    mean = tl.sum(tl.where(row_mask[:, None], v, 0.0), 0) / count
+    d = tl.where(row_mask[:, None], v - mean[None, :], 0.0)
+    _store_statistics(stats_ptr, part, parts, count, mean, tl.sum(d * d, 0), chan, chan_mask, first, COUT)
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "SPLITS"])
@@ -103,6 +124,7 @@ def conv_transpose_kernel(
     scale_ptr,
     shift_ptr,
     slope_ptr,
+    stats_ptr,  # None, or the statistics of y by parts: one for each row tile and phase (`_store_statistics`)
     N,
     H,
     W,
@@ -167,7 +189,17 @@ def conv_transpose_kernel(
     QH = tl.cdiv(OH - rh, SH * MERGE_H)
     QW = tl.cdiv(OW - rw, SW * MERGE_W)
     M = N * QH * QW
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = offs_n < COLS
+    CHANNELS_OUT: tl.constexpr = COUT // GROUPS
+    part = pid_m * (SH * SW) + phase
+    parts = num_m * (SH * SW)
     if pid_m * BLOCK_M >= M:  # this phase is smaller than the largest one
+        if stats_ptr is not None:
+            none = tl.zeros((BLOCK_N,), tl.float32)
+            first_n = (pid_n == 0) & (group == 0) & (SPLITS == 1)
+            out, out_mask = group * CHANNELS_OUT + offs_n, col_mask & (SPLITS == 1)
+            _store_statistics(stats_ptr, part, parts, 0.0, none, none, out, out_mask, first_n, COUT)
         return
     th0, taps_h, off_h = phase_taps(rh, KH, SH, PAD_H, DH, GH, INV_H, TRANSPOSED)
     tw0, taps_w, off_w = phase_taps(rw, KW, SW, PAD_W, DW, GW, INV_W, TRANSPOSED)
@@ -213,9 +245,6 @@ def conv_transpose_kernel(
 
     # --- the product: taps outside, channels inside, one loop; a trip is UNROLL channel blocks of one tap
     # ---------------
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    col_mask = offs_n < COLS
-    CHANNELS_OUT: tl.constexpr = COUT // GROUPS
     merged = offs_n // CHANNELS_OUT
     a_h = merged // MERGE_W
     if W_ROW > 0:
@@ -301,9 +330,13 @@ def conv_transpose_kernel(
             tl.store(work_ptr + split.to(tl.int64) * N * (OH * OW * COUT) + offs_last, acc, mask=mask)
             return
     # fmt: off
-    finish(acc, offs_y, mask, chan, col_mask, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
-           slope_ptr, eps, SLOPES, P0, P1, ACT)
+    y = finish(acc, offs_y, mask, chan, col_mask, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, scale_ptr,
+               shift_ptr, slope_ptr, eps, SLOPES, P0, P1, ACT)
     # fmt: on
+    if stats_ptr is not None:
+        rows = tl.minimum(M - pid_m * BLOCK_M, BLOCK_M)
+        first_n = (pid_n == 0) & (group == 0)
+        _emit_statistics(y, row_mask, rows, stats_ptr, part, parts, chan, col_mask, first_n, COUT)
 
 
 @triton.jit(do_not_specialize=["N", "POSITIONS", "SPLITS"])
@@ -317,6 +350,7 @@ def split_k_epilogue_kernel(
     scale_ptr,
     shift_ptr,
     slope_ptr,
+    stats_ptr,  # None, or the statistics of y by parts of BLOCK_M rows
     N,
     POSITIONS,
     SPLITS,
@@ -346,29 +380,36 @@ def split_k_epilogue_kernel(
     for split in range(SPLITS):
         acc += tl.load(work_ptr + split * total * COUT + offs_work, mask=mask, other=0.0)
     # fmt: off
-    finish(acc, offs, mask, chan, col_mask, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
-           slope_ptr, eps, SLOPES, P0, P1, ACT)
+    y = finish(acc, offs, mask, chan, col_mask, y_ptr, residual_ptr, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr,
+               slope_ptr, eps, SLOPES, P0, P1, ACT)
     # fmt: on
+    if stats_ptr is not None:
+        part = tl.program_id(0)
+        rows = tl.minimum(total - part.to(tl.int64) * BLOCK_M, BLOCK_M)
+        _emit_statistics(
+            y, offs_m < total, rows, stats_ptr, part, tl.num_programs(0), chan, col_mask, tl.program_id(1) == 0, COUT
+        )
 
 
-def launch(x, weight, y, residual, vectors, eps, how) -> None:
+def launch(x, weight, y, residual, vectors, stats, eps, how) -> None:
     """Fill y. x (N, C_in, H, W) and weight in the kernel's layouts, y and residual in one memory format; ``vectors``
-    are bias, mean, var, scale, shift and slope, each (C_out,) or None; ``how`` is `cnnfast.ops.launch.Launch`."""
+    are bias, mean, var, scale, shift and slope, each (C_out,) or None; ``stats`` float32, of ``how.parts`` parts, or
+    None; ``how`` is `cnnfast.ops.launch.Launch`."""
     n, _, h, w = x.shape
     _, c, oh, ow = y.shape
     run, options = conv_transpose_kernel.run, how.options  # kernel[grid](...), without its wrapper
     splits = how.plan.split_k
     if how.reduce is None:
-        work = _unused(y.device) if how.plan.splits else None
-        run(x, weight, y, work, residual, *vectors, n, h, w, oh, ow, splits, eps, *how.constants, **options)
+        work = unused(y.device) if how.plan.splits else None
+        run(x, weight, y, work, residual, *vectors, stats, n, h, w, oh, ow, splits, eps, *how.constants, **options)
         return
     work = y.new_empty((splits, n, oh, ow, c), dtype=torch.float32)
     # The same arguments as without a split, so that it is the same binary.
-    run(x, weight, y, work, residual, *vectors, n, h, w, oh, ow, splits, eps, *how.constants, **options)
-    split_k_epilogue_kernel[how.reduce_grid](work, y, residual, *vectors, n, oh * ow, splits, eps, *how.reduce)
+    run(x, weight, y, work, residual, *vectors, stats, n, h, w, oh, ow, splits, eps, *how.constants, **options)
+    split_k_epilogue_kernel[how.reduce_grid](work, y, residual, *vectors, stats, n, oh * ow, splits, eps, *how.reduce)
 
 
 @cache
-def _unused(device) -> torch.Tensor:
+def unused(device) -> torch.Tensor:
     """What stands for the partial sums where there are none: their type is part of the binary."""
     return torch.empty(16, dtype=torch.float32, device=device)

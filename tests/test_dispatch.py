@@ -159,9 +159,6 @@ def test_explicit_triton_that_cannot(how: str) -> None:
     with cnnfast.backend("triton" if how == "context" else "auto"):
         with pytest.raises(RuntimeError, match='backend="triton" cannot run this: 8 input channels per group'):
             cnnfast.ops.conv_transpose2d(x, w, backend=name)
-        wide, weight = torch.randn(1, 32, 4, 4), torch.randn(32, 8, 4, 4, requires_grad=True)
-        with pytest.raises(RuntimeError, match="a gradient is needed, and the kernel has none yet"):
-            cnnfast.ops.conv_transpose2d(wide, weight, backend=name)
         double = torch.randn(1, 32, 4, 4, dtype=torch.float64)
         with pytest.raises(RuntimeError, match=r"cannot run this: dtype torch\.float64 is not one of"):
             cnnfast.ops.conv_transpose2d(double, double.new_empty(32, 8, 4, 4), backend=name)

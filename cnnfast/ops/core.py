@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from .. import cpu, dispatch
+from .. import cpu, cpu_training, dispatch
 from ..block import Operands, Step, run_reference
+from ..norms import NormCall
+from ..spec import Activation
 
-__all__ = ["is_channels_last", "needs_gradient", "run_step", "to_format", "watched"]
+__all__ = ["by_torch", "is_channels_last", "needs_gradient", "run_step", "to_format", "watched"]
 
 
 def is_channels_last(t: torch.Tensor) -> bool:
@@ -30,7 +34,7 @@ def to_format(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
     return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
-def needs_gradient(o: Operands) -> bool:
+def needs_gradient(o: Operands | NormCall) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in o)
@@ -49,32 +53,44 @@ def watched(x: torch.Tensor) -> bool:
     )
 
 
-def run_step(step: Step, o: Operands, *, channels_last: bool | None = None, backend: str | None = None) -> torch.Tensor:
-    """Run ``step`` on ``o`` (x (N, C, H, W)) -> (N, C_out, OH, OW) in x's dtype.
+def run_step(
+    step: Step,
+    o: Operands,
+    *,
+    channels_last: bool | None = None,
+    backend: str | None = None,
+    norm: NormCall | None = None,
+) -> torch.Tensor:
+    """Run ``step`` on ``o`` (x (N, C, H, W)) -> (N, C_out, OH, OW) in x's dtype; differentiable any number of times.
 
-    ``channels_last`` forces the result's memory format; None takes eager's (channels_last where x or the weight is).
-    Where a gradient is needed, or something watches, PyTorch's operators run; under `torch.compile` and `torch.export`
-    the operator ``cnnfast::conv_block`` stands for the step. RuntimeError where an explicit ``backend="triton"`` cannot
+    ``norm`` comes after the convolution and its bias (``o`` has no mean, var, scale and shift then), ahead of residual
+    and activation. ``channels_last`` forces the result's memory format; None takes eager's (channels_last where x or
+    the weight is). Where something watches, PyTorch's operators run; under `torch.compile` and `torch.export` the
+    operator ``cnnfast::conv_block`` stands for the step. RuntimeError where an explicit ``backend="triton"`` cannot
     run the step, with the reason.
     """
     if channels_last is None:
         channels_last = is_channels_last(o.x) or is_channels_last(o.weight)
-    gradient = needs_gradient(o)
+    gradient = needs_gradient(o) or norm is not None and needs_gradient(norm)
+    training = gradient or norm is not None
     if torch.compiler.is_compiling():
-        if gradient:
-            return to_format(run_reference(step, o), channels_last)
+        if training:
+            return by_torch(step, o, norm, channels_last)
         from .library import conv_block
 
         return conv_block(step, o, channels_last, backend)
     name = dispatch.resolve_backend(backend)
     unseen = watched(o.x)
-    if name == "triton" or (name == "auto" and o.x.is_cuda and not gradient and not unseen):
-        if gradient:
-            reason: str | None = "a gradient is needed, and the kernel has none yet"
-        elif unseen:
-            reason = "a tensor subclass, transform, tracer or dispatch mode is active"
+    if name == "triton" or (name == "auto" and o.x.is_cuda and not unseen):
+        if unseen:
+            reason: str | None = "a tensor subclass, transform, tracer or dispatch mode is active"
         else:
-            reason = dispatch.why_not(step, o)
+            # A training step's convolutions of few channels run where they are asked for.
+            reason = dispatch.why_not(step, o, few_channels=training and name == "triton")
+        if reason is None and training:
+            from . import training as with_gradients  # imports triton
+
+            return with_gradients.run(step, o, norm, channels_last, required=name == "triton")
         if reason is None:
             from . import launch  # imports triton
 
@@ -83,9 +99,25 @@ def run_step(step: Step, o: Operands, *, channels_last: bool | None = None, back
                 return y
         elif name == "triton":
             raise RuntimeError(f'backend="triton" cannot run this: {reason}')
-    if not gradient and not unseen and o.x.device.type == "cpu" and cpu.why_not(step, o, channels_last) is None:
+    if training:
+        if o.x.device.type == "cpu" and not unseen:
+            return cpu_training.run(step, o, norm, channels_last)
+        return by_torch(step, o, norm, channels_last)
+    if not unseen and o.x.device.type == "cpu" and cpu.why_not(step, o, channels_last) is None:
         return cpu.run(step, o, channels_last)
     y = run_reference(step, o)
-    if gradient or unseen or y.device.type != "cpu":
+    if unseen or y.device.type != "cpu":
         return to_format(y, channels_last)
     return cpu.convert(y, y.dtype, channels_last)
+
+
+def by_torch(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> torch.Tensor:
+    """The step by PyTorch's operators, which differentiate it."""
+    if norm is None:
+        return to_format(run_reference(step, o), channels_last)
+    from .normalise import normalise
+
+    u = run_reference(replace(step, activation=Activation()), o._replace(residual=None, slope=None))
+    return normalise(
+        u, norm, o.residual, step.activation, o.slope, partials=None, channels_last=channels_last, backend="aten"
+    )

@@ -4,7 +4,7 @@ cached."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -16,11 +16,13 @@ from ..block import Operands, Step
 from ..choice import choose_plan
 from ..devices import Device
 from ..kernels import conv_transpose as kernels
+from ..norms import Partials
 from ..plan import Plan
 from ..spec import Precision, tap_inverse
+from .core import to_format
 from .weights import kernel_weight, weight_layout
 
-__all__ = ["LAUNCHES", "OBSERVER", "lookup", "prepare", "run"]
+__all__ = ["LAUNCHES", "OBSERVER", "aligned", "in_order", "lookup", "prepare", "run", "run_with_statistics"]
 
 
 # --- the launch -------------------------------------------------------------------------------------------------------
@@ -36,6 +38,7 @@ class Launch:
     output_shape: tuple[int, int, int, int]
     reduce: tuple[Any, ...] | None  # those of `split_k_epilogue_kernel` where K is split
     reduce_grid: tuple[int, int, int]
+    parts: tuple[int, int] | None  # segments and parts of each, where the kernel gives the statistics of its result
     tf32: bool
     proof: guard.Proof  # whether the kernel may run on this GPU
 
@@ -46,7 +49,7 @@ OBSERVER: Callable[[Step, Operands, bool], None] | None = None
 """Set to be told of every step ahead of its launch (tuning records them)."""
 
 
-def _in_order(kernel: Any, values: dict[str, Any]) -> tuple[Any, ...]:
+def in_order(kernel: Any, values: dict[str, Any]) -> tuple[Any, ...]:
     """Positional: passing them by name costs 5 us a launch."""
     return tuple(values[name] for name in kernel.arg_names if name in values)
 
@@ -96,10 +99,13 @@ def prepare(
     plan: Plan | None = None,
     given: tuple[Any, ...] = (),
     index: int | None = None,
+    statistics: str | None = None,
 ) -> Launch:
     """The launch of ``step`` on an input of this (padded) size. A given ``plan`` replaces the tuned one, or the
     heuristic's (tuning, tests). ``given``: the weight's strides and the dtypes of residual and vectors, part of the
-    binary. ``index``: of the CUDA device, None where there is none: nothing is guarded then, and nothing was tuned."""
+    binary. ``index``: of the CUDA device, None where there is none: nothing is guarded then, and nothing was tuned.
+    ``statistics``: "batch" or "image", what the result's statistics are wanted of; `Launch.parts` says whether the
+    kernel gives them."""
     s = step.spec
     if plan is None and index is not None:
         plan = tuned.stored(s, batch, input_size, precision, device, index, channels_last)
@@ -109,8 +115,9 @@ def prepare(
     consts = constants(plan, precision, step, channels_last, slopes, big)
     reduce, reduce_grid = None, (0, 0, 0)
     if plan.split_k > 1:
-        reduce = _in_order(kernels.split_k_epilogue_kernel, {**consts, "BLOCK_M": REDUCE_M, "BLOCK_N": REDUCE_N})
+        reduce = in_order(kernels.split_k_epilogue_kernel, {**consts, "BLOCK_M": REDUCE_M, "BLOCK_N": REDUCE_N})
         reduce_grid = (-(-batch * math.prod(out) // REDUCE_M), -(-s.out_channels // REDUCE_N), 1)
+    parts = _parts(plan, batch, out, statistics)
     proof = guard.UNGUARDED
     if index is not None:
         operands = tuple(str(g) if isinstance(g, torch.dtype) else g for g in given)
@@ -118,11 +125,17 @@ def prepare(
             step,
             plan.name,
             index,
-            {**consts, "dtype": str(precision.dtype), "operands": operands, "reduce": reduce is not None},
+            {
+                **consts,
+                "dtype": str(precision.dtype),
+                "operands": operands,
+                "reduce": reduce is not None,
+                "statistics": parts is not None,
+            },
         )
     return Launch(
         plan,
-        _in_order(kernels.conv_transpose_kernel, consts),
+        in_order(kernels.conv_transpose_kernel, consts),
         dict(
             grid=plan.grid(batch, out),
             warmup=False,
@@ -133,12 +146,36 @@ def prepare(
         (batch, s.out_channels, out[0], out[1]),
         reduce,
         reduce_grid,
+        parts,
         precision.tf32,
         proof,
     )
 
 
-def lookup(step: Step, o: Operands, channels_last: bool, plan: Plan | None = None) -> Launch:
+def _parts(plan: Plan, batch: int, out: Sequence[int], statistics: str | None) -> tuple[int, int] | None:
+    """(segments, parts of each) of the statistics that the kernel gives with its result; None where its tiles do not
+    allow it: columns of several phases, or tiles that cross from one image to the next where images count apart."""
+    low = plan.lowering
+    if statistics is None or low.merged:
+        return None
+    segments = 1 if statistics == "batch" else batch
+    if plan.split_k > 1:
+        parts, block, rows = -(-batch * math.prod(out) // REDUCE_M), REDUCE_M, [math.prod(out)]
+    else:
+        parts, block = plan.tiles_of(low.rows(batch, tuple(out))) // -(-low.columns // plan.block_n), plan.block_m
+        heights, widths = (
+            {ph.size(n, step) for ph in phases[:step]}
+            for phases, n, step in zip(low.spec.phases, out, low.phases, strict=True)
+        )
+        rows = [h * w for h in heights for w in widths]
+    if segments > 1 and (len(rows) > 1 or rows[0] % block):
+        return None
+    return segments, parts // segments
+
+
+def lookup(
+    step: Step, o: Operands, channels_last: bool, plan: Plan | None = None, statistics: str | None = None
+) -> Launch:
     """The launch of ``step`` on these operands, a dictionary's look-up after the first time."""
     x, weight, bias, mean, var, _, scale, shift, residual, slope = o
     n, _, h, w = x.shape
@@ -163,6 +200,7 @@ def lookup(step: Step, o: Operands, channels_last: bool, plan: Plan | None = Non
             None if slope is None else slope.dtype,
         ),
         x.device.index or 0 if x.is_cuda else None,
+        statistics,
     )
 
 
@@ -174,28 +212,48 @@ def run(
 
     Where `guard` finds that the kernel must not run: RuntimeError if ``required``, else None.
     """
+    both = run_with_statistics(step, o, channels_last, None, plan, required)
+    return None if both is None else both[0]
+
+
+def run_with_statistics(
+    step: Step,
+    o: Operands,
+    channels_last: bool,
+    statistics: str | None,
+    plan: Plan | None = None,
+    required: bool = True,
+) -> tuple[torch.Tensor, Partials | None] | None:
+    """`run`, and the statistics of the result as stored: of the whole "batch" or of each "image", by parts; None in
+    their place where the tiles do not allow it."""
     if OBSERVER is not None:
         OBSERVER(step, o, channels_last)
     x = o.x
     if x.shape[0] == 0 or step.spec.out_channels == 0:
         shape = (x.shape[0], step.spec.out_channels, *step.output_size(x.shape[2:]))
-        return dispatch.allocate(x, shape, channels_last)
-    launch = lookup(step, o, channels_last, plan)
+        return dispatch.allocate(x, shape, channels_last), None
+    launch = lookup(step, o, channels_last, plan, statistics)
     if launch.proof.ready:
-        y = _start(step, o, channels_last, launch)
+        both = _start(step, o, channels_last, launch)
     else:
-        first = guard.first_use(
-            launch.proof, lambda some: _start(step, some, channels_last, launch), step, o, launch.tf32, required
-        )
-        if first is None:
+        last: list[Result] = []
+
+        def start(some: Operands) -> torch.Tensor:
+            last[:] = [_start(step, some, channels_last, launch)]
+            return last[0][0]
+
+        if guard.first_use(launch.proof, start, step, o, launch.tf32, required) is None:
             return None
-        y = first
+        (both,) = last
     if LAUNCHES is not None:
         LAUNCHES.append(launch.plan.name)
-    return y
+    return both
 
 
-def _start(step: Step, o: Operands, channels_last: bool, launch: Launch) -> torch.Tensor:
+Result = tuple[torch.Tensor, Partials | None]
+
+
+def _start(step: Step, o: Operands, channels_last: bool, launch: Launch) -> Result:
     """The launch, on the device of the tensors."""
     if o.x.is_cuda and o.x.device.index != torch.cuda.current_device():
         with torch.cuda.device(o.x.device):
@@ -203,26 +261,32 @@ def _start(step: Step, o: Operands, channels_last: bool, launch: Launch) -> torc
     return _start_here(step, o, channels_last, launch)
 
 
-def _start_here(step: Step, o: Operands, channels_last: bool, launch: Launch) -> torch.Tensor:
+def _start_here(step: Step, o: Operands, channels_last: bool, launch: Launch) -> Result:
     """The launch itself, with every operand in its layout and at an address that 16 divides: anything else would be
     another binary, with narrow loads, and unproven."""
-    x = o.x.contiguous(memory_format=torch.channels_last)
-    if x.data_ptr() & 15:
-        x = x.clone()
-    weight = o.weight
-    if weight.data_ptr() & 15:
-        weight = weight.clone()
-    weight = kernel_weight(step, launch.plan.lowering, weight)
+    x = aligned(o.x.contiguous(memory_format=torch.channels_last))
+    weight = kernel_weight(step, launch.plan.lowering, aligned(o.weight))
     residual = o.residual
     if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-        if residual.data_ptr() & 15:
-            residual = residual.clone()
+        residual = aligned(to_format(residual, channels_last))
     vectors: list[torch.Tensor | None] = []
     for v in (o.bias, o.mean, o.var, o.scale, o.shift, o.slope):
         if v is not None and (v.data_ptr() & 15 or not v.is_contiguous()):
             v = v.clone(memory_format=torch.contiguous_format)
         vectors.append(v)
     y = dispatch.allocate(x, launch.output_shape, channels_last)
-    kernels.launch(x, weight, y, residual, vectors, o.eps, launch)
-    return y
+    stats, partials = None, None
+    if launch.parts is not None:
+        segments, parts = launch.parts
+        total, channels = segments * parts, launch.output_shape[1]
+        stats = y.new_empty(total * (1 + 2 * channels), dtype=torch.float32)
+        count, mean, m2 = stats.split((total, total * channels, total * channels))
+        shape = (segments, parts, channels)
+        partials = Partials(count.view(segments, parts), mean.view(shape), m2.view(shape))
+    kernels.launch(x, weight, y, residual, vectors, stats, o.eps, launch)
+    return y, partials
+
+
+def aligned(t: torch.Tensor) -> torch.Tensor:
+    """``t`` at an address that 16 divides."""
+    return t.clone() if t.data_ptr() & 15 else t

@@ -1,0 +1,235 @@
+"""Convolutions with gradients on the Triton kernels, and fused steps made of them.
+
+A convolution, its input gradient (the convolution of the adjoint geometry with the same weight) and its weight gradient
+are linear in each of two tensors, and the derivative of each is made of the other two. So every backward here calls the
+differentiable functions of this file, and derivatives of any order run on the same kernels.
+
+`conv_setup`, `conv_backward`, `wgrad_setup` and `wgrad_backward` are the formulas; the `torch.autograd.Function`s of
+eager mode use them, and so do the operators that `torch.compile` sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch, reference
+from ..activations import activation_derivative
+from ..block import Operands, Step
+from ..norms import Norm, NormCall, Partials
+from ..spec import Activation, ConvSpec
+from . import launch, wgrad
+from .core import is_channels_last, to_format
+from .normalise import activation_backward, normalise
+
+__all__ = [
+    "How",
+    "conv_backward",
+    "conv_forward",
+    "conv_setup",
+    "convolution",
+    "run",
+    "weight_gradient",
+    "wgrad_backward",
+    "wgrad_forward",
+    "wgrad_setup",
+]
+
+
+@dataclass(frozen=True)
+class How:
+    """A convolution that pads by zeros, with an activation whose derivative its result gives; ``required``: the kernels
+    run or raise, otherwise PyTorch's operators stand in for them where they cannot."""
+
+    spec: ConvSpec
+    activation: Activation = Activation()
+    channels_last: bool = True
+    required: bool = False
+
+    @property
+    def backend(self) -> str:
+        return "triton" if self.required else "auto"
+
+    def linear(self, spec: ConvSpec, channels_last: bool) -> How:
+        """The same without an activation, for another geometry."""
+        return replace(self, spec=spec, activation=Activation(), channels_last=channels_last)
+
+
+# --- the two operators, without gradients -----------------------------------------------------------------------------
+
+
+def _launches(x: Tensor, weight: Tensor, how: How) -> bool:
+    """Whether the kernel is to run. Few channels are no obstacle to it where it is required."""
+    reason = dispatch.why_not(Step(how.spec), Operands(x, weight), few_channels=how.required)
+    if reason is not None and how.required:
+        raise RuntimeError(f'backend="triton" cannot run this: {reason}')
+    return reason is None
+
+
+def conv_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, how: How, statistics: str | None = None
+) -> tuple[Tensor, Partials | None]:
+    """``act(conv(x) + bias)`` and, where tiles allow it, its statistics of the "batch" or each "image"."""
+    if _launches(x, weight, how):
+        step, o = Step(how.spec, how.activation), Operands(x, weight, bias)
+        both = launch.run_with_statistics(step, o, how.channels_last, statistics, required=how.required)
+        if both is not None:
+            return both
+    y = reference.conv_block(x, weight, bias, how.spec, activation=how.activation)
+    return to_format(y, how.channels_last), None
+
+
+def wgrad_forward(x: Tensor, grad: Tensor, like: Tensor, how: How) -> Tensor:
+    """Gradient of the convolution's weight, with the shape, dtype and strides of ``like``."""
+    if _launches(x, like, how):
+        dw = wgrad.run(x, grad, how.spec, like, required=how.required)
+        if dw is not None:
+            return dw
+    s = how.spec
+    _, dw, _ = torch.ops.aten.convolution_backward(
+        grad, x, like, None, s.stride, s.padding, s.dilation, s.transposed, s.output_padding, s.groups,
+        (False, True, False),
+    )  # fmt: skip
+    return torch.empty_like(like).copy_(dw)
+
+
+# --- their derivatives ------------------------------------------------------------------------------------------------
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], channels_last: bool, how: How) -> Tensor:
+    """Of a convolution of x with spatial ``size``, for the gradient of its result."""
+    dx = convolution(grad, weight, None, how.linear(how.spec.adjoint(size), channels_last))
+    # An output padding that reaches the stride gives the adjoint positions that x does not have.
+    return dx[:, :, : size[0], : size[1]] if dx.shape[2:] != size else dx
+
+
+def conv_setup(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, how: How) -> None:
+    need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
+    ctx.how, ctx.size = how, tuple(x.shape[2:])
+    ctx.channels_last = is_channels_last(x) or x.shape[1] == 1 or x.shape[2:].numel() == 1
+    ctx.bias_dtype = None if bias is None or not need_bias else bias.dtype
+    ctx.save_for_backward(
+        x if need_weight else None,
+        weight if need_x or need_weight else None,  # the weight gradient has its strides
+        y if how.activation.saves() == "y" else None,
+    )
+
+
+def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias, differentiable where grad mode is on."""
+    x, weight, y = ctx.saved_tensors
+    how, bias_dtype = ctx.how, ctx.bias_dtype
+    need_x, need_weight, *_ = ctx.needs_input_grad
+    db: Tensor | None
+    if torch.is_grad_enabled():
+        if y is not None:
+            grad = grad * activation_derivative(how.activation, y).to(grad.dtype)
+        db = None if bias_dtype is None else grad.sum((0, 2, 3))
+    else:
+        grad, db = activation_backward(grad, y, how.activation, bias=bias_dtype is not None, backend=how.backend)
+    dx = _input_gradient(grad, weight, ctx.size, ctx.channels_last, how) if need_x else None
+    dw = weight_gradient(x, grad, weight, how.linear(how.spec, True)) if need_weight else None
+    return dx, dw, None if db is None or bias_dtype is None else db.to(bias_dtype)
+
+
+def wgrad_setup(ctx: Any, x: Tensor, grad: Tensor, how: How) -> None:
+    ctx.how = how
+    ctx.save_for_backward(x, grad)
+
+
+def wgrad_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the convolution's input and of its result's gradient, for ``v`` like the weight."""
+    x, grad = ctx.saved_tensors
+    need_x, need_grad, *_ = ctx.needs_input_grad
+    dx = _input_gradient(grad, v, tuple(x.shape[2:]), is_channels_last(x), ctx.how) if need_x else None
+    return dx, convolution(x, v, None, replace(ctx.how, channels_last=is_channels_last(grad))) if need_grad else None
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: How, statistics: str | None) -> Any:
+        y, partials = conv_forward(x, weight, bias, how, statistics)
+        conv_setup(ctx, x, weight, bias, y, how)
+        if partials is None:
+            return y
+        ctx.mark_non_differentiable(*partials)
+        return y, *partials
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *of_partials: None) -> Any:
+        return *conv_backward(ctx, grad), None, None
+
+
+class _WeightGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grad: Tensor, like: Tensor, how: How) -> Tensor:
+        wgrad_setup(ctx, x, grad, how)
+        return wgrad_forward(x, grad, like, how)
+
+    @staticmethod
+    def backward(ctx: Any, v: Tensor) -> Any:
+        return *wgrad_backward(ctx, v), None, None
+
+
+def _recorded(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Tensor:
+    """``act(conv(x) + bias)``, differentiable any number of times. x (N, C_in, H, W), weight as ``how.spec`` has it."""
+    if _recorded(x, weight, bias):
+        return _Convolution.apply(x, weight, bias, how, None)
+    return conv_forward(x, weight, bias, how)[0]
+
+
+def weight_gradient(x: Tensor, grad: Tensor, like: Tensor, how: How) -> Tensor:
+    """The gradient of the convolution's weight, with the strides of ``like``; differentiable any number of times."""
+    if _recorded(x, grad):
+        return _WeightGradient.apply(x, grad, like.detach(), how)
+    return wgrad_forward(x, grad, like, how)
+
+
+def _with_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, how: How, statistics: str | None
+) -> tuple[Tensor, Partials | None]:
+    if not _recorded(x, weight, bias):
+        return conv_forward(x, weight, bias, how, statistics)
+    out = _Convolution.apply(x, weight, bias, how, statistics)
+    return (out, None) if isinstance(out, Tensor) else (out[0], Partials(*out[1:]))
+
+
+# --- fused steps ------------------------------------------------------------------------------------------------------
+
+
+def _norm_of(o: Operands) -> NormCall | None:
+    """What mean, var, scale and shift of a step stand for."""
+    if o.mean is not None:
+        return NormCall(Norm("batch", eps=o.eps), o.scale, o.shift, o.mean, o.var, use_input_stats=False)
+    return None if o.scale is None and o.shift is None else NormCall(Norm("affine"), o.scale, o.shift)
+
+
+def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool, required: bool) -> Tensor:
+    """The step with gradients, and with a norm after the convolution, whose statistics come out of its epilogue where
+    tiles allow it. ``required``: RuntimeError where a kernel cannot run, instead of PyTorch's operators."""
+    x, weight = step.pad_input(o.x), step.conv_weight(o.weight)
+    call = _norm_of(o) if norm is None else norm
+    if call is None and o.residual is None and step.activation.saves() != "x":
+        return convolution(x, weight, o.bias, How(step.spec, step.activation, channels_last, required))
+    statistics = None
+    if call is not None and call.use_input_stats and call.norm.kind != "affine":
+        statistics = "batch" if call.norm.kind == "batch" else "image"
+    how = How(step.spec, required=required)
+    u, partials = _with_statistics(x, weight, o.bias, how, statistics)
+    return normalise(
+        u,
+        call,
+        o.residual,
+        step.activation,
+        o.slope,
+        partials=partials,
+        channels_last=channels_last,
+        backend=how.backend,
+    )
