@@ -100,7 +100,7 @@ def is_valid_wgrad(plan: WgradPlan, precision: Precision, device: Device) -> boo
 
 def _tiles(spec: ConvSpec, precision: Precision, device: Device, run: int) -> Iterator[WgradPlan]:
     exact, wide = is_exact(precision), precision.itemsize == 4
-    k = 32 if not wide else 16
+    k = 64 if not wide else 32 if not exact else 16
     sizes = ((64, 64), (64, 32), (32, 64), (32, 32), (32, 16), (16, 32), (16, 16)) if exact else (
         (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32, 128), (64, 32), (32, 64), (32, 32), (64, 16),
         (16, 64), (32, 16), (16, 32), (16, 16),
@@ -156,7 +156,7 @@ def choose_wgrad_plan(
 
     RuntimeError where no plan is valid.
     """
-    k = 16 if precision.itemsize == 4 else 32
+    k = 64 if precision.itemsize == 2 else 32
     wide = -(-grid[1] // k) * k <= WASTE * grid[1]
     plan = _tile(spec, precision, device, k if wide else NARROW)
     trips = plan.trips(batch, grid)

@@ -85,7 +85,7 @@ def conv_wgrad_kernel(
     per_split = tl.cdiv(blocks, SPLITS)
     first = split * per_split
     r = tl.arange(0, BLOCK_K)
-    a_cols = (group * CA + offs_a)[None, :]
+    a_cols = (group * CA + offs_a)[:, None]
     b_cols = (group * CB + offs_b)[None, :]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for block in range(first, tl.minimum(first + per_split, blocks)):
@@ -115,18 +115,19 @@ def conv_wgrad_kernel(
         # A masked, pipelined load still forms its address: a row outside points at the tensor's start.
         a_rows = tl.where(on_grid, a_rows, 0) * (GROUPS * CA)
         b_rows = tl.where(ok, b_rows, 0) * (GROUPS * CB)
+        # A is loaded as the product takes it: a transposition of the loaded tile would keep it out of the pipeline.
         if CA % BLOCK_M == 0:
-            a = tl.load(a_ptr + a_rows[:, None] + a_cols, mask=on_grid[:, None], other=0.0)
+            a = tl.load(a_ptr + a_cols + a_rows[None, :], mask=on_grid[None, :], other=0.0)
         else:
-            a = tl.load(a_ptr + a_rows[:, None] + a_cols, mask=on_grid[:, None] & mask_a[None, :], other=0.0)
+            a = tl.load(a_ptr + a_cols + a_rows[None, :], mask=on_grid[None, :] & mask_a[:, None], other=0.0)
         if MERGED or CB % BLOCK_N == 0:
             b = tl.load(b_ptr + b_rows + b_cols, mask=ok, other=0.0)
         else:
             b = tl.load(b_ptr + b_rows + b_cols, mask=ok & mask_b[None, :], other=0.0)
         if TF32:
-            acc = tl.dot(tl.trans(round_tf32(a)), round_tf32(b), acc, input_precision="tf32")
+            acc = tl.dot(round_tf32(a), round_tf32(b), acc, input_precision="tf32")
         else:
-            acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
+            acc = tl.dot(a, b, acc, input_precision="ieee")
 
     # --- the store ----------------------------------------------------------------------------------------------------
     row = group * CA + offs_a
