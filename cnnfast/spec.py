@@ -1,4 +1,5 @@
-"""What is computed: the geometry of a convolution, its activation and its precision, as frozen values.
+"""What is computed: the geometry of a convolution, its activation (`activations.py`) and its precision, as frozen
+values.
 
 Everything else (plans, kernels, the CPU path, the reference) asks this file; no other file holds a geometry formula.
 
@@ -12,12 +13,13 @@ taps at all.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 
 import torch
-import torch.nn.functional as F
+
+from .activations import ACTIVATIONS, Activation, ActivationRow
 
 __all__ = [
     "ACTIVATIONS",
@@ -298,73 +300,6 @@ def collapse_upsample(
         groups=groups,
         ndim=len(list(kernel_size)),
     )
-
-
-# --- activations ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ActivationRow:
-    """One row of the table: what every backend must agree on.
-
-    ``forward(x, *params)`` is torch's own function; ``defaults`` its parameters where the caller gives none (``None``
-    for PReLU, whose parameter is a tensor); ``saves`` says whether the backward needs the input ("x") or the output
-    ("y").
-    The device functions of `kernels/activation.py` branch on ``name``.
-    """
-
-    name: str
-    forward: Callable[..., torch.Tensor]
-    defaults: tuple[float, ...] = ()
-    saves: str = "y"
-
-
-def _prelu(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return F.prelu(x, weight)
-
-
-ACTIVATIONS: dict[str, ActivationRow] = {
-    row.name: row
-    for row in (
-        ActivationRow("identity", lambda x: x, saves=""),
-        ActivationRow("relu", F.relu),
-        ActivationRow("leaky_relu", F.leaky_relu, (0.01,)),
-        ActivationRow("elu", F.elu, (1.0,)),
-        ActivationRow("silu", F.silu, saves="x"),
-        ActivationRow("gelu", F.gelu, saves="x"),
-        ActivationRow("gelu_tanh", lambda x: F.gelu(x, approximate="tanh"), saves="x"),
-        ActivationRow("tanh", torch.tanh),
-        ActivationRow("sigmoid", torch.sigmoid),
-        ActivationRow("hardtanh", F.hardtanh, (-1.0, 1.0)),
-        ActivationRow("prelu", _prelu, saves="x"),
-    )
-}
-
-
-@dataclass(frozen=True)
-class Activation:
-    """An activation by its name in `ACTIVATIONS`, with its numeric parameters (defaults are torch's).
-
-    ``Activation("leaky_relu", (0.2,))``, ``Activation("hardtanh", (0.0, 6.0))``. PReLU's slope is a tensor, so it is
-    not part of this value: it is passed beside it.
-    """
-
-    name: str = "identity"
-    params: tuple[float, ...] = field(default=())
-
-    def __post_init__(self) -> None:
-        row = ACTIVATIONS.get(self.name)
-        if row is None:
-            raise ValueError(f"unknown activation {self.name!r}: expected one of {', '.join(ACTIVATIONS)}")
-        params = tuple(float(p) for p in self.params) or row.defaults
-        if len(params) != len(row.defaults):
-            raise ValueError(f"activation {self.name!r} takes {len(row.defaults)} parameter(s), got {self.params}")
-        object.__setattr__(self, "params", params)
-
-    def __call__(self, x: torch.Tensor, slope: torch.Tensor | None = None) -> torch.Tensor:
-        """torch's own function of ``x``; ``slope`` is PReLU's weight, of 1 or C elements (channels are dimension 1)."""
-        row = ACTIVATIONS[self.name]
-        return row.forward(x, slope) if self.name == "prelu" else row.forward(x, *self.params)
 
 
 # --- precision --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Device functions of the activation table in `cnnfast.spec`: same names, same parameters, computed in float32."""
+"""Device functions of the table in `cnnfast.activations`: same names, same parameters, computed in float32."""
 
 from __future__ import annotations
 
@@ -31,6 +31,14 @@ def _sigmoid(x):
 
 
 @triton.jit
+def _logistic(x):
+    # The sigmoid and its derivative, without the cancellation in 1 - sigmoid.
+    e = tl.exp(-tl.abs(x))
+    r = 1.0 / (1.0 + e)
+    return tl.where(x < 0, e * r, r), e * r * r
+
+
+@triton.jit
 def act(x, slope, P0: tl.constexpr, P1: tl.constexpr, ACT: tl.constexpr):
     """Activation ``ACT`` of x (float32). ``slope`` is PReLU's weight, broadcast against x; P0 and P1 are the
     parameters.
@@ -60,3 +68,48 @@ def act(x, slope, P0: tl.constexpr, P1: tl.constexpr, ACT: tl.constexpr):
     else:
         tl.static_assert(ACT == "identity", "activation without a device function")
     return x
+
+
+@triton.jit
+def act_grad(saved, slope, P0: tl.constexpr, P1: tl.constexpr, ACT: tl.constexpr, OF: tl.constexpr):
+    """The derivative of activation ``ACT`` by its input, of its input (``OF`` "x") or its output ("y"), in float32.
+
+    At the kinks, and for NaN, as torch's backward functions have it.
+    """
+    if ACT == "relu":
+        d = tl.where(saved <= 0, 0.0, 1.0)
+    elif ACT == "leaky_relu":
+        d = tl.where(saved > 0, 1.0, P0)
+    elif ACT == "prelu":
+        tl.static_assert(OF == "x", "the output of prelu does not determine its derivative")
+        d = tl.where(saved > 0, 1.0, slope)
+    elif ACT == "elu":
+        below = saved + P0 if OF == "y" else P0 * tl.exp(tl.minimum(saved, 0.0))
+        d = tl.where(saved <= 0, below, 1.0)
+    elif ACT == "tanh":
+        y = saved if OF == "y" else _tanh(saved)
+        d = (1.0 - y) * (1.0 + y)
+    elif ACT == "sigmoid":
+        if OF == "y":
+            d = saved * (1.0 - saved)
+        else:
+            s, d = _logistic(saved)
+    elif ACT == "hardtanh":
+        d = tl.where((saved <= P0) | (saved >= P1), 0.0, 1.0)
+    elif ACT == "silu":
+        tl.static_assert(OF == "x", "the output of silu does not determine its derivative")
+        s, ds = _logistic(saved)
+        d = s + saved * ds
+    elif ACT == "gelu":
+        tl.static_assert(OF == "x", "the output of gelu does not determine its derivative")
+        density = tl.exp(-0.5 * saved * saved) * 0.3989422804014327
+        d = 0.5 * (1.0 + tl.erf(saved * 0.7071067811865476)) + saved * density
+    elif ACT == "gelu_tanh":
+        tl.static_assert(OF == "x", "the output of gelu does not determine its derivative")
+        square = saved * saved
+        s, ds = _logistic(1.5957691216057308 * saved * (1.0 + 0.044715 * square))  # (1 + tanh(u)) / 2
+        d = s + saved * ds * 1.5957691216057308 * (1.0 + 0.134145 * square)
+    else:
+        tl.static_assert(ACT == "identity", "activation without a device function")
+        d = saved * 0.0 + 1.0
+    return d

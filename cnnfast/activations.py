@@ -1,0 +1,159 @@
+"""The table of activations: name, parameters, torch's function, derivative, and what a backward needs.
+
+`kernels/activation.py` holds the same functions for the GPU; a test walks this table against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "Activation", "ActivationRow", "activation_derivative"]
+
+
+@dataclass(frozen=True)
+class ActivationRow:
+    """One row of the table: what every backend must agree on.
+
+    ``forward(x, *params)`` is torch's own function; ``defaults`` its parameters where the caller gives none; ``saves``
+    says whether the backward needs the input ("x"), the output ("y") or neither (""). ``of_x(x, *params)`` and
+    ``of_y(y, *params)`` are the derivative, made of differentiable operations (``of_y`` where the output determines
+    it). PReLU's parameter is a tensor, its slope.
+    The device functions of `kernels/activation.py` branch on ``name``.
+    """
+
+    name: str
+    forward: Callable[..., Tensor]
+    of_x: Callable[..., Tensor]
+    of_y: Callable[..., Tensor] | None = None
+    defaults: tuple[float, ...] = ()
+    saves: str = "y"
+
+
+# At the kinks, and for NaN, the comparisons choose what torch's backward functions choose.
+
+
+def _step(x: Tensor) -> Tensor:
+    return torch.where(x <= 0, torch.zeros_like(x), torch.ones_like(x))
+
+
+def _kink(x: Tensor, slope: float) -> Tensor:
+    return torch.where(x > 0, torch.ones_like(x), torch.full_like(x, slope))
+
+
+def _elu_of_x(x: Tensor, alpha: float) -> Tensor:
+    return torch.where(x <= 0, alpha * torch.exp(x.clamp(max=0)), torch.ones_like(x))
+
+
+def _elu_of_y(y: Tensor, alpha: float) -> Tensor:
+    return torch.where(y <= 0, y + alpha, torch.ones_like(y))
+
+
+def _silu(x: Tensor) -> Tensor:
+    s = torch.sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(-0.5 * x * x) * 0.3989422804014327
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    t = torch.tanh(0.7978845608028654 * (x + 0.044715 * x * x * x))
+    return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (0.7978845608028654 * (1 + 0.134145 * x * x))
+
+
+def _tanh_of_y(y: Tensor) -> Tensor:
+    return 1 - y * y
+
+
+def _sigmoid_of_y(y: Tensor) -> Tensor:
+    return y * (1 - y)
+
+
+def _between(x: Tensor, low: float, high: float) -> Tensor:
+    return torch.where((x <= low) | (x >= high), torch.zeros_like(x), torch.ones_like(x))
+
+
+def _prelu(x: Tensor, weight: Tensor) -> Tensor:
+    return F.prelu(x, weight)
+
+
+def _prelu_of_x(x: Tensor, weight: Tensor) -> Tensor:
+    slope = weight.reshape(-1, *(1,) * (x.dim() - 2)) if x.dim() > 1 else weight
+    return torch.where(x > 0, torch.ones_like(x), slope * torch.ones_like(x))
+
+
+ACTIVATIONS: dict[str, ActivationRow] = {
+    row.name: row
+    for row in (
+        ActivationRow("identity", lambda x: x, torch.ones_like, torch.ones_like, saves=""),
+        ActivationRow("relu", F.relu, _step, _step),
+        ActivationRow("leaky_relu", F.leaky_relu, _kink, _kink, (0.01,)),
+        ActivationRow("elu", F.elu, _elu_of_x, _elu_of_y, (1.0,)),
+        ActivationRow("silu", F.silu, _silu, saves="x"),
+        ActivationRow("gelu", F.gelu, _gelu, saves="x"),
+        ActivationRow("gelu_tanh", lambda x: F.gelu(x, approximate="tanh"), _gelu_tanh, saves="x"),
+        ActivationRow("tanh", torch.tanh, lambda x: _tanh_of_y(torch.tanh(x)), _tanh_of_y),
+        ActivationRow("sigmoid", torch.sigmoid, lambda x: _sigmoid_of_y(torch.sigmoid(x)), _sigmoid_of_y),
+        ActivationRow("hardtanh", F.hardtanh, _between, _between, (-1.0, 1.0)),
+        ActivationRow("prelu", _prelu, _prelu_of_x, saves="x"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation by its name in `ACTIVATIONS`, with its numeric parameters (defaults are torch's).
+
+    ``Activation("leaky_relu", (0.2,))``, ``Activation("hardtanh", (0.0, 6.0))``. PReLU's slope is a tensor, so it is
+    not part of this value: it is passed beside it.
+    """
+
+    name: str = "identity"
+    params: tuple[float, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        row = ACTIVATIONS.get(self.name)
+        if row is None:
+            raise ValueError(f"unknown activation {self.name!r}: expected one of {', '.join(ACTIVATIONS)}")
+        params = tuple(float(p) for p in self.params) or row.defaults
+        if len(params) != len(row.defaults):
+            raise ValueError(f"activation {self.name!r} takes {len(row.defaults)} parameter(s), got {self.params}")
+        object.__setattr__(self, "params", params)
+
+    def __call__(self, x: Tensor, slope: Tensor | None = None) -> Tensor:
+        """torch's own function of ``x``; ``slope`` is PReLU's weight, of 1 or C elements (channels are dimension 1)."""
+        row = ACTIVATIONS[self.name]
+        return row.forward(x, slope) if self.name == "prelu" else row.forward(x, *self.params)
+
+    def saves(self) -> str:
+        """What a backward needs: the input ("x"), the output ("y"), or neither ("")."""
+        if self.name in ("leaky_relu", "elu") and self.params[0] < 0:
+            return "x"  # the output's sign does not tell the input's
+        return ACTIVATIONS[self.name].saves
+
+
+def activation_derivative(
+    activation: Activation, saved: Tensor, slope: Tensor | None = None, of: str | None = None
+) -> Tensor:
+    """The activation's derivative by its input, of ``saved``: the activation's input (``of="x"``) or output ("y"; what
+    `Activation.saves` says where None). In float32, or saved's wider dtype; differentiable any number of times.
+
+    ``slope``: PReLU's weight. ValueError where the output does not determine the derivative.
+    """
+    row = ACTIVATIONS[activation.name]
+    of = of or activation.saves()
+    function = row.of_y if of == "y" else row.of_x
+    if function is None or (of == "y" and activation.saves() == "x"):
+        raise ValueError(f"the output of {activation} does not determine its derivative: give its input")
+    saved = saved.to(torch.promote_types(saved.dtype, torch.float32))
+    if activation.name == "prelu":
+        if slope is None:
+            raise ValueError("the derivative of prelu needs slope, its weight")
+        return function(saved, slope.to(saved.dtype))
+    return function(saved, *activation.params)
