@@ -1,0 +1,110 @@
+"""Normalisation, residual and activation by PyTorch's operators: the path without kernels, and the differentiable
+composition that a second derivative takes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..activations import Activation
+from ..norms import NormCall
+
+__all__ = ["composition", "per_channel", "run"]
+
+# In place, these have a backward that needs nothing but their result (the others would keep a copy of their input).
+_IN_PLACE = {
+    "relu": torch.relu_,
+    "leaky_relu": F.leaky_relu_,
+    "elu": F.elu_,
+    "tanh": torch.tanh_,
+    "sigmoid": torch.sigmoid_,
+    "hardtanh": F.hardtanh_,
+}
+
+
+def per_channel(v: Tensor, like: Tensor) -> Tensor:
+    """(C,) as (C, 1, ...): broadcast against ``like``."""
+    return v.reshape(-1, *(1,) * (like.dim() - 2))
+
+
+def run(
+    x: Tensor, call: NormCall | None, residual: Tensor | None, activation: Activation, slope: Tensor | None
+) -> Tensor:
+    """``act(norm(x) + residual)`` as an unfused model computes it, in place where autograd allows that."""
+    y = x if call is None else _norm(x, call)
+    ours = call is not None and not y._is_view()
+    if residual is not None:
+        dtype = torch.promote_types(y.dtype, residual.dtype)
+        # What computed y saved its input, not y.
+        y = y.add_(residual) if ours and y.dtype == dtype else y + residual
+        ours = True
+    in_place = _IN_PLACE.get(activation.name)
+    if in_place is not None and ours and activation.saves() == "y" and not torch.compiler.is_compiling():
+        return in_place(y, *activation.params)
+    return activation(y, None if slope is None else slope.to(y.dtype))
+
+
+def _norm(x: Tensor, call: NormCall) -> Tensor:
+    kind = call.norm.kind
+    if kind == "affine":
+        return _affine(x, call.weight, call.bias)
+    running = [t for t in (call.running_mean, call.running_var) if t is not None]
+    vectors = {t.dtype for t in (*running, call.weight, call.bias) if t is not None}
+    if vectors <= {x.dtype} or (x.dtype.itemsize == 2 and vectors == {torch.float32}):
+        return _by_torch(x, call)
+    # Dtypes that PyTorch does not combine: everything in the widest, running tensors written back.
+    wide = torch.float64 if torch.float64 in {x.dtype, *vectors} else torch.float32
+    tensors = {k: v.to(wide) for k, v in call._asdict().items() if isinstance(v, Tensor)}
+    y = _by_torch(x.to(wide), call._replace(**tensors)).to(x.dtype)
+    if call.use_input_stats:
+        for name in ("running_mean", "running_var"):
+            if name in tensors:
+                getattr(call, name).copy_(tensors[name])
+    return y
+
+
+def _by_torch(x: Tensor, call: NormCall) -> Tensor:
+    norm, weight, bias, mean, var, measured, momentum, _ = call
+    if norm.kind == "group":
+        return F.group_norm(x, norm.groups, weight, bias, norm.eps)
+    if norm.kind == "instance":
+        return F.instance_norm(x, mean, var, weight, bias, measured, momentum, norm.eps)
+    return F.batch_norm(x, mean, var, weight, bias, measured, momentum, norm.eps)
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``x * weight + bias``, rounded once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide)
+    if weight is not None:
+        y = y * per_channel(weight.to(wide), x)
+    if bias is not None:
+        y = y + per_channel(bias.to(wide), x)
+    return y.to(x.dtype, copy=y is x)
+
+
+def composition(x: Tensor, call: NormCall | None) -> Tensor:
+    """The norm of x (N, C, ...) made of elementary operations, in float32 or x's wider dtype; differentiable any
+    number of times, its statistics included. Running tensors stay as they are."""
+    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    if call is None:
+        return y
+    norm = call.norm
+    if call.measured:
+        shape, dims = y.shape, tuple(range(2, y.dim()))
+        if norm.kind == "group":
+            y, dims = y.reshape(y.shape[0], norm.groups, -1), (2,)
+        elif norm.kind == "batch":
+            dims = (0, *dims)
+        var, mean = torch.var_mean(y, dims, correction=0, keepdim=True)
+        y = ((y - mean) * torch.rsqrt(var + norm.eps)).reshape(shape)
+    elif norm.kind != "affine":
+        assert call.running_mean is not None and call.running_var is not None
+        mean, var = (per_channel(t.detach().to(y.dtype), y) for t in (call.running_mean, call.running_var))
+        y = (y - mean) * torch.rsqrt(var + norm.eps)
+    if call.weight is not None:
+        y = y * per_channel(call.weight.to(y.dtype), y)
+    if call.bias is not None:
+        y = y + per_channel(call.bias.to(y.dtype), y)
+    return y
