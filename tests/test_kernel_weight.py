@@ -86,3 +86,35 @@ def test_kernel_weight(layer: str, dtype: torch.dtype, device: torch.device) -> 
         if got.dim() == 4:  # the parameter itself or its copy, channels-last
             got = got.permute(0, 2, 3, 1)
         assert torch.equal(got.flatten().cpu(), want), f"{given.stride()}"
+
+
+UPSAMPLED = [name for name, (step, _, _) in LAYERS.items() if step.upsample is not None]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("layer", UPSAMPLED)
+def test_summed_weight_and_its_derivatives(layer: str, channels_last: bool, device: torch.device) -> None:
+    from cnnfast.ops.weights import summed_weight
+
+    step, s = LAYERS[layer][0], LAYERS[layer][0].spec
+    assert step.upsample is not None
+    kernel = (k - r + 1 for k, r in zip(s.kernel_size, step.upsample.scale, strict=True))
+    weight = torch.randn(s.out_channels, s.in_channels // s.groups, *kernel)
+    if channels_last:
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    grad, second = torch.randn(s.weight_shape), torch.randn(weight.shape)
+
+    def run(w: torch.Tensor, g: torch.Tensor, v: torch.Tensor, function: Any) -> list[torch.Tensor]:
+        w, g = w.requires_grad_(), g.requires_grad_()
+        y = function(w)
+        (plain,) = torch.autograd.grad(y, w, g.detach(), retain_graph=True)
+        (dw,) = torch.autograd.grad(y, w, g, create_graph=True)
+        (dg,) = torch.autograd.grad(dw, g, v)
+        return [y.detach(), plain, dw.detach(), dg]
+
+    got = run(*(t.to(device) for t in (weight.clone(), grad, second)), lambda w: summed_weight(step, w))
+    want = run(*(t.double() for t in (weight, grad, second)), step.conv_weight)
+    assert got[1].stride() == weight.stride()
+    for a, b in zip(got, want, strict=True):
+        # float64 sums, rounded once.
+        assert torch.equal(a.cpu(), b.to(torch.float32))

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from .. import dispatch
 from ..block import Step
 from ..kernels.weight import gather_weight_kernel
 from ..plan import Lowering, tap_map
 from ..spec import summed_taps
 
-__all__ = ["WeightLayout", "kernel_weight", "weight_layout"]
+__all__ = ["WeightLayout", "kernel_weight", "summed_weight", "weight_layout"]
 
 
 @dataclass(frozen=True)
@@ -135,3 +136,74 @@ def kernel_weight(step: Step, low: Lowering, weight: torch.Tensor) -> torch.Tens
     out = weight.new_empty(g.size)
     gather_weight_kernel[g.grid](weight, g.table, out, **g.constants)
     return out
+
+
+# --- summed weights, with gradients -----------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def _sum(step: Step, strides: tuple[int, int, int, int], device: torch.device, back: bool) -> _Gather:
+    """How to sum the taps of a weight (C_out, C_in/g, kh, kw) with these strides to ``step.spec``'s, or, ``back``, the
+    taps of the latter's gradient (C_in, C_out/g, KH, KW) to the former's. Results are channels_last."""
+    s = step.spec
+    sums_h, sums_w = _taps_of(step)
+    outer, inner = s.in_channels // s.groups, s.out_channels // s.groups
+    if back:
+        outer, inner = inner, outer
+        sums_h, sums_w = (
+            [[j for j, taps in enumerate(sums) if t in taps] for t in range(k)]
+            for sums, k in ((sums_h, len(sums_h) - step.upsample.scale[0] + 1),
+                            (sums_w, len(sums_w) - step.upsample.scale[1] + 1))  # type: ignore[union-attr]
+        )  # fmt: skip
+    slots = [[y * strides[2] + x * strides[3] for y in h for x in w] for h in sums_h for w in sums_w]
+    terms = max(map(len, slots))
+    table = torch.tensor([taps + [-1] * (terms - len(taps)) for taps in slots], dtype=torch.int32)
+    taps = len(slots)
+    return _Gather(
+        table.to(device),
+        s.groups * outer * taps * inner,
+        (-(-outer // BLOCK) * -(-inner // BLOCK), taps, s.groups),
+        dict(
+            CIN=outer, COUT=inner, W_GROUP=inner * strides[0], W_IN=strides[1], W_OUT=strides[0],
+            OUT_GROUP=outer * taps * inner, OUT_TAP=inner, OUT_IN=taps * inner, PHASES=1, TERMS=terms,
+            BLOCK_I=BLOCK, BLOCK_O=BLOCK,
+        ),
+    )  # fmt: skip
+
+
+def _summed(weight: torch.Tensor, step: Step, back: bool) -> torch.Tensor:
+    g = _sum(step, tuple(weight.stride()), weight.device, back)
+    first = weight.shape[1] * step.spec.groups
+    (kh, kw), (rh, rw) = weight.shape[2:], step.upsample.scale  # type: ignore[union-attr]
+    size = (kh - rh + 1, kw - rw + 1) if back else (kh + rh - 1, kw + rw - 1)
+    shape = (first, weight.shape[0] // step.spec.groups, *size)
+    out = dispatch.allocate(weight, shape, channels_last=True)
+    gather_weight_kernel[g.grid](weight, g.table, out, **g.constants)
+    return out
+
+
+class _Summed(torch.autograd.Function):
+    """The sums are linear, and the derivative of either direction is the other one."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, step: Step, back: bool) -> torch.Tensor:
+        ctx.step, ctx.back, ctx.like = step, back, (weight.shape, weight.stride())
+        return _summed(weight, step, back)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        with dispatch.on_device(grad):
+            dw = _Summed.apply(grad, ctx.step, not ctx.back)
+        shape, stride = ctx.like
+        if dw.stride() != stride and not torch.is_grad_enabled():  # a parameter's gradient has its strides
+            dw = torch.empty_strided(shape, stride, dtype=dw.dtype, device=dw.device).copy_(dw)
+        return dw, None, None
+
+
+def summed_weight(step: Step, weight: torch.Tensor) -> torch.Tensor:
+    """The weight of ``step.spec`` from the layer's own, as `Step.conv_weight`, by one launch; differentiable any number
+    of times. An upsampling's (C_in, C_out/g, kh + r - 1, kw + r - 1) is channels_last."""
+    if step.upsample is None:
+        return weight
+    with dispatch.on_device(weight):
+        return _Summed.apply(weight, step, False)
