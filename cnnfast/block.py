@@ -71,6 +71,14 @@ class Step:
             return weight
         return reference.collapse_weight(weight, self.upsample.scale, self.spec.groups)
 
+    def describe(self) -> str:
+        """Which layer, for people."""
+        s, kernel = self.spec, self.spec.kernel_size
+        if self.upsample is not None:
+            kernel = tuple(k - r + 1 for k, r in zip(kernel, self.upsample.scale, strict=True))
+        kind = "upsample + conv" if self.upsample is not None else "conv_transpose" if s.transposed else "conv"
+        return f"{kind} {s.in_channels} -> {s.out_channels}, kernel {'x'.join(map(str, kernel))}"
+
 
 def plain_step(spec: ConvSpec, mode: str = "zeros", activation: Activation = Activation()) -> Step:  # noqa: B008
     """The step of a plain convolution that pads by ``spec.padding`` in ``mode``, one of `PADDING_MODES`."""

@@ -1,7 +1,8 @@
 """Prove on first use: a kernel runs on a GPU only after it was right there once.
 
-The first launch of a compiled kernel in a process is a trial (`trial.py`). What passes is kept on disk and not repeated
-by other processes. A kernel that is wrong, does not compile or does not fit the GPU is not used again: PyTorch's
+The first launch of a compiled kernel in a process is a trial (`trial.py`): of the fused convolution, of the weight
+gradient, of normalisations and their gradients alike. What passes is kept on disk and not repeated by other processes.
+A kernel that is wrong, does not compile or does not fit the GPU is not used again: PyTorch's
 operators run, with one warning, and `report` and `cnnfast.Sequential.explain` say why; an explicit
 ``backend="triton"`` raises.
 
@@ -17,20 +18,23 @@ import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from importlib import resources
+from typing import Any, Protocol, TypeVar
 
 import torch
 
-from . import __version__, store, trial
-from .block import Operands, Step
+from . import __version__, store
+from .block import Step
 from .spec import ConvSpec
+from .trial import Undecided, is_kernel_failure, said
 
 __all__ = [
     "UNGUARDED",
     "Proof",
     "Refused",
+    "Subject",
     "capturing",
-    "describe_step",
+    "describe",
     "enabled",
     "environment",
     "failures",
@@ -55,6 +59,16 @@ def enabled() -> bool:
 # --- what a proof is of -----------------------------------------------------------------------------------------------
 
 
+class Subject(Protocol):
+    """What a kernel computes, frozen: equal subjects with equal constants are one kernel. Its ``repr`` names everything
+    that it depends on, and is kept on disk."""
+
+    def __hash__(self) -> int: ...
+
+    def describe(self) -> str:
+        """Which operation of which layer, for people."""
+
+
 @dataclass(eq=False)
 class Proof:
     """Whether one compiled kernel may run on one GPU; shared by all launches of that kernel.
@@ -64,7 +78,7 @@ class Proof:
     """
 
     name: str
-    step: Step
+    subject: Subject
     index: int  # of the CUDA device
     constants: Mapping[str, Any] = field(default_factory=dict)
     ready: bool = False
@@ -75,7 +89,7 @@ class Proof:
 
     def key(self) -> dict[str, Any]:
         """Of the record on disk."""
-        return {**environment(self.index), "step": repr(self.step), "constants": dict(self.constants)}
+        return {**environment(self.index), "subject": repr(self.subject), "constants": dict(self.constants)}
 
 
 UNGUARDED = Proof("not guarded", Step(ConvSpec.make(1, 1, 1)), -1, ready=True)
@@ -85,12 +99,23 @@ _proofs: dict[Hashable, Proof] = {}
 _told: set[str] = set()
 
 
-def proof(step: Step, name: str, index: int, constants: Mapping[str, Any]) -> Proof:
-    """The proof of a kernel with these compile-time constants on CUDA device ``index``. ``name`` describes its plan."""
-    key = (index, step, *constants.items())
+def proof(subject: Subject, name: str, index: int, constants: Mapping[str, Any]) -> Proof:
+    """The proof of a kernel of ``subject`` with these compile-time constants on CUDA device ``index``.
+
+    ``name`` describes its plan. ``constants``: all that the binary depends on (hashable, and of JSON's types), dtypes
+    of operands among them; "dtype" is told to people.
+    """
+    key = (index, subject, *constants.items())
     if key not in _proofs:
-        _proofs[key] = Proof(name, step, index, constants)
+        _proofs[key] = Proof(name, subject, index, constants)
     return _proofs[key]
+
+
+@lru_cache(maxsize=1)
+def _sources() -> str:
+    """A hash of everything in ``cnnfast.kernels``: the folder is the register of the kernels."""
+    files = sorted((f for f in resources.files("cnnfast.kernels").iterdir() if f.name.endswith(".py")), key=str)
+    return hashlib.sha256(b"\0".join(part for f in files for part in (f.name.encode(), f.read_bytes()))).hexdigest()
 
 
 @lru_cache(maxsize=64)
@@ -98,31 +123,32 @@ def environment(index: int) -> dict[str, str]:
     """What a result depends on beside the launch itself: the GPU, the versions and the kernels' source."""
     import triton
 
-    from .kernels import conv_transpose as kernels
-    from .kernels.weight import gather_weight_kernel
-
     major, minor = torch.cuda.get_device_capability(index)
-    used = (kernels.conv_transpose_kernel, kernels.split_k_epilogue_kernel, gather_weight_kernel)
     return {
         "gpu": torch.cuda.get_device_name(index),
         "capability": f"{major}.{minor}",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cnnfast": __version__,
-        "kernels": hashlib.sha256("".join(kernel.cache_key for kernel in used).encode()).hexdigest(),
+        "kernels": _sources(),
     }
 
 
 # --- the first use ----------------------------------------------------------------------------------------------------
 
 
-def first_use(
-    proof: Proof, start: Callable[[Operands], torch.Tensor], step: Step, o: Operands, tf32: bool, required: bool
-) -> torch.Tensor | None:
-    """The result of ``start(o)``, which launches the kernel, once that is known to be right; None where PyTorch's
-    operators must run.
+_Result = TypeVar("_Result")
 
-    ``required``: `Refused` with the reason instead of None (an explicit ``backend="triton"``).
+
+def first_use(
+    proof: Proof, start: Callable[[], _Result], trial: Callable[[], str | None], required: bool
+) -> _Result | None:
+    """The result of ``start()``, which launches the kernel on the caller's tensors, once that is known to be right;
+    None where PyTorch's operators must run.
+
+    ``trial()`` launches the kernel on other operands and says what is wrong with its results, or None; it raises
+    `trial.Undecided` where that cannot be found out now. ``required``: `Refused` with the reason instead of None (an
+    explicit ``backend="triton"``).
     """
     if proof.why_not is None and capturing():
         reason = "a CUDA graph is being captured and this kernel was not used before: call cnnfast.warmup first"
@@ -135,18 +161,18 @@ def first_use(
     cause: Exception | None = None
     if proof.why_not is None:
         try:
-            decided, problem = _trial(proof, start, step, o, tf32)
+            decided, problem = _try(proof, trial)
             if problem is None:
                 if not decided and not required:
                     return None
-                y = start(o)
+                result = start()
                 proof.ready = decided
-                return y
+                return result
             proof.why_not = f"gave wrong results on {environment(proof.index)['gpu']}: {problem}"
         except Exception as error:
-            if not enabled() or not trial.is_kernel_failure(error):
+            if not enabled() or not is_kernel_failure(error):
                 raise
-            cause, proof.why_not = error, f"cannot run on {environment(proof.index)['gpu']}: {trial.said(error)}"
+            cause, proof.why_not = error, f"cannot run on {environment(proof.index)['gpu']}: {said(error)}"
         proof.state = f"PyTorch's operators run: the kernel {proof.why_not}"
         if not required and proof.why_not not in _told:  # a missing compiler is not told of for every layer
             _told.add(proof.why_not)
@@ -160,9 +186,7 @@ def _warn(proof: Proof, text: str) -> None:
     warnings.warn(f"cnnfast: {describe(proof)}: {text}", RuntimeWarning, stacklevel=4)
 
 
-def _trial(
-    proof: Proof, start: Callable[[Operands], torch.Tensor], step: Step, o: Operands, tf32: bool
-) -> tuple[bool, str | None]:
+def _try(proof: Proof, trial: Callable[[], str | None]) -> tuple[bool, str | None]:
     """(whether it is decided that the kernel may run or not, what is wrong with it or None). Sets `Proof.state`."""
     if not enabled():
         proof.state = "not checked (CNNFAST_GUARD=0)"
@@ -174,8 +198,8 @@ def _trial(
     if calls & (calls - 1):  # what could not be decided is tried again at calls 1, 2, 3, 5, 9, 17, ...
         return False, None
     try:
-        problem = trial.problem(start, step, o, tf32)
-    except trial.Undecided as reason:
+        problem = trial()
+    except Undecided as reason:
         proof.state = f"not checked yet, PyTorch's operators run: {reason}"
         return False, None
     if problem is None:
@@ -193,18 +217,9 @@ def capturing() -> bool:
 
 
 def describe(proof: Proof) -> str:
-    """Which kernel: the layer and its plan."""
+    """Which kernel: what it computes and its plan."""
     dtype = str(proof.constants.get("dtype", "")).removeprefix("torch.")
-    return f"{describe_step(proof.step)}, {dtype}, {proof.name}, cuda:{proof.index}"
-
-
-def describe_step(step: Step) -> str:
-    """Which layer."""
-    s, kernel = step.spec, step.spec.kernel_size
-    if step.upsample is not None:
-        kernel = tuple(k - r + 1 for k, r in zip(kernel, step.upsample.scale, strict=True))
-    kind = "upsample + conv" if step.upsample is not None else "conv_transpose" if s.transposed else "conv"
-    return f"{kind} {s.in_channels} -> {s.out_channels}, kernel {'x'.join(map(str, kernel))}"
+    return f"{proof.subject.describe()}, {dtype}, {proof.name}, cuda:{proof.index}"
 
 
 def report() -> list[str]:
@@ -216,7 +231,8 @@ def failures(step: Step, dtype: torch.dtype, device: torch.device) -> list[str]:
     """Why PyTorch's operators run in place of kernels of this step on ``device``: a line for each plan that failed."""
     if device.type != "cuda":
         return []
-    found = (p for p in _proofs.values() if p.why_not is not None and p.step == step and p.index == (device.index or 0))
+    here = (p for p in _proofs.values() if p.index == (device.index or 0))
+    found = (p for p in here if p.why_not is not None and p.subject == step)
     return [f"{p.name} {p.why_not}" for p in found if p.constants.get("dtype") == str(dtype)]
 
 

@@ -80,7 +80,7 @@ class Task:
     def title(self) -> str:
         x = dict(self.likes)["x"]
         size = "x".join(map(str, x.shape))
-        return f"{guard.describe_step(self.step)}, {str(x.dtype).removeprefix('torch.')}, input {size}"
+        return f"{self.step.describe()}, {str(x.dtype).removeprefix('torch.')}, input {size}"
 
 
 @dataclass(frozen=True)

@@ -239,8 +239,10 @@ def test_right_kernels_of_every_regime_pass(case: Case, precision: str, device: 
     with conv_precision(switch), torch.no_grad():
         o = case.operands(dtype, device)
         plan = replace(launch.lookup(case.step, o, case.channels_last).plan, **dict(case.plan))
-        start = functools.partial(launch.run, case.step, channels_last=case.channels_last, plan=plan)
-        assert trial.problem(start, case.step, o, precision == "tf32") is None
+        for statistics in (None, "batch", "image"):
+            how = dict(channels_last=case.channels_last, statistics=statistics, plan=plan)
+            start = functools.partial(launch.run_with_statistics, case.step, **how)
+            assert trial.problem(start, case.step, o, precision == "tf32") is None
 
 
 # --- kernels that must not run ----------------------------------------------------------------------------------------
@@ -586,15 +588,18 @@ def test_autocast_does_not_loosen_the_check(monkeypatch: pytest.MonkeyPatch) -> 
     a_card(monkeypatch)
     o = operands("cpu", dtype=torch.float32)
 
-    def start(o: Operands, off: float) -> torch.Tensor:
+    def start(o: Operands, off: float) -> tuple[torch.Tensor, None]:
         with torch.autocast("cpu", enabled=False):
-            return run_reference(STEP, o) * (1 + off)
+            return run_reference(STEP, o) * (1 + off), None
 
     for off, right in ((0.0, True), (1e-3, False)):
         proof = guard.Proof("a plan", STEP, 0, {"off": off})
+        first = functools.partial(start, off=off)
         with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            y = guard.first_use(proof, lambda o, off=off: start(o, off), STEP, o, False, False)
+            y = guard.first_use(
+                proof, functools.partial(first, o), functools.partial(trial.problem, first, STEP, o, False), False
+            )
         assert (y is not None) is right is proof.ready, proof.state
 
 
@@ -603,12 +608,12 @@ def test_the_same_reason_is_told_of_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
     a_card(monkeypatch)
 
-    def start(o: Operands) -> torch.Tensor:
+    def start() -> Any:
         raise OutOfResources(3, 2, "shared memory")
 
     with pytest.warns(RuntimeWarning, match="shared memory") as caught:
         for name in ("one", "two"):
-            assert guard.first_use(guard.Proof(name, STEP, 0), start, STEP, operands("cpu"), False, False) is None
+            assert guard.first_use(guard.Proof(name, STEP, 0), start, start, False) is None
     assert len(caught) == 1
 
 

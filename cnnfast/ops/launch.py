@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import dispatch, guard, tuned
+from .. import dispatch, guard, trial, tuned
 from ..block import Operands, Step
 from ..choice import choose_plan
 from ..devices import Device
@@ -234,23 +234,27 @@ def run_with_statistics(
         return dispatch.allocate(x, shape, channels_last), None
     launch = lookup(step, o, channels_last, plan, statistics)
     if launch.proof.ready:
-        both = _start(step, o, channels_last, launch)
+        both: Result | None = _start(step, o, channels_last, launch)
     else:
-        last: list[Result] = []
-
-        def start(some: Operands) -> torch.Tensor:
-            last[:] = [_start(step, some, channels_last, launch)]
-            return last[0][0]
-
-        if guard.first_use(launch.proof, start, step, o, launch.tf32, required) is None:
+        both = _first_use(step, o, channels_last, launch, required)
+        if both is None:
             return None
-        (both,) = last
     if LAUNCHES is not None:
         LAUNCHES.append(launch.plan.name)
     return both
 
 
 Result = tuple[torch.Tensor, Partials | None]
+
+
+def _first_use(step: Step, o: Operands, channels_last: bool, launch: Launch, required: bool) -> Result | None:
+    def start(some: Operands) -> Result:
+        return _start(step, some, channels_last, launch)
+
+    def problem() -> str | None:
+        return trial.problem(start, step, o, launch.tf32)
+
+    return guard.first_use(launch.proof, lambda: start(o), problem, required)
 
 
 def _start(step: Step, o: Operands, channels_last: bool, launch: Launch) -> Result:
