@@ -89,12 +89,7 @@ def wgrad_forward(x: Tensor, grad: Tensor, like: Tensor, how: How) -> Tensor:
         dw = wgrad.run(x, grad, how.spec, like, required=how.required)
         if dw is not None:
             return dw
-    s = how.spec
-    _, dw, _ = torch.ops.aten.convolution_backward(
-        grad, x, like, None, s.stride, s.padding, s.dilation, s.transposed, s.output_padding, s.groups,
-        (False, True, False),
-    )  # fmt: skip
-    return torch.empty_like(like).copy_(dw)
+    return torch.empty_like(like).copy_(wgrad.by_torch(x, grad, like, how.spec))
 
 
 # --- their derivatives ------------------------------------------------------------------------------------------------

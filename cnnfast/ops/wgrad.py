@@ -1,15 +1,17 @@
-"""The weight gradient's launch: operands in the kernel's layouts, constants of the launch cached."""
+"""The weight gradient's launch: operands in the kernel's layouts, constants of the launch cached, and its trial."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 
-from .. import dispatch
+from .. import dispatch, guard, trial
+from ..block import Step
 from ..devices import Device
 from ..kernels import conv_wgrad as kernels
 from ..kernels.conv_transpose import unused
@@ -17,9 +19,28 @@ from ..spec import ConvSpec, Precision
 from ..wgrad import WgradPlan, choose_wgrad_plan
 from . import launch as block
 
-__all__ = ["WgradLaunch", "prepare", "run"]
+__all__ = ["WeightGradient", "WgradLaunch", "by_torch", "prepare", "run"]
 
 SUM_BLOCK = 1024  # elements of a weight that a program of the second pass adds up
+
+
+def by_torch(x: torch.Tensor, grad: torch.Tensor, like: torch.Tensor, spec: ConvSpec) -> torch.Tensor:
+    """The gradient of the weight ``like`` by PyTorch's operators, in the strides that they give."""
+    _, dw, _ = torch.ops.aten.convolution_backward(
+        grad, x, like, None, spec.stride, spec.padding, spec.dilation, spec.transposed, spec.output_padding,
+        spec.groups, (False, True, False),
+    )  # fmt: skip
+    return dw
+
+
+@dataclass(frozen=True)
+class WeightGradient:
+    """What the kernel computes, for `guard`."""
+
+    spec: ConvSpec
+
+    def describe(self) -> str:
+        return f"weight gradient of {Step(self.spec).describe()}"
 
 
 @dataclass(frozen=True)
@@ -31,6 +52,8 @@ class WgradLaunch:
     options: dict[str, Any]
     sums: tuple[Any, ...] | None  # constants of `sum_splits_kernel` where the positions are split
     sums_grid: tuple[int, int, int]
+    tf32: bool
+    proof: guard.Proof
 
 
 @lru_cache(maxsize=4096)
@@ -43,9 +66,12 @@ def prepare(
     precision: Precision,
     device: Device,
     plan: WgradPlan | None = None,
+    dtype: torch.dtype | None = None,
+    index: int | None = None,
 ) -> WgradLaunch:
     """The launch for A of ``batch`` images of size ``grid`` and B of size ``other``, into a weight with these
-    strides. A given ``plan`` replaces the heuristic's (tests)."""
+    strides and ``dtype``. A given ``plan`` replaces the heuristic's (tests). ``index``: of the CUDA device, None where
+    there is none: nothing is guarded then."""
     s = spec
     plan = plan or choose_wgrad_plan(s, batch, grid, precision, device)
     (ca, cb), (kh, kw) = plan.channels, s.kernel_size
@@ -64,12 +90,19 @@ def prepare(
         num_stages=plan.num_stages,
         maxnreg=block.MAX_REGISTERS,
     )
+    proof = guard.UNGUARDED
+    if index is not None:
+        binary = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "sums": plan.splits > 1}
+        types = {"dtype": str(precision.dtype), "result": str(dtype)}
+        proof = guard.proof(WeightGradient(s), plan.name, index, {**consts, **binary, **types})
     return WgradLaunch(
         plan,
         block.in_order(kernels.conv_wgrad_kernel, consts),
         options,
         block.in_order(kernels.sum_splits_kernel, consts) if plan.splits > 1 else None,
         (-(-math.prod(s.weight_shape) // SUM_BLOCK), 1, 1),
+        precision.tf32,
+        proof,
     )
 
 
@@ -98,12 +131,26 @@ def run(
         dispatch.precision_of(x.dtype),
         dispatch.target_device(x),
         plan,
+        out.dtype,
+        x.device.index or 0 if x.is_cuda else None,
     )
-    with dispatch.on_device(x):
-        a, b = (block.aligned(t.contiguous(memory_format=torch.channels_last)) for t in (a, b))
-        _launch(a, b, out, launch)
+    if launch.proof.ready:
+        _start(a, b, out, launch)
+    else:
+        start, problem = partial(_start, a, b, out, launch), partial(_problem, x, grad, out, launch)
+        if guard.first_use(launch.proof, start, problem, required) is None:
+            return None
     if block.LAUNCHES is not None:
         block.LAUNCHES.append(launch.plan.name)
+    return out
+
+
+def _start(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, launch: WgradLaunch) -> torch.Tensor:
+    """The launch, on the device of the tensors, with operands in the kernel's layout and at addresses that 16
+    divides: anything else would be another binary."""
+    with dispatch.on_device(a):
+        a, b = (block.aligned(t.contiguous(memory_format=torch.channels_last)) for t in (a, b))
+        _launch(a, b, out, launch)
     return out
 
 
@@ -116,3 +163,38 @@ def _launch(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, launch: WgradLa
     )
     if launch.sums is not None:
         kernels.sum_splits_kernel[launch.sums_grid](work, out, splits, *launch.sums)
+
+
+# --- the trial --------------------------------------------------------------------------------------------------------
+
+
+IMAGES, POSITIONS = 4, 256  # of the result's gradient that a trial fills: the rest is zero
+"""A sum over few positions is known well in float32, whatever the order; over a million positions it is not, and a
+right kernel could look wrong."""
+
+
+def _problem(x: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, launch: WgradLaunch) -> str | None:
+    """What is wrong with a launch like this one. Its noise is at positions scattered over a few images; a position that
+    is missed or read twice changes the sums by a sixteenth."""
+    spec, n, (h, w) = launch.plan.spec, x.shape[0], grad.shape[2:]
+    images = sorted({k * (n - 1) // (IMAGES - 1) for k in range(IMAGES)})
+
+    def scatter(operands: Mapping[str, torch.Tensor]) -> None:
+        g = torch.Generator("cpu").manual_seed(0)
+        keep = torch.rand(n, 1, h, w, generator=g, device="cpu") * len(images) * h * w < POSITIONS
+        keep[:, :, :: max(1, h - 1), :: max(1, w - 1)] = True  # corners
+        keep[[k for k in range(n) if k not in images]] = False
+        operands["grad"].mul_(keep.to(grad.device))
+
+    def run(x: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+        a, b = (x, grad) if spec.transposed else (grad, x)
+        return {"weight gradient": _start(a, b, torch.empty_like(out), launch)}
+
+    return trial.problem_of(
+        run,
+        lambda x, grad: {"weight gradient": by_torch(x, grad, x.new_empty(spec.weight_shape), spec)},
+        {"x": x, "grad": grad},
+        tf32=("x", "grad") if launch.tf32 else (),
+        adjust=scatter,
+        some=lambda name, t: t if name == "weight gradient" else t[images],
+    )

@@ -1,0 +1,178 @@
+"""Prove on first use, of the kernels of training: PyTorch's operators stand in for the one that is wrong, alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cnnfast import guard
+from cnnfast.block import Operands, Step
+from cnnfast.ops.core import run_step
+from cnnfast.spec import ConvSpec, Precision
+
+from . import test_conv_wgrad as cases
+from .test_guard import cache, capture, forget, silent  # noqa: F401 (a fixture)
+from .tolerance import assert_close
+
+STEP = Step(ConvSpec.make(32, 32, 4, 2, 1))
+WGRAD = "weight gradient of conv_transpose 32 -> 32, kernel 4x4, float16, wgrad "
+
+
+@pytest.fixture(autouse=True)
+def fresh(cache: Any) -> Any:  # noqa: F811
+    from cnnfast.ops import wgrad
+
+    wgrad.prepare.cache_clear()
+    yield
+    wgrad.prepare.cache_clear()
+
+
+def a_new_process() -> None:
+    from cnnfast.ops import wgrad
+
+    wgrad.prepare.cache_clear()
+    forget()
+
+
+Spoil = Callable[..., None]
+
+
+@pytest.fixture
+def spoil(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Spoil:
+    """Launch the weight gradient's kernel with other compile-time constants than the right ones."""
+    from cnnfast.ops import wgrad
+
+    def change(**constants: Any) -> None:
+        real = wgrad.block.in_order
+
+        def in_order(kernel: Any, values: dict[str, Any]) -> tuple[Any, ...]:
+            return real(kernel, {**values, **constants} if kernel is wgrad.kernels.conv_wgrad_kernel else values)
+
+        monkeypatch.setattr(wgrad.block, "in_order", in_order)
+
+    return change
+
+
+@pytest.fixture
+def starts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The batch of every launch of the weight gradient, trials included."""
+    from cnnfast.ops import wgrad
+
+    record: list[int] = []
+    real = wgrad._launch
+    monkeypatch.setattr(wgrad, "_launch", lambda a, *rest: (record.append(a.shape[0]), real(a, *rest))[1])
+    return record
+
+
+def lines(of: str) -> list[str]:
+    return [line for line in guard.report() if line.startswith(of)]
+
+
+def gradients(device: torch.device, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
+    """Of x and the weight through a training step, held against float64."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2, 32, 4, 3, generator=g), torch.randn(STEP.spec.weight_shape, generator=g) / 11
+    dy = torch.randn(2, 32, 8, 6, generator=g)
+    found = []
+    for dtype, where in ((torch.float16, device), (torch.float64, "cpu"), (torch.float32, "cpu")):
+        leaves = [t.half().type(dtype).to(where).requires_grad_() for t in (x, w)]
+        if where == "cpu":
+            y = torch.nn.functional.conv_transpose2d(*leaves, stride=2, padding=1)
+        else:
+            y = run_step(STEP, Operands(*leaves), backend=backend)
+        found.append(torch.autograd.grad(y, leaves, dy.half().type(dtype).to(where)))
+    for name, got, exact, near in zip(("x", "weight"), *found, strict=True):
+        assert_close(got, exact, near.half(), name)
+    return found[0]
+
+
+# --- the weight gradient ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", cases.PRECISIONS.values(), ids=cases.PRECISIONS)
+@pytest.mark.parametrize("c", cases.REGIMES, ids=lambda c: c.name)
+def test_right_weight_gradients_of_every_regime_pass(
+    c: cases.Case, precision: Precision, device: torch.device, starts: list[int]
+) -> None:
+    with silent():
+        cases.check(c, precision, device)
+    (line,) = guard.report()
+    assert line.startswith("weight gradient of conv") and line.endswith("right (checked)") and len(starts) == 2
+
+
+@pytest.mark.parametrize("c", cases.GEOMETRY, ids=lambda c: c.name)
+def test_right_weight_gradients_of_every_geometry_pass(c: cases.Case, device: torch.device) -> None:
+    with silent():
+        cases.check(c, cases.PRECISIONS["fp16"], device)
+    assert guard.report()[0].endswith("right (checked)")
+
+
+def test_a_right_weight_gradient_is_checked_once(device: torch.device, starts: list[int]) -> None:
+    with silent():
+        for _ in range(3):
+            gradients(device)
+        assert starts == [2] * 4 and lines(WGRAD)[0].endswith("right (checked)")
+        a_new_process()
+        gradients(device)
+    assert starts == [2] * 5 and lines(WGRAD)[0].endswith("right (checked by an earlier process)")
+    assert len(guard.report()) == 3, "the convolution, its input's and its weight's gradient"
+
+
+WRONG = {"tap": {"PAD_H": 0}, "transposed": {"OUT_H": 1, "OUT_W": 4}, "dilation": {"DH": 2}}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_weight_gradient(name: str, device: torch.device, starts: list[int], spoil: Spoil) -> None:
+    spoil(**WRONG[name])
+    with pytest.warns(RuntimeWarning) as caught:
+        for _ in range(3):
+            gradients(device)
+    assert starts == [2]
+    (warning,) = caught
+    text = str(warning.message)
+    assert text.startswith(f"cnnfast: {WGRAD}") and text.endswith("PyTorch's operators run instead.")
+    assert "the Triton kernel gave wrong results on " in text and "weight gradient: max error" in text
+    assert all(line.endswith("right (checked)") for line in guard.report() if line not in lines(WGRAD))
+    with pytest.raises(RuntimeError, match='backend="triton" cannot run this: the kernel gave wrong results on .*max'):
+        gradients(device, "triton")
+
+
+def test_a_weight_gradient_that_does_not_compile(device: torch.device, spoil: Spoil) -> None:
+    spoil(BLOCK_K=48)
+    with pytest.warns(RuntimeWarning) as caught:
+        for _ in range(2):
+            gradients(device)
+    (warning,) = caught
+    assert "the Triton kernel cannot run on " in str(warning.message) and "power of 2" in str(warning.message)
+    with pytest.raises(guard.Refused, match='backend="triton" cannot run this: the kernel cannot run'):
+        gradients(device, "triton")
+
+
+def test_many_positions_are_a_short_sum(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The noise of a trial is at few positions, of which none is at the edge by chance alone."""
+    from cnnfast.ops import wgrad
+
+    seen = []
+    real = wgrad._launch
+    monkeypatch.setattr(wgrad, "_launch", lambda a, b, *rest: (seen.append(b.cpu()), real(a, b, *rest))[1])
+    c = cases.case("many", 32, 32, 4, 2, 1, size=(24, 20), batch=9)
+    cases.check(c, cases.PRECISIONS["fp16"], device)
+    trial, call = (b.permute(0, 2, 3, 1).ne(0).any(-1) for b in seen)
+    assert call.all() and trial.sum((1, 2)).ne(0).nonzero().flatten().tolist() == [0, 2, 5, 8]
+    assert 200 < trial.sum() < 320 and trial[0, 0, 0] and trial[8, -1, -1] and trial[5, 0, -1] and trial[2, -1, 0]
+
+
+def test_a_capture_of_a_training_step_that_was_not_run(
+    device: torch.device, starts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capture(monkeypatch, True)
+    with pytest.warns(RuntimeWarning, match="call cnnfast.warmup first. The graph holds PyTorch's") as caught:
+        gradients(device)
+    assert len(caught) == 3 and not starts
+    capture(monkeypatch, False)
+    with silent():
+        gradients(device)
+    assert starts == [2, 2]
