@@ -664,6 +664,11 @@ def test_warmup_refuses() -> None:
     x = torch.randn(1, 4, 2, 2)
     with pytest.raises(ValueError, match="warmup of a module in training mode: call its eval"):
         cnnfast.warmup(model, x)
+    with pytest.raises(ValueError, match="warmup with backward=True of a function: give the module itself"):
+        cnnfast.warmup(lambda x: model(x), x, backward=True)
+    frozen = nn.Sequential(nn.ConvTranspose2d(4, 4, 2).requires_grad_(False))
+    with pytest.raises(ValueError, match="no result of Sequential requires a gradient"):
+        cnnfast.warmup(frozen, x, backward=True)
     with pytest.raises(ValueError, match=r"batch_sizes=\[1, 0\] must be positive"):
         cnnfast.warmup(model.eval(), x, batch_sizes=(1, 0))
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import cnnfast
 from cnnfast import guard
 from cnnfast.block import Operands, Step
 from cnnfast.ops.core import run_step
@@ -176,3 +179,65 @@ def test_a_capture_of_a_training_step_that_was_not_run(
     with silent():
         gradients(device)
     assert starts == [2, 2]
+
+
+# --- ahead of time ----------------------------------------------------------------------------------------------------
+
+
+class Noisy(nn.Module):
+    """A training step with everything that must be as before after a warm-up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.ConvTranspose2d(4, 4, 2), nn.BatchNorm2d(4), nn.Dropout(0.5))
+        self.register_buffer("steps", torch.zeros(()))
+        self.seen: list[tuple[int, bool]] = []
+
+    def forward(self, x: torch.Tensor, gain: float = 1.0) -> dict[str, torch.Tensor]:
+        self.seen.append((x.shape[0], x.requires_grad))
+        self.steps = self.steps + 1
+        return {"y": self.body(x) * gain}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_warmup_of_a_training_step_leaves_no_trace(fails: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Noisy(), torch.randn(2, 4, 3, 3, requires_grad=True)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    if fails:
+        model.body[0].weight.register_hook(lambda grad: 1 / 0)
+    generator, steps = torch.get_rng_state(), model.steps
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if fails:
+            stack.enter_context(pytest.raises(ZeroDivisionError))
+        cnnfast.warmup(model, x, 2.0, batch_sizes=(1, 3), backward=True)
+    assert model.seen == [(2, True), (1, True), (3, True)][: 1 if fails else 3]
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert model.steps is steps and torch.equal(generator, torch.get_rng_state())
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in model.parameters()) and x.grad is None
+
+
+class Fused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(STEP.spec.weight_shape) / 11)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cnnfast.ops.conv_transpose2d(x, self.weight, None, 2, 1, activation="tanh", backend="triton")
+
+
+def test_a_capture_after_the_warmup_of_a_training_step(
+    device: torch.device, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Fused().half().to(device)
+    x = torch.randn(2, 32, 4, 3).half().to(device).requires_grad_()
+    cnnfast.warmup(model, x, backward=True)
+    assert model.weight.grad is None and all("right (checked)" in line for line in guard.report())
+    capture(monkeypatch, True)
+    monkeypatch.setattr(guard, "first_use", None)
+    launches.clear()
+    with silent():
+        model(x).backward(torch.ones(2, 32, 8, 6).half().to(device))
+    assert len([name for name in launches if name.startswith("wgrad")]) == 1 and model.weight.grad is not None
