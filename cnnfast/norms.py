@@ -61,6 +61,6 @@ class Partials(NamedTuple):
     """Statistics of values by parts, float32: S segments (1 of a batch norm, N otherwise) of P parts each. A part with
     count 0 has mean 0 and m2 0."""
 
-    count: Tensor  # (S, P)
+    count: Tensor  # type: ignore[assignment]  # (S, P)
     mean: Tensor  # (S, P, C)
     m2: Tensor  # (S, P, C): the sum of squares about the part's own mean

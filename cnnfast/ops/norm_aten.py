@@ -3,6 +3,8 @@ composition that a second derivative takes."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -32,7 +34,12 @@ def run(
     x: Tensor, call: NormCall | None, residual: Tensor | None, activation: Activation, slope: Tensor | None
 ) -> Tensor:
     """``act(norm(x) + residual)`` as an unfused model computes it, in place where autograd allows that."""
-    y = x if call is None else _norm(x, call)
+    from .norm_sync import shared, synchronised  # built on this file
+
+    if call is None:
+        y = x
+    else:
+        y = synchronised(x, call) if shared(call) else _norm(x, call)
     ours = call is not None and not y._is_view()
     if residual is not None:
         dtype = torch.promote_types(y.dtype, residual.dtype)
@@ -55,7 +62,7 @@ def _norm(x: Tensor, call: NormCall) -> Tensor:
         return _by_torch(x, call)
     # Dtypes that PyTorch does not combine: everything in the widest, running tensors written back.
     wide = torch.float64 if torch.float64 in {x.dtype, *vectors} else torch.float32
-    tensors = {k: v.to(wide) for k, v in call._asdict().items() if isinstance(v, Tensor)}
+    tensors: dict[str, Any] = {k: v.to(wide) for k, v in call._asdict().items() if isinstance(v, Tensor)}
     y = _by_torch(x.to(wide), call._replace(**tensors)).to(x.dtype)
     if call.use_input_stats:
         for name in ("running_mean", "running_var"):

@@ -9,9 +9,39 @@ from .. import dispatch
 from ..activations import Activation, activation_derivative
 from ..norms import NormCall, Partials
 from . import norm_aten
-from .core import to_format
+from .core import to_format, watched
 
-__all__ = ["activation_backward", "normalise"]
+__all__ = ["activation_backward", "normalise", "why_not"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LIMIT = 2**31
+
+
+def why_not(x: Tensor, *vectors: Tensor | None) -> str | None:
+    """Why the kernels cannot take x (N, C, H, W) with these other tensors, or None."""
+    reason = dispatch.triton_why_not()
+    if reason is None and x.is_cuda:
+        reason = dispatch.cuda_why_not(x.device.index or 0)
+    if reason is not None:
+        return reason
+    n, c, h, w = x.shape
+    if x.dtype not in _DTYPES:
+        return f"dtype {x.dtype} is not one of {', '.join(str(d) for d in _DTYPES)}"
+    if c * h * w >= _LIMIT:
+        return "one image has 2^31 elements or more"
+    if n * h * w >= _LIMIT - 1024:
+        return "2^31 positions or more"
+    for v in vectors:
+        if v is not None and v.dtype not in _DTYPES:
+            return f"a vector's dtype {v.dtype} is not one of {', '.join(str(d) for d in _DTYPES)}"
+    return None
+
+
+def output_dtype(x: Tensor, call: NormCall | None) -> torch.dtype:
+    """x's dtype, and float32 where autocast runs the norm in float32 (group norm on CUDA)."""
+    low = x.dtype in (torch.float16, torch.bfloat16)
+    group = call is not None and call.norm.kind == "group"
+    return torch.float32 if low and group and x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
 
 
 def normalise(
@@ -25,7 +55,28 @@ def normalise(
     channels_last: bool,
     backend: str | None,
 ) -> Tensor:
+    """``act(norm(x) + residual)`` of x (N, C, H, W), in x's dtype (float32 of a group norm under CUDA autocast, as
+    eager's) and in the memory format asked for; differentiable any number of times (once where statistics are those of
+    several processes).
+
+    ``call`` None: no norm. ``slope``: PReLU's weight, of 1 or C elements. ``partials``: the statistics of x where they
+    are known already, of a part for each segment of the norm. RuntimeError where an explicit ``backend="triton"``
+    cannot run this, with the reason; ValueError for statistics of a single value.
+    """
     check_sizes(x, call)
+    name = dispatch.resolve_backend(backend)
+    if name != "aten" and x.numel() and not torch.compiler.is_compiling() and (name == "triton" or x.is_cuda):
+        vectors = () if call is None else (call.weight, call.bias, call.running_mean, call.running_var)
+        unseen = watched(x)
+        reason = "a tensor subclass, transform, tracer or dispatch mode is active" if unseen else None
+        reason = reason or why_not(x, *vectors, residual, slope)
+        if reason is None:
+            from . import norm_autograd  # imports triton
+
+            dtype = output_dtype(x, call)
+            return norm_autograd.run(x, call, residual, activation, slope, partials, channels_last, dtype)
+        if name == "triton":
+            raise RuntimeError(f'backend="triton" cannot run this: {reason}')
     return to_format(norm_aten.run(x, call, residual, activation, slope), channels_last)
 
 
@@ -52,6 +103,13 @@ def activation_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """``(grad * act'(saved), its sum over each channel in float32 or None)``, not differentiable. ``saved`` is the
     activation's input or output, as `Activation.saves` says."""
+    name = dispatch.resolve_backend(backend)
+    if name == "triton" or (name == "auto" and grad.is_cuda):
+        reason = why_not(grad, saved)
+        if reason is None and grad.numel():
+            from . import norm_launch  # imports triton
+
+            return norm_launch.activation_backward(grad, saved, activation, bias)
     dz = grad
     if saved is not None and activation.saves():
         dz = (grad * activation_derivative(activation, saved)).to(grad.dtype)

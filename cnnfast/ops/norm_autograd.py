@@ -1,0 +1,187 @@
+"""Norm + residual + activation on the Triton kernels, with gradients.
+
+Mean and deviation that the forward saved are constants to a second derivative. So a backward that is itself recorded
+(`torch.is_grad_enabled()`) differentiates the composition of `norm_aten` instead.
+
+`norm_forward`, `norm_setup` and `norm_backward` are the formulas, of the `torch.autograd.Function` of eager mode and of
+the operators that `torch.compile` sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..activations import Activation, activation_derivative
+from ..norms import NormCall, Partials
+from . import norm_launch, norm_sync
+from .norm_aten import composition
+from .norm_launch import Grads, NormHow, Saved
+
+__all__ = ["norm_backward", "norm_forward", "norm_setup", "run", "statistics"]
+
+norm_forward = norm_launch.apply
+
+
+class Shared(NamedTuple):
+    """Of statistics of several processes: their group, and how many values they are of."""
+
+    group: Any
+    values: Tensor
+
+
+def statistics(x: Tensor, call: NormCall, parts: Partials | None) -> tuple[Tensor, Tensor, Shared | None]:
+    """(mean, 1/deviation) of the input of ``call``, (S, C or groups) float32, and its running tensors moved."""
+    norm, c = call.norm, x.shape[1]
+    if parts is None:
+        parts = norm_launch.partials(x, norm.per_image)
+    several = None
+    if norm_sync.shared(call):
+        parts = norm_sync.gather(parts, call.process_group)
+        several = Shared(call.process_group, parts.count.sum())
+    how = NormHow(norm, True, Activation(), True, x.dtype)
+    mean, var, momentum = call.running_mean, call.running_var, call.momentum
+    running = [t for t in (mean, var) if t is not None]
+    if norm.kind == "batch" and all(t.is_contiguous() for t in running):
+        center, rstd, _ = norm_launch.merge(parts, 1, norm.eps, mean, var, momentum)
+        _moved(running)
+        return center, rstd, several
+    center, rstd, unbiased = norm_launch.merge(parts, how.join(c), norm.eps, var=var is not None)
+    # Each image's statistics count alike, as in torch.
+    for old, new in ((mean, center), (var, unbiased)):
+        if old is not None and new is not None:
+            old.copy_(old.float() * (1 - momentum) + new.mean(0) * momentum)
+    return center, rstd, several
+
+
+def _moved(tensors: list[Tensor]) -> None:
+    """Tell autograd of what a kernel wrote."""
+    for t in tensors:
+        torch.autograd.graph.increment_version(t)
+
+
+def norm_setup(
+    ctx: Any,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    y: Tensor,
+    how: NormHow,
+    several: Shared | None,
+) -> None:
+    ctx.how, ctx.several = how, several
+    other = y if how.of == "y" else residual if how.of == "x" else None
+    needs_x = how.norm is not None or how.of == "x"
+    ctx.save_for_backward(x if needs_x else None, weight, bias, slope, mean, rstd, other)
+
+
+def norm_backward(ctx: Any, grad: Tensor) -> Grads:
+    """Gradients of x, weight, bias, residual and slope, differentiable where grad mode is on."""
+    how: NormHow = ctx.how
+    x, *rest = ctx.saved_tensors
+    saved = Saved(grad if x is None else x, *rest)
+    need = tuple(ctx.needs_input_grad[:5])
+    if torch.is_grad_enabled():
+        if ctx.several is not None:
+            norm_sync.no_second_derivative()
+        return _recorded_backward(grad, saved, how, need)
+    return norm_launch.backward(grad, saved, how, need, None if ctx.several is None else _reducer(ctx.several))
+
+
+def _reducer(several: Shared) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def reduce(sums: Tensor) -> tuple[Tensor, Tensor]:
+        total = sums.clone()
+        dist.all_reduce(total, group=several.group)
+        return total, several.values
+
+    return reduce
+
+
+def _recorded_backward(grad: Tensor, s: Saved, how: NormHow, need: tuple[bool, ...]) -> Grads:
+    """By the composition. The norm is differentiated by aliases of its inputs: they may depend on each other elsewhere
+    (a residual from which x was computed)."""
+    x, weight, bias = (None if t is None else t.view_as(t) for t in (s.x, s.weight, s.bias))
+    assert x is not None
+    with torch.autocast(x.device.type, enabled=False):
+        call = None
+        if how.norm is not None:
+            call = NormCall(how.norm, weight, bias, s.mean, s.rstd, use_input_stats=how.measured)
+        u = composition(x, call)
+        dz = grad.to(u.dtype)
+        dslope = None
+        if how.of == "y":
+            assert s.other is not None
+            dz = dz * activation_derivative(how.activation, s.other, of="y")
+        elif how.of == "x":
+            z = u if s.other is None else u + s.other.to(u.dtype)
+            if need[4] and s.slope is not None:
+                by_element = torch.where(z > 0, torch.zeros_like(z), z * dz)
+                dims = (0, *range(2, z.dim())) if s.slope.numel() > 1 else tuple(range(z.dim()))
+                dslope = by_element.sum(dims).reshape(s.slope.shape).to(s.slope.dtype)
+            dz = dz * activation_derivative(how.activation, z, s.slope, of="x")
+        if how.norm is None:
+            return Grads(dz.to(grad.dtype), None, None, dz.to(grad.dtype) if need[3] else None, dslope)
+        wanted = [t for t, n in zip((x, weight, bias), need[:3], strict=True) if n and t is not None]
+        found = iter(torch.autograd.grad(u, wanted, dz, create_graph=True) if wanted else ())
+        dx, dw, db = (
+            next(found) if n and t is not None else None for t, n in zip((x, weight, bias), need, strict=False)
+        )
+    return Grads(dx, dw, db, dz.to(grad.dtype) if need[3] else None, dslope)
+
+
+class _NormAct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        slope: Tensor | None,
+        mean: Tensor | None,
+        rstd: Tensor | None,
+        how: NormHow,
+        several: Shared | None,
+    ) -> Tensor:
+        y = norm_forward(x, weight, bias, residual, slope, mean, rstd, how)
+        norm_setup(ctx, x, weight, bias, residual, slope, mean, rstd, y, how, several)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return *norm_backward(ctx, grad), None, None, None, None
+
+
+def run(
+    x: Tensor,
+    call: NormCall | None,
+    residual: Tensor | None,
+    activation: Activation,
+    slope: Tensor | None,
+    parts: Partials | None,
+    channels_last: bool,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`normalise` on the kernels; the caller asked `normalise.why_not`."""
+    measured = call is not None and call.measured
+    how = NormHow(None if call is None else call.norm, measured, activation, channels_last, dtype, residual is not None)
+    mean = rstd = weight = bias = several = None
+    if call is not None:
+        weight, bias = call.weight, call.bias
+        if measured:
+            with torch.no_grad():
+                mean, rstd, several = statistics(x.detach(), call, parts)
+        elif call.norm.kind != "affine":
+            mean, rstd = call.running_mean, call.running_var
+    tensors = (x, weight, bias, residual, slope)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _NormAct.apply(*tensors, mean, rstd, how, several)
+    return norm_forward(*tensors, mean, rstd, how)

@@ -1,0 +1,264 @@
+"""Normalisation by statistics, affine, residual and activation: the forward kernels.
+
+    y = act((x - mean) * rstd * weight + bias + residual)
+
+A tensor is (SEGMENTS, ROWS, C) when it is channels-last, (SEGMENTS, C, ROWS) when it is not. A segment is one image, or
+the whole batch where no tensor of the launch is laid out by images and no image has statistics of its own. A program
+owns TILES * BLOCK_M rows of a segment (a *part*) and BLOCK_C channels.
+
+Statistics are centred. Each element of a tile is a lane that runs Welford's recurrence over the rows that it meets; at
+its end a part joins its lanes, and `merge_stats_kernel` joins the parts, always in the same order: no atomics, the
+same bits from run to run. (E[x^2] - E[x]^2 loses everything where the mean is far larger than the deviation.)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .activation import act
+
+
+@triton.jit
+def vector(ptr, offs, mask, default: tl.constexpr):
+    """Elements of a vector of any dtype in float32; ``default`` where there is no vector."""
+    if ptr is None:
+        return tl.full(offs.shape, default, tl.float32)
+    else:
+        return tl.load(ptr + offs, mask=mask, other=default).to(tl.float32)
+
+
+@triton.jit
+def part_base(ptr, segment, first, ROWS, C: tl.constexpr, LAST: tl.constexpr):
+    """Where row ``first`` of a segment starts. Offsets from here fit 32 bits, this one need not."""
+    if LAST:
+        return ptr + (segment.to(tl.int64) * ROWS + first) * C
+    else:
+        return ptr + segment.to(tl.int64) * ROWS * C + first
+
+
+@triton.jit
+def offsets(rows, chan, ROWS, C: tl.constexpr, LAST: tl.constexpr):
+    """Of a tile (BLOCK_M, BLOCK_C), from `part_base`."""
+    if LAST:
+        return rows[:, None] * C + chan[None, :]
+    else:
+        return chan[None, :] * ROWS + rows[:, None]
+
+
+@triton.jit
+def center_and_scale(
+    mean_ptr,  # (segments or 1, C / JOIN), or None: 0
+    rstd_ptr,  # the same; the variance where VAR; None: 1
+    segment,
+    chan,
+    mask,
+    eps,
+    C: tl.constexpr,
+    JOIN: tl.constexpr,
+    EACH: tl.constexpr,
+    VAR: tl.constexpr,
+):
+    """(mean, 1/deviation) of each channel."""
+    offs = chan // JOIN
+    if EACH:
+        offs += segment * (C // JOIN)
+    mean = vector(mean_ptr, offs, mask, 0.0)
+    rstd = vector(rstd_ptr, offs, mask, 1.0)
+    if VAR:
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(rstd + eps))
+    return mean, rstd
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["ROWS", "PARTS", "TILES"])
+def partial_stats_kernel(
+    x_ptr,
+    count_ptr,  # (SEGMENTS, PARTS) float32
+    mean_ptr,  # (SEGMENTS, PARTS, C) float32
+    m2_ptr,
+    ROWS,
+    PARTS,
+    TILES,
+    C: tl.constexpr,
+    X_LAST: tl.constexpr,
+    ROWS_BY: tl.constexpr,  # divides ROWS
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Count, mean and sum of squares about it, of each channel over the part."""
+    ROWS = tl.multiple_of(ROWS, ROWS_BY)
+    pid = tl.program_id(0)
+    segment = pid // PARTS
+    first = (pid - segment * PARTS) * TILES * BLOCK_M
+    here = tl.minimum(TILES * BLOCK_M, ROWS - first)
+    chan = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    chan_mask = chan < C
+    x_ptr = part_base(x_ptr, segment, first, ROWS, C, X_LAST)
+    n = tl.zeros((BLOCK_M,), tl.float32)  # rows that a lane has met
+    mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
+    met = 0.0
+    for row0 in range(0, here, BLOCK_M):
+        rows = row0 + tl.arange(0, BLOCK_M)
+        on = rows < here
+        mask = on[:, None] & chan_mask[None, :]
+        x = tl.load(x_ptr + offsets(rows, chan, ROWS, C, X_LAST), mask=mask, other=0.0).to(tl.float32)
+        met += 1.0
+        delta = tl.where(on[:, None], x - mean, 0.0)
+        mean += delta * (1.0 / met)
+        m2 += delta * (x - mean)
+        n += on.to(tl.float32)
+    count = here.to(tl.float32)
+    center = tl.sum(mean * n[:, None], 0) / count
+    center += tl.sum((mean - center[None, :]) * n[:, None], 0) / count
+    d = mean - center[None, :]
+    m2 = tl.sum(m2 + d * d * n[:, None], 0)
+    offs = pid.to(tl.int64) * C + chan
+    tl.store(mean_ptr + offs, center, mask=chan_mask)
+    tl.store(m2_ptr + offs, m2, mask=chan_mask)
+    tl.store(count_ptr + pid + tl.arange(0, 1), tl.full((1,), 0.0, tl.float32) + count, mask=tl.program_id(1) == 0)
+
+
+@triton.jit
+def _total(x, JOIN: tl.constexpr):
+    """Sum of a (parts, channels) tile: over the parts, and over the channels where they share statistics."""
+    s = tl.sum(x, 0)
+    if JOIN > 1:
+        s = tl.sum(s, 0)
+    return s
+
+
+@triton.jit(do_not_specialize=["PARTS", "eps", "momentum", "keep"])
+def merge_stats_kernel(
+    count_ptr,  # (SEGMENTS, PARTS) float32
+    mean_ptr,  # (SEGMENTS, PARTS, C) float32
+    m2_ptr,
+    out_mean_ptr,  # (SEGMENTS, C / JOIN) float32
+    out_rstd_ptr,
+    out_var_ptr,  # the same, unbiased; or None
+    running_mean_ptr,  # (C,), or None: moved towards mean and unbiased variance
+    running_var_ptr,
+    PARTS,
+    eps,
+    momentum,
+    keep,  # 1 - momentum
+    C: tl.constexpr,
+    JOIN: tl.constexpr,  # channels that share statistics: 1, or those of a group
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: BLOCK_C channels of a segment, or one group of JOIN channels. Lanes take every BLOCK_P-th part by
+    Chan's formula, and are joined once."""
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C if JOIN == 1 else C // JOIN
+    pid = tl.program_id(0)
+    segment = pid // BLOCKS
+    block = pid - segment * BLOCKS
+    n = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    mean = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    m2 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for c0 in range(0, JOIN, BLOCK_C):
+        if JOIN == 1:
+            chan = block * BLOCK_C + tl.arange(0, BLOCK_C)
+            chan_mask = chan < C
+        else:
+            inner = c0 + tl.arange(0, BLOCK_C)
+            chan = block * JOIN + inner
+            chan_mask = inner < JOIN
+        for p0 in range(0, PARTS, BLOCK_P):
+            p = p0 + tl.arange(0, BLOCK_P)
+            mask = (p < PARTS)[:, None] & chan_mask[None, :]
+            part = segment.to(tl.int64) * PARTS + p
+            offs = part[:, None] * C + chan[None, :]
+            more = tl.load(count_ptr + part[:, None] + chan[None, :] * 0, mask=mask, other=0.0)
+            share = more / tl.maximum(n + more, 1.0)
+            delta = tl.load(mean_ptr + offs, mask=mask, other=0.0) - mean
+            m2 += tl.load(m2_ptr + offs, mask=mask, other=0.0) + delta * delta * n * share
+            mean += delta * share
+            n += more
+    total = tl.maximum(_total(n, JOIN), 1.0)
+    center = _total(mean * n, JOIN) / total
+    center += _total((mean - center) * n, JOIN) / total
+    d = mean - center
+    m2_total = _total(m2 + d * d * n, JOIN)
+    rstd = tl.div_rn(1.0, tl.sqrt_rn(m2_total / total + eps))
+    unbiased = m2_total / tl.maximum(total - 1.0, 1.0)
+    if JOIN == 1:
+        chan = block * BLOCK_C + tl.arange(0, BLOCK_C)
+        chan_mask = chan < C
+        offs = segment * C + chan
+        if running_mean_ptr is not None:
+            old = tl.load(running_mean_ptr + chan, mask=chan_mask, other=0.0).to(tl.float32)
+            new = old * keep + center * momentum
+            tl.store(running_mean_ptr + chan, new.to(running_mean_ptr.dtype.element_ty), mask=chan_mask)
+        if running_var_ptr is not None:
+            old = tl.load(running_var_ptr + chan, mask=chan_mask, other=0.0).to(tl.float32)
+            new = old * keep + unbiased * momentum
+            tl.store(running_var_ptr + chan, new.to(running_var_ptr.dtype.element_ty), mask=chan_mask)
+    else:
+        offs = pid
+        chan_mask = pid >= 0
+    tl.store(out_mean_ptr + offs, center, mask=chan_mask)
+    tl.store(out_rstd_ptr + offs, rstd, mask=chan_mask)
+    if out_var_ptr is not None:
+        tl.store(out_var_ptr + offs, unbiased, mask=chan_mask)
+
+
+# --- one pass: normalise, affine, residual, activation ----------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["ROWS", "PARTS", "TILES", "eps"])
+def norm_act_kernel(
+    x_ptr,
+    y_ptr,
+    residual_ptr,  # in y's layout, or None
+    mean_ptr,  # `center_and_scale`
+    rstd_ptr,
+    weight_ptr,  # (C,) or None, like bias
+    bias_ptr,
+    slope_ptr,  # (SLOPES,)
+    ROWS,
+    PARTS,
+    TILES,
+    eps,
+    C: tl.constexpr,
+    JOIN: tl.constexpr,
+    EACH: tl.constexpr,  # every segment has statistics of its own
+    VAR: tl.constexpr,  # rstd is the variance
+    SLOPES: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    ACT: tl.constexpr,
+    X_LAST: tl.constexpr,
+    Y_LAST: tl.constexpr,
+    ROWS_BY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    ROWS = tl.multiple_of(ROWS, ROWS_BY)
+    pid = tl.program_id(0)
+    segment = pid // PARTS
+    first = (pid - segment * PARTS) * TILES * BLOCK_M
+    here = tl.minimum(TILES * BLOCK_M, ROWS - first)
+    chan = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    chan_mask = chan < C
+    mean, rstd = center_and_scale(mean_ptr, rstd_ptr, segment, chan, chan_mask, eps, C, JOIN, EACH, VAR)
+    scale = rstd * vector(weight_ptr, chan, chan_mask, 1.0)
+    shift = vector(bias_ptr, chan, chan_mask, 0.0)
+    slope = vector(slope_ptr, chan * (1 if SLOPES > 1 else 0), chan_mask, 0.0)[None, :]
+    x_ptr = part_base(x_ptr, segment, first, ROWS, C, X_LAST)
+    y_ptr = part_base(y_ptr, segment, first, ROWS, C, Y_LAST)
+    if residual_ptr is not None:
+        residual_ptr = part_base(residual_ptr, segment, first, ROWS, C, Y_LAST)
+    for row0 in range(0, here, BLOCK_M):
+        rows = row0 + tl.arange(0, BLOCK_M)
+        mask = (rows < here)[:, None] & chan_mask[None, :]
+        x = tl.load(x_ptr + offsets(rows, chan, ROWS, C, X_LAST), mask=mask, other=0.0).to(tl.float32)
+        z = (x - mean[None, :]) * scale[None, :] + shift[None, :]
+        offs_y = offsets(rows, chan, ROWS, C, Y_LAST)
+        if residual_ptr is not None:
+            z += tl.load(residual_ptr + offs_y, mask=mask, other=0.0).to(tl.float32)
+        y = act(z, slope, P0, P1, ACT)
+        tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
