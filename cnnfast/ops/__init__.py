@@ -2,6 +2,17 @@
 
 from .conv import conv1d, conv2d
 from .conv_transpose import conv_transpose1d, conv_transpose2d
+from .norm_act import batch_norm, group_norm, instance_norm, norm_act
 from .upsample import upsample_conv2d
 
-__all__ = ["conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d", "upsample_conv2d"]
+__all__ = [
+    "batch_norm",
+    "conv1d",
+    "conv2d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "group_norm",
+    "instance_norm",
+    "norm_act",
+    "upsample_conv2d",
+]

@@ -22,7 +22,7 @@ from . import norm_launch, norm_sync
 from .norm_aten import composition
 from .norm_launch import Grads, NormHow, Saved
 
-__all__ = ["norm_backward", "norm_forward", "norm_setup", "run", "statistics"]
+__all__ = ["forward", "norm_backward", "norm_forward", "norm_setup", "run", "statistics"]
 
 norm_forward = norm_launch.apply
 
@@ -137,6 +137,35 @@ def _recorded_backward(grad: Tensor, s: Saved, how: NormHow, need: tuple[bool, .
     return Grads(dx, dw, db, dz.to(grad.dtype) if need[3] else None, dslope)
 
 
+class Forward(NamedTuple):
+    """What a forward gives: the result, and the statistics that it took."""
+
+    y: Tensor
+    mean: Tensor | None
+    rstd: Tensor | None
+    several: Shared | None
+
+
+def forward(
+    x: Tensor,
+    call: NormCall | None,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    parts: Partials | None,
+    how: NormHow,
+) -> Forward:
+    """A whole forward without gradients: statistics (unless ``parts`` holds them), running tensors, apply."""
+    mean = rstd = weight = bias = several = None
+    with torch.no_grad():
+        if call is not None:
+            weight, bias = call.weight, call.bias
+            if how.measured:
+                mean, rstd, several = statistics(x, call, parts)
+            elif call.norm.kind != "affine":
+                mean, rstd = call.running_mean, call.running_var
+        return Forward(norm_forward(x, weight, bias, residual, slope, mean, rstd, how), mean, rstd, several)
+
+
 class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -146,18 +175,15 @@ class _NormAct(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         slope: Tensor | None,
-        mean: Tensor | None,
-        rstd: Tensor | None,
+        done: Forward,
         how: NormHow,
-        several: Shared | None,
     ) -> Tensor:
-        y = norm_forward(x, weight, bias, residual, slope, mean, rstd, how)
-        norm_setup(ctx, x, weight, bias, residual, slope, mean, rstd, y, how, several)
-        return y
+        norm_setup(ctx, x, weight, bias, residual, slope, done.mean, done.rstd, done.y, how, done.several)
+        return done.y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return *norm_backward(ctx, grad), None, None, None, None
+        return *norm_backward(ctx, grad), None, None
 
 
 def run(
@@ -173,15 +199,9 @@ def run(
     """`normalise` on the kernels; the caller asked `normalise.why_not`."""
     measured = call is not None and call.measured
     how = NormHow(None if call is None else call.norm, measured, activation, channels_last, dtype, residual is not None)
-    mean = rstd = weight = bias = several = None
-    if call is not None:
-        weight, bias = call.weight, call.bias
-        if measured:
-            with torch.no_grad():
-                mean, rstd, several = statistics(x.detach(), call, parts)
-        elif call.norm.kind != "affine":
-            mean, rstd = call.running_mean, call.running_var
+    done = forward(x, call, residual, slope, parts, how)
+    weight, bias = (None, None) if call is None else (call.weight, call.bias)
     tensors = (x, weight, bias, residual, slope)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _NormAct.apply(*tensors, mean, rstd, how, several)
-    return norm_forward(*tensors, mean, rstd, how)
+        return _NormAct.apply(*tensors, done, how)
+    return done.y
