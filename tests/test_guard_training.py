@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 
 import cnnfast
 from cnnfast import guard
-from cnnfast.block import Operands, Step
+from cnnfast.block import Operands, Step, Upsample, upsample_step
 from cnnfast.ops.core import run_step
 from cnnfast.spec import ConvSpec, Precision
 
@@ -26,17 +28,16 @@ WGRAD = "weight gradient of conv_transpose 32 -> 32, kernel 4x4, float16, wgrad 
 
 @pytest.fixture(autouse=True)
 def fresh(cache: Any) -> Any:  # noqa: F811
-    from cnnfast.ops import wgrad
-
-    wgrad.prepare.cache_clear()
+    a_new_process()
     yield
-    wgrad.prepare.cache_clear()
+    a_new_process()
 
 
 def a_new_process() -> None:
-    from cnnfast.ops import wgrad
+    from cnnfast.ops import weights, wgrad
 
     wgrad.prepare.cache_clear()
+    weights._sum.cache_clear()
     forget()
 
 
@@ -179,6 +180,55 @@ def test_a_capture_of_a_training_step_that_was_not_run(
     with silent():
         gradients(device)
     assert starts == [2, 2]
+
+
+# --- the summed weight of an upsampling -------------------------------------------------------------------------------
+
+UPSAMPLED = upsample_step(32, 32, (3, 3), Upsample((2, 2), (1, 1)))
+
+
+def weight_gradient_of_upsampled(device: torch.device, backend: str = "auto") -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2, 32, 4, 3, generator=g).half(), (torch.randn(32, 32, 3, 3, generator=g) / 11).half()
+    dy = torch.randn(2, 32, 8, 6, generator=g).half()
+    leaf = w.to(device).requires_grad_()
+    y = run_step(UPSAMPLED, Operands(x.to(device), leaf), backend=backend)
+    (dw,) = torch.autograd.grad(y, leaf, dy.to(device))
+    exact = w.double().requires_grad_()
+    y = torch.nn.functional.conv2d(torch.nn.functional.interpolate(x.double(), scale_factor=2), exact, padding=1)
+    (expected,) = torch.autograd.grad(y, exact, dy.double())
+    torch.testing.assert_close(dw.cpu().double(), expected, rtol=4e-3, atol=4e-3 * expected.abs().max().item())
+
+
+def test_right_sums_of_weights_are_checked_once(device: torch.device) -> None:
+    with silent():
+        for _ in range(2):
+            weight_gradient_of_upsampled(device)
+    for what in ("summed weight of upsample + conv 32 -> 32, kernel 3x3, float16", "gradient of the summed weight of"):
+        (line,) = lines(what)
+        assert line.endswith("right (checked)")
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_wrong_sum_of_weights(back: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cnnfast.ops import weights
+
+    real = weights._sum
+
+    @functools.lru_cache
+    def first_term_only(*args: Any) -> Any:
+        g = real(*args)
+        table = g.table.clone()
+        table[:, 1:] = -1
+        return replace(g, table=table) if args[-1] is back else g
+
+    monkeypatch.setattr(weights, "_sum", first_term_only)
+    with pytest.warns(RuntimeWarning, match="summed weight of .* gave wrong results") as caught:
+        for _ in range(2):
+            weight_gradient_of_upsampled(device)
+    assert len(caught) == 1
+    with pytest.raises(guard.Refused, match="weight: max error"):
+        weight_gradient_of_upsampled(device, "triton")
 
 
 # --- ahead of time ----------------------------------------------------------------------------------------------------

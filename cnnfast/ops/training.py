@@ -210,7 +210,7 @@ def _norm_of(o: Operands) -> NormCall | None:
 def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool, required: bool) -> Tensor:
     """The step with gradients, and with a norm after the convolution, whose statistics come out of its epilogue where
     tiles allow it. ``required``: RuntimeError where a kernel cannot run, instead of PyTorch's operators."""
-    x, weight = step.pad_input(o.x), summed_weight(step, o.weight)
+    x, weight = step.pad_input(o.x), summed_weight(step, o.weight, required)
     call = _norm_of(o) if norm is None else norm
     if call is None and o.residual is None and step.activation.saves() != "x":
         return convolution(x, weight, o.bias, How(step.spec, step.activation, channels_last, required))

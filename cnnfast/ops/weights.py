@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from .. import dispatch
+from .. import dispatch, guard, trial
 from ..block import Step
 from ..kernels.weight import gather_weight_kernel
 from ..plan import Lowering, tap_map
-from ..spec import summed_taps
+from ..spec import Activation, summed_taps
 
 __all__ = ["WeightLayout", "kernel_weight", "summed_weight", "weight_layout"]
 
@@ -78,6 +78,7 @@ class _Gather:
     size: int
     grid: tuple[int, int, int]
     constants: dict[str, Any]
+    proof: guard.Proof = guard.UNGUARDED  # of a launch of its own; one ahead of a convolution is proven with that
 
 
 def _taps_of(step: Step) -> tuple[list[list[int]], list[list[int]]]:
@@ -141,44 +142,91 @@ def kernel_weight(step: Step, low: Lowering, weight: torch.Tensor) -> torch.Tens
 # --- summed weights, with gradients -----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class WeightSum:
+    """What the kernel computes, for `guard`: `summed_weight`, or its gradient (``back``)."""
+
+    step: Step
+    back: bool
+
+    def describe(self) -> str:
+        return f"{'gradient of the ' if self.back else ''}summed weight of {self.step.describe()}"
+
+
 @lru_cache(maxsize=256)
-def _sum(step: Step, strides: tuple[int, int, int, int], device: torch.device, back: bool) -> _Gather:
+def _sum(
+    step: Step,
+    strides: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    index: int | None,
+    back: bool,
+) -> _Gather:
     """How to sum the taps of a weight (C_out, C_in/g, kh, kw) with these strides to ``step.spec``'s, or, ``back``, the
-    taps of the latter's gradient (C_in, C_out/g, KH, KW) to the former's. Results are channels_last."""
+    taps of the latter's gradient (C_in, C_out/g, KH, KW) to the former's. Results are channels_last. ``index``: of the
+    CUDA device, None where there is none."""
     s = step.spec
     sums_h, sums_w = _taps_of(step)
     outer, inner = s.in_channels // s.groups, s.out_channels // s.groups
     if back:
         outer, inner = inner, outer
         sums_h, sums_w = (
-            [[j for j, taps in enumerate(sums) if t in taps] for t in range(k)]
-            for sums, k in ((sums_h, len(sums_h) - step.upsample.scale[0] + 1),
-                            (sums_w, len(sums_w) - step.upsample.scale[1] + 1))  # type: ignore[union-attr]
-        )  # fmt: skip
+            [[j for j, taps in enumerate(sums) if t in taps] for t in range(len(sums) - r + 1)]
+            for sums, r in zip((sums_h, sums_w), step.upsample.scale, strict=True)  # type: ignore[union-attr]
+        )
     slots = [[y * strides[2] + x * strides[3] for y in h for x in w] for h in sums_h for w in sums_w]
     terms = max(map(len, slots))
     table = torch.tensor([taps + [-1] * (terms - len(taps)) for taps in slots], dtype=torch.int32)
     taps = len(slots)
-    return _Gather(
-        table.to(device),
-        s.groups * outer * taps * inner,
-        (-(-outer // BLOCK) * -(-inner // BLOCK), taps, s.groups),
-        dict(
-            CIN=outer, COUT=inner, W_GROUP=inner * strides[0], W_IN=strides[1], W_OUT=strides[0],
-            OUT_GROUP=outer * taps * inner, OUT_TAP=inner, OUT_IN=taps * inner, PHASES=1, TERMS=terms,
-            BLOCK_I=BLOCK, BLOCK_O=BLOCK,
-        ),
+    consts = dict(
+        CIN=outer, COUT=inner, W_GROUP=inner * strides[0], W_IN=strides[1], W_OUT=strides[0],
+        OUT_GROUP=outer * taps * inner, OUT_TAP=inner, OUT_IN=taps * inner, PHASES=1, TERMS=terms,
+        BLOCK_I=BLOCK, BLOCK_O=BLOCK,
     )  # fmt: skip
+    proof = guard.UNGUARDED
+    if index is not None:
+        subject = WeightSum(replace(step, activation=Activation()), back)
+        proof = guard.proof(subject, "gather", index, {**consts, "dtype": str(dtype)})
+    grid = (-(-outer // BLOCK) * -(-inner // BLOCK), taps, s.groups)
+    return _Gather(table.to(device), s.groups * outer * taps * inner, grid, consts, proof)
 
 
-def _summed(weight: torch.Tensor, step: Step, back: bool) -> torch.Tensor:
-    g = _sum(step, tuple(weight.stride()), weight.device, back)
+def _summed(weight: torch.Tensor, step: Step, back: bool, required: bool) -> torch.Tensor:
+    index = weight.device.index or 0 if weight.is_cuda else None
+    g = _sum(step, tuple(weight.stride()), weight.dtype, weight.device, index, back)
+    if g.proof.ready:
+        return _launch_sum(weight, step, back, g)
+
+    def problem() -> str | None:
+        return trial.problem_of(
+            lambda weight: {"weight": _launch_sum(weight, step, back, g)},
+            lambda weight: {"weight": _sum_by_torch(weight, step, back)},
+            {"weight": weight},
+        )
+
+    out = guard.first_use(g.proof, lambda: _launch_sum(weight, step, back, g), problem, required)
+    return _sum_by_torch(weight, step, back) if out is None else out
+
+
+def _sum_by_torch(weight: torch.Tensor, step: Step, back: bool) -> torch.Tensor:
+    if not back:
+        return step.conv_weight(weight)
+    s, (rh, rw) = step.spec, step.upsample.scale  # type: ignore[union-attr]
+    kernel = (s.kernel_size[0] - rh + 1, s.kernel_size[1] - rw + 1)
+    like = weight.new_zeros((s.out_channels, s.in_channels // s.groups, *kernel), requires_grad=True)
+    with torch.enable_grad():
+        (dw,) = torch.autograd.grad(step.conv_weight(like), like, weight)
+    return dw
+
+
+def _launch_sum(weight: torch.Tensor, step: Step, back: bool, g: _Gather) -> torch.Tensor:
     first = weight.shape[1] * step.spec.groups
     (kh, kw), (rh, rw) = weight.shape[2:], step.upsample.scale  # type: ignore[union-attr]
     size = (kh - rh + 1, kw - rw + 1) if back else (kh + rh - 1, kw + rw - 1)
     shape = (first, weight.shape[0] // step.spec.groups, *size)
     out = dispatch.allocate(weight, shape, channels_last=True)
-    gather_weight_kernel[g.grid](weight, g.table, out, **g.constants)
+    source = weight.clone() if weight.data_ptr() & 15 else weight  # another alignment would be another binary
+    gather_weight_kernel[g.grid](source, g.table, out, **g.constants)
     return out
 
 
@@ -186,24 +234,25 @@ class _Summed(torch.autograd.Function):
     """The sums are linear, and the derivative of either direction is the other one."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, step: Step, back: bool) -> torch.Tensor:
-        ctx.step, ctx.back, ctx.like = step, back, (weight.shape, weight.stride())
-        return _summed(weight, step, back)
+    def forward(ctx: Any, weight: torch.Tensor, step: Step, back: bool, required: bool) -> torch.Tensor:
+        ctx.how, ctx.like = (step, not back, required), (weight.shape, weight.stride())
+        return _summed(weight, step, back, required)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         with dispatch.on_device(grad):
-            dw = _Summed.apply(grad, ctx.step, not ctx.back)
+            dw = _Summed.apply(grad, *ctx.how)
         shape, stride = ctx.like
         if dw.stride() != stride and not torch.is_grad_enabled():  # a parameter's gradient has its strides
             dw = torch.empty_strided(shape, stride, dtype=dw.dtype, device=dw.device).copy_(dw)
-        return dw, None, None
+        return dw, None, None, None
 
 
-def summed_weight(step: Step, weight: torch.Tensor) -> torch.Tensor:
+def summed_weight(step: Step, weight: torch.Tensor, required: bool = False) -> torch.Tensor:
     """The weight of ``step.spec`` from the layer's own, as `Step.conv_weight`, by one launch; differentiable any number
-    of times. An upsampling's (C_in, C_out/g, kh + r - 1, kw + r - 1) is channels_last."""
+    of times. An upsampling's (C_in, C_out/g, kh + r - 1, kw + r - 1) is channels_last. ``required``: RuntimeError where
+    the kernel cannot run, instead of PyTorch's operators."""
     if step.upsample is None:
         return weight
     with dispatch.on_device(weight):
-        return _Summed.apply(weight, step, False)
+        return _Summed.apply(weight, step, False, required)
