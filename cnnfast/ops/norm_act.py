@@ -74,16 +74,19 @@ def norm_act(
                 f'backend="triton" cannot run this: the input has shape {tuple(input.shape)} and dtype {input.dtype}'
             )
         return run_by_torch(input, call, residual, act, slope)
-    shape = input.shape
+    missing = 4 - input.dim()
     x, res = (_as_4d(t) for t in (input, residual))
     assert x is not None
-    y = normalise(x, call, res, act, slope, channels_last=is_channels_last(x), backend=backend)
-    return y.view(shape) if len(shape) < 4 else y
+    last = not missing and is_channels_last(x)  # torch gives three dimensions contiguous
+    y = normalise(x, call, res, act, slope, channels_last=last, backend=backend)
+    return y[:, :, 0, 0] if missing == 2 else y.squeeze(2) if missing else y
 
 
 def _as_4d(t: Tensor | None) -> Tensor | None:
     """(N, C) or (N, C, L) as (N, C, 1, L)."""
-    return t if t is None or t.dim() == 4 else t.reshape(*t.shape[:2], 1, -1)
+    if t is None or t.dim() == 4:
+        return t
+    return t.unsqueeze(2) if t.dim() == 3 else t[:, :, None, None]
 
 
 def _fits(x: Tensor, call: NormCall) -> bool:
