@@ -57,6 +57,19 @@ def _tune(arguments: argparse.Namespace) -> int:
     )
 
 
+def _train_gan(arguments: argparse.Namespace) -> int:
+    from .tasks import train
+
+    # Only what was given is there: a resumed run takes the rest from its checkpoint.
+    return train.run(**{k: v for k, v in vars(arguments).items() if k != "work"})
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from .tasks import train
+
+    return train.sample(arguments.checkpoint, arguments.output, arguments.count, arguments.seed)
+
+
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -94,6 +107,35 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="cuda", help="cuda, cuda:1, ... (%(default)s)")
     command.add_argument("--seconds", type=_positive, help="stop after about this time (default: when done)")
     command.set_defaults(work=_tune)
+
+    train = commands.add_parser("train", help="train a generator").add_subparsers(required=True, metavar="MODEL")
+    command = train.add_parser(
+        "gan",
+        help="a DCGAN and its discriminator on real images: samples, loss curve, checkpoints",
+        argument_default=argparse.SUPPRESS,
+    )
+    command.add_argument("--data", metavar="SET|DIR", help="digits, faces, galaxies, or a folder of images (digits)")
+    command.add_argument("--loss", choices=["bce", "wgan-gp", "hinge-r1"], help="bce")
+    command.add_argument("--epochs", type=_positive, help="in all, those of a resumed training included (30)")
+    command.add_argument("--batch-size", type=_positive, help="images of one step of the discriminator (64)")
+    command.add_argument("--lr", type=float, help="Adam's (2e-4; wgan-gp 1e-4)")
+    command.add_argument("--seed", type=int, help="of weights, noise and the order of images (0)")
+    command.add_argument("--width", type=_positive, help="channels ahead of the image, DCGAN's ngf and ndf (64)")
+    command.add_argument("--nz", type=_positive, help="channels of noise (100)")
+    command.add_argument("--image-size", type=_positive, metavar="PIXELS", help="8, 16, 32, ... (64)")
+    command.add_argument("--amp", choices=["bf16"], help="autocast")
+    command.add_argument("--layers", choices=["cnnfast", "torch"], help="torch: nn.Sequential (cnnfast)")
+    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where torch can use it)")
+    command.add_argument("--output", type=Path, metavar="DIR", help="checkpoint.pt, samples/, loss.png (out/gan)")
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    command.set_defaults(work=_train_gan)
+
+    command = commands.add_parser("sample", help="a PNG of images by a generator that `train gan` trained")
+    command.add_argument("checkpoint", type=Path)
+    command.add_argument("--output", type=Path, default=Path("samples.png"), metavar="PNG", help="(%(default)s)")
+    command.add_argument("--count", type=_positive, default=64, help="images (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    command.set_defaults(work=_sample)
     return top
 
 

@@ -5,8 +5,6 @@ Needs the extra ``demo`` (matplotlib, pillow, tqdm), imported where it is used.
 
 from __future__ import annotations
 
-import importlib.util
-import itertools
 import os
 import sys
 import tempfile
@@ -22,6 +20,8 @@ from . import env
 from .dispatch import tf32_convolutions
 from .generators import create_model
 from .layers import Sequential
+from .tasks.machine import REQUIRES, choose_device, device_text, obstacle
+from .tasks.plots import grid
 from .timing import Timing, measure
 
 __all__ = ["FLOAT32_TOLERANCE", "Options", "Row", "run"]
@@ -32,7 +32,6 @@ FLOAT32_TOLERANCE = 1e-5
 FACES = 64
 DTYPES = (torch.float32, torch.bfloat16)
 BATCHES = (1, 16)
-REQUIRES = {"matplotlib": "matplotlib", "pillow": "PIL", "tqdm": "tqdm"}  # package -> module
 CANDIDATES = ("eager", "eager channels_last", "cnnfast")
 
 UNSTEADY = 0.25  # quartiles apart by this part of the median: neighbours, not the network
@@ -77,15 +76,12 @@ def run(options: Options, build: Builder | None = None) -> int:
     Returns the exit status: 1 where float32 differs from plain PyTorch by more than `FLOAT32_TOLERANCE`, 2 where it
     cannot run here (a message says why).
     """
-    obstacle = _obstacle(options)
-    if obstacle is not None:
-        print(f"error: {obstacle}", file=sys.stderr)
+    reason = obstacle("the demo", REQUIRES, options.device)
+    if reason is not None:
+        print(f"error: {reason}", file=sys.stderr)
         return 2
-    problem = env.nvidia_problem()
-    if problem is not None:
-        print(f"WARNING: {problem}\nThe CPU is used instead.\n")
-    device = torch.device(options.device or ("cuda" if env.cuda_error() is None else "cpu"))
-    print(f"cnnfast {env.__version__}, torch {torch.__version__}, {_device_text(device)}")
+    device = choose_device(options.device)
+    print(f"cnnfast {env.__version__}, torch {torch.__version__}, {device_text(device)}")
     if build is None:
 
         def build(container: type[nn.Sequential]) -> nn.Module:
@@ -97,32 +93,12 @@ def run(options: Options, build: Builder | None = None) -> int:
     print("\n" + table(rows))
     options.output.mkdir(parents=True, exist_ok=True)
     _write(options.output / "faces.png", lambda path: draw_faces(path, pictures))
-    _write(options.output / "timing.png", lambda path: draw_times(path, rows, _device_text(device)))
+    _write(options.output / "timing.png", lambda path: draw_times(path, rows, device_text(device)))
     print(f"\nwrote {options.output / 'faces.png'} and {options.output / 'timing.png'}")
     if not error <= FLOAT32_TOLERANCE:
         print(f"FAILED: float32 relative error {error:.3g} is above {FLOAT32_TOLERANCE:g}", file=sys.stderr)
         return 1
     return 0
-
-
-def _obstacle(options: Options) -> str | None:
-    missing = [package for package, module in REQUIRES.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        return f"the demo needs {', '.join(missing)}: pip install {' '.join(missing)}"
-    if options.device is None:
-        return None
-    try:
-        device = torch.device(options.device)
-    except RuntimeError as error:
-        return f"--device {options.device}: {str(error).splitlines()[0]}"
-    problem = env.cuda_error() if device.type == "cuda" else None
-    return None if problem is None else f"--device {options.device}: {problem}"
-
-
-def _device_text(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{env.cpu_name()}, {torch.get_num_threads()} threads"
 
 
 # --- comparison -------------------------------------------------------------------------------------------------------
@@ -204,18 +180,6 @@ def _cell(timing: Timing) -> str:
 
 
 # --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def grid(images: torch.Tensor, columns: int = 8, gap: int = 2) -> np.ndarray:
-    """(N, 3, H, W) in [-1, 1] -> one uint8 picture (rows*(H+gap)+gap, columns*(W+gap)+gap, 3) on white."""
-    n, _, h, w = images.shape
-    rows = -(-n // columns)
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    picture = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 255, np.uint8)
-    for i, (row, column) in zip(range(n), itertools.product(range(rows), range(columns)), strict=False):
-        top, left = gap + row * (h + gap), gap + column * (w + gap)
-        picture[top : top + h, left : left + w] = pixels[i]
-    return picture
 
 
 def draw_faces(path: Path, pictures: Mapping[str, torch.Tensor]) -> None:

