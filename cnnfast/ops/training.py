@@ -152,6 +152,7 @@ class _Convolution(torch.autograd.Function):
         if partials is None:
             return y
         ctx.mark_non_differentiable(*partials)
+        ctx.set_materialize_grads(False)  # of the statistics, which have none
         return y, *partials
 
     @staticmethod
