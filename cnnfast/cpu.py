@@ -3,7 +3,7 @@
 PyTorch's own convolution repacks the weight on every call and makes a pass over memory for BatchNorm and one for the
 activation. Here the weight is packed once, BatchNorm's scale folded into it and its shift into the bias, and the
 activation runs on the accumulator. The rules that choose the method (`_method`) and the dtype of the products
-(`_compute_dtype`) were measured; docs/facts.md says where.
+(`products_dtype`) were measured; docs/facts.md says where.
 
 oneDNN's relu and hardtanh turn NaN into a number, torch's do not. Where the weight, the shift or the input (its sum
 tells, at the price of reading it once: under 1 % of the step) is not finite, those two come afterwards.
@@ -38,19 +38,48 @@ from .onednn import (
 from .packing import PACKS, why_not_cacheable
 from .spec import Activation, ConvSpec
 
-__all__ = ["InstructionSet", "convert", "instruction_set", "method_name", "run", "why_not", "why_slower_plain"]
+__all__ = [
+    "InstructionSet",
+    "convert",
+    "gathers",
+    "instruction_set",
+    "method_name",
+    "products_dtype",
+    "run",
+    "why_not",
+    "why_slower_plain",
+]
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 
-def _compute_dtype(dtype: torch.dtype, isa: InstructionSet) -> torch.dtype:
+def products_dtype(dtype: torch.dtype, isa: InstructionSet) -> torch.dtype:
     """The dtype of the products: float32 where oneDNN has no fast instruction for a lower precision.
 
     Packed float32 is then several times faster than eager in the low precision, conversions included, and more exact.
     """
     native = {torch.bfloat16: InstructionSet.AVX512_BF16, torch.float16: InstructionSet.AMX_FP16}
     return dtype if isa >= native.get(dtype, isa) else torch.float32
+
+
+def gathers(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> bool:
+    """Whether a transposed convolution is better off as matrix products on gathered patches.
+
+    oneDNN's deconvolution streams the whole weight for every few rows of the image; where the maps are small and the
+    weight is larger than the cache, products read it once.
+    """
+    positions, rows = math.prod(shape[2:]), shape[0] * math.prod(shape[2:])
+    fast_products = isa >= InstructionSet.AMX and dtype != torch.float32
+    most_positions, least_rows = (36, 64) if fast_products else (16, 128)
+    large = math.prod(spec.weight_shape) * dtype.itemsize > cache_bytes()
+    return (
+        large
+        and positions <= most_positions
+        and rows >= least_rows
+        and isa >= InstructionSet.AVX512
+        and Gathered.applies(spec)
+    )
 
 
 def _method(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> type[Method]:
@@ -61,15 +90,8 @@ def _method(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: Ins
         return Projection
     if Merged.applies(spec) and Merged.padded_macs(spec) < Deconvolution.padded_macs(spec):
         return Merged
-    # oneDNN's deconvolution streams the whole weight for every few rows of the image: small maps with a weight larger
-    # than the cache are better off as matrix products, which read the weight once.
-    positions, rows = math.prod(shape[2:]), shape[0] * math.prod(shape[2:])
-    fast_products = isa >= InstructionSet.AMX and dtype != torch.float32
-    most_positions, least_rows = (36, 64) if fast_products else (16, 128)
-    large = math.prod(spec.weight_shape) * dtype.itemsize > cache_bytes()
-    if large and positions <= most_positions and rows >= least_rows and isa >= InstructionSet.AVX512:
-        if Gathered.applies(spec):
-            return Gathered
+    if gathers(spec, shape, dtype, isa):
+        return Gathered
     return Deconvolution
 
 
@@ -141,7 +163,7 @@ def why_slower_plain(
     if math.prod(s.weight_shape) >= elements:
         return None  # ATen brings the weight into oneDNN's layout on every call
     intense = s.macs(padded[0], padded[2:]) >= 64 * elements
-    if _compute_dtype(dtype, isa) != dtype:
+    if products_dtype(dtype, isa) != dtype:
         if dtype == torch.float16 and isa >= InstructionSet.AMX and not intense:
             return "too little arithmetic for its conversions to float32"
         return None
@@ -184,7 +206,7 @@ def _plan(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> _Plan | str
     except ValueError as error:
         return str(error)
     isa, padded = instruction_set(), _padded(step, shape)
-    compute = _compute_dtype(dtype, isa)
+    compute = products_dtype(dtype, isa)
     kind = _method(step.spec, padded, compute, isa)
     if kind is Deconvolution and any(p >= s for p, s in zip(step.spec.output_padding, step.spec.stride, strict=True)):
         return "oneDNN has no deconvolution whose output padding reaches the stride"

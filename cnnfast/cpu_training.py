@@ -3,70 +3,88 @@ the memory format that suits them best."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu
-from .block import Operands, Step, run_reference
+from . import cpu, reference
+from .block import Operands, Step
+from .cpu import products_dtype
+from .cpu_convolution import convolution
 from .norms import NormCall
-from .spec import Activation
+from .onednn import instruction_set
+from .spec import Activation, summed_taps
 
-__all__ = ["run"]
+__all__ = ["collapses", "run"]
 
 
 def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> Tensor:
     """``step`` with ``norm`` after its convolution and ahead of residual and activation; differentiable any number of
-    times. Dense CPU tensors of one floating dtype (norm vectors of any), (N, C_in, H, W) -> (N, C_out, OH, OW) in x's
+    times. Dense CPU tensors, x, weight and bias of one floating dtype: (N, C_in, H, W) -> (N, C_out, OH, OW) in x's
     dtype and the memory format asked for."""
     x = cpu.convert(o.x, o.x.dtype, True)
     if o.mean is not None or o.scale is not None or o.shift is not None:
-        y = run_reference(step, o._replace(x=x))
+        y = _convolved(step, x, o)
+        if o.mean is not None:
+            y = F.batch_norm(y, o.mean, o.var, o.scale, o.shift, training=False, eps=o.eps)
+            o = o._replace(scale=None, shift=None)
+        y = reference.epilogue(y, o.scale, o.shift, o.residual, step.activation, o.slope)
     else:
-        bare = Step(step.spec, Activation(), step.upsample, step.pad, step.pad_mode)
-        y = run_reference(bare, o._replace(x=x, residual=None, slope=None))
-        if norm is not None and norm.process_group is not None:
-            from .ops.normalise import normalise
-
-            return normalise(
-                y, norm, o.residual, step.activation, o.slope, partials=None, channels_last=channels_last,
-                backend="aten",
-            )  # fmt: skip
-        y = _finish(y if norm is None else _normalised(y, norm), step.activation, o)
+        y = _finish(_convolved(step, x, o), norm, step.activation, o)
     return cpu.convert(y, y.dtype, channels_last)
 
 
-# --- norms ------------------------------------------------------------------------------------------------------------
+def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
+    """The convolution of ``step`` and its bias."""
+    u = step.upsample
+    if u is None:
+        return convolution(step.pad_input(x), o.weight, o.bias, step.spec)
+    if not collapses(step, x.shape, x.dtype):
+        return reference.upsample_conv(x, o.weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
+    weight = _summed_weight(o.weight, u.scale, step.spec.groups)
+    return convolution(step.pad_input(x), weight, o.bias, step.spec)
 
 
-def _normalised(y: Tensor, call: NormCall) -> Tensor:
-    """y (N, C, H, W) by PyTorch's own functions, channels-last where they keep its statistics right."""
-    norm, weight, bias = call.norm, call.weight, call.bias
-    if norm.kind == "affine":
-        return _affine(y, weight, bias)
-    if norm.kind == "group":
-        # Channels-last, ATen takes E[x^2] - E[x]^2: nothing right is left of it at a mean of a few hundred deviations.
-        return F.group_norm(y.contiguous(), norm.groups, weight, bias, norm.eps)
-    function = F.batch_norm if norm.kind == "batch" else F.instance_norm
-    return function(
-        y, call.running_mean, call.running_var, weight, bias, call.use_input_stats, call.momentum, norm.eps
-    )  # fmt: skip
+# --- upsampling + convolution -----------------------------------------------------------------------------------------
 
 
-def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    wide = torch.promote_types(y.dtype, torch.float32)
-    z = y.to(wide)
-    if weight is not None:
-        z = z * weight.to(wide).view(-1, 1, 1)
-    if bias is not None:
-        z = z + bias.to(wide).view(-1, 1, 1)
-    return z.to(y.dtype)
+@lru_cache(maxsize=4096)
+def collapses(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether an upsampling and its convolution run as one transposed convolution, whose weight is summed anew in every
+    step: where the maps have so many positions that the arithmetic saved outweighs that."""
+    positions = shape[0] * math.prod(shape[2:])
+    fast = products_dtype(dtype, instruction_set()) != torch.float32
+    return dtype in (torch.float32, torch.bfloat16, torch.float16) and positions >= (2048 if fast else 256)
 
 
-# --- activations ------------------------------------------------------------------------------------------------------
+@lru_cache(maxsize=64)
+def _sums(kernel: tuple[int, ...], scale: tuple[int, ...]) -> Tensor:
+    """(kh*kw, kh'*kw') zeros and ones: which taps each tap of the collapsed weight sums."""
+    rows, columns = (
+        torch.tensor([[float(t in taps) for t in range(k)] for taps in summed_taps(k, r)])
+        for k, r in zip(kernel, scale, strict=True)
+    )
+    return torch.kron(rows, columns).t().contiguous()
 
+
+def _summed_weight(weight: Tensor, scale: tuple[int, ...], groups: int) -> Tensor:
+    """`reference.collapse_weight` as one matrix product, in float32 and rounded once."""
+    c_out, c_in, kh, kw = weight.shape
+    size = kh + scale[0] - 1, kw + scale[1] - 1
+    w = weight.reshape(groups, c_out // groups, c_in, kh * kw).transpose(1, 2).float()
+    w = torch.mm(w.reshape(-1, kh * kw), _sums((kh, kw), tuple(scale)))
+    return w.to(weight.dtype).view(groups * c_in, c_out // groups, *size)
+
+
+# --- norm, residual, activation ---------------------------------------------------------------------------------------
+
+_FAR = 16  # deviations of a mean from zero
+
+# In place, the backward of these needs their result alone.
 _IN_PLACE: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu_,
     "tanh": torch.tanh_,
@@ -77,19 +95,41 @@ _IN_PLACE: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def _in_place(activation: Activation) -> Callable[..., Tensor] | None:
-    """The activation that overwrites its input; None where its derivative needs that."""
-    if activation.name in ("leaky_relu", "elu") and not activation.params[0] >= 0:
+def _batch_norm(y: Tensor, call: NormCall) -> Tensor | None:
+    """BatchNorm by the statistics of a channels-last y; None, running statistics untouched, where they would be poor:
+    channels-last, ATen adds a channel's values up one after the other, which a mean of many deviations does not bear.
+    """
+    vectors = [t for t in (call.weight, call.bias, call.running_mean, call.running_var) if t is not None]
+    low = y.dtype.itemsize == 2
+    if any(t.dtype != y.dtype and not (low and t.dtype == torch.float32) for t in vectors) or y.numel() <= y.shape[1]:
         return None
-    return _IN_PLACE.get(activation.name)
+    if len({t.dtype for t in vectors}) > 1:
+        return None
+    running = call.running_mean, call.running_var
+    before = [None if t is None else t.detach().clone() for t in running]
+    z, mean, inverse = torch.native_batch_norm(
+        y, call.weight, call.bias, *running, True, call.momentum, call.norm.eps
+    )  # fmt: skip
+    if not bool((mean.detach().abs() * inverse.detach() > _FAR).any()):
+        return z
+    for t, old in zip(running, before, strict=True):
+        if t is not None and old is not None:
+            t.copy_(old)
+    return None
 
 
-def _finish(y: Tensor, activation: Activation, o: Operands) -> Tensor:
-    """Residual (added in float32 at least) and activation of y, which is ours and which no backward needs."""
-    dtype, wide = y.dtype, torch.promote_types(y.dtype, torch.float32)
-    if o.residual is not None:
-        y = y.to(wide) + o.residual.to(wide)
-    slope = None if o.slope is None else o.slope.to(y.dtype)
-    function = _in_place(activation)
-    y = activation(y, slope) if function is None else function(y, *activation.params)
-    return y.to(dtype)
+def _finish(y: Tensor, norm: NormCall | None, activation: Activation, o: Operands) -> Tensor:
+    """Norm, residual and activation of a channels-last y that is ours."""
+    from .ops import norm_aten  # which needs nothing of this file; its package does
+
+    if norm is not None and norm.measured and norm.process_group is None:
+        z = _batch_norm(y, norm) if norm.norm.kind == "batch" else None
+        if z is not None:
+            y, norm = z, None
+        elif norm.norm.kind != "instance":
+            # Channels-last, ATen's group norm is E[x^2] - E[x]^2: at a mean of some hundred deviations nothing is left.
+            y = y.contiguous()
+    function = _IN_PLACE.get(activation.name) if activation.saves() == "y" else None
+    if norm is None and o.residual is None and function is not None:
+        return function(y, *activation.params)
+    return norm_aten.run(y, norm, o.residual, activation, o.slope)

@@ -287,6 +287,10 @@ class Gathered:
             packs.append(_mkldnn._reorder_linear_weight(w, max(1, self.batch * qh * qw)))
         return packs, shift
 
+    @staticmethod
+    def product(patches: torch.Tensor, weight: Any, shift: torch.Tensor | None, post: PostOp) -> torch.Tensor:
+        return _linear(patches, weight, shift, post)
+
     def run(self, x: torch.Tensor, packed: Any, post: PostOp, channels_last: bool) -> torch.Tensor:
         packs, shift = packed
         n, c = x.shape[:2]
@@ -301,7 +305,7 @@ class Gathered:
             start = (self.pads[4] + fh) * srow + (self.pads[2] + fw) * scol
             strides = (sn, srow, scol, -a.step * srow, -b.step * scol, 1)
             patches = padded.as_strided((n, qh, qw, a.taps, b.taps, c), strides, start).reshape(n * qh * qw, -1)
-            y[:, a.residue :: sh, b.residue :: sw] = _linear(patches, weight, shift, post).view(n, qh, qw, -1)
+            y[:, a.residue :: sh, b.residue :: sw] = self.product(patches, weight, shift, post).view(n, qh, qw, -1)
         return y.permute(0, 3, 1, 2)
 
 

@@ -278,9 +278,9 @@ def test_the_rule_of_small_maps() -> None:
 )
 def test_dtype_of_the_products(isa: str, bf16: torch.dtype, fp16: torch.dtype) -> None:
     level = InstructionSet[isa]
-    assert cpu._compute_dtype(torch.float32, level) == torch.float32
-    assert cpu._compute_dtype(torch.bfloat16, level) == bf16
-    assert cpu._compute_dtype(torch.float16, level) == fp16
+    assert cpu.products_dtype(torch.float32, level) == torch.float32
+    assert cpu.products_dtype(torch.bfloat16, level) == bf16
+    assert cpu.products_dtype(torch.float16, level) == fp16
 
 
 @pytest.mark.parametrize("name", ["AVX2", "avx512_core", "AVX512_CORE_BF16", "ALL", "DEFAULT", "nonsense"])

@@ -1,0 +1,241 @@
+"""A convolution with gradients on a CPU: matrix products where oneDNN's convolutions, called from ATen, are slow.
+
+Those are made for large maps: on maps of 4x4 and on 1x1 inputs they spend their time on the weight, bringing it into
+a layout of their own and back. There the gradients of a transposed convolution are two products with the patches of
+the incoming gradient, which are gathered once; the forward is one product for each phase. `ways` has the rules, which
+were measured (docs/facts.md). Everything else is ATen's own convolution, channels-last.
+
+The backward under ``create_graph`` is ATen's own, which is differentiable.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import reference
+from .cpu import convert, gathers, products_dtype
+from .onednn import (
+    Deconvolution,
+    Gathered,
+    InstructionSet,
+    Merged,
+    PostOp,
+    cache_bytes,
+    instruction_set,
+    why_missing,
+)
+from .spec import ConvSpec
+
+__all__ = ["Ways", "convolution", "ways"]
+
+
+class Ways(NamedTuple):
+    """How one convolution runs. ``forward``: "aten", "product" (1x1 inputs), "phases" or "merged"; ``backward``:
+    "aten", "product" or "patches"; both with products in ``dtype``."""
+
+    forward: str
+    backward: str
+    dtype: torch.dtype
+
+
+@lru_cache(maxsize=4096)
+def ways(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Ways:
+    """How to run ``spec`` on an x of this shape (N, C_in, H, W) and dtype."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not all(shape):
+        return Ways("aten", "aten", dtype)
+    isa = instruction_set()
+    compute = products_dtype(dtype, isa)
+    if not spec.transposed or spec.groups > 1:
+        return Ways("aten", "aten", compute)
+    if _is_product(spec, shape):
+        return Ways("product", "product", compute)
+    forward = "aten"
+    if Merged.applies(spec) and Merged.padded_macs(spec) < Deconvolution.padded_macs(spec) and _has_packed():
+        forward = "merged"
+    elif gathers(spec, shape, compute, isa):
+        forward = "phases"
+    return Ways(forward, "patches" if _takes_patches(spec, shape, compute, isa) else "aten", compute)
+
+
+def _is_product(spec: ConvSpec, shape: tuple[int, ...]) -> bool:
+    """Whether each output position has a tap of its own, which meets the only input position."""
+    plain = not any(spec.padding) and not any(spec.output_padding) and all(d == 1 for d in spec.dilation)
+    return plain and shape[2:] == (1, 1)
+
+
+def _has_packed() -> bool:
+    return why_missing() is None and torch._C._get_mkldnn_enabled()
+
+
+def _takes_patches(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> bool:
+    """The more positions, the better oneDNN's convolutions are and the larger are the patches."""
+    positions, rows, weights = math.prod(shape[2:]), shape[0] * math.prod(shape[2:]), math.prod(spec.weight_shape)
+    if rows <= 256:
+        return True
+    if isa >= InstructionSet.AMX and dtype != torch.float32:
+        return positions <= 144 and rows <= 1024 or positions <= 64 and rows <= 4096 and weights >= 2**18
+    return rows <= 1024 and weights * dtype.itemsize > cache_bytes()
+
+
+def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    """x (N, C_in, H, W) -> (N, C_out, OH, OW), channels-last and new; x, weight and bias of one dtype."""
+    how = ways(spec, tuple(x.shape), x.dtype)
+    x = convert(x, x.dtype, True)
+    if how == ("aten", "aten", x.dtype):
+        return reference.conv(x, weight, bias, spec)
+    return _Convolution.apply(x, weight, bias, spec, how)
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, how: Ways) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.spec, ctx.how = spec, how
+        ctx.bias_size = None if bias is None else list(bias.shape)
+        dtype = how.dtype
+        b = None if bias is None else bias.to(dtype)
+        y = _FORWARD[how.forward](x.to(dtype), weight.to(dtype), b, spec)
+        return convert(y, x.dtype, True).data  # no view in autograd's eyes: what follows may overwrite it
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        spec, how = ctx.spec, ctx.how
+        need = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled() or not any(need):
+            return *_by_aten(grad, x, weight, ctx.bias_size, spec, need), None, None
+        dtype = how.dtype
+        grad = convert(grad, dtype, True)
+        dx, dw, db = _BACKWARD[how.backward](grad, x.to(dtype), weight.to(dtype), ctx.bias_size, spec, need)
+        dx = None if dx is None else dx.to(x.dtype)
+        db = None if db is None else db.to(x.dtype)
+        if dw is not None:  # in the parameter's strides: autograd would copy it, and DDP complains
+            dw = torch.empty_like(weight).copy_(dw) if dw.stride() != weight.stride() else dw.to(weight.dtype)
+        return dx, dw, db, None, None
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+def _rows(t: Tensor) -> Tensor:
+    """A channels-last (N, C, H, W) as (N*H*W, C)."""
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """(C_in, C_out, kh, kw) as (C_in, kh*kw*C_out), a view of a channels-last one."""
+    return convert(weight, weight.dtype, True).permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
+
+
+def _forward_aten(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    return reference.conv(x, weight, bias, spec)
+
+
+def _forward_product(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    """Of 1x1 inputs: each output position has the tap of its own. In the weight's memory order, so that the weight,
+    the largest of the three, is not copied."""
+    n, c = x.shape[:2]
+    _, c_out, kh, kw = weight.shape
+    x = x.reshape(n, c)
+    if weight.is_contiguous():
+        y = torch.mm(x, weight.view(c, -1)).view(n, c_out, kh, kw)
+    else:
+        y = torch.mm(x, _matrix(weight)).view(n, kh, kw, c_out).permute(0, 3, 1, 2)
+    return y if bias is None else y.add_(bias.view(-1, 1, 1))
+
+
+class _Phases(Gathered):
+    """With the weight as it is, gathered by phases: oneDNN's layout takes longer to make than the products take."""
+
+    def pack(self, weight: Tensor, shift: Tensor | None) -> Any:
+        taps = convert(weight, self.dtype, True).permute(2, 3, 0, 1)
+        return [
+            torch.cat([taps[th, tw] for th, _ in a.pairs()[::-1] for tw, _ in b.pairs()[::-1]])
+            for a, b, _, _ in self.phases
+        ], shift
+
+    @staticmethod
+    def product(patches: Tensor, weight: Any, shift: Tensor | None, post: PostOp) -> Tensor:
+        return torch.mm(patches, weight) if shift is None else torch.addmm(shift, patches, weight)
+
+
+def _forward_phases(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    method = _Phases(spec, x.shape, x.dtype)
+    return method.run(x, method.pack(weight, bias), PostOp(), True)
+
+
+def _forward_merged(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    method = Merged(spec, x.shape, x.dtype)
+    return method.run(x, method.pack(weight, bias), PostOp(), True)
+
+
+_FORWARD = {"aten": _forward_aten, "product": _forward_product, "phases": _forward_phases, "merged": _forward_merged}
+
+
+# --- backward ---------------------------------------------------------------------------------------------------------
+
+
+def _by_aten(
+    grad: Tensor, x: Tensor, weight: Tensor, bias_size: list[int] | None, spec: ConvSpec, need: tuple[bool, ...]
+) -> Gradients:
+    s = spec
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, bias_size, s.stride, s.padding, s.dilation, s.transposed, s.output_padding, s.groups, need
+    )
+
+
+def _bias_gradient(grad: Tensor, need: tuple[bool, ...]) -> Tensor | None:
+    return grad.sum((0, 2, 3)) if need[2] else None
+
+
+def _by_product(
+    grad: Tensor, x: Tensor, weight: Tensor, bias_size: list[int] | None, spec: ConvSpec, need: tuple[bool, ...]
+) -> Gradients:
+    """Of 1x1 inputs, in the weight's memory order."""
+    n, c = x.shape[:2]
+    _, c_out, kh, kw = weight.shape
+    contiguous = weight.is_contiguous()
+    matrix = weight.view(c, -1) if contiguous else _matrix(weight)
+    rows = grad.reshape(n, -1) if contiguous else grad.permute(0, 2, 3, 1).reshape(n, -1)
+    dx = torch.mm(rows, matrix.t()).view(x.shape) if need[0] else None
+    dw = None
+    if need[1]:
+        dw = torch.mm(x.reshape(n, c).t(), rows)
+        dw = dw.view(weight.shape) if contiguous else dw.view(c, kh, kw, c_out).permute(0, 3, 1, 2)
+    return dx, dw, _bias_gradient(grad, need)
+
+
+def _patches(grad: Tensor, spec: ConvSpec, size: tuple[int, ...]) -> Tensor:
+    """What each position of x (of spatial ``size``) meets of the result's gradient: (N*H*W, kh*kw*C_out)."""
+    n, c = grad.shape[:2]
+    (h, w), (sh, sw), (dh, dw), (ph, pw) = size, spec.stride, spec.dilation, spec.padding
+    padded = F.pad(grad.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph))
+    sn, srow, scol, _ = padded.stride()
+    strides = (sn, sh * srow, sw * scol, dh * srow, dw * scol, 1)
+    return padded.as_strided((n, h, w, *spec.kernel_size, c), strides).reshape(n * h * w, -1)
+
+
+def _by_patches(
+    grad: Tensor, x: Tensor, weight: Tensor, bias_size: list[int] | None, spec: ConvSpec, need: tuple[bool, ...]
+) -> Gradients:
+    n, c, h, w = x.shape
+    dx = dw = None
+    if need[0] or need[1]:
+        patches = _patches(grad, spec, (h, w))
+        if need[0]:
+            dx = torch.mm(patches, _matrix(weight).t()).view(n, h, w, c).permute(0, 3, 1, 2)
+        if need[1]:
+            dw = torch.mm(_rows(x).t(), patches).view(c, *spec.kernel_size, -1).permute(0, 3, 1, 2)
+    return dx, dw, _bias_gradient(grad, need)
+
+
+_BACKWARD = {"aten": _by_aten, "product": _by_product, "patches": _by_patches}
