@@ -1,10 +1,10 @@
 """Which run of modules is one fused step: the rules, once.
 
-A step is ``ConvTranspose1d/2d``, ``Conv1d/2d`` or ``Upsample(nearest) + Conv2d``, then a BatchNorm in eval mode, then
-an activation, both optional. Ahead of the latter two's convolution a module may pad by zeros, reflection or
-replication. `plan_modules` gives steps for a list of modules, and for every other module the reason why it runs as it
-stands. A step is made of values alone (slots in the list, geometry, numbers); whoever runs it reads the tensors from
-the modules on every call.
+A step is ``ConvTranspose1d/2d``, ``Conv1d/2d`` or ``Upsample(nearest) + Conv2d``, then a norm (Batch-, SyncBatch-,
+Instance- or GroupNorm, in training or eval mode), then an activation, both optional. Ahead of the latter two's
+convolution a module may pad by zeros, reflection or replication. `plan_modules` gives steps for a list of modules, and
+for every other module the reason why it runs as it stands. A step is made of values alone (slots in the list, geometry,
+numbers); whoever runs it reads the tensors from the modules on every call.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from .convolutions import (
     upsampled_step,
 )
 from .modules import HOOKS, KINDS, SHADOWS, Reading, Refused, is_patched, read
+from .norm_modules import NormRule, norm_rule
 from .ops.core import is_channels_last
 from .spec import Activation
 
@@ -39,7 +40,7 @@ class FusedStep:
     """The modules at ``slots`` as one `Step`; ``conv``, ``norm`` and ``slope`` are those whose tensors it reads.
 
     ``weight_channels_last``, and ``in_place`` (in eager mode nothing after the convolution lays out a tensor anew),
-    decide the memory format that eager mode would return.
+    decide the memory format that eager mode would return. ``overwrites``: the activation module works in place.
     """
 
     slots: tuple[int, ...]
@@ -49,10 +50,16 @@ class FusedStep:
     device: torch.device
     conv: int
     norm: int | None
-    eps: float
+    rule: NormRule | None
     slope: int | None
     weight_channels_last: bool
     in_place: bool
+    overwrites: bool
+
+    @property
+    def measured(self) -> bool:
+        """Whether it normalises by the statistics of the convolution's result."""
+        return self.rule is not None and self.rule.measured
 
 
 @dataclass(frozen=True)
@@ -131,29 +138,32 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
         conv, pad = padded_conv(parts, slot, part.ndim)
         base = plain_conv_step(parts[conv], pad)
     else:
+        if part.role == "dropout" and part.training:
+            raise Refused("it is in training mode")
         raise Refused("no convolution ahead of it that takes it in")
     weight, channels, ndim = dense(parts[conv].tensors[0]), base.spec.out_channels, parts[conv].ndim
 
-    last, eps, in_place = conv, 0.0, True
+    last, rule, in_place = conv, None, True
     norm = following(parts, last, ndim)
-    if norm is not None and parts[norm].role == "norm":
+    if norm is not None and parts[norm].role.startswith("norm"):
         try:
-            eps = _norm_eps(parts[norm], ndim, channels, weight)
+            rule = norm_rule(parts[norm], ndim, channels, weight)
             last, in_place = norm, False
         except Refused as refused:
             reasons[norm] = str(refused)
     if last != norm:
         norm = None
 
-    slope = None
+    slope, overwrites = None, False
     k = following(parts, last, ndim)
     if k is not None and parts[k].role == "activation":
         try:
             activation = _activation(parts[k], channels, weight)
             base, last = replace(base, activation=activation), k
             slope = k if parts[k].tensors else None
+            overwrites = parts[k].attributes[:1] == (True,)
             # hardtanh and prelu allocate like their input; the others ask TensorIterator, which may choose anew.
-            in_place = in_place and (parts[k].attributes[:1] == (True,) or activation.name in ("hardtanh", "prelu"))
+            in_place = in_place and (overwrites or activation.name in ("hardtanh", "prelu"))
         except Refused as refused:
             reasons[k] = str(refused)
     while last + 1 < len(parts) and is_identity(parts[last + 1], ndim):
@@ -166,30 +176,12 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
         device=weight.device,
         conv=conv,
         norm=norm,
-        eps=eps,
+        rule=rule,
         slope=slope,
         weight_channels_last=is_channels_last(weight if ndim == 2 else weight.unsqueeze(2)),
         in_place=in_place,
+        overwrites=overwrites,
     )
-
-
-def _norm_eps(part: Part, ndim: int, channels: int, weight: Tensor) -> float:
-    """eps of a BatchNorm that can be taken in."""
-    (eps,) = part.attributes
-    if part.training:
-        raise Refused("it is in training mode")
-    if part.ndim != ndim:
-        raise Refused(f"BatchNorm{part.ndim}d after a {ndim}-D convolution")
-    mean, var, scale, shift = part.tensors
-    if mean is None or var is None:
-        raise Refused("it has no running statistics: it normalises by the batch, in eval mode too")
-    if type(eps) not in (int, float):
-        raise Refused(f"eps={eps!r} is not a number")
-    for t in part.tensors:
-        check_vector(t, channels, (mean.dtype,), weight)
-    if mean.dtype not in (weight.dtype, torch.float32):
-        raise Refused(f"{mean.dtype} statistics after a {weight.dtype} convolution")
-    return float(eps)
 
 
 def _activation(part: Part, channels: int, weight: Tensor) -> Activation:
@@ -198,4 +190,7 @@ def _activation(part: Part, channels: int, weight: Tensor) -> Activation:
         length = 1 if slope is not None and slope.numel() == 1 else channels
         check_vector(dense(slope), length, (weight.dtype,), weight)
     assert part.activation is not None
-    return part.activation(*part.attributes)
+    activation = part.activation(*part.attributes)
+    if activation.name in ("leaky_relu", "elu") and activation.params[0] < 0 and part.attributes[0]:
+        raise Refused(f"in place with a parameter of {activation.params[0]}, it has no gradient")
+    return activation

@@ -1,15 +1,15 @@
 """`Sequential`, the drop-in for `torch.nn.Sequential`, and blocks made of it.
 
 A forward is: look at the modules (`modules.read`), plan anew if anything changed (`fusion.plan_modules`), run.
-Consecutive fused steps are a *chain*: channels-last inside, its last store in the memory format of eager mode.
+Consecutive fused steps are a `chain.Chain`.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,180 +17,14 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
-from . import cpu, guard
-from .block import Operands
+from . import guard
+from .chain import Chain
 from .dispatch import resolve_backend
-from .fusion import FusedStep, Unfused, plan_modules
+from .fusion import Unfused, plan_modules
 from .modules import Reading, read
 from .ops import core
 
 __all__ = ["ConvTranspose2dNormActivation", "Sequential"]
-
-
-# --- the memory format of eager mode ----------------------------------------------------------------------------------
-
-
-def _both_layouts(channels: int, size: Sequence[int]) -> bool:
-    """Whether a tensor of these sizes is contiguous and channels-last at once."""
-    return channels == 1 or all(n == 1 for n in size)
-
-
-def _eager_layout(step: FusedStep, channels_last: bool, size: Sequence[int], out: Sequence[int]) -> bool:
-    """Whether eager mode's result suggests channels_last, for an input that does (``channels_last``) or doesn't.
-
-    Convolutions follow input or weight, the rest mostly keeps what it gets; but a tensor that is contiguous as well
-    comes out of a BatchNorm or an activation as contiguous. In one dimension there is no channels_last: only a weight
-    whose strides happen to say so has an effect, and BatchNorm ends it. (Checked against torch 2.13 on a CPU.)
-    """
-    spec = step.step.spec
-    if step.ndim == 1:  # ATen makes 3-D inputs contiguous first, and so does padding
-        channels_last = channels_last and _both_layouts(spec.in_channels, size) and not any(step.step.pad)
-        if step.norm is not None:
-            return False
-    channels_last = channels_last or step.weight_channels_last
-    if _both_layouts(spec.out_channels, out):
-        return channels_last and step.in_place and not (spec.out_channels == 1 and all(n == 1 for n in out))
-    return channels_last
-
-
-# --- chains of fused steps --------------------------------------------------------------------------------------------
-
-_MAX_BINDINGS = 64
-
-
-class Run(NamedTuple):
-    """How a step runs on inputs of one shape: whether its result is ``channels_last``; ``as_modules``: why its modules
-    run as they stand, or None."""
-
-    channels_last: bool
-    as_modules: str | None = None
-
-
-@dataclass(frozen=True)
-class Chain:
-    """Consecutive fused steps of one dimensionality, dtype and device."""
-
-    steps: tuple[FusedStep, ...]
-    # Of inputs seen: (shape, strides, dtype, device, backend) -> see `bind`.
-    _bindings: dict[object, tuple[Run, ...] | str] = field(default_factory=dict, compare=False, repr=False)
-
-    @property
-    def slots(self) -> range:
-        return range(self.steps[0].slots[0], self.steps[-1].slots[-1] + 1)
-
-    def takes(self, step: FusedStep) -> bool:
-        """Whether ``step``, which follows, belongs to the same chain."""
-        last = self.steps[-1]
-        return (last.ndim, last.dtype, last.device) == (step.ndim, step.dtype, step.device)
-
-    def bind(self, x: Tensor, reading: Reading) -> tuple[Run, ...] | str:
-        """How each step runs on an input like x, or why all modules run as they stand."""
-        backend = resolve_backend(None)
-        key = (x.shape, x.stride(), x.dtype, x.device, backend)
-        bound = self._bindings.get(key)
-        if bound is None:
-            if len(self._bindings) >= _MAX_BINDINGS:
-                self._bindings.clear()
-            bound = self._bindings[key] = self._bind(x, reading, backend)
-        return bound
-
-    def _bind(self, x: Tensor, reading: Reading, backend: str) -> tuple[Run, ...] | str:
-        first = self.steps[0]
-        if x.dtype != first.dtype or x.device != first.device:
-            return f"the input is {x.dtype} on {x.device}, the weight {first.dtype} on {first.device}"
-        if x.dim() != first.ndim + 2 or x.numel() == 0:
-            return f"an input of shape {tuple(x.shape)} is no batch for a {first.ndim}-D convolution"
-        shapes = [torch.Size((*x.shape[:2], *(1,) * (2 - first.ndim), *x.shape[2:]))]
-        eager = [core.is_channels_last(x if first.ndim == 2 else x.contiguous().unsqueeze(2))]
-        for s in self.steps:
-            n, channels, *size = shapes[-1]
-            if channels != s.step.spec.in_channels:
-                return f"{channels} channels meet a convolution of {s.step.spec.in_channels}"
-            try:
-                out = s.step.output_size(size)
-            except ValueError as error:
-                return str(error)
-            eager.append(_eager_layout(s, eager[-1], size, out))
-            shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
-        inside = [True] * (len(self.steps) - 1) + eager[-1:]
-        if x.device.type != "cpu" or backend == "triton":
-            return tuple(Run(channels_last) for channels_last in inside)
-        if not any(eager) and not self._saves_conversions([shape.numel() for shape in shapes]):
-            inside = eager[1:]
-        inside = [inside[0] or eager[0], *inside]  # `run` converts the input where the first result is channels-last
-        why = [self._why_as_modules(s, shapes[i], inside[i : i + 2], reading) for i, s in enumerate(self.steps)]
-        if why[0] is not None and None not in why and inside[1:] == eager[1:]:
-            return why[0]
-        if first.ndim == 1:  # modules would convert on the way in and out
-            why = [None] * len(why)
-        return tuple(Run(*how) for how in zip(inside[1:], why, strict=True))
-
-    @staticmethod
-    def _why_as_modules(s: FusedStep, shape: torch.Size, channels_last: list[bool], reading: Reading) -> str | None:
-        """Why a plain convolution's step gains nothing on a CPU; ``channels_last``: of its input and its result."""
-        slopes = 0 if s.slope is None else reading.tensors[s.slope][0].numel()  # type: ignore[union-attr]
-        nchw = not any(channels_last)
-        return cpu.why_slower_plain(s.step, shape, s.dtype, norm=s.norm is not None, slopes=slopes, nchw=nchw)
-
-    def _saves_conversions(self, elements: list[int]) -> bool:
-        """Whether channels-last inside is worth the conversions at both ends: oneDNN, called from ATen, brings the
-        input and the result of every convolution into a layout of its own, unless the kernel is 1x1. (Transposed
-        convolutions and upsamplings were measured to gain.)"""
-        saved = 0
-        for s, before, after in zip(self.steps, elements[:-1], elements[1:], strict=True):
-            if s.step.spec.transposed or s.step.upsample is not None:
-                return True
-            saved += before + after if max(s.step.spec.kernel_size) > 1 else 0
-        return saved >= elements[0] + elements[-1]
-
-    def runs(self, x: Any, reading: Reading) -> tuple[Run, ...] | str:
-        """What `bind` says, or another reason why the modules run as they stand on x."""
-        if type(x) is not Tensor and type(x) is not nn.Parameter:
-            return f"the input is a {type(x).__name__}, not a plain tensor"
-        if torch.is_grad_enabled():
-            tensors = (t for k in self.slots for t in reading.tensors[k])
-            if x.requires_grad or any(t is not None and t.requires_grad for t in tensors):
-                return "a gradient is needed (torch.no_grad or torch.inference_mode switch that off)"
-        return self.bind(x, reading)
-
-    def run(self, x: Any, reading: Reading) -> Any:
-        """The chain's modules on x, fused where that can be."""
-        runs = self.runs(x, reading)
-        if isinstance(runs, str):
-            for k in self.slots:
-                x = reading.modules[k](x)
-            return x
-        ndim = self.steps[0].ndim
-        if ndim == 1:  # (N, C, L) as (N, C, 1, L)
-            x = x.unsqueeze(2)
-        on_cpu = x.device.type == "cpu"
-        if on_cpu and runs[0].channels_last:  # whatever runs the first step: its result is likely to be larger
-            x = x.contiguous(memory_format=torch.channels_last)
-        for s, (channels_last, as_modules) in zip(self.steps, runs, strict=True):
-            if as_modules is None:
-                x = core.run_step(s.step, _operands(s, x, reading.tensors), channels_last=channels_last)
-                continue
-            for k in s.slots:
-                x = reading.modules[k](x)
-            x = cpu.convert(x, x.dtype, channels_last)
-        if _both_layouts(x.shape[1], x.shape[2:]):
-            x = x.as_strided(x.shape, _strides(x.shape, runs[-1].channels_last))
-        return x.squeeze(2) if ndim == 1 else x
-
-
-def _operands(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]]) -> Operands:
-    weight, bias = tensors[s.conv]
-    mean, var, scale, shift = (None, None, None, None) if s.norm is None else tensors[s.norm]
-    slope = None if s.slope is None else tensors[s.slope][0]
-    if s.ndim == 1:  # (C_in, C_out/g, k) as (C_in, C_out/g, 1, k)
-        weight = weight.unsqueeze(2)
-    return Operands(x, weight, bias, mean, var, s.eps, scale, shift, None, slope)
-
-
-def _strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
-    """Those of a new tensor in this format: where it has both, they tell the next convolution which one to take."""
-    _, c, h, w = shape
-    return (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
 
 
 # --- the whole Sequential ---------------------------------------------------------------------------------------------
@@ -228,8 +62,6 @@ def why_not_now(x: Any) -> str | None:
         return 'a torch function mode is active (only an explicit backend="triton" passes it by)'
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if torch._C._is_any_autocast_enabled():
-        return "autocast is active"
     if _has_any_global_hook() or nn.Module.__call__ is not _MODULE_CALL:
         return "hooks on every module are active"
     if x.layout is not torch.strided or x.is_nested or x.is_neg():
@@ -244,16 +76,20 @@ def _only_device_contexts() -> bool:
 
 
 class Sequential(nn.Sequential):
-    """`torch.nn.Sequential` whose forward runs blocks of modules as one fused step in inference.
+    """`torch.nn.Sequential` whose forward runs blocks of modules as one fused step, in inference and in training.
 
-    ``ConvTranspose1d/2d``, ``Conv1d/2d`` or ``Upsample(nearest, integer factor) + Conv2d``, with the eval-mode
-    BatchNorm and the activation that follow, become one step; every other module runs as it stands, and so does
-    everything in training mode, where a gradient is needed, under autocast, tracing or `torch.compile`. Constructor,
-    children, ``state_dict``, indexing and hooks are those of `torch.nn.Sequential`, and so are results (within
-    rounding), dtypes, memory formats and errors. Modules may be changed or replaced at any time. `explain` says what is
-    fused, and why the rest is not.
+    ``ConvTranspose1d/2d``, ``Conv1d/2d`` or ``Upsample(nearest, integer factor) + Conv2d``, with the norm (Batch-,
+    SyncBatch-, Instance- or GroupNorm) and the activation that follow, become one step; every other module runs as it
+    stands, a dropout in training mode among them, and so does everything under tracing, forward-mode differentiation
+    or a functorch transform, and a module that has hooks. Constructor, children, ``state_dict``, indexing and hooks
+    are those of `torch.nn.Sequential`, and so are results, gradients of any order and running statistics (within
+    rounding), dtypes (of autocast too), memory formats and errors. Modules may be changed, replaced, frozen and
+    switched between training and eval mode at any time. `explain` says what is fused, and why the rest is not.
 
-    A write through ``.data`` to a few elements of a weight may go unseen on a CPU: call `cnnfast.invalidate` after it.
+    Three things differ. Under autocast a weight is cast anew on each use, where PyTorch keeps the cast for a whole
+    autocast region: what several uses add to a gradient is summed in float32, and a weight that was written to inside
+    the region is never served old. A SyncBatchNorm takes CPU tensors. And a write through ``.data`` to a few elements
+    of a weight may go unseen on a CPU in inference: call `cnnfast.invalidate` after it.
     """
 
     # Without annotations, which TorchScript would take literally.
@@ -278,10 +114,11 @@ class Sequential(nn.Sequential):
             if isinstance(item, Unfused):
                 lines.append(f"{item.slot}: {type(reading.modules[item.slot]).__name__} as it stands: {item.why_not}")
                 continue
-            runs = item.runs(input, reading) if input is not None and item.slots[0] == 0 and why is None else ()
+            known = input is not None and item.slots[0] == 0 and why is None
+            bound = item.bind(input, reading) if known else None
             for i, s in enumerate(item.steps):
                 names = " + ".join(type(reading.modules[k]).__name__ for k in s.slots)
-                reason = runs if isinstance(runs, str) else runs[i].as_modules if runs else None
+                reason = bound if bound is None or isinstance(bound, str) else bound.runs[i].as_modules
                 done = "fused" if reason is None else f"could be fused, but: {reason}"
                 for failure in guard.failures(s.step, s.dtype, s.device):
                     done += f", but PyTorch's operators run: the kernel {failure}"
@@ -304,7 +141,11 @@ _FORWARDS = (nn.Sequential.forward, Sequential.forward)
 
 
 def _forward(seq: Sequential, x: Any) -> Any:
-    if torch.compiler.is_compiling() or type(seq).__iter__ is not nn.Sequential.__iter__ or why_not_now(x) is not None:
+    if torch.compiler.is_compiling():
+        from .compiled import forward  # imports torch._dynamo
+
+        return forward(seq, x, _FORWARDS)
+    if type(seq).__iter__ is not nn.Sequential.__iter__ or why_not_now(x) is not None:
         return nn.Sequential.forward(seq, x)
     reading = read(seq._modules.values(), _FORWARDS)
     plan: Plan | None = seq.__dict__.get("_plan")

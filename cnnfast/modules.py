@@ -31,7 +31,7 @@ Tensors = tuple[Tensor | None, ...]
 class Kind(NamedTuple):
     """How to look at one class of modules: functions of a module's ``__dict__``, and of its tensors."""
 
-    role: str  # transposed, conv, upsample, pad and its mode, norm, activation, identity or dropout
+    role: str  # transposed, conv, upsample, pad and its mode, norm and its kind, activation, identity or dropout
     ndim: int  # spatial dimensions; 0: any
     forward: Callable[..., Any]  # the class's own, which a patched class has no longer
     look: Callable[[dict[str, Any]], tuple[Any, ...]]  # the four dicts of hooks, training, then attributes
@@ -50,6 +50,10 @@ def _conv_tensors(d: dict[str, Any]) -> Tensors:
 
 def _norm_tensors(d: dict[str, Any]) -> Tensors:
     return _mean_var(d["_buffers"]) + _weight_bias(d["_parameters"])
+
+
+def _group_norm_tensors(d: dict[str, Any]) -> Tensors:
+    return (None, None, *_weight_bias(d["_parameters"]))
 
 
 def _slope_tensor(d: dict[str, Any]) -> Tensors:
@@ -107,7 +111,7 @@ def _kinds() -> dict[type, Kind]:
         describe: Callable[..., tuple[object, ...]] = _of_vectors
         if tensors is _conv_tensors:
             describe = _of_conv
-        elif tensors is _norm_tensors:
+        elif tensors in (_norm_tensors, _group_norm_tensors):
             describe = _of_norm
         kinds[cls] = Kind(role, ndim, cls.forward, look, tensors, describe, activation)
 
@@ -123,8 +127,13 @@ def _kinds() -> dict[type, Kind]:
         for pad, mode in zip(pads, ("reflect", "replicate"), strict=True):
             add(pad, f"pad {mode}", n, ("padding",))
     add(nn.ZeroPad2d, "pad zeros", 2, ("padding",))
-    add(nn.BatchNorm1d, "norm", 1, ("eps",), _norm_tensors)
-    add(nn.BatchNorm2d, "norm", 2, ("eps",), _norm_tensors)
+    tracked = ("eps", "momentum", "track_running_stats")
+    add(nn.BatchNorm1d, "norm batch", 1, tracked, _norm_tensors)
+    add(nn.BatchNorm2d, "norm batch", 2, tracked, _norm_tensors)
+    add(nn.SyncBatchNorm, "norm sync", 0, tracked, _norm_tensors)
+    add(nn.InstanceNorm1d, "norm instance", 1, (*tracked, "num_features"), _norm_tensors)
+    add(nn.InstanceNorm2d, "norm instance", 2, (*tracked, "num_features"), _norm_tensors)
+    add(nn.GroupNorm, "norm group", 0, ("eps", "num_groups"), _group_norm_tensors)
     add(nn.ReLU, "activation", 0, ("inplace",), activation=_named("relu"))
     add(nn.LeakyReLU, "activation", 0, ("inplace", "negative_slope"), activation=_named("leaky_relu"))
     add(nn.ELU, "activation", 0, ("inplace", "alpha"), activation=_named("elu"))
@@ -147,6 +156,7 @@ KINDS = _kinds()
 # What a module's __dict__ must not hold: names that its forward would find there instead of where we look.
 SHADOWS = frozenset(
     ("weight", "bias", "running_mean", "running_var", "_conv_forward", "_output_padding", "_check_input_dim")
+    + ("_apply_instance_norm", "_handle_no_batch_input", "_get_no_batch_dim", "_check_non_zero_input_channels")
     + ("_call_impl", "_wrapped_call_impl")
 )
 

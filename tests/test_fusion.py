@@ -13,6 +13,8 @@ import cnnfast
 from cnnfast.convolutions import MAX_SCALE
 from cnnfast.fusion import FusedStep, Unfused, plan_modules
 from cnnfast.modules import read
+from cnnfast.norm_modules import NormRule
+from cnnfast.norms import Norm
 from cnnfast.spec import Activation
 
 from .test_sequential import check, randomized
@@ -49,6 +51,12 @@ FUSED: dict[str, tuple[list[nn.Module], int, Activation]] = {
     "prelu": ([ct(), nn.PReLU()], 2, Activation("prelu")),
     "prelu-per-channel": ([ct(), nn.PReLU(6)], 2, Activation("prelu")),
     "norm-without-affine": ([ct(), nn.BatchNorm2d(6, affine=False), nn.ReLU()], 3, Activation("relu")),
+    "norm-without-stats": ([ct(), nn.BatchNorm2d(6, track_running_stats=False)], 2, Activation()),
+    "instance-norm": ([ct(), nn.InstanceNorm2d(6), nn.ReLU()], 3, Activation("relu")),
+    "instance-norm-1d": ([nn.Conv1d(4, 6, 3), nn.InstanceNorm1d(6, affine=True)], 2, Activation()),
+    "group-norm": ([nn.Conv2d(4, 6, 3, padding=1), nn.GroupNorm(2, 6), nn.SiLU()], 3, Activation("silu")),
+    "group-norm-1d": ([nn.Conv1d(4, 6, 3), nn.GroupNorm(3, 6, affine=False)], 2, Activation()),
+    "sync-norm": ([ct(), nn.SyncBatchNorm(6), nn.ReLU()], 3, Activation("relu")),
     "identities": (
         [ct(), nn.Identity(), nn.Dropout2d(), nn.BatchNorm2d(6), nn.Dropout(), nn.ReLU()],
         6,
@@ -104,7 +112,7 @@ def test_fused(name: str) -> None:
     assert isinstance(step, FusedStep), step
     assert step.slots == tuple(range(slots)) and step.step.activation == activation
     assert isinstance(modules[step.conv], (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Conv1d, nn.Conv2d))
-    norms = [k for k, m in enumerate(modules) if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    norms = [k for k, m in enumerate(modules) if isinstance(m, (nn.modules.batchnorm._NormBase, nn.GroupNorm))]
     assert step.norm == (norms[0] if norms else None)
 
 
@@ -194,15 +202,26 @@ UNFUSED: dict[str, tuple[list[nn.Module], int, str]] = {
     "transposed-padding-mode": ([having(ct(), padding_mode="reflect")], 0, "zeros only"),
     "norm-channels": ([ct(), nn.BatchNorm2d(4)], 1, r"shape \(4,\) does not fit 6 channels"),
     "norm-dimensions": ([ct(), nn.BatchNorm1d(6)], 1, "BatchNorm1d after a 2-D convolution"),
-    "norm-without-stats": ([ct(), nn.BatchNorm2d(6, track_running_stats=False)], 1, "no running statistics"),
-    "norm-with-one-stat": ([ct(), having(nn.BatchNorm2d(6), running_mean=None)], 1, "no running statistics"),
-    "norm-dtype": ([ct(), nn.BatchNorm2d(6).half()], 1, "torch.float16 statistics after a torch.float32"),
+    "norm-with-one-stat": ([ct(), having(nn.BatchNorm2d(6), running_mean=None)], 1, "one of running_mean and running"),
+    "norm-dtype": ([ct(), nn.BatchNorm2d(6).half()], 1, "torch.float16 norm after a torch.float32"),
+    "norm-momentum": ([ct(), having(nn.BatchNorm2d(6), momentum=torch.ones(()))], 1, "momentum=tensor"),
+    "norm-eps": ([ct(), having(nn.GroupNorm(2, 6), eps=None)], 1, "eps=None"),
     "norm-mixed": (
         [ct().half(), having(nn.BatchNorm2d(6), running_mean=torch.zeros(6).half())],
         1,
         "torch.float32 vector",
     ),
-    "instance-norm": ([ct(), nn.InstanceNorm2d(6)], 1, "InstanceNorm2d is no part"),
+    "instance-norm-channels": ([ct(), nn.InstanceNorm2d(4)], 1, "num_features=4 is not the 6 channels"),
+    "instance-norm-dimensions": ([ct(), nn.InstanceNorm1d(6)], 1, "InstanceNorm1d after a 2-D convolution"),
+    "instance-norm-without-stats": (
+        [ct(), having(nn.InstanceNorm2d(6), track_running_stats=True)],
+        1,
+        "no running statistics to normalise by",
+    ),
+    "group-norm-channels": ([ct(), nn.GroupNorm(2, 4)], 1, r"shape \(4,\) does not fit 6 channels"),
+    "group-norm-groups": ([ct(), nn.GroupNorm(4, 8, affine=False)], 1, "num_groups=4 does not divide 6 channels"),
+    "layer-norm": ([ct(), nn.LayerNorm(6)], 1, "LayerNorm is no part"),
+    "in-place-negative-slope": ([ct(), nn.LeakyReLU(-0.5, inplace=True)], 1, "has no gradient"),
     "prelu-channels": ([ct(), nn.PReLU(3)], 1, r"shape \(3,\)"),
     "parameter-no-number": ([ct(), having(nn.LeakyReLU(), negative_slope=torch.ones(()))], 1, "not numbers"),
     "gelu-unknown": ([ct(), having(nn.GELU(), approximate="erf")], 1, "approximate='erf'"),
@@ -245,19 +264,66 @@ def test_unfused_with_the_reason(name: str) -> None:
 
 @pytest.mark.parametrize("slot", range(4))
 def test_training_mode(slot: int) -> None:
+    """Of a convolution and an activation it means nothing; a norm measures its input; a dropout stands alone."""
     modules = [ct(), nn.Dropout(), nn.BatchNorm2d(6), nn.ReLU()]
     for m in modules:
         m.eval()
     modules[slot].train()
     items = plan_modules(modules)
-    if slot == 3:
-        assert [i.slots for i in items if isinstance(i, FusedStep)] == [(0, 1, 2, 3)]
-    elif slot == 0:
-        assert all(isinstance(i, Unfused) for i in items)
-        assert "training mode" in items[0].why_not  # type: ignore[union-attr]
-    else:
-        steps = [i for i in items if isinstance(i, FusedStep)]
-        assert [s.slots for s in steps] == [tuple(range(slot))]
+    if slot == 1:
+        assert [getattr(i, "slots", None) for i in items] == [(0,), None, None, None]
+        assert items[1].why_not == "it is in training mode"  # type: ignore[union-attr]
+        return
+    (step,) = items
+    assert isinstance(step, FusedStep) and step.slots == (0, 1, 2, 3) and step.measured == (slot == 2)
+
+
+BATCH, INSTANCE = Norm("batch"), Norm("instance")
+# name -> (a norm of 6 channels, what it is in training mode, what in eval mode; None: by running statistics)
+RULES: dict[str, tuple[nn.Module, NormRule | None, NormRule | None]] = {
+    "batch": (nn.BatchNorm2d(6), NormRule(BATCH, True, torch.float32, True, True, 0.1), None),
+    "batch-average": (nn.BatchNorm2d(6, momentum=None), NormRule(BATCH, True, torch.float32, True, True), None),
+    "batch-untracked": (
+        nn.BatchNorm2d(6, track_running_stats=False),
+        NormRule(BATCH, True, torch.float32, momentum=0.1),
+        NormRule(BATCH, True, torch.float32, momentum=0.1),
+    ),
+    "batch-untracked-since": (  # switched off after construction: statistics are kept, used in eval mode, not moved
+        having(nn.BatchNorm2d(6), track_running_stats=False),
+        NormRule(BATCH, True, torch.float32, momentum=0.1),
+        None,
+    ),
+    "sync": (nn.SyncBatchNorm(6), NormRule(BATCH, True, torch.float32, True, True, 0.1, True), None),
+    "instance": (
+        nn.InstanceNorm2d(6),
+        NormRule(INSTANCE, True, None, momentum=0.1),
+        NormRule(INSTANCE, True, None, momentum=0.1),
+    ),
+    "instance-tracked": (
+        nn.InstanceNorm2d(6, track_running_stats=True),
+        NormRule(INSTANCE, True, torch.float32, True, momentum=0.1),
+        None,
+    ),
+    "instance-tracked-before": (  # torch moves them in both modes
+        having(nn.InstanceNorm2d(6, track_running_stats=True), track_running_stats=False),
+        NormRule(INSTANCE, True, torch.float32, True, momentum=0.1),
+        NormRule(INSTANCE, True, torch.float32, True, momentum=0.1),
+    ),
+    "group": (
+        nn.GroupNorm(2, 6, eps=0.5),
+        NormRule(Norm("group", 2, 0.5), True, torch.float32),
+        NormRule(Norm("group", 2, 0.5), True, torch.float32),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_what_a_norm_does_in_each_mode(name: str) -> None:
+    norm, *expected = RULES[name]
+    for train, rule in zip((True, False), expected, strict=True):
+        (step,) = plan(ct(), norm, train=train)
+        assert isinstance(step, FusedStep) and step.slots == (0, 1) and step.measured == (rule is not None)
+        assert step.rule == (rule or NormRule(step.rule.norm, False, torch.float32))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -316,6 +382,8 @@ NOTICED: dict[str, tuple[int, Callable[[nn.Module], object]]] = {
     "stride": (0, lambda m: setattr(m, "stride", (1, 1))),
     "groups": (0, lambda m: setattr(m, "groups", 2)),
     "eps": (1, lambda m: setattr(m, "eps", 0.1)),
+    "momentum": (1, lambda m: setattr(m, "momentum", None)),
+    "track-running-stats": (1, lambda m: setattr(m, "track_running_stats", False)),
     "slope": (2, lambda m: setattr(m, "negative_slope", 0.3)),
     "inplace": (2, lambda m: setattr(m, "inplace", True)),
     "forward": (2, lambda m: setattr(m, "forward", torch.relu)),

@@ -10,7 +10,8 @@ from torch import nn
 
 import cnnfast
 from cnnfast import ConvTranspose2dNormActivation, Sequential, onednn
-from cnnfast.layers import Chain, Plan
+from cnnfast.chain import Chain
+from cnnfast.layers import Plan
 from cnnfast.modules import read
 
 
@@ -139,17 +140,17 @@ def test_how_a_chain_of_nchw_runs(name: str) -> None:
     (chain,) = Plan.make(reading).items
     x = torch.randn(1, *shape)
     with torch.no_grad():
-        runs = chain.runs(x, reading)
+        bound = chain.bind(x, reading)
         if isinstance(expected, str):
-            assert isinstance(runs, str) and expected in runs
-            assert f"could be fused, but: {runs}" in seq.explain(x)
+            assert isinstance(bound, str) and expected in bound
+            assert f"could be fused, but: {bound}" in seq.explain(x)
         else:
-            assert [(r.channels_last, r.as_modules is not None) for r in runs] == expected
+            assert [(r.channels_last, r.as_modules is not None) for r in bound.runs] == expected
             assert [line.endswith("fused") for line in seq.explain(x).splitlines()] == [not e[1] for e in expected]
         torch.testing.assert_close(seq(x), nn.Sequential(*seq)(x))
         assert seq(x).stride() == nn.Sequential(*seq)(x).stride()
         with cnnfast.backend("triton"):  # as on a GPU: a launch for every step
-            runs = chain.runs(x, reading)
+            runs = chain.bind(x, reading).runs
             assert [r.as_modules for r in runs] == [None] * len(chain.steps)
             assert [r.channels_last for r in runs] == [True] * (len(chain.steps) - 1) + [False]
 
@@ -170,10 +171,25 @@ def test_explain() -> None:
         "6: PixelShuffle as it stands: a convolution's store does not shuffle pixels yet: PixelShuffle runs after it",
     ]
     x = torch.randn(1, 4, 3, 3)
-    assert "could be fused, but: a gradient is needed" in seq.explain(x)
+    assert seq.explain(x) == seq.explain()
     with torch.no_grad():
         assert seq.explain(x) == seq.explain()
         assert "torch.float64" in seq.explain(x.double())
         assert "3 channels meet a convolution of 4" in seq.explain(x[:, :3])
         with torch.autocast("cpu"):
-            assert seq.explain(x).startswith("nothing is fused now: autocast is active")
+            assert seq.explain(x) == seq.explain()
+            assert "0-2: ConvTranspose2d + BatchNorm2d + ReLU could be fused, but: torch.float16" in seq.half().explain(
+                x
+            )
+    training = Sequential(
+        nn.Conv2d(4, 4, 3), nn.Dropout(), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4)
+    )
+    assert training.explain(x).splitlines() == [
+        "0-0: Conv2d fused",
+        "1: Dropout as it stands: it is in training mode",
+        "2: BatchNorm2d as it stands: no convolution ahead of it that takes it in",
+        "3: ReLU as it stands: no convolution ahead of it that takes it in",
+        "4-5: Conv2d + GroupNorm fused",
+    ]
+    with torch.autograd.forward_ad.dual_level():
+        assert seq.explain(x).startswith("nothing is fused now: forward-mode differentiation is active")

@@ -1,0 +1,247 @@
+"""cnnfast.Sequential in training: forward, backward, second derivatives and bookkeeping against nn.Sequential."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cnnfast
+from cnnfast import chain
+
+from .tolerance import assert_close
+
+CL = torch.channels_last
+INPUTS = 4  # of one check: a maximum over a handful of numbers says little
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Many tiny operators: on a busy machine OpenMP's barriers would take far longer than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kind of norm of every fused step that ran, in order ("" where it measures nothing)."""
+    ran: list[str] = []
+    real = chain.core.run_step
+
+    def spy(step, operands, *, norm=None, **kwargs):  # type: ignore[no-untyped-def]
+        ran.append("" if norm is None else norm.norm.kind)
+        return real(step, operands, norm=norm, **kwargs)
+
+    monkeypatch.setattr(chain.core, "run_step", spy)
+    return ran
+
+
+def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
+    """``module`` with norm weights and statistics that matter."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, t in (*module.named_parameters(), *module.named_buffers()):
+            if t.dim() != 1 or not t.is_floating_point():
+                continue
+            if name.endswith(("weight", "running_var")):
+                t.copy_(torch.rand(t.shape, generator=g) + 0.5)
+            else:
+                t.copy_(torch.randn(t.shape, generator=g) * 0.3)
+    return module
+
+
+def real_strides(t: Tensor) -> list[int]:
+    """Strides of the dimensions that have more than one element: the others mean nothing."""
+    return [s for s, n in zip(t.stride(), t.shape, strict=True) if n > 1]
+
+
+# --- one step against eager -------------------------------------------------------------------------------------------
+
+
+def loss_of(y: Tensor) -> Tensor:
+    """A sum with weights that no norm cancels, in float32 at least."""
+    wide = y.to(torch.promote_types(y.dtype, torch.float32))
+    g = torch.Generator().manual_seed(7)
+    return (wide * torch.randn(y.shape, generator=g, dtype=torch.float64).to(wide.dtype)).sum()
+
+
+def outcome(
+    model: nn.Sequential, x: Tensor, autocast: torch.dtype | None, second: bool
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What a training step makes: (values to compare by the tolerance rule, ones that are equal)."""
+    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    with torch.autocast("cpu", dtype=autocast or torch.bfloat16, enabled=autocast is not None):
+        y = model(x * 1)  # not a leaf, as in the middle of a model
+    (dx,) = torch.autograd.grad(loss_of(y), x, create_graph=second, retain_graph=True)
+    (dx.float() if dx.dtype != torch.float64 else dx).square().sum().add(loss_of(y)).backward() if second else loss_of(
+        y
+    ).backward()
+    values, exactly = {"y": y.detach(), "dx": dx.detach()}, {}
+    vectors: dict[str, list[Tensor]] = {}  # a handful of numbers each: together they have a maximum that says something
+    for name, module in model.named_modules():
+        grads = {k: p.grad for k, p in module.named_parameters(recurse=False) if p.grad is not None}
+        if grads and isinstance(module, nn.modules.conv._ConvNd):
+            # A bias ahead of a norm has no gradient but rounding: with the weight's, it has a scale.
+            values[f"{name}.grads"] = torch.cat([t.flatten() for t in grads.values()])
+        for k, t in {} if f"{name}.grads" in values else grads.items():
+            vectors.setdefault(f"{k}.grad", []).append(t)
+        for k, b in module.named_buffers(recurse=False):
+            if b.is_floating_point():
+                vectors.setdefault(k, []).append(b)
+            else:
+                exactly[f"{name}.{k}"] = b
+    return {**values, **{k: torch.cat(parts) for k, parts in vectors.items()}}, exactly
+
+
+TWICE: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: nn.Conv2d,
+    nn.ConvTranspose1d: nn.ConvTranspose2d,
+    nn.BatchNorm1d: nn.BatchNorm2d,
+    nn.InstanceNorm1d: nn.InstanceNorm2d,
+}
+
+
+def eager_forms(plain: nn.Sequential) -> list[nn.Sequential]:
+    """Models that compute the same in eager mode and round differently: in both memory formats; in two dimensions for
+    one; with a BatchNorm for each InstanceNorm that normalises by running statistics."""
+    changed = copy.deepcopy(plain)
+    for m in changed.modules():
+        m.__class__ = TWICE.get(type(m), type(m))
+        if isinstance(m, nn.InstanceNorm2d) and m.track_running_stats and not m.training:
+            m.__class__ = nn.BatchNorm2d
+        if isinstance(m, nn.modules.conv._ConvNd) and m.weight.dim() == 3:
+            m.weight = nn.Parameter(m.weight.detach().unsqueeze(2))
+            for name, one in (
+                ("kernel_size", 1),
+                ("stride", 1),
+                ("padding", 0),
+                ("output_padding", 0),
+                ("dilation", 1),
+            ):
+                setattr(m, name, (one, *getattr(m, name)))
+    if plain[0].weight.dim() == 3:
+        changed = nn.Sequential(nn.Unflatten(2, (1, -1)), *changed, nn.Flatten(2))
+    return [copy.deepcopy(f).to(memory_format=m) for f in (plain, changed) for m in (torch.contiguous_format, CL)]
+
+
+def check(
+    plain: nn.Sequential, x: Tensor, autocast: torch.dtype | None = None, second: bool = False, inputs: int = INPUTS
+) -> None:
+    """A training step of cnnfast.Sequential is that of nn.Sequential: values by the tolerance rule against float64, for
+    ``inputs`` like x together, integers, dtypes and strides exactly."""
+    g = torch.Generator().manual_seed(3)
+    xs = [x, *(torch.empty_like(x).copy_(torch.randn(x.shape, generator=g)) for _ in range(inputs - 1))]
+    # Eager mode rounds differently in each form: the yardstick is the one that is further from float64.
+    eager = [plain, *eager_forms(plain)]
+    errors: dict[str, list[tuple[Tensor, ...]]] = {}
+    for xi in xs:
+        ours = cnnfast.Sequential(*copy.deepcopy(plain))
+        got, got_exactly = outcome(ours, xi, autocast, second)
+        (want, want_exactly), *others = [outcome(copy.deepcopy(m), xi, autocast, second) for m in eager]
+        ref, _ = outcome(copy.deepcopy(plain).double(), xi.double(), None, second)
+        assert got.keys() == want.keys() and got_exactly == want_exactly
+        for name, w, *forms in zip(want, want.values(), *(o.values() for o, _ in others), strict=True):
+            assert real_strides(got[name]) == real_strides(w), (name, got[name].stride(), w.stride())
+            each = (got[name], ref[name], w, *forms)
+            errors.setdefault(name, []).append(tuple(t.flatten() for t in each))
+        for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+            assert p.grad is not None and (p.grad.dtype, p.grad.stride()) == (q.dtype, q.stride())
+    for name, parts in errors.items():
+        g, r, *candidates = (torch.cat(column) for column in zip(*parts, strict=True))
+        yardstick = max(candidates, key=lambda t: (t.double() - r).square().sum().item())
+        assert_close(g, r, yardstick, f"{name} of {plain}")
+
+
+def _norm(cls: type[nn.Module], *args: int, **kwargs: object) -> Callable[[int], nn.Module]:
+    return lambda c: cls(*args, c, **kwargs)
+
+
+# name -> a norm of c channels (2-D), the same in one dimension
+NORMS: dict[str, tuple[Callable[[int], nn.Module], Callable[[int], nn.Module]]] = {
+    "none": (lambda c: nn.Identity(), lambda c: nn.Identity()),
+    "sync": (_norm(nn.SyncBatchNorm), _norm(nn.SyncBatchNorm)),
+    "group": (_norm(nn.GroupNorm, 4), _norm(nn.GroupNorm, 4)),
+    "group-plain": (_norm(nn.GroupNorm, 2, affine=False, eps=0.1), _norm(nn.GroupNorm, 1, affine=False)),
+    **{
+        name: (_norm(two, **kwargs), _norm(one, **kwargs))
+        for name, two, one, kwargs in (
+            ("batch", nn.BatchNorm2d, nn.BatchNorm1d, {}),
+            ("batch-plain", nn.BatchNorm2d, nn.BatchNorm1d, {"affine": False, "momentum": 1, "eps": 0.1}),
+            ("batch-average", nn.BatchNorm2d, nn.BatchNorm1d, {"momentum": None}),
+            ("batch-untracked", nn.BatchNorm2d, nn.BatchNorm1d, {"track_running_stats": False}),
+            ("instance", nn.InstanceNorm2d, nn.InstanceNorm1d, {}),
+            ("instance-affine", nn.InstanceNorm2d, nn.InstanceNorm1d, {"affine": True, "eps": 0.1}),
+            ("instance-tracked", nn.InstanceNorm2d, nn.InstanceNorm1d, {"affine": True, "track_running_stats": True}),
+            ("instance-still", nn.InstanceNorm2d, nn.InstanceNorm1d, {"track_running_stats": True, "momentum": None}),
+        )
+    },
+}
+
+
+def generator(norm: Callable[[int], nn.Module], train: bool = True) -> nn.Sequential:
+    """Every kind of step, and every way in which an activation keeps what its derivative needs."""
+    plain = nn.Sequential(
+        nn.ConvTranspose2d(6, 8, 4, 2, 1),
+        norm(8),
+        nn.ReLU(inplace=True),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        norm(8),
+        nn.SiLU(),
+        nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"),
+        norm(8),
+        nn.LeakyReLU(0.2),
+        nn.ConvTranspose2d(8, 3, 3, 1, 1),
+        nn.Tanh(),
+    )
+    return randomized(plain).train(train)  # type: ignore[return-value]
+
+
+def x2d(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape or (3, 6, 5, 4), generator=torch.Generator().manual_seed(seed))
+
+
+FUSED = {"batch": "batch", "sync": "batch", "group": "group", "instance": "instance", "none": ""}
+
+
+def kind(norm: str, train: bool) -> str:
+    """What a fused step with this norm measures."""
+    measured = (
+        train or norm.startswith("group") or norm.endswith("untracked") or norm in ("instance", "instance-affine")
+    )
+    return FUSED[norm.partition("-")[0]] if measured else ""
+
+
+@pytest.mark.parametrize("cl", [False, True], ids=["nchw", "channels-last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_step_is_eagers(norm: str, train: bool, dtype: torch.dtype, cl: bool, steps: list[str]) -> None:
+    memory_format = CL if cl else torch.contiguous_format
+    plain = generator(NORMS[norm][0], train).to(dtype).to(memory_format=memory_format)
+    check(plain, x2d().to(dtype).contiguous(memory_format=memory_format))
+    assert steps == ([kind(norm, train)] * 3 + [""]) * INPUTS
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_one_dimension(norm: str, train: bool, steps: list[str]) -> None:
+    n = NORMS[norm][1]
+    plain = nn.Sequential(
+        nn.ConvTranspose1d(6, 8, 4, 2, 1), n(8), nn.ReLU(), nn.Conv1d(8, 8, 5, padding=2), n(8), nn.LeakyReLU(0.1)
+    )
+    check(randomized(plain).train(train), x2d(4, 6, 17))  # type: ignore[arg-type]
+    assert steps == [kind(norm, train)] * 2 * INPUTS
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_second_derivatives(norm: str, train: bool, steps: list[str]) -> None:
+    check(generator(NORMS[norm][0], train), x2d(), second=True)
+    assert steps == ([kind(norm, train)] * 3 + [""]) * INPUTS
