@@ -89,8 +89,11 @@ def _statistics_problem(y: Tensor, partials: Partials) -> str | None:
     whole = (count[..., None] * mean).sum(1) / rows
     spread = (m2 + count[..., None] * (mean - whole[:, None]).square()).sum(1)
     wanted, yardstick = (_moments(y, segments, dtype) for dtype in (torch.float64, torch.float32))
-    for name, got, exact, near in zip(("mean", "spread"), (whole, spread), wanted, yardstick, strict=True):
-        found = verdict(got.type(torch.float32), exact, near)
+    largest = y.abs().max().item(), 0.0  # a mean may be far smaller than what it was rounded with
+    for name, got, exact, near, before in zip(
+        ("mean", "spread"), (whole, spread), wanted, yardstick, largest, strict=True
+    ):
+        found = verdict(got.type(torch.float32), exact, near, before)
         if found is not None:
             return f"{name} of the result: {found}"
     return None
@@ -126,7 +129,9 @@ def problem_of(
     ``operands`` are like those of ``like`` (shapes, strides, dtypes; None stays None), filled with standard normal
     noise, those named in ``positive`` with its magnitude plus 0.1; then ``adjust(operands)`` may write to them.
     ``reference(**operands)`` is the same in plain torch, in whatever dtype it is given: it is run in float64 and, as
-    the yardstick, in float32 (operands named in ``tf32`` rounded to that). Its results have the names of ``run``'s.
+    the yardstick, in float32 (operands named in ``tf32`` rounded to that). Its results have the names of ``run``'s;
+    "before y" may be what y was rounded as on the way (`tolerance.verdict`): an activation's input, or the sum of the
+    magnitudes that y is the sum of.
     ``some(name, tensor)`` picks what is compared of an operand or a result: a reference takes four to ten times the
     memory of what it is given.
 
@@ -151,7 +156,9 @@ def problem_of(
             few = {name: round_tf32(t) if name in tf32 else t.type(torch.float32) for name, t in few.items()}
             near = reference(**few, **nothing)
             for name, got in results.items():
-                found = verdict(some(name, got), exact[name], near[name].type(got.dtype))
+                before = exact.get(f"before {name}")
+                largest = 0.0 if before is None else before.abs().max().item()
+                found = verdict(some(name, got), exact[name], near[name].type(got.dtype), largest)
                 if found is not None:
                     return f"{name}: {found}"
     return None

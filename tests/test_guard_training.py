@@ -14,11 +14,16 @@ from torch import nn
 
 import cnnfast
 from cnnfast import guard
+from cnnfast.activations import Activation
 from cnnfast.block import Operands, Step, Upsample, upsample_step
+from cnnfast.norms import Norm
 from cnnfast.ops.core import run_step
+from cnnfast.ops.normalise import activation_backward
 from cnnfast.spec import ConvSpec, Precision
 
 from . import test_conv_wgrad as cases
+from . import test_norm_act_kernels as norms
+from .norm_cases import NormCase, expect, spread
 from .test_guard import cache, capture, forget, silent  # noqa: F401 (a fixture)
 from .tolerance import assert_close
 
@@ -34,10 +39,11 @@ def fresh(cache: Any) -> Any:  # noqa: F811
 
 
 def a_new_process() -> None:
-    from cnnfast.ops import weights, wgrad
+    from cnnfast.ops import norm_proof, weights, wgrad
 
-    wgrad.prepare.cache_clear()
-    weights._sum.cache_clear()
+    for cached in (wgrad.prepare, weights._sum, *(norm_proof._forward_proof, norm_proof._backward_proof)):
+        cached.cache_clear()
+    norm_proof._activation_proof.cache_clear()
     forget()
 
 
@@ -180,6 +186,139 @@ def test_a_capture_of_a_training_step_that_was_not_run(
     with silent():
         gradients(device)
     assert starts == [2, 2]
+
+
+# --- norms and activations --------------------------------------------------------------------------------------------
+
+
+def norm_step(case: NormCase, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> None:
+    """Forward and backward of a norm, held against float64."""
+    t = case.tensors(dtype, device)
+    expect(case, t, spread(case, t, backend), str(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("case", norms.CASES, ids=lambda c: c.id)
+def test_right_norms_pass(case: NormCase, dtype: torch.dtype, device: torch.device) -> None:
+    with silent():
+        norm_step(case, dtype, device)
+    forward, backward = guard.report()
+    assert backward.startswith("gradient of ") and all(line.endswith("right (checked)") for line in (forward, backward))
+
+
+@pytest.mark.parametrize("activation", norms.TABLE, ids=lambda a: f"{a.name}{a.params}")
+def test_every_activation_passes(activation: Activation, device: torch.device) -> None:
+    slopes = 20 if activation.name == "prelu" else 0
+    with silent():
+        norm_step(NormCase("all", Norm("batch"), activation, slopes=slopes), torch.float32, device)
+    assert all(line.endswith("right (checked)") for line in guard.report())
+
+
+NORM = NormCase("guarded", Norm("batch"), Activation("leaky_relu", (0.2,)), (3, 32, 5, 7))
+FORWARD = "batch norm + leaky_relu of 32 channels, float32, one pass"
+
+
+def spoiled(kernel: Any, **constants: Any) -> Any:
+    """The kernel launched with other constants."""
+
+    class Spoiled:
+        def __getitem__(self, grid: Any) -> Callable[..., Any]:
+            return lambda *args, **more: kernel[grid](*args, **{**more, **constants})
+
+    return Spoiled()
+
+
+def test_right_norms_are_checked_once(device: torch.device, launches: list[str]) -> None:
+    with silent():
+        norm_step(NORM, torch.float32, device)
+        first = len(launches)
+        norm_step(NORM, torch.float32, device)
+        assert first == 12 and len(launches) == 18
+        a_new_process()
+        norm_step(NORM, torch.float32, device)
+    assert len(launches) == 24
+    forward, backward = guard.report()
+    assert forward == f"{FORWARD}, cuda:0: right (checked by an earlier process)"
+    assert backward.startswith(f"gradient of {FORWARD.split(',')[0]}")
+
+
+BROKEN = {
+    "statistics": ("forward_kernels", "partial_stats_kernel", {"C": 31}),
+    "merge": ("forward_kernels", "merge_stats_kernel", {"C": 31}),
+    "apply": ("forward_kernels", "norm_act_kernel", {"P0": 0.25}),
+    "sums": ("backward_kernels", "grad_sums_kernel", {"P0": 0.25}),
+    "finish": ("backward_kernels", "finish_sums_kernel", {"C": 31}),
+    "gradient": ("backward_kernels", "grad_apply_kernel", {"VAR": True}),
+    "does-not-compile": ("forward_kernels", "norm_act_kernel", {"ACT": "nonsense"}),
+    "does-not-compile-back": ("backward_kernels", "grad_apply_kernel", {"BLOCK_C": 3}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_kernel_of_a_norm(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cnnfast.ops import norm_launch
+
+    module, kernel, constants = BROKEN[name]
+    kernels = getattr(norm_launch, module)
+    monkeypatch.setattr(kernels, kernel, spoiled(getattr(kernels, kernel), **constants))
+    with pytest.warns(RuntimeWarning) as caught:
+        for _ in range(2):
+            norm_step(NORM, torch.float32, device)
+    (warning,) = caught
+    said = "cannot run on " if "compile" in name else "gave wrong results on "
+    assert f"the Triton kernel {said}" in str(warning.message)
+    backward = module == "backward_kernels"
+    (line,) = lines("gradient of batch norm" if backward else "batch norm")
+    assert "PyTorch's operators run" in line
+    assert [other.endswith("right (checked)") for other in guard.report() if other != line] == [True] * backward
+    with pytest.raises(guard.Refused, match=f"the kernel {said}"):
+        norm_step(NORM, torch.float32, device, "triton")
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_running_statistics_move_once(broken: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cnnfast.ops import norm_launch
+
+    if broken:
+        kernels = norm_launch.forward_kernels
+        monkeypatch.setattr(kernels, "norm_act_kernel", spoiled(kernels.norm_act_kernel, P0=9.0))
+    t = NORM.tensors(torch.float32, device)
+    running = [torch.zeros(32).to(device), torch.ones(32).to(device)]
+    how: dict[str, Any] = dict(training=True, activation="leaky_relu", activation_param=0.2)
+    with pytest.warns(RuntimeWarning, match="wrong results") if broken else silent():
+        y = cnnfast.ops.batch_norm(t.x, *running, t.weight, t.bias, **how)
+    expected = [torch.zeros(32), torch.ones(32)]
+    z = torch.nn.functional.batch_norm(t.x.cpu(), *expected, t.weight.cpu(), t.bias.cpu(), training=True)
+    torch.testing.assert_close(y.cpu(), torch.nn.functional.leaky_relu(z, 0.2))
+    for got, want in zip(running, expected, strict=True):
+        torch.testing.assert_close(got.cpu(), want)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_gradient_of_an_activation(bias: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cnnfast.ops import norm_launch
+
+    g = torch.Generator().manual_seed(0)
+    y, grad = (torch.randn(2, 32, 5, 4, generator=g).tanh() for _ in range(2))
+
+    def run(backend: str = "auto") -> None:
+        dz, db = activation_backward(grad.to(device), y.to(device), Activation("tanh"), bias=bias, backend=backend)
+        torch.testing.assert_close(dz.cpu(), grad * (1 - y * y))
+        assert (db is not None) is bias
+        if db is not None:
+            torch.testing.assert_close(db.cpu(), (grad * (1 - y * y)).sum((0, 2, 3)))
+
+    with silent():
+        run()
+    assert guard.report()[0].startswith("gradient of tanh of 32 channels, float32")
+    a_new_process()
+    kernels = norm_launch.backward_kernels
+    monkeypatch.setattr(kernels, "act_backward_kernel", spoiled(kernels.act_backward_kernel, ACT="relu"))
+    monkeypatch.setattr(guard.store, "get", lambda *key: None)
+    with pytest.warns(RuntimeWarning, match="gradient of tanh of 32 channels.* gave wrong results .*: gradient: max"):
+        run()
+    with pytest.raises(guard.Refused, match="gave wrong results"):
+        run("triton")
 
 
 # --- the summed weight of an upsampling -------------------------------------------------------------------------------

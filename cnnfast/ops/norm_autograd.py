@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import guard
 from ..activations import Activation, activation_derivative
 from ..norms import NormCall, Partials
-from . import norm_launch, norm_sync
+from . import norm_launch, norm_proof, norm_sync
 from .norm_aten import composition
 from .norm_launch import Grads, NormHow, Saved
 
@@ -76,8 +77,9 @@ def norm_setup(
     y: Tensor,
     how: NormHow,
     several: Shared | None,
+    required: bool = False,
 ) -> None:
-    ctx.how, ctx.several = how, several
+    ctx.how, ctx.several, ctx.required = how, several, required
     other = y if how.of == "y" else residual if how.of == "x" else None
     needs_x = how.norm is not None or how.of == "x"
     ctx.save_for_backward(x if needs_x else None, weight, bias, slope, mean, rstd, other)
@@ -93,7 +95,17 @@ def norm_backward(ctx: Any, grad: Tensor) -> Grads:
         if ctx.several is not None:
             norm_sync.no_second_derivative()
         return _recorded_backward(grad, saved, how, need)
-    return norm_launch.backward(grad, saved, how, need, None if ctx.several is None else _reducer(ctx.several))
+    reduce = None if ctx.several is None else _reducer(ctx.several)
+    proof = norm_proof.backward_proof(grad, saved, how, need, reduce is not None)
+    if proof.ready:
+        return norm_launch.backward(grad, saved, how, need, reduce)
+    found = guard.first_use(
+        proof,
+        lambda: norm_launch.backward(grad, saved, how, need, reduce),
+        lambda: norm_proof.backward_problem(grad, saved, how, need, reduce is not None),
+        ctx.required,
+    )
+    return norm_proof.backward_by_torch(grad, saved, how, need, reduce) if found is None else found
 
 
 def _reducer(several: Shared) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -166,6 +178,27 @@ def forward(
         return Forward(norm_forward(x, weight, bias, residual, slope, mean, rstd, how), mean, rstd, several)
 
 
+def _proven_forward(
+    x: Tensor,
+    call: NormCall | None,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    parts: Partials | None,
+    how: NormHow,
+    required: bool,
+) -> Forward | None:
+    """`forward`, or None where PyTorch's operators must run."""
+    proof = norm_proof.forward_proof(x, call, residual, slope, parts, how)
+    if proof.ready:
+        return forward(x, call, residual, slope, parts, how)
+    return guard.first_use(
+        proof,
+        lambda: forward(x, call, residual, slope, parts, how),
+        lambda: norm_proof.forward_problem(forward, x, call, residual, slope, parts, how),
+        required,
+    )
+
+
 class _NormAct(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -177,13 +210,14 @@ class _NormAct(torch.autograd.Function):
         slope: Tensor | None,
         done: Forward,
         how: NormHow,
+        required: bool,
     ) -> Tensor:
-        norm_setup(ctx, x, weight, bias, residual, slope, done.mean, done.rstd, done.y, how, done.several)
+        norm_setup(ctx, x, weight, bias, residual, slope, done.mean, done.rstd, done.y, how, done.several, required)
         return done.y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return *norm_backward(ctx, grad), None, None
+        return *norm_backward(ctx, grad), None, None, None
 
 
 def run(
@@ -195,13 +229,17 @@ def run(
     parts: Partials | None,
     channels_last: bool,
     dtype: torch.dtype,
-) -> Tensor:
-    """`normalise` on the kernels; the caller asked `normalise.why_not`."""
+    required: bool,
+) -> Tensor | None:
+    """`normalise` on the kernels; the caller asked `normalise.why_not`. None where `guard` finds that they must not
+    run; RuntimeError then if ``required``."""
     measured = call is not None and call.measured
     how = NormHow(None if call is None else call.norm, measured, activation, channels_last, dtype, residual is not None)
-    done = forward(x, call, residual, slope, parts, how)
+    done = _proven_forward(x, call, residual, slope, parts, how, required)
+    if done is None:
+        return None
     weight, bias = (None, None) if call is None else (call.weight, call.bias)
     tensors = (x, weight, bias, residual, slope)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _NormAct.apply(*tensors, done, how)
+        return _NormAct.apply(*tensors, done, how, required)
     return done.y

@@ -170,6 +170,12 @@ def partials(x: Tensor, each: bool) -> Partials:
     return Partials(count.view(shape[:2]), mean.view(shape), m2.view(shape))
 
 
+def merge_blocks(count: int, channels: int, join: int) -> tuple[int, int]:
+    """Parts and channels of a tile, for ``count`` parts of each segment."""
+    block_c = _power(channels if join == 1 else join, 8)
+    return _power(count, TILE // block_c), block_c
+
+
 def merge(
     parts: Partials,
     join: int,
@@ -183,8 +189,7 @@ def merge(
     move."""
     segments, count, c = parts.mean.shape
     out = parts.mean.new_empty((2 + var, segments, c // join))
-    block_c = _power(c if join == 1 else join, 8)
-    block_p = _power(count, TILE // block_c)
+    block_p, block_c = merge_blocks(count, c, join)
     grid = segments * (-(-c // block_c) if join == 1 else c // join)
     with dispatch.on_device(parts.mean):
         forward_kernels.merge_stats_kernel[(grid,)](
@@ -256,11 +261,17 @@ class Saved(NamedTuple):
     other: Tensor | None
 
 
-def _arrange(grad: Tensor, s: Saved, how: NormHow) -> tuple[Tensor, Saved]:
+def grad_last(grad: Tensor, s: Saved, how: NormHow) -> bool:
+    """Whether the backward takes grad and ``other`` channels-last."""
+    if s.other is not None and how.of == "y":
+        return is_last(s.other)
+    last = is_last(grad)
+    return how.channels_last if s.other is None and not last and not grad.is_contiguous() else last
+
+
+def arrange(grad: Tensor, s: Saved, how: NormHow) -> tuple[Tensor, Saved]:
     """Everything in a layout that the kernels take, grad and ``other`` in one."""
-    last = is_last(s.other) if s.other is not None and how.of == "y" else is_last(grad)
-    if s.other is None and not last and not grad.is_contiguous():
-        last = how.channels_last
+    last = grad_last(grad, s, how)
     other = None if s.other is None else _as(s.other, last)
     return _as(grad, last), Saved(
         laid_out(s.x), _vector(s.weight), _vector(s.bias), _vector(s.slope), _vector(s.mean), _vector(s.rstd), other
@@ -283,6 +294,12 @@ def grad_sums(grad: Tensor, s: Saved, how: NormHow, slope_sum: bool) -> Tensor:
     return sums
 
 
+def finish_blocks(segments: int, parts: int, channels: int, join: int) -> tuple[int, int]:
+    """Parts and channels of a tile."""
+    block_c = _power(channels if join == 1 else max(8, join), 8)
+    return _power(segments * parts, TILE // block_c), block_c
+
+
 def finish(
     sums: Tensor,
     bias: Tensor | None,
@@ -295,13 +312,13 @@ def finish(
 ) -> None:
     """Fill the gradients ``bias``, ``weight`` and ``slope`` (C,), and ``means`` (2, S, C / join)."""
     _, segments, parts, c = sums.shape
-    block_c = _power(c if join == 1 else max(8, join), 8)
+    block_p, block_c = finish_blocks(segments, parts, c, join)
     blocks = -(-c // block_c) if join == 1 else c // join
     grid = -(-c // block_c) + (0 if means is None else segments * blocks)
     mean1, mean2 = (None, None) if means is None else (means[0], means[1])
     backward_kernels.finish_sums_kernel[(grid,)](
         sums, bias, weight, slope, mean1, mean2, scale, segments, parts, count,
-        C=c, JOIN=join, BLOCK_P=_power(segments * parts, TILE // block_c), BLOCK_C=block_c, num_warps=4,
+        C=c, JOIN=join, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
     _went("norm-grad-finish")
 
@@ -312,7 +329,7 @@ def backward(grad: Tensor, s: Saved, how: NormHow, need: Grads | tuple[bool, ...
     need_x, need_weight, need_bias, need_residual, need_slope = need
     with dispatch.on_device(grad):
         grad_in = grad
-        grad, s = _arrange(grad, s, how)
+        grad, s = arrange(grad, s, how)
         x, c = s.x, s.x.shape[1]
         centred = how.measured and need_x
         out: dict[str, Tensor | None] = {}
@@ -364,6 +381,12 @@ def _like(v: Tensor | None) -> Tensor | None:
     return None if v is None else torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
+def activation_last(grad: Tensor, saved: Tensor | None) -> bool:
+    """Whether `activation_backward` takes its tensors channels-last."""
+    t = grad if saved is None else saved
+    return is_last(t) or not t.is_contiguous()
+
+
 def activation_backward(
     grad: Tensor, saved: Tensor | None, activation: Activation, bias: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -372,7 +395,7 @@ def activation_backward(
     if not of and not bias:
         return grad, None
     with dispatch.on_device(grad):
-        g = laid_out(grad) if saved is None else _as(grad, is_last(saved) or not saved.is_contiguous())
+        g = _as(grad, activation_last(grad, saved))
         last = is_last(g)
         t = _tiling(g, False, last)
         c = g.shape[1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import dispatch
+from .. import dispatch, guard
 from ..activations import Activation, activation_derivative
 from ..norms import NormCall, Partials
 from . import norm_aten
@@ -73,9 +73,11 @@ def normalise(
         if reason is None:
             from . import norm_autograd  # imports triton
 
-            dtype = output_dtype(x, call)
-            return norm_autograd.run(x, call, residual, activation, slope, partials, channels_last, dtype)
-        if name == "triton":
+            how = (channels_last, output_dtype(x, call), name == "triton")
+            y = norm_autograd.run(x, call, residual, activation, slope, partials, *how)
+            if y is not None:
+                return y
+        elif name == "triton":
             raise RuntimeError(f'backend="triton" cannot run this: {reason}')
     return to_format(norm_aten.run(x, call, residual, activation, slope), channels_last)
 
@@ -103,13 +105,25 @@ def activation_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """``(grad * act'(saved), its sum over each channel in float32 or None)``, not differentiable. ``saved`` is the
     activation's input or output, as `Activation.saves` says."""
+    if not bias and (saved is None or not activation.saves()):
+        return grad, None
     name = dispatch.resolve_backend(backend)
     if name == "triton" or (name == "auto" and grad.is_cuda):
         reason = why_not(grad, saved)
         if reason is None and grad.numel():
-            from . import norm_launch  # imports triton
+            from . import norm_launch, norm_proof  # import triton
 
-            return norm_launch.activation_backward(grad, saved, activation, bias)
+            proof = norm_proof.activation_proof(grad, saved, activation, bias)
+            if proof.ready:
+                return norm_launch.activation_backward(grad, saved, activation, bias)
+            found = guard.first_use(
+                proof,
+                lambda: norm_launch.activation_backward(grad, saved, activation, bias),
+                lambda: norm_proof.activation_problem(grad, saved, activation, bias),
+                name == "triton",
+            )
+            if found is not None:
+                return found
     dz = grad
     if saved is not None and activation.saves():
         dz = (grad * activation_derivative(activation, saved)).to(grad.dtype)

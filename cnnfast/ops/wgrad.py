@@ -190,9 +190,14 @@ def _problem(x: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, launch: Wgr
         a, b = (x, grad) if spec.transposed else (grad, x)
         return {"weight gradient": _start(a, b, torch.empty_like(out), launch)}
 
+    def reference(x: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+        like = x.new_empty(spec.weight_shape)
+        found = {"weight gradient": (x, grad), "before weight gradient": (x.abs(), grad.abs())}
+        return {name: by_torch(*operands, like, spec) for name, operands in found.items()}
+
     return trial.problem_of(
         run,
-        lambda x, grad: {"weight gradient": by_torch(x, grad, x.new_empty(spec.weight_shape), spec)},
+        reference,
         {"x": x, "grad": grad},
         tf32=("x", "grad") if launch.tf32 else (),
         adjust=scatter,
