@@ -30,7 +30,7 @@ from cnnfast.spec import Precision
 from .cases import Case
 from .inspector import Call, recording
 
-__all__ = ["NUMERICS", "Op", "Recorder", "StepRun", "Unrun", "eager_ops", "inductor_passes", "precision"]
+__all__ = ["NUMERICS", "Op", "Recorder", "StepRun", "Unrun", "counting", "eager_ops", "inductor_passes", "precision"]
 
 # name -> (dtype, whether PyTorch lets float32 convolutions use TF32)
 NUMERICS: dict[str, tuple[torch.dtype, bool]] = {
@@ -87,7 +87,7 @@ class Unrun:
 _FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view"}
 
 
-class _Count(TorchDispatchMode):
+class counting(TorchDispatchMode):
     """Operators that move data: neither views nor allocations."""
 
     def __init__(self, into: list[Op]) -> None:
@@ -140,7 +140,7 @@ def eager_ops(case: Case, batch: int, dtype: torch.dtype) -> list[Op]:
     with torch.no_grad():  # not inference_mode, in which composite operators are not taken apart
         x = _input(case, batch, dtype, "meta")
         for module in skeleton(case, dtype):
-            with _Count(ops):
+            with counting(ops):
                 x = module(x)
             x = _like_a_gpu(x, "meta")
     return ops
@@ -171,7 +171,7 @@ class _Stand(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         ops: list[Op] = []
         meta = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        with _Count(ops):
+        with counting(ops):
             y = self.inner[0](meta)
         self.into.append(Unrun(repr(self.inner[0]), self.why_not, tuple(ops)))
         return _like_a_gpu(y, "cpu")
@@ -235,7 +235,7 @@ def _hooks(
         if reason is not None:
             seen.why_not = reason
             x = torch.empty(o.x.shape, dtype=o.x.dtype, device="meta")
-            with _Count(seen.ops):
+            with counting(seen.ops):
                 nn.Sequential(*modules)(x.squeeze(2) if fused.ndim == 1 else x)
             return dispatch.allocate(o.x, shape, bool(channels_last))
         before = len(calls)
@@ -246,7 +246,7 @@ def _hooks(
     def run_seen(*args: Any, **kwargs: Any) -> torch.Tensor:
         step = found[-1]
         assert isinstance(step, StepRun)
-        with _Count(step.ops):
+        with counting(step.ops):
             return run(*args, **kwargs)
 
     def started(*args: Any, **kwargs: Any) -> None:

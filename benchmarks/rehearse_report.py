@@ -142,7 +142,7 @@ def _lines(rows: Iterable[str]) -> str:
 # --- Markdown ---------------------------------------------------------------------------------------------------------
 
 
-def _table(head: list[str], body: Iterable[list[str]]) -> Iterator[str]:
+def table(head: list[str], body: Iterable[list[str]]) -> Iterator[str]:
     yield "| " + " | ".join(head) + " |"
     yield "|" + "|".join("---" if i == 0 else "---:" for i in range(len(head))) + "|"
     for line in body:
@@ -201,7 +201,7 @@ def _markdown(result: Rehearsal, about: dict[str, str]) -> Iterator[str]:
     )
     yield ""
     head = ["", "plans", "fail", "worst issue pressure", "worst bytes / least", "least useful share of multiply-adds"]
-    yield from _table([*head, "most registers", "spills", "bound"], _by_device(result))
+    yield from table([*head, "most registers", "spills", "bound"], _by_device(result))
     yield ""
     yield "## Launches and bytes of a forward"
     yield ""
@@ -214,7 +214,7 @@ def _markdown(result: Rehearsal, about: dict[str, str]) -> Iterator[str]:
         [p.case, str(p.batch), str(p.ours), str(p.eager), str(p.inductor), f"{p.eager_bytes / p.ours_bytes:.2f}"]
         for p in result.passes
     ]
-    yield from _table(["", "batch", "cnnfast", "eager", "Inductor", "eager's bytes / ours"], body)
+    yield from table(["", "batch", "cnnfast", "eager", "Inductor", "eager's bytes / ours"], body)
     reasons: dict[str, list[str]] = {}
     for case, modules in result.unrun.items():
         for module, why in modules.items():
@@ -240,7 +240,7 @@ def _markdown(result: Rehearsal, about: dict[str, str]) -> Iterator[str]:
         yield ""
         head = ["", "plan", "issue pressure", "issue / max(tensor, memory)", "bound"]
         lines = ([_where(r), a.plan, f"{a.pressure:.2f}", f"{a.over:.2f}", a.bound] for r, a in others)
-        yield from _table(head, lines)
+        yield from table(head, lines)
     for arch in (80, 90):
         body = list(_layers(result, arch, "fp16"))
         if body:
@@ -258,7 +258,7 @@ def _markdown(result: Rehearsal, about: dict[str, str]) -> Iterator[str]:
                 "mma/instructions",
                 "loads x bytes",
             ]
-            yield from _table([*head, "issue pressure", "useful", "bytes / least", "bound"], body)
+            yield from table([*head, "issue pressure", "useful", "bytes / least", "bound"], body)
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------

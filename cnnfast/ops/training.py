@@ -156,8 +156,8 @@ class _Convolution(torch.autograd.Function):
         return y, *partials
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *of_partials: None) -> Any:
-        return *conv_backward(ctx, grad), None, None
+    def backward(ctx: Any, grad: Tensor | None, *of_partials: None) -> Any:
+        return (None,) * 5 if grad is None else (*conv_backward(ctx, grad), None, None)
 
 
 class _WeightGradient(torch.autograd.Function):
