@@ -68,7 +68,7 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 
 
 def _tanh_of_y(y: Tensor) -> Tensor:
-    return 1 - y * y
+    return (1 - y) * (1 + y)
 
 
 def _sigmoid_of_y(y: Tensor) -> Tensor:

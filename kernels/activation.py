@@ -87,8 +87,11 @@ def act_grad(saved, slope, P0: tl.constexpr, P1: tl.constexpr, ACT: tl.constexpr
         below = saved + P0 if OF == "y" else P0 * tl.exp(tl.minimum(saved, 0.0))
         d = tl.where(saved <= 0, below, 1.0)
     elif ACT == "tanh":
-        y = saved if OF == "y" else _tanh(saved)
-        d = (1.0 - y) * (1.0 + y)
+        if OF == "y":
+            d = (1.0 - saved) * (1.0 + saved)
+        else:
+            s, ds = _logistic(2.0 * saved)
+            d = 4.0 * ds
     elif ACT == "sigmoid":
         if OF == "y":
             d = saved * (1.0 - saved)

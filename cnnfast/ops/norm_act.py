@@ -13,7 +13,7 @@ from ..spec import Activation
 from .arguments import ActivationParam, check_residual, check_slope, check_vectors, parse_activation
 from .core import is_channels_last
 from .norm_aten import run as run_by_torch
-from .normalise import normalise
+from .normalise import check_sizes, normalise
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "norm_act"]
 
@@ -74,6 +74,7 @@ def norm_act(
                 f'backend="triton" cannot run this: the input has shape {tuple(input.shape)} and dtype {input.dtype}'
             )
         return run_by_torch(input, call, residual, act, slope)
+    check_sizes(input, call)  # which names the shape as the caller has it
     missing = 4 - input.dim()
     x, res = (_as_4d(t) for t in (input, residual))
     assert x is not None

@@ -14,15 +14,9 @@ from ..norms import NormCall
 
 __all__ = ["composition", "per_channel", "run"]
 
-# In place, these have a backward that needs nothing but their result (the others would keep a copy of their input).
-_IN_PLACE = {
-    "relu": torch.relu_,
-    "leaky_relu": F.leaky_relu_,
-    "elu": F.elu_,
-    "tanh": torch.tanh_,
-    "sigmoid": torch.sigmoid_,
-    "hardtanh": F.hardtanh_,
-}
+# These save their result in either form. In place, other activations would keep a copy of their input, or save their
+# result where eager's saves the input: a caller's own in-place operation on the result would then be an error.
+_IN_PLACE = {"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_}
 
 
 def per_channel(v: Tensor, like: Tensor) -> Tensor:
@@ -47,8 +41,8 @@ def run(
         y = y.add_(residual) if ours and y.dtype == dtype else y + residual
         ours = True
     in_place = _IN_PLACE.get(activation.name)
-    if in_place is not None and ours and activation.saves() == "y" and not torch.compiler.is_compiling():
-        return in_place(y, *activation.params)
+    if in_place is not None and ours and not torch.compiler.is_compiling():
+        return in_place(y)
     return activation(y, None if slope is None else slope.to(y.dtype))
 
 
@@ -66,8 +60,9 @@ def _norm(x: Tensor, call: NormCall) -> Tensor:
     y = _by_torch(x.to(wide), call._replace(**tensors)).to(x.dtype)
     if call.use_input_stats:
         for name in ("running_mean", "running_var"):
-            if name in tensors:
-                getattr(call, name).copy_(tensors[name])
+            given = getattr(call, name)
+            if given is not None and tensors[name] is not given:
+                given.copy_(tensors[name])
     return y
 
 
