@@ -118,7 +118,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--loss", choices=["bce", "wgan-gp", "hinge-r1"], help="bce")
     command.add_argument("--epochs", type=_positive, help="in all, those of a resumed training included (30)")
     command.add_argument("--batch-size", type=_positive, help="images of one step of the discriminator (64)")
-    command.add_argument("--lr", type=float, help="Adam's (2e-4; wgan-gp 1e-4)")
+    command.add_argument("--lr", type=float, help="Adam's (bce 2e-4, wgan-gp 3e-4, hinge-r1 4e-4)")
+    command.add_argument(
+        "--instance-noise", type=float, metavar="STD", help="on what the discriminator sees (bce 0.3, others 0)"
+    )
     command.add_argument("--seed", type=int, help="of weights, noise and the order of images (0)")
     command.add_argument("--width", type=_positive, help="channels ahead of the image, DCGAN's ngf and ndf (64)")
     command.add_argument("--nz", type=_positive, help="channels of noise (100)")

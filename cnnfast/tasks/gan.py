@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..generators import DCGANConfig, create_model
 from ..layers import Sequential
 from ..memory_format import channels_last
-from .data import sample_order
+from .data import generator_of, sample_order
 from .discriminator import DCGANDiscriminator
 from .losses import LOSSES, critic_terms
 
@@ -33,9 +33,12 @@ _RAMP_UP = 0.05
 
 @dataclass(frozen=True)
 class Options:
-    """What is trained. ``width``: channels ahead of the image; ``lr`` None: the loss's own; ``amp`` None or "bf16".
+    """What is trained. ``width``: channels ahead of the image; ``amp`` None or "bf16".
 
-    Of these a resumed run may change `CHANGEABLE`; the others are the training.
+    ``lr`` of Adam and ``instance_noise`` None: the loss's own. The latter is the standard deviation of the noise that
+    the discriminator sees on every image, in units of pixels in [-1, 1] (Sonderby et al., 2017): without it, it tells
+    smooth images from generated ones at once, and the generator learns nothing. A resumed run may change `CHANGEABLE`;
+    the other options are the training.
     """
 
     data: str = "digits"
@@ -43,6 +46,7 @@ class Options:
     epochs: int = 30
     batch_size: int = 64
     lr: float | None = None
+    instance_noise: float | None = None
     seed: int = 0
     width: int = 64
     nz: int = 100
@@ -62,8 +66,8 @@ class Options:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ValueError(f"--lr {self.lr}: expected a positive number")
-        if self.loss == "bce" and self.batch_size < 2:
-            raise ValueError("--batch-size 1: BatchNorm needs at least 2 images")
+        if self.instance_noise is not None and not 0 <= self.instance_noise < float("inf"):
+            raise ValueError(f"--instance-noise {self.instance_noise}: expected at least 0")
         DCGANConfig(nz=self.nz, ngf=self.width, image_size=self.image_size)  # its own errors
 
 
@@ -74,8 +78,8 @@ class Trainer:
     """The state of a training and its step.
 
     ``images`` uint8 (M, C, image_size, image_size). The same options and images give the same bits on a CPU with the
-    same number of threads, however often the training was stopped and resumed. Global random state is left alone: the
-    noise comes from a generator of its own, on the CPU whatever the device.
+    same number of threads, however often the training was stopped and resumed. Global random state is neither used nor
+    changed: a step's random numbers depend on the seed and its number only.
     """
 
     def __init__(self, options: Options, images: Tensor, device: torch.device) -> None:
@@ -95,7 +99,7 @@ class Trainer:
             name: torch.optim.Adam(module.parameters(), lr, self.loss.betas)
             for name, module in (("generator", self.generator), ("discriminator", self.discriminator))
         }
-        self.noise = torch.Generator().manual_seed(options.seed)
+        self.noise = self.loss.instance_noise if options.instance_noise is None else options.instance_noise
         self.steps = 0
         self.curves: list[Tensor] = []  # of each step, on the device: (len(CURVES),)
 
@@ -111,19 +115,28 @@ class Trainer:
 
     def step(self) -> Tensor:
         """The critic's steps and one of the generator; the values of `CURVES`, on the device."""
-        batch = self.options.batch_size
+        batch, seed = self.options.batch_size, self.options.seed
+        draw = generator_of(seed, "noise", self.steps)  # on the CPU: the same images on any device
+        blur = generator_of(seed, "instance noise", self.steps, self.device)
+
+        def score(images: Tensor) -> Tensor:
+            if self.noise:
+                images = images + self.noise * torch.empty_like(images).normal_(generator=blur)
+            with self._autocast():
+                return self.discriminator(images).float()
+
         first = self.steps * self.images_per_step
-        order = sample_order(self.options.seed, first, self.images_per_step, len(self.images))
+        order = sample_order(seed, first, self.images_per_step, len(self.images))
         for i, indices in enumerate(order.split(batch)):
             # The generator's own step takes the images of the critic's last one, as pytorch/examples does.
             with torch.set_grad_enabled(i == self.loss.critic_steps - 1):
-                fake = self._generate(batch)
+                fake = self._generate(batch, draw)
             real = self.images[indices].to(self.device).float() / 127.5 - 1
-            mix = torch.rand(batch, generator=self.noise).to(self.device)
-            terms = critic_terms(self.loss, self._score, real, fake, mix)
+            mix = torch.rand(batch, generator=draw).to(self.device)
+            terms = critic_terms(self.loss, score, real, fake, mix)
             self._descend("discriminator", terms.total)
         self.discriminator.requires_grad_(False)  # its weights' gradients are not wanted
-        generator_loss = self.loss.generator(self._score(fake))
+        generator_loss = self.loss.generator(score(fake))
         self._descend("generator", generator_loss)
         self.discriminator.requires_grad_(True)
         self.steps += 1
@@ -138,8 +151,8 @@ class Trainer:
 
     def fixed_noise(self, count: int) -> Tensor:
         """The noise of the sample grids: the same throughout a training."""
-        generator = torch.Generator().manual_seed(self.options.seed + 1)
-        return torch.randn(count, self.options.nz, 1, 1, generator=generator)
+        draw = generator_of(self.options.seed, "samples", 0)
+        return torch.randn(count, self.options.nz, 1, 1, generator=draw)
 
     def history(self) -> Tensor:
         """The curves so far, on the CPU: (steps, len(CURVES))."""
@@ -165,7 +178,6 @@ class Trainer:
             "discriminator": self.discriminator.state_dict(),
             "average": self.average.state_dict(),
             "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
-            "noise": self.noise.get_state(),
             "curves": self.history(),
         }
 
@@ -178,18 +190,13 @@ class Trainer:
         self.average.load_state_dict(state["average"])
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
-        self.noise.set_state(state["noise"])
         self.steps = state["steps"]
         self.curves = list(state["curves"])
 
-    def _generate(self, count: int) -> Tensor:
-        z = torch.randn(count, self.options.nz, 1, 1, generator=self.noise).to(self.device)
+    def _generate(self, count: int, draw: torch.Generator) -> Tensor:
+        z = torch.randn(count, self.options.nz, 1, 1, generator=draw).to(self.device)
         with self._autocast():
             return self.generator(z).float()
-
-    def _score(self, images: Tensor) -> Tensor:
-        with self._autocast():
-            return self.discriminator(images).float()
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp == "bf16")

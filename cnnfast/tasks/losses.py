@@ -67,9 +67,10 @@ def r1_penalty(scores: Tensor, real: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Loss:
-    """A recipe: both losses, weights of the penalties, and the settings of its paper.
+    """A recipe: both losses, weights of the penalties, and settings that give images after a few hundred steps.
 
-    ``norm`` of the discriminator; ``critic_steps`` for one step of the generator; ``lr`` and ``betas`` of Adam.
+    ``norm`` of the discriminator; ``critic_steps`` for one step of the generator; ``lr`` and ``betas`` of Adam;
+    ``instance_noise`` as in `cnnfast.tasks.gan.Options`.
     """
 
     critic: Callable[[Tensor, Tensor], Tensor]
@@ -81,11 +82,12 @@ class Loss:
     r1: float = 0.0
     lr: float = 2e-4
     betas: tuple[float, float] = (0.5, 0.999)
+    instance_noise: float = 0.0
 
 
 LOSSES: Mapping[str, Loss] = MappingProxyType(
     {
-        "bce": Loss(bce, bce_generator, norm="batch", unit="nats"),
+        "bce": Loss(bce, bce_generator, norm="batch", unit="nats", instance_noise=0.3),
         "wgan-gp": Loss(
             wasserstein,
             score_generator,
@@ -93,10 +95,10 @@ LOSSES: Mapping[str, Loss] = MappingProxyType(
             unit="score",
             critic_steps=5,
             interpolation=10.0,
-            lr=1e-4,
+            lr=3e-4,
             betas=(0.0, 0.9),
         ),
-        "hinge-r1": Loss(hinge, score_generator, norm="none", unit="score", r1=1.0, betas=(0.0, 0.9)),
+        "hinge-r1": Loss(hinge, score_generator, norm="none", unit="score", r1=0.1, lr=4e-4, betas=(0.0, 0.9)),
     }
 )
 
