@@ -50,8 +50,8 @@ def upsample_conv2d(
     """``act(scale * (conv2d(pad(interpolate(input, scale_factor, "nearest"))) + bias) + shift + residual)``.
 
     The upsampled tensor never exists: within a block of ``r x r`` outputs a kernel of ``k`` taps meets at most
-    ``ceil((k - 1) / r) + 1`` inputs, so the taps are summed first (x2 and 3x3: 4 products instead of 9 per output). For
-    inference: where a gradient is needed, PyTorch's operators run.
+    ``ceil((k - 1) / r) + 1`` inputs, so the taps are summed first (x2 and 3x3: 4 products instead of 9 per output).
+    Differentiable any number of times.
 
     Args:
         input: (N, C_in, H, W) or (C_in, H, W); float32, float16 or bfloat16 for the fast paths.
