@@ -33,6 +33,8 @@ __all__ = [
     "Prepared",
     "Workload",
     "check",
+    "path_of",
+    "require_compiler",
 ]
 
 # Largest |y - float64| over largest |float64|. float32: some roundings of sums of a few thousand products. The others:
@@ -150,6 +152,16 @@ def _eager(channels_last: bool) -> Callable[[Workload], Prepared]:
     return prepare
 
 
+def require_compiler() -> None:
+    """NotAvailable where `torch.compile` has no C++ compiler."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler as error:
+        raise NotAvailable("torch.compile needs a C++ compiler: install g++ or clang") from error
+
+
 def _compiled(
     channels_last: bool | None, mode: str | None = None, container: type[nn.Sequential] = nn.Sequential
 ) -> Callable[[Workload], Prepared]:
@@ -159,12 +171,7 @@ def _compiled(
         _formats(w, bool(channels_last))
         last = w.has_formats if channels_last is None else channels_last
         if w.device == "cpu":
-            from torch._inductor import cpp_builder, exc
-
-            try:
-                cpp_builder.get_cpp_compiler()
-            except exc.InvalidCxxCompiler as error:
-                raise NotAvailable("torch.compile needs a C++ compiler: install g++ or clang") from error
+            require_compiler()
         model, x = torch.compile(w.modules(container, last), dynamic=False, mode=mode), w.input(last)
         return Prepared(lambda: model(x), _tensor, lambda: path_of(lambda: model(x)))
 
@@ -180,6 +187,7 @@ _PATHS = {
     "mkldnn::_linear_pointwise": "oneDNN packed product",
     "mkldnn::_linear_pointwise.binary": "oneDNN packed product",
     "aten::convolution": "ATen convolution",
+    "aten::convolution_backward": "ATen convolution_backward",
     "aten::mm": "mm",
     "aten::addmm": "mm",
     "aten::bmm": "bmm",
@@ -187,8 +195,9 @@ _PATHS = {
 }
 
 
-def path_of(call: Callable[[], object]) -> str:
-    """What ran in a call: Triton launches by plan, operators by name, as observed (not as planned)."""
+def path_of(call: Callable[[], object], gradients: bool = False) -> str:
+    """What ran in a call: Triton launches by plan, operators by name, as observed (not as planned). In inference mode,
+    unless it takes ``gradients``."""
     launches: list[str] = []
     launch = None
     if importlib.util.find_spec("triton") is not None:
@@ -197,7 +206,7 @@ def path_of(call: Callable[[], object]) -> str:
         before, launch.LAUNCHES = launch.LAUNCHES, launches
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports to stderr that it starts and stops
     try:
-        with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as trace:
+        with torch.inference_mode(not gradients), profile(activities=[ProfilerActivity.CPU]) as trace:
             call()
     finally:
         if launch is not None:

@@ -324,6 +324,18 @@ def _transposed(t: torch.Tensor) -> torch.Tensor:
     return y
 
 
+class _Transposed(torch.autograd.Function):
+    """`_transposed` with a gradient, which is in whatever format it comes."""
+
+    @staticmethod
+    def forward(ctx: Any, t: torch.Tensor) -> torch.Tensor:
+        return _transposed(t)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
 def convert(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
     """``t`` (N, C, H, W) in this dtype and memory format; itself where it is that already."""
     if not channels_last and t.is_contiguous():
@@ -331,7 +343,8 @@ def convert(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.T
     image = t.numel() // max(1, t.shape[0])
     large = image >= 2**20 and t.shape[1] >= 32 or image >= 2**18 and t.shape[1] >= 64
     if large and not channels_last and torch.get_num_threads() <= 4:
-        return _transposed(t.to(dtype, memory_format=torch.channels_last))
+        t = t.to(dtype, memory_format=torch.channels_last)
+        return _Transposed.apply(t) if t.requires_grad else _transposed(t)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     if t.dtype == dtype:  # the cheaper call, on a path that counts microseconds
         return t.contiguous(memory_format=memory_format)

@@ -15,7 +15,7 @@ from . import cpu, reference
 from .block import Operands, Step
 from .cpu import products_dtype
 from .cpu_convolution import convolution
-from .norms import NormCall
+from .norms import Norm, NormCall
 from .onednn import instruction_set
 from .spec import Activation, summed_taps
 
@@ -82,8 +82,6 @@ def _summed_weight(weight: Tensor, scale: tuple[int, ...], groups: int) -> Tenso
 
 # --- norm, residual, activation ---------------------------------------------------------------------------------------
 
-_FAR = 16  # deviations of a mean from zero
-
 # In place, the backward of these needs their result alone.
 _IN_PLACE: dict[str, Callable[..., Tensor]] = {
     "relu": torch.relu_,
@@ -94,41 +92,90 @@ _IN_PLACE: dict[str, Callable[..., Tensor]] = {
     "hardtanh": F.hardtanh_,
 }
 
+# Channels-last, ATen adds a channel's values up one after the other (batch norm) or takes E[x^2] - E[x]^2 (group norm).
+# Neither bears a mean of many deviations, so that a norm whose statistics say so is done again on the values less that
+# mean, which it does not depend on.
+_FAR_BATCH, _FAR_GROUP = 8.0, 2.0
 
-def _batch_norm(y: Tensor, call: NormCall) -> Tensor | None:
-    """BatchNorm by the statistics of a channels-last y; None, running statistics untouched, where they would be poor:
-    channels-last, ATen adds a channel's values up one after the other, which a mean of many deviations does not bear.
-    """
-    vectors = [t for t in (call.weight, call.bias, call.running_mean, call.running_var) if t is not None]
-    low = y.dtype.itemsize == 2
-    if any(t.dtype != y.dtype and not (low and t.dtype == torch.float32) for t in vectors) or y.numel() <= y.shape[1]:
-        return None
-    if len({t.dtype for t in vectors}) > 1:
-        return None
+
+def _is_far(mean: Tensor, inverse: Tensor, limit: float) -> bool:
+    return bool((mean.detach().abs() * inverse.detach() > limit).any())
+
+
+def _shifted(y: Tensor, mean: Tensor, call: NormCall) -> tuple[Tensor, NormCall]:
+    """y less its ``mean`` (broadcast), in float32 at least, and ``call`` with vectors of that dtype."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    weight, bias = (None if t is None else t.to(wide) for t in (call.weight, call.bias))
+    return y.to(wide) - mean.detach().to(wide), call._replace(weight=weight, bias=bias)
+
+
+def _batch_norm(y: Tensor, call: NormCall, shifted: bool = False) -> Tensor:
+    """BatchNorm by the statistics of y (N, C, H, W), of more than one value per channel."""
     running = call.running_mean, call.running_var
     before = [None if t is None else t.detach().clone() for t in running]
     z, mean, inverse = torch.native_batch_norm(
         y, call.weight, call.bias, *running, True, call.momentum, call.norm.eps
     )  # fmt: skip
-    if not bool((mean.detach().abs() * inverse.detach() > _FAR).any()):
+    if shifted or not _is_far(mean, inverse, _FAR_BATCH):
         return z
+    # `data`: ATen's own updates are no new version to autograd either, which has the running tensors of earlier calls.
     for t, old in zip(running, before, strict=True):
         if t is not None and old is not None:
-            t.copy_(old)
-    return None
+            t.data.copy_(old)
+    z = _batch_norm(*_shifted(y, mean.view(-1, 1, 1), call), shifted=True)
+    if call.running_mean is not None:
+        call.running_mean.data.add_(mean.detach(), alpha=call.momentum)
+    return z.to(y.dtype)
+
+
+def _instance_norm(y: Tensor, call: NormCall) -> Tensor:
+    """InstanceNorm as the BatchNorm of every image: ATen's own brings y into NCHW and back (and for a batch of one, its
+    input gradient is wrong where the incoming gradient is channels-last)."""
+    call = call._replace(norm=Norm("batch", eps=call.norm.eps))
+    images = [_batch_norm(image, call) for image in y.split(1)]
+    return images[0] if len(images) == 1 else torch.cat(images)
+
+
+def _group_norm(y: Tensor, call: NormCall, shifted: bool = False) -> Tensor:
+    n, c, h, w = y.shape
+    z, mean, inverse = torch.native_group_norm(
+        y, call.weight, call.bias, n, c, h * w, call.norm.groups, call.norm.eps
+    )  # fmt: skip
+    if shifted or not _is_far(mean, inverse, _FAR_GROUP):
+        return z
+    mean = mean.repeat_interleave(c // call.norm.groups, 1).view(n, c, 1, 1)
+    return _group_norm(*_shifted(y, mean, call), shifted=True).to(y.dtype)
+
+
+def _normalised(y: Tensor, call: NormCall) -> Tensor | None:
+    """The norm of a channels-last y; None where `norm_aten` is to do it (it also has the errors for too few values)."""
+    n, c, h, w = y.shape
+    wide = torch.promote_types(y.dtype, torch.float32)
+    running = [t for t in (call.running_mean, call.running_var) if t is not None]
+    affine = {t.dtype for t in (call.weight, call.bias) if t is not None}
+    # Dtypes that ATen combines, here and in `_shifted`.
+    fits = all(t.dtype == wide for t in running) and (affine <= {wide} or affine == {y.dtype} and not running)
+    if not call.measured or call.process_group is not None or not fits or y.numel() == 0:
+        return None
+    if call.norm.kind == "batch":
+        return _batch_norm(y, call) if n * h * w > 1 else None
+    if call.norm.kind == "group":
+        return _group_norm(y, call) if c // call.norm.groups * h * w > 1 else None
+    if h * w == 1 or (n > 1 and (running or c * h * w < 2**13)):
+        return None
+    return _instance_norm(y, call)
 
 
 def _finish(y: Tensor, norm: NormCall | None, activation: Activation, o: Operands) -> Tensor:
     """Norm, residual and activation of a channels-last y that is ours."""
     from .ops import norm_aten  # which needs nothing of this file; its package does
 
-    if norm is not None and norm.measured and norm.process_group is None:
-        z = _batch_norm(y, norm) if norm.norm.kind == "batch" else None
+    if norm is not None:
+        z = _normalised(y, norm)
         if z is not None:
             y, norm = z, None
-        elif norm.norm.kind != "instance":
-            # Channels-last, ATen's group norm is E[x^2] - E[x]^2: at a mean of some hundred deviations nothing is left.
-            y = y.contiguous()
+        elif norm.norm.kind == "instance" and not norm.measured:  # the same, and right for a batch of one
+            norm = norm._replace(norm=Norm("batch", eps=norm.norm.eps))
     function = _IN_PLACE.get(activation.name) if activation.saves() == "y" else None
     if norm is None and o.residual is None and function is not None:
         return function(y, *activation.params)
