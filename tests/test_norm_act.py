@@ -405,3 +405,22 @@ def test_backend_of_the_context(device: torch.device, launches: list[str]) -> No
     launches.clear()
     ops.instance_norm(x, backend="aten")
     assert not launches
+
+
+@pytest.mark.parametrize("kind", ["batch", "instance", "group"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_channels_last_on_the_cpu(kind: str, batch: int) -> None:
+    """In float64 the gradients are those of the elementary operations whichever way x and the gradient lie, and far from
+    zero float32 keeps its digits: PyTorch's own functions fail one or the other for some layouts."""
+    x, weight = double(batch, 4, 5, 6), double(4, seed=1)
+    grad = double(batch, 4, 5, 6, seed=2).detach()
+    last = torch.channels_last
+    call = NormCall(NORMS[kind], weight)
+    exact = torch.autograd.grad(composition(x, call), (x, weight), grad)
+    for x_ in (x, x.contiguous(memory_format=last)):
+        for grad_ in (grad, grad.contiguous(memory_format=last)):
+            y = normalise(x_, call, None, Activation(), None, channels_last=True, backend="aten")
+            torch.testing.assert_close(torch.autograd.grad(y, (x, weight), grad_), exact)
+    far = (x.detach() * 0.1 + 1000).float().contiguous(memory_format=last)
+    y = normalise(far, NormCall(NORMS[kind]), None, Activation(), None, channels_last=True, backend="aten")
+    assert (y - composition(far.double(), NormCall(NORMS[kind]))).abs().max() < 0.01

@@ -3,6 +3,7 @@ composition that a second derivative takes."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -69,8 +70,12 @@ def _norm(x: Tensor, call: NormCall) -> Tensor:
 def _by_torch(x: Tensor, call: NormCall) -> Tensor:
     norm, weight, bias, mean, var, measured, momentum, _ = call
     if norm.kind == "group":
+        # Of channels-last tensors, PyTorch's CPU kernel computes E[x^2] - E[x]^2.
+        x = x.contiguous() if x.device.type == "cpu" else x
         return F.group_norm(x, norm.groups, weight, bias, norm.eps)
-    if norm.kind == "instance":
+    if norm.kind == "instance" and measured and x.shape[0] != 1:
+        # Of one image it is the batch norm (whose gradient is right where that of F.instance_norm is not, on a CPU, for
+        # a channels-last gradient).
         return F.instance_norm(x, mean, var, weight, bias, measured, momentum, norm.eps)
     return F.batch_norm(x, mean, var, weight, bias, measured, momentum, norm.eps)
 
@@ -96,7 +101,7 @@ def composition(x: Tensor, call: NormCall | None) -> Tensor:
     if call.measured:
         shape, dims = y.shape, tuple(range(2, y.dim()))
         if norm.kind == "group":
-            y, dims = y.reshape(y.shape[0], norm.groups, -1), (2,)
+            y, dims = y.reshape(shape[0], norm.groups, math.prod(shape[1:]) // norm.groups), (2,)
         elif norm.kind == "batch":
             dims = (0, *dims)
         var, mean = torch.var_mean(y, dims, correction=0, keepdim=True)
