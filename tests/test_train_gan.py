@@ -316,6 +316,7 @@ def test_other_images_are_refused() -> None:
         ({"batch_size": 0}, "--batch-size 0: expected at least 1"),
         ({"epochs": 0}, "--epochs 0: expected at least 1"),
         ({"seed": -1}, "--seed -1: expected at least 0"),
+        ({"seed": 2**63}, "--seed 9223372036854775808: expected less than"),
         ({"lr": 0.0}, "--lr 0.0: expected a positive number"),
         ({"lr": float("nan")}, "--lr nan: expected a positive number"),
         ({"instance_noise": -0.1}, "--instance-noise -0.1: expected at least 0"),
@@ -484,6 +485,30 @@ def test_a_failed_write_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: py
     assert load_checkpoint(path)["steps"] == 1 and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_full_disk_ends_with_a_message(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(folder, tmp_path / "out", "--epochs", "1")) == 0
+
+    def full(path: Path, state: dict[str, object]) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(train, "save_checkpoint", full)
+    assert main(arguments(folder, tmp_path / "out", "--resume", "--epochs", "2")) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: No space left on device\n") and "is as it was after step 3" in said
+
+
+def test_layers_are_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(arguments(folder, tmp_path / "out", "--epochs", "1", "--layers", "torch")) == 0
+    seen = []
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self: seen.append(type(self.generator.main)) or step(self))
+    resume = ["train", "gan", "--resume", "--output", str(tmp_path / "out"), "--device", "cpu", "--epochs", "2"]
+    assert main(resume) == 0 and main([*resume[:-1], "3", "--layers", "cnnfast"]) == 0
+    assert [t.__module__.split(".")[0] for t in seen] == ["torch"] * 3 + ["cnnfast"] * 3
+
+
 @pytest.mark.parametrize("where", ["loss", "last update"])
 def test_divergence_keeps_the_last_good_checkpoint(
     where: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -561,7 +586,7 @@ def test_a_signal_leaves_a_checkpoint_that_goes_on(number: signal.Signals, folde
     assert state["steps"] >= 3 and f"Stopped after step {state['steps']} of" in out
 
     # What was left equals a training that was never interrupted, and it goes on.
-    options = Options(**{**state["options"], "epochs": state["epochs"]})
+    options = Options(**{**state["options"], "epochs": state["epochs"], "layers": state["layers"]})
     whole = trained(options, state["steps"], load_images(str(folder), 16))
     assert_same_bits(state, {"format": state["format"], **whole.state()})
     epochs = state["steps"] // whole.steps_per_epoch + 1

@@ -64,6 +64,8 @@ class Options:
         for name, least in (("epochs", 1), ("batch_size", 1), ("width", 1), ("nz", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed {self.seed}: expected less than 2**63")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ValueError(f"--lr {self.lr}: expected a positive number")
         if self.instance_noise is not None and not 0 <= self.instance_noise < float("inf"):
@@ -171,6 +173,7 @@ class Trainer:
         return {
             "options": fixed,
             "epochs": self.options.epochs,
+            "layers": self.options.layers,
             "config": asdict(self.config),
             "images": fingerprint(self.images),
             "steps": self.steps,

@@ -38,8 +38,9 @@ class Diverged(RuntimeError):
 def run(*, resume: bool = False, **given: Any) -> int:
     """Train with `gan.Options` ``given``; with ``resume`` go on from the checkpoint in the output folder.
 
-    Prints to standard output. The exit status: 0 when trained, 1 where the training diverged (the last good checkpoint
-    stays), 2 where it cannot start (a message says why), 128 + the signal's number after an interruption.
+    Prints to standard output. The exit status: 0 when trained; 1 where the training diverged or a file could not be
+    written (the last good checkpoint stays); 2 where it cannot start (a message says why); 128 + the signal's number
+    after an interruption.
     """
     reason = obstacle("train", REQUIRES, given.get("device"))
     try:
@@ -59,7 +60,7 @@ def run(*, resume: bool = False, **given: Any) -> int:
     try:
         with Interrupt("stopping after this step (once more: at once)") as interrupt:
             status = _train(trainer, interrupt)
-    except Diverged as error:
+    except (Diverged, OSError) as error:
         print(f"error: {error}\n{_remains(options.output)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -94,7 +95,7 @@ def _options(resume: bool, given: dict[str, Any]) -> tuple[Options, dict[str, An
             raise CheckpointError(f"{path} exists: go on from it with --resume, or choose another --output")
         return options, None
     state = load_checkpoint(path)
-    before = Options(**state["options"], epochs=state["epochs"])
+    before = Options(**state["options"], epochs=state["epochs"], layers=state["layers"])
     for name in given:
         old, new = getattr(before, name), getattr(options, name)
         if name not in CHANGEABLE and old != new:
