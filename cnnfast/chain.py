@@ -3,6 +3,7 @@ under autocast as PyTorch's modules."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -50,6 +51,15 @@ def _eager_layout(step: FusedStep, channels_last: bool, size: Sequence[int], out
     if _both_layouts(spec.out_channels, out):
         return channels_last and step.in_place and not (spec.out_channels == 1 and all(n == 1 for n in out))
     return channels_last
+
+
+def _one_value(step: FusedStep, shape: torch.Size) -> bool:
+    """Whether the step's norm has one value of ``shape`` for each of its statistics: PyTorch's modules raise then."""
+    assert step.rule is not None
+    n, c, *size = shape
+    norm, pixels = step.rule.norm, math.prod(size)
+    values = {"batch": n * pixels, "instance": pixels, "group": n * c // norm.groups * pixels}[norm.kind]
+    return values == 1 and not step.rule.synchronised
 
 
 class _Entry(torch.autograd.Function):
@@ -158,6 +168,8 @@ class Chain:
                 return str(error)
             eager.append(_eager_layout(s, eager[-1], size, out))
             shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
+            if s.measured and _one_value(s, shapes[-1]):
+                return "a norm would measure one value"
         inside = [True] * (len(self.steps) - 1) + eager[-1:]
         why: list[str | None] = [None] * len(self.steps)
         convert = False

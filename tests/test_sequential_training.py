@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cnnfast
 from cnnfast import chain
 
+from .test_sequential import stack_profile, stacks
 from .tolerance import assert_close
 
 CL = torch.channels_last
@@ -125,7 +128,7 @@ def eager_forms(plain: nn.Sequential) -> list[nn.Sequential]:
                 ("dilation", 1),
             ):
                 setattr(m, name, (one, *getattr(m, name)))
-    if plain[0].weight.dim() == 3:
+    if any(p.dim() == 3 for p in plain.parameters()):
         changed = nn.Sequential(nn.Unflatten(2, (1, -1)), *changed, nn.Flatten(2))
     return [copy.deepcopy(f).to(memory_format=m) for f in (plain, changed) for m in (torch.contiguous_format, CL)]
 
@@ -151,7 +154,7 @@ def check(
             each = (got[name], ref[name], w, *forms)
             errors.setdefault(name, []).append(tuple(t.flatten() for t in each))
         for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
-            assert p.grad is not None and (p.grad.dtype, p.grad.stride()) == (q.dtype, q.stride())
+            assert p.grad is not None and (p.grad.dtype, real_strides(p.grad)) == (q.dtype, real_strides(q))
     for name, parts in errors.items():
         g, r, *candidates = (torch.cat(column) for column in zip(*parts, strict=True))
         yardstick = max(candidates, key=lambda t: (t.double() - r).square().sum().item())
@@ -245,3 +248,133 @@ def test_one_dimension(norm: str, train: bool, steps: list[str]) -> None:
 def test_second_derivatives(norm: str, train: bool, steps: list[str]) -> None:
     check(generator(NORMS[norm][0], train), x2d(), second=True)
     assert steps == ([kind(norm, train)] * 3 + [""]) * INPUTS
+
+
+# --- autocast ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cl", [False, True], ids=["nchw", "channels-last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("norm", NORMS)
+def test_autocast(norm: str, train: bool, dtype: torch.dtype, cl: bool, steps: list[str]) -> None:
+    memory_format = CL if cl else torch.contiguous_format
+    plain = generator(NORMS[norm][0], train).to(memory_format=memory_format)
+    check(plain, x2d().contiguous(memory_format=memory_format), autocast=dtype)
+    assert steps == ([kind(norm, train)] * 3 + [""]) * INPUTS
+
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky": lambda: nn.LeakyReLU(0.2),
+    "leaky-in-place": lambda: nn.LeakyReLU(0.2, inplace=True),
+    "leaky-negative": lambda: nn.LeakyReLU(-0.5),
+    "elu": nn.ELU,
+    "silu": nn.SiLU,
+    "gelu": nn.GELU,
+    "gelu-tanh": lambda: nn.GELU("tanh"),
+    "tanh": nn.Tanh,
+    "sigmoid": nn.Sigmoid,
+    "hardtanh": lambda: nn.Hardtanh(-0.5, 0.8),
+    "prelu": nn.PReLU,
+    "prelu-per-channel": lambda: nn.PReLU(8),
+}
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["", "autocast"])
+@pytest.mark.parametrize("norm", ["none", "batch", "group"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name: str, norm: str, autocast: torch.dtype | None) -> None:
+    make = ACTIVATIONS[name]
+    stack = [nn.Conv2d(6, 8, 3, padding=1), NORMS[norm][0](8), make(), nn.ConvTranspose2d(8, 8, 3), make()]
+    check(randomized(nn.Sequential(*stack)), x2d(), autocast=autocast, second=autocast is None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_autocast_of_mixed_dtypes(x_dtype: torch.dtype, weights: torch.dtype, steps: list[str]) -> None:
+    """Autocast brings input and weight to its dtype whatever they are; dtypes of result and gradients are eager's."""
+    plain = nn.Sequential(nn.Conv2d(6, 8, 3).to(weights), nn.BatchNorm2d(8), nn.PReLU(), nn.Conv2d(8, 4, 2))
+    ours = cnnfast.Sequential(*copy.deepcopy(plain))
+    dtypes = []
+    for model in (plain, ours):
+        x = x2d().to(x_dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        y.float().sum().backward()
+        dtypes.append([y.dtype, x.grad.dtype, *(p.grad.dtype for p in model.parameters())])
+    assert dtypes[0] == dtypes[1] and dtypes[0][0] == torch.bfloat16
+    assert len(steps) == 2
+
+
+def test_autocast_without_gradients(steps: list[str]) -> None:
+    plain = generator(NORMS["batch"][0]).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, want = cnnfast.Sequential(*plain)(x2d()), plain(x2d())
+        assert got.dtype == want.dtype == torch.bfloat16 and got.stride() == want.stride()
+        exact = copy.deepcopy(plain).double()(x2d().double())
+    assert_close(got, exact, want)
+    assert len(steps) == 3, "a small plain convolution runs as its modules, under autocast too"
+
+
+def test_autocast_of_another_device_or_switched_off(steps: list[str]) -> None:
+    model = cnnfast.Sequential(*generator(NORMS["group"][0]))
+    with torch.autocast("cpu", enabled=False):
+        assert model(x2d()).dtype == torch.float32
+    with torch.autocast("cpu"), torch.autocast("cpu", enabled=False):
+        assert model(x2d()).dtype == torch.float32
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        assert model(x2d()).dtype == torch.float32
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert len(steps) == 12
+
+
+def test_gradients_accumulate_under_autocast() -> None:
+    """Several uses of a weight in one region and in several; a weight written to inside a region is used as it is."""
+    plain = generator(NORMS["instance"][0])
+    models = [plain, cnnfast.Sequential(*copy.deepcopy(plain)), copy.deepcopy(plain).double()]
+    for model in models:
+        double = model is models[2]
+        for k in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=not double):
+                for i in range(2):
+                    x = x2d(seed=10 * k + i)
+                    loss_of(model(x.double() if double else x)).backward()
+    for p, q, exact in zip(*(m.parameters() for m in models), strict=True):
+        if p.dim() > 1:
+            assert_close(q.grad, exact.grad, p.grad)
+    ours = models[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        ours(x2d())
+        with torch.no_grad():
+            ours[10].weight.zero_()
+            ours[10].bias.fill_(1)
+        assert torch.equal(ours(x2d()), torch.ones(()).bfloat16().tanh().expand(3, 3, 20, 16))
+
+
+def test_what_autocast_does_on_a_gpu() -> None:
+    """PyTorch's own table of operators is what `chain` says of it: GroupNorm in float32 on CUDA only, PReLU lowered,
+    every other norm and activation in the dtype it gets."""
+    listed = torch._C._dispatch_has_kernel_for_dispatch_key
+    for key, group in (("AutocastCUDA", True), ("AutocastCPU", False)):
+        assert listed("aten::group_norm", key) is group
+        for name in ("prelu", "conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d.input"):
+            assert listed(f"aten::{name}", key)
+        for name in ("batch_norm", "instance_norm", "native_batch_norm", "relu", "leaky_relu", "elu", "silu", "gelu"):
+            assert not listed(f"aten::{name}", key)
+        for name in ("tanh", "sigmoid", "hardtanh", "constant_pad_nd"):
+            assert not listed(f"aten::{name}", key)
+
+
+# --- random stacks ----------------------------------------------------------------------------------------------------
+
+
+@stack_profile(30)
+@given(stacks(2), st.booleans())
+def test_random_stacks(stack: tuple[nn.Sequential, Tensor], train: bool) -> None:
+    plain, x = stack
+    if x.shape[0] == 1:
+        x = torch.cat([x, x + 1])  # one value per channel is an error in training mode
+    check(plain.train(train), x)
