@@ -74,11 +74,9 @@ def run_step(
     gradient = needs_gradient(o) or norm is not None and needs_gradient(norm)
     training = gradient or norm is not None
     if torch.compiler.is_compiling():
-        if training:
-            return by_torch(step, o, norm, channels_last)
-        from .library import conv_block
+        from .library import traced_step
 
-        return conv_block(step, o, channels_last, backend)
+        return traced_step(step, o, norm, channels_last, backend)
     name = dispatch.resolve_backend(backend)
     unseen = watched(o.x)
     if name == "triton" or (name == "auto" and o.x.is_cuda and not unseen):

@@ -1,59 +1,62 @@
-"""The fused step as a `torch.library` operator: what tracing, compiling and fake tensors see in place of a launch.
+"""The fused step without gradients as a `torch.library` operator, and what `torch.compile` sees of any step.
 
-``cnnfast::conv_block`` runs `run_step` without gradients; its backward recomputes the step by PyTorch's operators, so
-that no caller ever gets a silently detached result. Plain eager calls skip this boundary (it costs 14 to 60 us).
+``cnnfast::conv_block`` runs `run_step` without gradients; it has no derivative, and says so where one is asked for.
+Steps with gradients on a GPU are the operators of `library_training`. Plain eager calls skip this boundary (it costs 14
+to 60 us).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..block import Operands, Step, Upsample, plain_step, run_reference, upsample_step
+from ..block import Operands, Step, Upsample, plain_step, upsample_step
+from ..norms import NormCall
 from ..spec import Activation, ConvSpec
 
-__all__ = ["conv_block", "conv_block_op"]
+__all__ = ["conv_block", "conv_block_op", "traced_step"]
 
 
 def _step(
-    weight: Tensor,
     transposed: bool,
+    groups: int,
+    padding_mode: str,
+    activation: str,
+    weight_shape: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     output_padding: Sequence[int],
     dilation: Sequence[int],
-    groups: int,
     upsample: Sequence[int],
-    padding_mode: str,
-    activation: str,
     params: Sequence[float],
 ) -> Step:
     act = Activation(activation, tuple(params))
-    first, second, *kernel = (int(n) for n in weight.shape)
+    first, second, *kernel = (int(n) for n in weight_shape)
     if upsample:
         up = Upsample((upsample[0], upsample[1]), (padding[0], padding[1]), padding_mode)
         return upsample_step(second * groups, first, (kernel[0], kernel[1]), up, groups, act)
-    spec = ConvSpec(
-        transposed,
-        first if transposed else second * groups,
-        second * groups if transposed else first,
-        tuple(kernel),
-        tuple(stride),
-        tuple(padding),
-        tuple(output_padding),
-        tuple(dilation),
-        groups,
-    )
-    return plain_step(spec, padding_mode, act)
+    channels = (first, second * groups) if transposed else (second * groups, first)
+    ints = (tuple(kernel), tuple(stride), tuple(padding), tuple(output_padding), tuple(dilation))
+    return plain_step(ConvSpec(transposed, *channels, *ints, groups), padding_mode, act)
+
+
+_known_step = lru_cache(maxsize=4096)(_step)  # where nothing is symbolic
+
+
+def _as_4d(weight: Tensor) -> Tensor:
+    """(C_in, C_out/g, k) as (C_in, C_out/g, 1, k): a view, made here so that a Parameter reaches the operator as it is,
+    and what is packed for it is found again."""
+    return weight.unsqueeze(2) if weight.dim() == 3 else weight
 
 
 @torch.library.custom_op("cnnfast::conv_block", mutates_args=())
 def conv_block_op(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor,  # 4-D; 3-D of a layer of one dimension, whose x has height 1
     bias: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
@@ -77,19 +80,9 @@ def conv_block_op(
 ) -> Tensor:
     from .core import run_step
 
-    step = _step(
-        weight,
-        transposed,
-        stride,
-        padding,
-        output_padding,
-        dilation,
-        groups,
-        upsample,
-        padding_mode,
-        activation,
-        params,
-    )
+    weight = _as_4d(weight)
+    sizes = (tuple(v) for v in (weight.shape, stride, padding, output_padding, dilation, upsample, params))
+    step = _known_step(transposed, groups, padding_mode, activation, *sizes)
     o = Operands(x, weight, bias, mean, var, eps, scale, shift, residual, slope)
     with torch.no_grad():
         y = run_step(step, o, channels_last=channels_last, backend=backend)
@@ -99,39 +92,14 @@ def conv_block_op(
 
 @conv_block_op.register_fake
 def _(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    step = _step(weight, *args[8:18])
+    transposed, stride, padding, output_padding, dilation, groups, upsample, mode, activation, params = args[8:18]
+    shape = _as_4d(weight).shape
+    step = _step(
+        transposed, groups, mode, activation, shape, stride, padding, output_padding, dilation, upsample, params
+    )  # fmt: skip
     size = step.output_size((x.shape[2], x.shape[3]))
     fmt = torch.channels_last if args[18] else torch.contiguous_format
     return torch.empty((x.shape[0], step.spec.out_channels, *size), dtype=x.dtype, device=x.device, memory_format=fmt)
-
-
-_TENSORS = 9  # the leading tensor arguments
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:_TENSORS])
-    ctx.rest = inputs[_TENSORS:]
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    eps, *geometry = ctx.rest
-    tensors = ctx.saved_tensors
-    with torch.enable_grad():
-        # Detached copies: the step is differentiated here, with respect to exactly what the caller asked for.
-        leaves = [
-            None if t is None else t.detach().requires_grad_(need and t.is_floating_point())
-            for t, need in zip(tensors, ctx.needs_input_grad, strict=False)
-        ]
-        x, weight, bias, mean, var, scale, shift, residual, slope = leaves
-        assert x is not None and weight is not None  # the schema says so
-        step = _step(weight, *geometry[:10])
-        y = run_reference(step, Operands(x, weight, bias, mean, var, eps, scale, shift, residual, slope))
-        wanted = [t for t in leaves if t is not None and t.requires_grad]
-        grads = iter(torch.autograd.grad(y, wanted, grad, allow_unused=True))
-    return tuple(next(grads) if t is not None and t.requires_grad else None for t in leaves) + (None,) * len(ctx.rest)
-
-
-conv_block_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def conv_block(step: Step, o: Operands, channels_last: bool, backend: str | None) -> Tensor:
@@ -164,3 +132,31 @@ def conv_block(step: Step, o: Operands, channels_last: bool, backend: str | None
         channels_last,
         backend,
     )
+
+
+# --- what Dynamo traces -----------------------------------------------------------------------------------------------
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
+def transformed() -> bool:
+    """Whether a functorch transform is at work: Dynamo enters those of traced code while it traces, and guards those
+    around it."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def traced_step(step: Step, o: Operands, norm: NormCall | None, channels_last: bool, backend: str | None) -> Tensor:
+    """`core.run_step` in traced code: an operator, or PyTorch's own operators where there is none (a gradient on a CPU,
+    a functorch transform) or where none is wanted: an exported program is to run without cnnfast."""
+    from .core import by_torch, needs_gradient
+
+    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting() or transformed():
+        return by_torch(step, o._replace(weight=_as_4d(o.weight)), norm, channels_last)
+    if norm is None and not needs_gradient(o):
+        return conv_block(step, o, channels_last, backend)
+    o = o._replace(weight=_as_4d(o.weight))
+    if (o.x.is_cuda or backend == "triton") and backend != "aten":
+        from . import library_training
+
+        if library_training.takes(o, norm):
+            return library_training.run(step, o, norm, channels_last, backend)
+    return by_torch(step, o, norm, channels_last)

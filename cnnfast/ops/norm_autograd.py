@@ -23,7 +23,16 @@ from . import norm_launch, norm_proof, norm_sync
 from .norm_aten import composition
 from .norm_launch import Grads, NormHow, Saved
 
-__all__ = ["forward", "norm_backward", "norm_forward", "norm_setup", "run", "statistics"]
+__all__ = [
+    "forward",
+    "norm_backward",
+    "norm_forward",
+    "norm_setup",
+    "proven_backward",
+    "proven_forward",
+    "run",
+    "statistics",
+]
 
 norm_forward = norm_launch.apply
 
@@ -96,6 +105,18 @@ def norm_backward(ctx: Any, grad: Tensor) -> Grads:
             norm_sync.no_second_derivative()
         return _recorded_backward(grad, saved, how, need)
     reduce = None if ctx.several is None else _reducer(ctx.several)
+    return proven_backward(grad, saved, how, need, reduce, ctx.required)
+
+
+def proven_backward(
+    grad: Tensor,
+    saved: Saved,
+    how: NormHow,
+    need: Grads | tuple[bool, ...],
+    reduce: Callable[[Tensor], tuple[Tensor, Tensor]] | None,
+    required: bool,
+) -> Grads:
+    """`norm_launch.backward`, or its equations by PyTorch's operators where `guard` finds that it must not run."""
     proof = norm_proof.backward_proof(grad, saved, how, need, reduce is not None)
     if proof.ready:
         return norm_launch.backward(grad, saved, how, need, reduce)
@@ -103,7 +124,7 @@ def norm_backward(ctx: Any, grad: Tensor) -> Grads:
         proof,
         lambda: norm_launch.backward(grad, saved, how, need, reduce),
         lambda: norm_proof.backward_problem(grad, saved, how, need, reduce is not None),
-        ctx.required,
+        required,
     )
     return norm_proof.backward_by_torch(grad, saved, how, need, reduce) if found is None else found
 
@@ -178,7 +199,7 @@ def forward(
         return Forward(norm_forward(x, weight, bias, residual, slope, mean, rstd, how), mean, rstd, several)
 
 
-def _proven_forward(
+def proven_forward(
     x: Tensor,
     call: NormCall | None,
     residual: Tensor | None,
@@ -235,7 +256,7 @@ def run(
     run; RuntimeError then if ``required``."""
     measured = call is not None and call.measured
     how = NormHow(None if call is None else call.norm, measured, activation, channels_last, dtype, residual is not None)
-    done = _proven_forward(x, call, residual, slope, parts, how, required)
+    done = proven_forward(x, call, residual, slope, parts, how, required)
     if done is None:
         return None
     weight, bias = (None, None) if call is None else (call.weight, call.bias)
