@@ -410,8 +410,8 @@ def test_backend_of_the_context(device: torch.device, launches: list[str]) -> No
 @pytest.mark.parametrize("kind", ["batch", "instance", "group"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_channels_last_on_the_cpu(kind: str, batch: int) -> None:
-    """In float64 the gradients are those of the elementary operations whichever way x and the gradient lie, and far from
-    zero float32 keeps its digits: PyTorch's own functions fail one or the other for some layouts."""
+    """In float64 the gradients are those of the elementary operations whichever way x and the gradient lie, and far
+    from zero float32 keeps its digits: PyTorch's own functions fail one or the other for some layouts."""
     x, weight = double(batch, 4, 5, 6), double(4, seed=1)
     grad = double(batch, 4, 5, 6, seed=2).detach()
     last = torch.channels_last

@@ -98,8 +98,9 @@ class _Synchronised(torch.autograd.Function):
         dw = None if weight is None else sums[1].to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, dw, db, None
-        dist.all_reduce(sums, group=ctx.group)
-        mean1, mean2 = sums / count
+        total = sums.clone()  # dw and db are this process's own
+        dist.all_reduce(total, group=ctx.group)
+        mean1, mean2 = total / count
         dx = dz - per_channel(mean1, x) - xhat * per_channel(mean2, x)
         scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
         return (dx * per_channel(scale, x)).to(x.dtype), dw, db, None
