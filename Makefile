@@ -17,13 +17,16 @@ endif
 # Never installs: the environment where there is one, else PYTHON.
 RUN_AS_IS := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: help demo test test-all check bench rehearse gpu clean
+.PHONY: help demo train test test-all check bench rehearse gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
 
 demo: $(call installed,demo) ## 64 faces by plain PyTorch and by cnnfast: differences, times, out/*.png
 	$(RUN) -m cnnfast demo --output out
+
+train: $(call installed,demo) ## a GAN on 1,797 digits, about ten minutes on two cores: samples, losses, checkpoint in out/gan
+	$(RUN) -m cnnfast train gan
 
 test: $(call installed,test) ## the tests, about three minutes on two cores
 	$(RUN) tests/run.py

@@ -29,6 +29,7 @@ import triton.language as tl
 
 from .activation import act
 from .indexing import border, inside, phase_taps, tile_order
+from .statistics import emit_statistics, store_statistics
 
 
 @triton.jit
@@ -91,26 +92,6 @@ def finish(
     return acc
 
 
-@triton.jit
-def _store_statistics(stats_ptr, part, parts, count, mean, m2, chan, chan_mask, first, COUT: tl.constexpr):
-    """One part of `cnnfast.norms.Partials`: count (parts,), mean (parts, COUT) and m2 likewise, one after the other.
-    ``first``: whether this program is the part's one that stores the count."""
-    offs = part.to(tl.int64) * COUT + chan
-    tl.store(stats_ptr + part, count, mask=first)
-    tl.store(stats_ptr + parts + offs, mean, mask=chan_mask)
-    tl.store(stats_ptr + parts + parts.to(tl.int64) * COUT + offs, m2, mask=chan_mask)
-
-
-@triton.jit
-def _emit_statistics(v, row_mask, rows, stats_ptr, part, parts, chan, chan_mask, first, COUT: tl.constexpr):
-    """Mean and centred sum of squares of v (BLOCK_M, BLOCK_N), as stored, over its first ``rows`` rows."""
-    v = v.to(tl.float32)
-    count = rows.to(tl.float32)
-    mean = tl.sum(tl.where(row_mask[:, None], v, 0.0), 0) / count
-    d = tl.where(row_mask[:, None], v - mean[None, :], 0.0)
-    _store_statistics(stats_ptr, part, parts, count, mean, tl.sum(d * d, 0), chan, chan_mask, first, COUT)
-
-
 @triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "SPLITS"])
 def conv_transpose_kernel(
     x_ptr,  # (N, H, W, GROUPS * CIN)
@@ -124,7 +105,7 @@ def conv_transpose_kernel(
     scale_ptr,
     shift_ptr,
     slope_ptr,
-    stats_ptr,  # None, or the statistics of y by parts: one for each row tile and phase (`_store_statistics`)
+    stats_ptr,  # None, or the statistics of y by parts: one for each row tile and phase (`store_statistics`)
     N,
     H,
     W,
@@ -199,7 +180,7 @@ def conv_transpose_kernel(
             none = tl.zeros((BLOCK_N,), tl.float32)
             first_n = (pid_n == 0) & (group == 0) & (SPLITS == 1)
             out, out_mask = group * CHANNELS_OUT + offs_n, col_mask & (SPLITS == 1)
-            _store_statistics(stats_ptr, part, parts, 0.0, none, none, out, out_mask, first_n, COUT)
+            store_statistics(stats_ptr, part, parts, 0.0, none, none, out, out_mask, first_n, COUT)
         return
     th0, taps_h, off_h = phase_taps(rh, KH, SH, PAD_H, DH, GH, INV_H, TRANSPOSED)
     tw0, taps_w, off_w = phase_taps(rw, KW, SW, PAD_W, DW, GW, INV_W, TRANSPOSED)
@@ -336,7 +317,7 @@ def conv_transpose_kernel(
     if stats_ptr is not None:
         rows = tl.minimum(M - pid_m * BLOCK_M, BLOCK_M)
         first_n = (pid_n == 0) & (group == 0)
-        _emit_statistics(y, row_mask, rows, stats_ptr, part, parts, chan, col_mask, first_n, COUT)
+        emit_statistics(y, row_mask, rows, stats_ptr, part, parts, chan, col_mask, first_n, COUT)
 
 
 @triton.jit(do_not_specialize=["N", "POSITIONS", "SPLITS"])
@@ -386,7 +367,7 @@ def split_k_epilogue_kernel(
     if stats_ptr is not None:
         part = tl.program_id(0)
         rows = tl.minimum(total - part.to(tl.int64) * BLOCK_M, BLOCK_M)
-        _emit_statistics(
+        emit_statistics(
             y, offs_m < total, rows, stats_ptr, part, tl.num_programs(0), chan, col_mask, tl.program_id(1) == 0, COUT
         )
 
