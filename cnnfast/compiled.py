@@ -39,12 +39,11 @@ Containers = tuple[Callable[..., Any], ...]
 
 @dataclass(frozen=True)
 class Leaf:
-    """A module as it was at tracing: ``entries`` in its ``__dict__``, attributes, and its tensors by name with their
-    (shape, strides, dtype), None for one that it does not have."""
+    """A module as it was at tracing: its attributes, and its tensors by name with their (shape, strides, dtype), None
+    for one that it does not have."""
 
     path: tuple[str, ...]
     cls: type
-    entries: int
     attributes: tuple[tuple[str, object], ...]
     tensors: tuple[str, ...]
     described: tuple[object, ...]
@@ -89,12 +88,11 @@ def _described(t: Tensor | None) -> object:
 
 def _leaf(path: tuple[str, ...], m: nn.Module) -> Leaf:
     kind = KINDS.get(type(m))
-    entries = len(m.__dict__)
     if kind is None or any(m.__dict__.get(name) for name in HOOKS):
-        return Leaf(path, type(m), entries, (), (), ())
+        return Leaf(path, type(m), (), (), ())
     attributes = tuple((n, m.__dict__[n]) for n in _names(kind.look) if n in m.__dict__)
     tensors = _names(kind.tensors)
-    return Leaf(path, type(m), entries, attributes, tensors, tuple(_described(getattr(m, n)) for n in tensors))
+    return Leaf(path, type(m), attributes, tensors, tuple(_described(getattr(m, n)) for n in tensors))
 
 
 def _walk(
@@ -163,7 +161,7 @@ def _same_children(seq: nn.Module, plan: Traced) -> bool:
 
 def _tensors(m: nn.Module, leaf: Leaf) -> tuple[Tensor | None, ...] | None:
     """The module's tensors, or None where it is not as it was planned."""
-    if type(m) is not leaf.cls or len(m.__dict__) != leaf.entries:
+    if type(m) is not leaf.cls or not callable(m.forward):  # looked at for the guard: none of its own has been set
         return None
     for name, value in leaf.attributes:
         if getattr(m, name) != value:
@@ -303,8 +301,7 @@ def _step(
     # The Parameter itself, of three dimensions too: what is packed for it is kept by its identity.
     o = o._replace(weight=tensors[s.conv][0])
     if low is not None:
-        cast = {k: t.to(low) for k, t in (("x", o.x), ("weight", o.weight))}
-        o = o._replace(**cast, bias=None if o.bias is None else o.bias.to(low))
+        o = o._replace(x=o.x.to(low), weight=o.weight.to(low), bias=None if o.bias is None else o.bias.to(low))
         o = o._replace(slope=None if o.slope is None else o.slope.to(low))
     y = library.traced_step(s.step, o, call, channels_last, None)
     return y if s.ndim == 2 else y.squeeze(2)

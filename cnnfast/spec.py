@@ -198,7 +198,7 @@ class ConvSpec:
         ):
             reach = d * (k - 1) + 1
             out.append((n - 1) * s - 2 * p + reach + op if self.transposed else (n + 2 * p - reach) // s + 1)
-        if min(out) < 1:
+        if any(n < 1 for n in out):  # without min(): sizes may be symbolic, and are not to be compared with each other
             raise ValueError(
                 f"given input size per channel {tuple(input_size)}, calculated output size {tuple(out)} is too small"
             )

@@ -151,7 +151,8 @@ def convolve(
         channels = weight_shape[1] * groups if transposed else weight_shape[0]
     act, slope = parse_activation(e.activation, e.activation_param, channels)
     x, w, b = autocast(input, weight, bias)
-    call = _resolve(
+    resolve = _resolve.__wrapped__ if torch.compiler.is_compiling() else _resolve  # symbolic sizes have no hash
+    call = resolve(
         ndim,
         transposed,
         x.shape,

@@ -291,7 +291,7 @@ def conv_norm_act(
     nothing = x.new_empty(0, dtype=torch.float32)
     if not measured or mean is None or rstd is None:
         mean, rstd = nothing, nothing.clone()
-    return _own(y, u), u, mean.clone(), rstd.clone(), *moved
+    return _own(y, u), u, mean.clone(), rstd.clone(), moved[0], moved[1]
 
 
 def _launched(
@@ -438,14 +438,14 @@ def _conv_norm_act_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tupl
     of_conv = _Part(needs_input_grad=need[:3])
     conv_setup(of_conv, x, weight, bias, u, _how(_spec(weight, *geometry), Activation(), True, backend))
     of_norm = _Part(needs_input_grad=(any(need[:3]), need[3], need[4], need[7], need[8]))
-    statistics = (mean, rstd) if measured else (running_mean, running_var)
+    mean, rstd = (mean, rstd) if measured else (running_mean, running_var)
     required = dispatch.resolve_backend(backend) == "triton"
-    norm_setup(of_norm, u, norm_weight, norm_bias, residual, slope, *statistics, y, how, None, required)
+    norm_setup(of_norm, u, norm_weight, norm_bias, residual, slope, mean, rstd, y, how, None, required)
     ctx.save_for_backward(*of_conv.saved_tensors, *of_norm.saved_tensors)
     ctx.of_conv, ctx.of_norm, ctx.backend = of_conv, of_norm, backend
     ctx.convs = len(of_conv.saved_tensors)
     of_conv.saved_tensors = of_norm.saved_tensors = ()
-    ctx.mark_non_differentiable(u, mean, rstd, *output[4:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
