@@ -79,6 +79,20 @@ class Step:
         kind = "upsample + conv" if self.upsample is not None else "conv_transpose" if s.transposed else "conv"
         return f"{kind} {s.in_channels} -> {s.out_channels}, kernel {'x'.join(map(str, kernel))}"
 
+    def concerns(self, step: Step) -> bool:
+        """Whether ``step`` or its gradients run this step: itself, its convolution alone, or its input's gradient."""
+        if self == step or self == Step(step.spec, self.activation):
+            return True
+        s, output_padding = step.spec, self.spec.output_padding
+        adjoint = replace(
+            s,
+            transposed=not s.transposed,
+            in_channels=s.out_channels,
+            out_channels=s.in_channels,
+            output_padding=output_padding,  # that of the input's size
+        )
+        return self == Step(adjoint)
+
 
 def plain_step(spec: ConvSpec, mode: str = "zeros", activation: Activation = Activation()) -> Step:  # noqa: B008
     """The step of a plain convolution that pads by ``spec.padding`` in ``mode``, one of `PADDING_MODES`."""

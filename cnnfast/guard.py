@@ -69,6 +69,9 @@ class Subject(Protocol):
     def describe(self) -> str:
         """Which operation of which layer, for people."""
 
+    def concerns(self, step: Step) -> bool:
+        """Whether ``step`` or its gradients run this."""
+
 
 @dataclass(eq=False)
 class Proof:
@@ -229,12 +232,17 @@ def report() -> list[str]:
 
 
 def failures(step: Step, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """Why PyTorch's operators run in place of kernels of this step on ``device``: a line for each plan that failed."""
+    """Why PyTorch's operators run in place of kernels of this step and of its gradients on ``device``: a line for each
+    that failed. Kernels of other dtypes than ``dtype``, and other kernels than the step's own, are named in it."""
     if device.type != "cuda":
         return []
-    here = (p for p in _proofs.values() if p.index == (device.index or 0))
-    found = (p for p in here if p.why_not is not None and p.subject == step)
-    return [f"{p.name} {p.why_not}" for p in found if p.constants.get("dtype") == str(dtype)]
+    here = (p for p in _proofs.values() if p.index == (device.index or 0) and p.why_not is not None)
+    return [
+        f"{p.name if p.subject == step and p.constants.get('dtype') == str(dtype) else f'of the {describe(p)}:'} "
+        f"{p.why_not}"
+        for p in here
+        if p.subject.concerns(step)
+    ]
 
 
 def forget() -> None:

@@ -370,6 +370,49 @@ def test_a_wrong_sum_of_weights(back: bool, device: torch.device, monkeypatch: p
         weight_gradient_of_upsampled(device, "triton")
 
 
+# --- telling ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["weight gradient", "norm"])
+def test_explain_names_failures_of_gradients(
+    what: str, device: torch.device, spoil: Spoil, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cnnfast.ops import norm_launch
+
+    kernels = norm_launch.backward_kernels
+    if what == "norm":
+        monkeypatch.setattr(kernels, "grad_apply_kernel", spoiled(kernels.grad_apply_kernel, P0=9.0))
+    else:
+        spoil(**WRONG["tap"])
+    layers = nn.ConvTranspose2d(32, 32, 4, 2, 1), nn.BatchNorm2d(32), nn.LeakyReLU(0.2), nn.Conv2d(32, 16, 3, padding=1)
+    model = cnnfast.Sequential(*layers).to(device)
+    with cnnfast.backend("triton"):
+        y = model(torch.randn(2, 32, 4, 3).to(device))
+        with pytest.raises(guard.Refused, match="wrong results"):
+            y.square().mean().backward()
+    first, second = model.explain().splitlines()
+    if what == "norm":
+        assert "the kernel of the gradient of batch norm + leaky_relu of 32 channels, float32, two passes" in first
+        assert "gradient of" not in second
+    else:
+        expected = "fused, but PyTorch's operators run: the kernel of the weight gradient of conv 32 -> 16, kernel 3x3"
+        assert expected in second and "gradient of" not in first
+
+
+def test_which_kernels_concern_a_step() -> None:
+    from cnnfast.ops.norm_proof import NormPass
+    from cnnfast.ops.wgrad import WeightGradient
+
+    step = replace(STEP, activation=Activation("relu"))
+    other = Step(ConvSpec.make(32, 32, 3, 2, 1))
+    adjoint = Step(STEP.spec.adjoint((4, 3)))
+    assert all(kernel.concerns(step) for kernel in (step, STEP, adjoint, WeightGradient(STEP.spec)))
+    assert not any(kernel.concerns(other) for kernel in (step, STEP, adjoint, WeightGradient(STEP.spec)))
+    assert NormPass("", Activation("relu"), 32).concerns(step) and not NormPass("", Activation("relu"), 16).concerns(
+        step
+    )
+
+
 # --- ahead of time ----------------------------------------------------------------------------------------------------
 
 

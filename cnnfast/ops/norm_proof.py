@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import dispatch, guard, trial
 from ..activations import Activation, activation_derivative
+from ..block import Step
 from ..norms import NormCall, Partials
 from . import norm_launch, norm_sync
 from .norm_aten import composition, per_channel
@@ -50,6 +51,11 @@ class NormPass:
             norm = [] if how.norm is None else [f"{how.norm.kind} norm"]
             parts = [*norm, *["residual"] * how.residual, how.activation.name]
         return f"{self.what}{' + '.join(parts)} of {self.channels} channels"
+
+    def concerns(self, step: Step) -> bool:
+        """The norm that follows a step is not part of it: one of as many channels, and its activation."""
+        activation = self.how if isinstance(self.how, Activation) else self.how.activation
+        return self.channels == step.spec.out_channels and activation == step.activation
 
 
 # --- proofs -----------------------------------------------------------------------------------------------------------

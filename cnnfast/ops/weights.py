@@ -152,6 +152,9 @@ class WeightSum:
     def describe(self) -> str:
         return f"{'gradient of the ' if self.back else ''}summed weight of {self.step.describe()}"
 
+    def concerns(self, step: Step) -> bool:
+        return self.step == replace(step, activation=Activation())
+
 
 @lru_cache(maxsize=256)
 def _sum(

@@ -42,6 +42,9 @@ class WeightGradient:
     def describe(self) -> str:
         return f"weight gradient of {Step(self.spec).describe()}"
 
+    def concerns(self, step: Step) -> bool:
+        return self.spec == step.spec
+
 
 @dataclass(frozen=True)
 class WgradLaunch:
