@@ -55,7 +55,7 @@ def draw_curves(
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 2.8 * len(panels)), layout="constrained")
-    window = max(1, len(epochs) // 50)
+    window = max(1, len(epochs) // 30)
     colours = ("#e4572e", "#2e6fe4", "#5b7083")
     for axes, (label, curves) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         for colour, (name, values) in zip(colours, curves, strict=False):
@@ -64,7 +64,7 @@ def draw_curves(
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-        axes.legend(loc="upper right", frameon=False)
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{title}\nbold: mean of {window} step{'s' if window > 1 else ''}", fontsize=10)
     buffer = io.BytesIO()
