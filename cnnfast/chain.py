@@ -62,6 +62,14 @@ def _one_value(step: FusedStep, shape: torch.Size) -> bool:
     return values == 1 and not step.rule.synchronised
 
 
+def _pads(module: nn.Module) -> bool:
+    """Whether it pads by an operator whose gradient has its input's memory format, whatever the weight's."""
+    return getattr(module, "padding_mode", "zeros") != "zeros" or isinstance(module, _PADS)
+
+
+_PADS = (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d)
+
+
 class _Entry(torch.autograd.Function):
     """x in ``dtype``, with ``convert`` channels-last; its gradient in the memory format of eager mode."""
 
@@ -191,7 +199,7 @@ class Chain:
         runs = [Run(*how) for how in zip(inside, why, strict=True)]
         if why[-1] is None:
             runs[-1] = self._last(runs[-1], x.device.type, backend, low, gradient)
-        padded = any(first.step.pad)  # PyTorch's padding keeps the format
+        padded = any(_pads(reading.modules[k]) for k in first.slots)
         of_gradient = first.ndim == 2 and (eager[0] or first.weight_channels_last and not padded)
         return Bound(tuple(runs), low, convert, of_gradient)
 

@@ -134,12 +134,12 @@ def eager_forms(plain: nn.Sequential) -> list[nn.Sequential]:
 
 
 def check(
-    plain: nn.Sequential, x: Tensor, autocast: torch.dtype | None = None, second: bool = False, inputs: int = INPUTS
+    plain: nn.Sequential, x: Tensor, autocast: torch.dtype | None = None, second: bool = False, together: bool = False
 ) -> None:
     """A training step of cnnfast.Sequential is that of nn.Sequential: values by the tolerance rule against float64, for
-    ``inputs`` like x together, integers, dtypes and strides exactly."""
+    `INPUTS` inputs like x at once (and ``together``: all tensors at once), integers, dtypes and strides exactly."""
     g = torch.Generator().manual_seed(3)
-    xs = [x, *(torch.empty_like(x).copy_(torch.randn(x.shape, generator=g)) for _ in range(inputs - 1))]
+    xs = [x, *(torch.empty_like(x).copy_(torch.randn(x.shape, generator=g)) for _ in range(INPUTS - 1))]
     # Eager mode rounds differently in each form: the yardstick is the one that is further from float64.
     eager = [plain, *eager_forms(plain)]
     errors: dict[str, list[tuple[Tensor, ...]]] = {}
@@ -155,8 +155,12 @@ def check(
             errors.setdefault(name, []).append(tuple(t.flatten() for t in each))
         for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
             assert p.grad is not None and (p.grad.dtype, real_strides(p.grad)) == (q.dtype, real_strides(q))
-    for name, parts in errors.items():
-        g, r, *candidates = (torch.cat(column) for column in zip(*parts, strict=True))
+    columns = {name: [torch.cat(c) for c in zip(*parts, strict=True)] for name, parts in errors.items()}
+    if together:  # each of few numbers: in units of its largest
+        scales = {name: c[1].abs().max().item() or 1.0 for name, c in columns.items()}
+        scaled = [[t / scales[name] for t in c] for name, c in columns.items()]
+        columns = {"everything": [torch.cat(c) for c in zip(*scaled, strict=True)]}
+    for name, (g, r, *candidates) in columns.items():
         yardstick = max(candidates, key=lambda t: (t.double() - r).square().sum().item())
         assert_close(g, r, yardstick, f"{name} of {plain}")
 
@@ -377,4 +381,4 @@ def test_random_stacks(stack: tuple[nn.Sequential, Tensor], train: bool) -> None
     plain, x = stack
     if x.shape[0] == 1:
         x = torch.cat([x, x + 1])  # one value per channel is an error in training mode
-    check(plain.train(train), x)
+    check(plain.train(train), x, together=True)
