@@ -21,6 +21,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 import triton.language as tl  # noqa: E402
 
 from benchmarks import cases  # noqa: E402
+from benchmarks import rehearse_training as train  # noqa: E402
 from benchmarks.inspections import Inspections  # noqa: E402
 from benchmarks.inspector import ARCHS, Report, inspect, recording, target  # noqa: E402
 from benchmarks.launches import NUMERICS  # noqa: E402
@@ -44,6 +45,13 @@ def verdict(found: Rehearsal, regimes: set[str]) -> None:
 @pytest.mark.parametrize("arch", FAST)
 def test_plans_compile_well(arch: int) -> None:
     verdict(rehearse(cases.find(list(FEW)), [arch], ["fp16"], [1, 16], Inspections(0)), {"phases", "merged", "latent"})
+
+
+@pytest.mark.parametrize("arch", FAST)
+def test_training_steps_compile_well(arch: int) -> None:
+    found = train.rehearse(cases.find(["dcgan64.4", "rrdb.up1"]), [arch], ["fp16"], 16, Inspections(0))
+    assert found.findings == [] and found.binaries > 15
+    assert not found.unfused, "nothing but kernels"
 
 
 @pytest.mark.slow
