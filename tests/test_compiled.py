@@ -49,7 +49,7 @@ def test_plans_compile_well(arch: int) -> None:
 
 @pytest.mark.parametrize("arch", FAST)
 def test_training_steps_compile_well(arch: int) -> None:
-    found = train.rehearse(cases.find(["dcgan64.4", "rrdb.up1"]), [arch], ["fp16"], 16, Inspections(0))
+    found = train.rehearse(cases.find(["dcgan64.4", "dcgan64.2"]), [arch], ["fp16"], 16, Inspections(0))
     assert found.findings == [] and found.binaries > 15
     assert not found.unfused, "nothing but kernels"
 
