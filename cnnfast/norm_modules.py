@@ -56,7 +56,7 @@ def _process_group(module: nn.Module) -> Any:
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return None
-    group = module.process_group or distributed.group.WORLD
+    group: Any = module.process_group or distributed.group.WORLD
     return group if distributed.get_world_size(group) > 1 else None
 
 
