@@ -25,7 +25,10 @@ __all__ = ["collapses", "run"]
 def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> Tensor:
     """``step`` with ``norm`` after its convolution and ahead of residual and activation; differentiable any number of
     times. Dense CPU tensors, x, weight and bias of one floating dtype: (N, C_in, H, W) -> (N, C_out, OH, OW) in x's
-    dtype and the memory format asked for."""
+    dtype and the memory format asked for. Whoever calls it has cast for autocast."""
+    if torch.is_autocast_enabled("cpu"):  # it would round what is done in float32 on purpose
+        with torch.autocast("cpu", enabled=False):
+            return run(step, o, norm, channels_last)
     x = cpu.convert(o.x, o.x.dtype, True)
     if o.mean is not None or o.scale is not None or o.shift is not None:
         y = _convolved(step, x, o)

@@ -556,6 +556,19 @@ def test_a_large_result_in_nchw() -> None:
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-3)
 
 
+def test_autocast_does_not_round_products_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ConvSpec.make(*METHODS["phases"][0])
+    force(monkeypatch, Ways("aten", "patches", torch.float32))
+    seen: list[torch.dtype] = []
+    monkeypatch.setitem(
+        cpu_convolution._FORWARD, "aten", lambda x, w, b, s: seen.append(reference.conv(x, w, b, s).dtype) or x
+    )
+    o = Operands(*(t.bfloat16() for t in operands(spec, (3, 4), torch.float32, True)))
+    with torch.autocast("cpu", torch.bfloat16):
+        cpu_training.run(plain_step(spec), o, None, True)
+    assert seen == [torch.float32]
+
+
 def test_without_gradients_there_is_no_graph() -> None:
     step = Step(ConvSpec.make(100, 64, 4), Activation("relu"))
     with torch.no_grad():
