@@ -73,7 +73,7 @@ def center_and_scale(
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["ROWS", "PARTS", "TILES"])
+@triton.jit(do_not_specialize=["ROWS", "PARTS", "TILES"], do_not_specialize_on_alignment=["mean_ptr", "m2_ptr"])
 def partial_stats_kernel(
     x_ptr,
     count_ptr,  # (SEGMENTS, PARTS) float32
@@ -84,16 +84,16 @@ def partial_stats_kernel(
     TILES,
     C: tl.constexpr,
     X_LAST: tl.constexpr,
-    ROWS_BY: tl.constexpr,  # divides ROWS
+    ROWS_BY: tl.constexpr,  # divides ROWS and BLOCK_M: spelt out for the compiler, which then loads 16 bytes at a time
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Count, mean and sum of squares about it, of each channel over the part."""
-    ROWS = tl.multiple_of(ROWS, ROWS_BY)
+    ROWS = ROWS // ROWS_BY * ROWS_BY
     pid = tl.program_id(0)
     segment = pid // PARTS
     first = (pid - segment * PARTS) * TILES * BLOCK_M
-    here = tl.minimum(TILES * BLOCK_M, ROWS - first)
+    here = tl.minimum(TILES * BLOCK_M, ROWS - first) // ROWS_BY * ROWS_BY
     chan = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     chan_mask = chan < C
     x_ptr = part_base(x_ptr, segment, first, ROWS, C, X_LAST)
@@ -131,7 +131,14 @@ def _total(x, JOIN: tl.constexpr):
     return s
 
 
-@triton.jit(do_not_specialize=["PARTS", "eps", "momentum", "keep"])
+# Neither parts (slices of one workspace) nor vectors (a user's buffers) need lie at multiples of 16 bytes; a binary for
+# each combination would be many.
+PARTIALS = ["count_ptr", "mean_ptr", "m2_ptr", "out_mean_ptr", "out_rstd_ptr", "out_var_ptr"]
+RUNNING = ["running_mean_ptr", "running_var_ptr"]
+VECTORS = ["mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "slope_ptr", "mean1_ptr", "mean2_ptr"]
+
+
+@triton.jit(do_not_specialize=["PARTS", "eps", "momentum", "keep"], do_not_specialize_on_alignment=PARTIALS + RUNNING)
 def merge_stats_kernel(
     count_ptr,  # (SEGMENTS, PARTS) float32
     mean_ptr,  # (SEGMENTS, PARTS, C) float32
@@ -209,7 +216,7 @@ def merge_stats_kernel(
 # --- one pass: normalise, affine, residual, activation ----------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["ROWS", "PARTS", "TILES", "eps"])
+@triton.jit(do_not_specialize=["ROWS", "PARTS", "TILES", "eps"], do_not_specialize_on_alignment=VECTORS[:5])
 def norm_act_kernel(
     x_ptr,
     y_ptr,
@@ -237,11 +244,11 @@ def norm_act_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    ROWS = tl.multiple_of(ROWS, ROWS_BY)
+    ROWS = ROWS // ROWS_BY * ROWS_BY
     pid = tl.program_id(0)
     segment = pid // PARTS
     first = (pid - segment * PARTS) * TILES * BLOCK_M
-    here = tl.minimum(TILES * BLOCK_M, ROWS - first)
+    here = tl.minimum(TILES * BLOCK_M, ROWS - first) // ROWS_BY * ROWS_BY
     chan = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     chan_mask = chan < C
     mean, rstd = center_and_scale(mean_ptr, rstd_ptr, segment, chan, chan_mask, eps, C, JOIN, EACH, VAR)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .activation import act_grad
-from .norm_act import center_and_scale, offsets, part_base, vector
+from .norm_act import VECTORS, center_and_scale, offsets, part_base, vector
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _gradient(
         return grad * act_grad(z, slope, P0, P1, ACT, "x"), z
 
 
-@triton.jit(do_not_specialize=["ROWS", "PARTS", "TILES", "eps"])
+@triton.jit(do_not_specialize=["ROWS", "PARTS", "TILES", "eps"], do_not_specialize_on_alignment=VECTORS)
 def grad_sums_kernel(
     x_ptr,
     grad_ptr,  # in Y_LAST's layout, like saved
@@ -77,11 +77,11 @@ def grad_sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    ROWS = tl.multiple_of(ROWS, ROWS_BY)
+    ROWS = ROWS // ROWS_BY * ROWS_BY
     pid = tl.program_id(0)
     segment = pid // PARTS
     first = (pid - segment * PARTS) * TILES * BLOCK_M
-    here = tl.minimum(TILES * BLOCK_M, ROWS - first)
+    here = tl.minimum(TILES * BLOCK_M, ROWS - first) // ROWS_BY * ROWS_BY
     chan = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     chan_mask = chan < C
     mean, rstd = center_and_scale(mean_ptr, rstd_ptr, segment, chan, chan_mask, eps, C, JOIN, EACH, VAR)
@@ -116,7 +116,10 @@ def grad_sums_kernel(
         tl.store(out + 2 * parts, tl.sum(sum_slope, 0), mask=chan_mask)
 
 
-@triton.jit(do_not_specialize=["SEGMENTS", "PARTS", "COUNT"])
+GRADIENTS = ["bias_grad_ptr", "weight_grad_ptr", "slope_grad_ptr", "mean1_ptr", "mean2_ptr", "weight_ptr"]
+
+
+@triton.jit(do_not_specialize=["SEGMENTS", "PARTS", "COUNT"], do_not_specialize_on_alignment=GRADIENTS)
 def finish_sums_kernel(
     sums_ptr,  # (number of outputs, SEGMENTS, PARTS, C) float32
     bias_grad_ptr,  # (C,), like the next two: sums over all segments and parts, or None
@@ -191,7 +194,7 @@ def finish_sums_kernel(
             tl.store(mean2_ptr + pid, tl.sum(tl.sum(b, 0), 0) / COUNT)
 
 
-@triton.jit(do_not_specialize=["ROWS", "PARTS", "TILES", "eps"])
+@triton.jit(do_not_specialize=["ROWS", "PARTS", "TILES", "eps"], do_not_specialize_on_alignment=VECTORS)
 def grad_apply_kernel(
     x_ptr,
     grad_ptr,
@@ -224,11 +227,11 @@ def grad_apply_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    ROWS = tl.multiple_of(ROWS, ROWS_BY)
+    ROWS = ROWS // ROWS_BY * ROWS_BY
     pid = tl.program_id(0)
     segment = pid // PARTS
     first = (pid - segment * PARTS) * TILES * BLOCK_M
-    here = tl.minimum(TILES * BLOCK_M, ROWS - first)
+    here = tl.minimum(TILES * BLOCK_M, ROWS - first) // ROWS_BY * ROWS_BY
     chan = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     chan_mask = chan < C
     mean, rstd = center_and_scale(mean_ptr, rstd_ptr, segment, chan, chan_mask, eps, C, JOIN, EACH, VAR)
@@ -283,11 +286,11 @@ def act_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """An activation's backward with the sums that are a convolution's bias gradient."""
-    ROWS = tl.multiple_of(ROWS, ROWS_BY)
+    ROWS = ROWS // ROWS_BY * ROWS_BY
     pid = tl.program_id(0)
     segment = pid // PARTS
     first = (pid - segment * PARTS) * TILES * BLOCK_M
-    here = tl.minimum(TILES * BLOCK_M, ROWS - first)
+    here = tl.minimum(TILES * BLOCK_M, ROWS - first) // ROWS_BY * ROWS_BY
     chan = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     chan_mask = chan < C
     grad_ptr = part_base(grad_ptr, segment, first, ROWS, C, Y_LAST)

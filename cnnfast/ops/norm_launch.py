@@ -125,11 +125,7 @@ def _as(t: Tensor, last: bool) -> Tensor:
 
 
 def _vector(v: Tensor | None) -> Tensor | None:
-    return (
-        v
-        if v is None or v.is_contiguous() and not v.data_ptr() & 15
-        else v.clone(memory_format=torch.contiguous_format)
-    )
+    return v if v is None else v.contiguous()
 
 
 def _tiling(x: Tensor, each: bool, *last: bool) -> Tiling:
