@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -142,6 +143,26 @@ def test_a_proof_is_of_its_gpu_and_versions(
         patched.setattr(guard, "environment", lambda index: other)
         run(o)
     assert starts == [2, 2]
+
+
+def test_every_file_of_the_kernels_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib import resources
+
+    real = sorted(f.name for f in resources.files("cnnfast.kernels").iterdir() if f.name.endswith(".py"))
+    assert {"conv_transpose.py", "conv_wgrad.py", "norm_act.py", "norm_act_backward.py", "weight.py"} <= set(real)
+    folder = tmp_path / "kernels"
+    shutil.copytree(str(resources.files("cnnfast.kernels")), folder)
+    before = guard._sources()
+    monkeypatch.setattr(guard.resources, "files", lambda name: folder)
+    hashes = {before}
+    for name in real:
+        guard._sources.cache_clear()
+        assert guard._sources() in hashes, "a copy is the same"
+        (folder / name).write_text((folder / name).read_text() + "# changed")
+        guard._sources.cache_clear()
+        hashes.add(guard._sources())
+    assert len(hashes) == 1 + len(real)
+    guard._sources.cache_clear()
 
 
 def test_a_damaged_proof_is_no_proof(device: torch.device, starts: list[int], cache: Path) -> None:

@@ -197,7 +197,7 @@ def norm_step(case: NormCase, dtype: torch.dtype, device: torch.device, backend:
     expect(case, t, spread(case, t, backend), str(dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("case", norms.CASES, ids=lambda c: c.id)
 def test_right_norms_pass(case: NormCase, dtype: torch.dtype, device: torch.device) -> None:
     with silent():

@@ -60,11 +60,16 @@ class NormPass:
 
 # --- proofs -----------------------------------------------------------------------------------------------------------
 
-_Types = tuple[str | None, ...]
+_Types = tuple[torch.dtype | None, ...]
 
 
 def _types(*tensors: Tensor | None) -> _Types:
-    return tuple(None if t is None else str(t.dtype) for t in tensors)
+    return tuple(None if t is None else t.dtype for t in tensors)
+
+
+def _named(dtype: torch.dtype | None, types: _Types) -> dict[str, Any]:
+    """As a record on disk can hold them."""
+    return {"dtype": str(dtype), "types": tuple(map(str, types))}
 
 
 def _index(x: Tensor) -> int | None:
@@ -75,8 +80,7 @@ def _tiles(shape: Sequence[int], each: bool, sms: int, *last: bool) -> tuple[nor
     n, c, h, w = shape
     inside = not all(last)
     t = norm_launch.tiling(n, c, h * w, each or inside, inside, sms)
-    aligned = t.grid[0] % 4, t.grid[0] * c % 4  # whether parts of a workspace start where 16 divides: another binary
-    return t, {**t.constants, "warps": t.num_warps, "last": last, "aligned": aligned}
+    return t, {**t.constants, "warps": t.num_warps, "last": last}
 
 
 def forward_proof(
@@ -126,7 +130,7 @@ def _forward_proof(
     n, c, h, w = shape
     y_last = how.channels_last or c == 1 or h * w == 1
     _, apply = _tiles(shape, how.each, sms, x_last, y_last)
-    constants: dict[str, Any] = {"dtype": types[0], "types": types, "slopes": slopes, **_flat("apply", apply)}
+    constants: dict[str, Any] = {**_named(types[0], types), "slopes": slopes, **_flat("apply", apply)}
     if how.measured:
         count = given
         if not measured_before:
@@ -135,8 +139,7 @@ def _forward_proof(
             count = count or t.segments * t.parts // (n if how.each else 1)
         join = how.join(c)
         blocks = norm_launch.merge_blocks(count or 1, c, join)
-        aligned = (n if how.each else 1) * c // join % 4
-        constants |= {"merge": blocks, "merge.aligned": aligned, "merge.moves": flat}
+        constants |= {"merge": blocks, "merge.moves": flat}
     return guard.proof(NormPass("", how, c), "one pass", index, constants)
 
 
@@ -180,14 +183,12 @@ def _backward_proof(
     t, tiles = _tiles(shape, how.each, sms, x_last, grad_last or c == 1 or h * w == 1)
     join, segments = how.join(c), n if how.each else 1
     constants = {
-        "dtype": types[1],
-        "types": types,
+        **_named(types[1], types),
         "slopes": slopes,
         "need": need,
         "shared": shared,
         **_flat("tiles", tiles),
         "finish": norm_launch.finish_blocks(segments, t.segments * t.parts // segments, c, join),
-        "finish.aligned": segments * c // join % 4,
     }
     return guard.proof(NormPass("gradient of ", how, c), "two passes", index, constants)
 
@@ -208,7 +209,7 @@ def _activation_proof(
 ) -> guard.Proof:
     t, tiles = _tiles(shape, False, sms, last)
     finish = norm_launch.finish_blocks(1, t.segments * t.parts, shape[1], 1)
-    constants = {"dtype": types[0], "types": types, "bias": bias, **_flat("tiles", tiles), "finish": finish}
+    constants = {**_named(types[0], types), "bias": bias, **_flat("tiles", tiles), "finish": finish}
     return guard.proof(NormPass("gradient of ", activation, shape[1]), "one pass", index, constants)
 
 
