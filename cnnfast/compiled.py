@@ -40,7 +40,7 @@ Containers = tuple[Callable[..., Any], ...]
 @dataclass(frozen=True)
 class Leaf:
     """A module as it was at tracing: its attributes, and its tensors by name with their (shape, strides, dtype), None
-    for one that it does not have."""
+    for one that it does not have; in the order of `modules.Reading`."""
 
     path: tuple[str, ...]
     cls: type
@@ -92,7 +92,9 @@ def _leaf(path: tuple[str, ...], m: nn.Module) -> Leaf:
         return Leaf(path, type(m), (), (), ())
     attributes = tuple((n, m.__dict__[n]) for n in _names(kind.look) if n in m.__dict__)
     tensors = _names(kind.tensors)
-    return Leaf(path, type(m), attributes, tensors, tuple(_described(getattr(m, n)) for n in tensors))
+    if kind.tensors is not None:  # what a kind never has stands first, as None
+        tensors = ("",) * (len(kind.tensors(m.__dict__)) - len(tensors)) + tensors
+    return Leaf(path, type(m), attributes, tensors, tuple(_described(getattr(m, n) if n else None) for n in tensors))
 
 
 def _walk(
@@ -107,19 +109,21 @@ def _walk(
             _walk(child, (*path, name), leaves, paths, found)
 
 
-def _worth(s: FusedStep) -> bool:
+def _worth(s: FusedStep, backend: str | None) -> bool:
     """Whether the step is for the operator; see the head of this file."""
-    if s.device.type == "cuda":
+    if backend == "aten":
+        return False
+    if s.device.type == "cuda" or backend == "triton":
         rule = s.rule
         # Eager mode's own graph break (a momentum that is read from the device), and collectives, stay theirs.
         plain = rule is None or not rule.synchronised and not (rule.counts and rule.momentum is None)
-        why_not = triton_why_not() or cuda_why_not(s.device.index or 0) or spec_why_not(s.step.spec)
-        return plain and why_not is None
+        why_not = triton_why_not() or (cuda_why_not(s.device.index or 0) if s.device.type == "cuda" else None)
+        return plain and (why_not is None and spec_why_not(s.step.spec) is None or backend == "triton")
     return s.step.spec.groups == 1 and (s.step.spec.transposed or s.step.upsample is not None)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
-def _plan(seq: nn.Sequential, forwards: Containers) -> Traced:
+def _plan(seq: nn.Sequential, forwards: Containers, backend: str | None) -> Traced:
     reading = read(seq._modules.values(), forwards)
     paths: list[tuple[str, ...]] = []
     containers: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
@@ -132,7 +136,7 @@ def _plan(seq: nn.Sequential, forwards: Containers) -> Traced:
             items.append(item)
             continue
         for k in item.slots:
-            kernel[k] = _worth(item)
+            kernel[k] = _worth(item, backend)
         if isinstance(before, tuple) and _follows(before[-1], item):
             items[-1] = (*before, item)
         else:
@@ -168,7 +172,7 @@ def _tensors(m: nn.Module, leaf: Leaf) -> tuple[Tensor | None, ...] | None:
             return None
     found = []
     for name, described in zip(leaf.tensors, leaf.described, strict=True):
-        t = getattr(m, name)
+        t = getattr(m, name) if name else None
         if (None if t is None else (tuple(t.shape), tuple(t.stride()), t.dtype)) != described:
             return None
         found.append(t)
@@ -201,14 +205,15 @@ def forward(seq: nn.Sequential, x: Any, forwards: Containers) -> Any:
         return nn.Sequential.forward(seq, x)
     if type(seq).__iter__ is not nn.Sequential.__iter__ or not isinstance(x, Tensor):
         return nn.Sequential.forward(seq, x)
-    plan = _plan(seq, forwards)
+    backend = library.chosen_backend()
+    plan = _plan(seq, forwards, backend)
     if not _same_children(seq, plan):
         return nn.Sequential.forward(seq, x)
     for item in plan.items:
         if isinstance(item, Unfused):
             x = _at(seq, plan.leaves[item.slot].path)(x)
         else:
-            x = _run(seq, item, plan, x)
+            x = _run(seq, item, plan, x, backend)
     return x
 
 
@@ -218,7 +223,7 @@ def _modules(seq: nn.Sequential, slots: range, plan: Traced, x: Any) -> Any:
     return x
 
 
-def _run(seq: nn.Sequential, steps: tuple[FusedStep, ...], plan: Traced, x: Any) -> Any:
+def _run(seq: nn.Sequential, steps: tuple[FusedStep, ...], plan: Traced, x: Any, backend: str | None) -> Any:
     """Steps that follow each other, by operators where that is worth it."""
     slots = range(steps[0].slots[0], steps[-1].slots[-1] + 1)
     tensors: list[Any] = [()] * (slots.stop)
@@ -231,7 +236,8 @@ def _run(seq: nn.Sequential, steps: tuple[FusedStep, ...], plan: Traced, x: Any)
         for t in own:
             gradient = gradient or t is not None and t.requires_grad
     gradient = torch.is_grad_enabled() and (gradient or x.requires_grad)
-    if not any(plan.kernel[s.slots[0]] for s in steps) or not _takes(steps[0], x, gradient):
+    kernels = x.device.type != "cpu" or backend == "triton"
+    if not any(plan.kernel[s.slots[0]] for s in steps) or not _takes(steps[0], x, gradient, kernels):
         return _modules(seq, slots, plan, x)
     low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
     ndim = steps[0].ndim
@@ -245,7 +251,7 @@ def _run(seq: nn.Sequential, steps: tuple[FusedStep, ...], plan: Traced, x: Any)
         out = s.step.output_size(size)
         channels_last = _eager_layout(s, channels_last, size, out)
         last = i == len(steps) - 1
-        if plan.kernel[s.slots[0]] and s.measured and x.device.type == "cpu":
+        if plan.kernel[s.slots[0]] and s.measured and not kernels:
             # Inductor fuses a norm of the input's own statistics with the activation behind it.
             assert s.norm is not None and s.rule is not None
             bare = replace(s, step=replace(s.step, activation=Activation()), rule=None, norm=None, slope=None)
@@ -265,11 +271,11 @@ def _run(seq: nn.Sequential, steps: tuple[FusedStep, ...], plan: Traced, x: Any)
     return x
 
 
-def _takes(s: FusedStep, x: Tensor, gradient: bool) -> bool:
+def _takes(s: FusedStep, x: Tensor, gradient: bool, kernels: bool) -> bool:
     """Whether x is for operators at all."""
     if x.device != s.device or x.dim() != s.ndim + 2 or x.numel() == 0 or not x.is_floating_point():
         return False
-    if x.device.type == "cpu":
+    if not kernels:
         return not gradient and x.dtype == s.dtype and not torch.is_autocast_enabled("cpu")
     return x.dtype == s.dtype or torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
 

@@ -15,9 +15,11 @@ __all__ = ["ActivationParam", "autocast", "check_residual", "check_slope", "chec
 ActivationParam = float | Sequence[float] | torch.Tensor | None
 
 
-@lru_cache(maxsize=256)
+_known_activation = lru_cache(maxsize=256)(Activation)
+
+
 def _activation(name: str, params: tuple[float, ...]) -> Activation:
-    return Activation(name, params)
+    return Activation(name, params) if torch.compiler.is_compiling() else _known_activation(name, params)
 
 
 def parse_activation(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ..block import Operands, Step, Upsample, plain_step, upsample_step
 from ..norms import NormCall
 from ..spec import Activation, ConvSpec
@@ -144,6 +145,14 @@ def transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
+@torch._dynamo.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
+def chosen_backend() -> str | None:
+    """The context's backend at tracing where one was chosen. Dynamo cannot guard it: it stays with the traced code.
+    None: what holds when that code runs."""
+    name = dispatch.resolve_backend(None)
+    return None if name == "auto" else name
+
+
 def traced_step(step: Step, o: Operands, norm: NormCall | None, channels_last: bool, backend: str | None) -> Tensor:
     """`core.run_step` in traced code: an operator, or PyTorch's own operators where there is none (a gradient on a CPU,
     a functorch transform) or where none is wanted: an exported program is to run without cnnfast."""
@@ -151,6 +160,7 @@ def traced_step(step: Step, o: Operands, norm: NormCall | None, channels_last: b
 
     if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting() or transformed():
         return by_torch(step, o._replace(weight=_as_4d(o.weight)), norm, channels_last)
+    backend = chosen_backend() if backend is None else backend
     if norm is None and not needs_gradient(o):
         return conv_block(step, o, channels_last, backend)
     o = o._replace(weight=_as_4d(o.weight))

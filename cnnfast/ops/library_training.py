@@ -121,7 +121,7 @@ def conv(
 
 
 @conv.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+def conv_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
     spec = _spec(weight, *args[:6])
     return _empty_like(x, (x.shape[0], spec.out_channels, *spec.output_size(x.shape[2:])), args[8])
 
@@ -149,7 +149,7 @@ def conv_weight_grad(
 
 
 @conv_weight_grad.register_fake
-def _(x: Tensor, grad: Tensor, like: Tensor, *args: Any) -> Tensor:
+def conv_weight_grad_fake(x: Tensor, grad: Tensor, like: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(like)
 
 
@@ -173,7 +173,7 @@ def activation_backward(
 
 
 @activation_backward.register_fake
-def _(
+def activation_backward_fake(
     grad: Tensor,
     saved: Tensor | None,
     activation: str,
@@ -343,7 +343,7 @@ def _by_torch(
 
 
 @conv_norm_act.register_fake
-def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def conv_norm_act_fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
     spec = _spec(weight, *args[7:13])
     kind, norm_groups, _, measured, updates, _, _, channels_last, _ = args[13:]
     n, c = x.shape[0], spec.out_channels
@@ -403,7 +403,7 @@ def norm_act_backward(
 
 
 @norm_act_backward.register_fake
-def _(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def norm_act_backward_fake(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     weight, bias, slope = args[:3]
     channels_last, _, need, _ = args[12:]
     none = [grad.new_empty(0, dtype=torch.float32) for _ in range(5)]

@@ -97,7 +97,8 @@ def upsample_conv2d(
     residual = residual.unsqueeze(0) if unbatched and residual is not None else residual
     reason = None
     try:
-        step = _step(tuple(w.shape), upsample, groups, act)
+        make = _step.__wrapped__ if torch.compiler.is_compiling() else _step
+        step = make(tuple(w.shape), upsample, groups, act)
     except ValueError as error:
         if padding_mode != "reflect" and not (
             padding_mode == "zeros" and any(p > k - 1 for p, k in zip(pad, (kh, kw), strict=True))
