@@ -87,8 +87,9 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) 
     """x (N, C_in, H, W) -> (N, C_out, OH, OW), channels-last and new; x, weight and bias of one dtype."""
     how = ways(spec, tuple(x.shape), x.dtype)
     x = convert(x, x.dtype, True)
-    if how == ("aten", "aten", x.dtype):
-        return reference.conv(x, weight, bias, spec)
+    # ATen takes twice as long for a transposed convolution's weight gradient where it sums the bias's beside it.
+    if how == ("aten", "aten", x.dtype) and (bias is None or not spec.transposed or x.dtype == torch.float64):
+        return reference.conv(_format(x, weight), weight, bias, spec)
     return _Convolution.apply(x, weight, bias, spec, how)
 
 
@@ -136,8 +137,13 @@ def _matrix(weight: Tensor) -> Tensor:
     return convert(weight, weight.dtype, True).permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
 
 
+def _format(x: Tensor, weight: Tensor) -> Tensor:
+    """x in NCHW where the weight is and outweighs it: ATen would bring the weight into channels-last first."""
+    return x.contiguous() if weight.is_contiguous() and weight.numel() > 4 * x.numel() else x
+
+
 def _forward_aten(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    return reference.conv(x, weight, bias, spec)
+    return reference.conv(_format(x, weight), weight, bias, spec)
 
 
 def _forward_product(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
@@ -197,6 +203,13 @@ def _bias_gradient(grad: Tensor, need: tuple[bool, ...]) -> Tensor | None:
     return grad.sum((0, 2, 3)) if need[2] else None
 
 
+def _by_aten_apart(
+    grad: Tensor, x: Tensor, weight: Tensor, bias_size: list[int] | None, spec: ConvSpec, need: tuple[bool, ...]
+) -> Gradients:
+    dx, dw, _ = _by_aten(grad, x, weight, None, spec, (*need[:2], False)) if any(need[:2]) else (None, None, None)
+    return dx, dw, _bias_gradient(grad, need)
+
+
 def _by_product(
     grad: Tensor, x: Tensor, weight: Tensor, bias_size: list[int] | None, spec: ConvSpec, need: tuple[bool, ...]
 ) -> Gradients:
@@ -214,28 +227,34 @@ def _by_product(
     return dx, dw, _bias_gradient(grad, need)
 
 
-def _patches(grad: Tensor, spec: ConvSpec, size: tuple[int, ...]) -> Tensor:
-    """What each position of x (of spatial ``size``) meets of the result's gradient: (N*H*W, kh*kw*C_out)."""
+def _patches(grad: Tensor, spec: ConvSpec, size: tuple[int, ...], taps_last: bool) -> Tensor:
+    """What each position of x (of spatial ``size``) meets of the result's gradient: (N*H*W, kh*kw*C_out), or, with the
+    ``taps_last``, (N*H*W, C_out*kh*kw)."""
     n, c = grad.shape[:2]
     (h, w), (sh, sw), (dh, dw), (ph, pw) = size, spec.stride, spec.dilation, spec.padding
     padded = F.pad(grad.permute(0, 2, 3, 1), (0, 0, pw, pw, ph, ph))
     sn, srow, scol, _ = padded.stride()
     strides = (sn, sh * srow, sw * scol, dh * srow, dw * scol, 1)
-    return padded.as_strided((n, h, w, *spec.kernel_size, c), strides).reshape(n * h * w, -1)
+    patches = padded.as_strided((n, h, w, *spec.kernel_size, c), strides)
+    return (patches.permute(0, 1, 2, 5, 3, 4) if taps_last else patches).reshape(n * h * w, -1)
 
 
 def _by_patches(
     grad: Tensor, x: Tensor, weight: Tensor, bias_size: list[int] | None, spec: ConvSpec, need: tuple[bool, ...]
 ) -> Gradients:
     n, c, h, w = x.shape
+    # In the weight's memory order where the patches are less than the weight: gathering single numbers is slow.
+    taps_last = weight.is_contiguous() and 2 * n * h * w <= c
     dx = dw = None
     if need[0] or need[1]:
-        patches = _patches(grad, spec, (h, w))
+        patches = _patches(grad, spec, (h, w), taps_last)
         if need[0]:
-            dx = torch.mm(patches, _matrix(weight).t()).view(n, h, w, c).permute(0, 3, 1, 2)
+            matrix = weight.reshape(c, -1) if taps_last else _matrix(weight)
+            dx = torch.mm(patches, matrix.t()).view(n, h, w, c).permute(0, 3, 1, 2)
         if need[1]:
-            dw = torch.mm(_rows(x).t(), patches).view(c, *spec.kernel_size, -1).permute(0, 3, 1, 2)
+            dw = torch.mm(_rows(x).t(), patches)
+            dw = dw.view(weight.shape) if taps_last else dw.view(c, *spec.kernel_size, -1).permute(0, 3, 1, 2)
     return dx, dw, _bias_gradient(grad, need)
 
 
-_BACKWARD = {"aten": _by_aten, "product": _by_product, "patches": _by_patches}
+_BACKWARD = {"aten": _by_aten_apart, "product": _by_product, "patches": _by_patches}
