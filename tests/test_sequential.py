@@ -537,11 +537,6 @@ def test_parameters_made_in_inference_mode(steps: list[str]) -> None:
     assert steps == ["relu", "tanh"] * 2
 
 
-def _watched_by_compile(model: nn.Module, x: Tensor) -> Tensor:
-    torch._dynamo.reset()
-    return torch.compile(model, backend="eager", fullgraph=True)(x)
-
-
 def _watched_by_jit_trace(model: nn.Module, x: Tensor) -> Tensor:
     return torch.jit.trace(model, x, check_trace=False)(x)
 
