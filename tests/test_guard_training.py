@@ -294,6 +294,47 @@ def test_running_statistics_move_once(broken: bool, device: torch.device, monkey
         torch.testing.assert_close(got.cpu(), want)
 
 
+@pytest.mark.parametrize("processes", [None, 3])
+@pytest.mark.parametrize("given", [None, 1, 5, 300])
+@pytest.mark.parametrize("norm", [Norm("batch"), Norm("group", 4)], ids=lambda n: n.kind)
+def test_trials_of_known_and_of_shared_statistics(
+    norm: Norm, given: int | None, processes: int | None, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statistics from a convolution's epilogue, in ``given`` parts; those of several processes, without a word to the
+    others."""
+    if processes and norm.kind != "batch":
+        pytest.skip("only a batch norm is synchronised")
+    from cnnfast.norms import Partials
+    from cnnfast.ops import norm_autograd, norm_launch, norm_proof
+
+    monkeypatch.setattr(
+        norm_proof.norm_sync, "shared", lambda call: call is not None and call.process_group is not None
+    )
+    monkeypatch.setattr(norm_proof.dist, "get_world_size", lambda group: processes)
+    case = replace(NORM, norm=norm)
+    t = case.tensors(torch.float32, device)
+    how = norm_launch.NormHow(norm, True, NORM.activation, True, torch.float32)
+    running = [None, None] if norm.kind == "group" else [torch.zeros(32).to(device), torch.ones(32).to(device)]
+    call = case.call(t)
+    assert call is not None
+    call = call._replace(running_mean=running[0], running_var=running[1], process_group=processes and object())
+    segments = 1 if norm.kind == "batch" else 3
+    shape = (segments, given or 0, 32)
+    parts = None if given is None else Partials(*(torch.empty(s).to(device) for s in (shape[:2], shape, shape)))
+    for forward, right in ((norm_autograd.forward, True), (lambda *args: scaled(norm_autograd.forward(*args)), False)):
+        found = norm_proof.forward_problem(forward, t.x, call, None, None, parts, how)
+        assert (found is None) is right, found
+    assert all(v is None or torch.equal(v.cpu(), torch.full((32,), float(k))) for k, v in enumerate(running))
+    done = norm_autograd.forward(t.x, call._replace(process_group=None), None, None, None, how)
+    saved = norm_launch.Saved(t.x, t.weight, t.bias, None, done.mean, done.rstd, None)
+    need = (True, True, True, False, False)
+    assert norm_proof.backward_problem(t.grad, saved, how, need, processes is not None) is None
+
+
+def scaled(done: Any) -> Any:
+    return done._replace(y=done.y * 1.001)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_gradient_of_an_activation(bias: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from cnnfast.ops import norm_launch
