@@ -119,7 +119,10 @@ def magnitudes(case: NormCase, t: Tensors) -> dict[str, float]:
     (dz,) = torch.autograd.grad(case.activation(z, t.slope), z, t.grad)
     z = z.detach()
     terms = {"weight": dz * xhat, "bias": dz, "slope": torch.where(z > 0, 0.0, t.grad * z)}
-    sums = {n: v.transpose(0, 1).flatten(1).cumsum(1).abs().max().item() for n, v in terms.items()}
+    by_channel = {n: v.transpose(0, 1).flatten(1) for n, v in terms.items()}
+    if case.slopes == 1:
+        by_channel["slope"] = by_channel["slope"].reshape(1, -1)
+    sums = {n: v.cumsum(1).abs().max().item() for n, v in by_channel.items()}
     return {"y": z.abs().max().item(), **sums}
 
 
