@@ -114,7 +114,7 @@ def parser() -> argparse.ArgumentParser:
         help="a DCGAN and its discriminator on real images: samples, loss curve, checkpoints",
         argument_default=argparse.SUPPRESS,
     )
-    command.add_argument("--data", metavar="SET|DIR", help="digits, faces, galaxies, or a folder of images (digits)")
+    command.add_argument("--data", metavar="SET|DIR", help="digits, faces, tissue, or a folder of images (digits)")
     command.add_argument("--loss", choices=["bce", "wgan-gp", "hinge-r1"], help="bce")
     command.add_argument("--epochs", type=_positive, help="in all, those of a resumed training included (30)")
     command.add_argument("--batch-size", type=_positive, help="images of one step of the discriminator (64)")

@@ -344,7 +344,7 @@ def test_the_order_of_samples() -> None:
 def test_a_folder_of_pictures(folder: Path) -> None:
     pixels = load_images(str(folder), 16)
     assert pixels.shape == (10, 3, 16, 16) and pixels.dtype == torch.uint8
-    with pytest.raises(DataError, match="nothing: expected one of digits, faces, galaxies, or a folder"):
+    with pytest.raises(DataError, match="nothing: expected one of digits, faces, tissue, or a folder"):
         load_images(str(folder / "nothing"), 16)
     (folder / "5.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="5.png cannot be read"):
@@ -367,8 +367,8 @@ def test_sets_are_parsed() -> None:
     assert faces.shape == (200, 1, 32, 32) and faces.max() < 129  # the second half is left out
     assert torch.equal(faces[:100], faces[100:].flip(-1))
     buffer = io.BytesIO()
-    image_module.fromarray(np.zeros((100, 120, 3), np.uint8)).save(buffer, format="JPEG")
-    assert SETS["galaxies"].parse(buffer.getvalue(), 64).shape == (2 * 2 * 3, 3, 64, 64)
+    image_module.fromarray(np.zeros((100, 120, 3), np.uint8)).save(buffer, format="PNG")
+    assert SETS["tissue"].parse(buffer.getvalue(), 64).shape == (2 * 3 * 4, 3, 64, 64)
 
 
 def fake_set(monkeypatch: pytest.MonkeyPatch, contents: bytes) -> None:
@@ -547,7 +547,7 @@ def test_options_of_the_command_line(folder: Path, tmp_path: Path, capsys: pytes
         assert main([*arguments(folder, tmp_path / "out"), *wrong]) == 2
         assert message in capsys.readouterr().err
     assert main(["train", "gan", "--data", str(tmp_path / "absent"), "--output", str(tmp_path / "out")]) == 2
-    assert "expected one of digits, faces, galaxies" in capsys.readouterr().err
+    assert "expected one of digits, faces, tissue" in capsys.readouterr().err
 
 
 def test_missing_packages_are_said(

@@ -105,13 +105,13 @@ def _faces(data: bytes, size: int) -> Tensor:
     return _with_mirror_images(_resize(torch.from_numpy(faces)[:, None], size))
 
 
-def _galaxies(data: bytes, size: int) -> Tensor:
-    """64x64 crops at every 24th pixel of one photograph, and their mirror images."""
+def _tissue(data: bytes, size: int) -> Tensor:
+    """64x64 crops at every 16th pixel of one photograph, and their mirror images."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data)) as picture:
         pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-    crops = pixels.unfold(1, 64, 24).unfold(2, 64, 24).permute(1, 2, 0, 3, 4).reshape(-1, 3, 64, 64)
+    crops = pixels.unfold(1, 64, 16).unfold(2, 64, 16).permute(1, 2, 0, 3, 4).reshape(-1, 3, 64, 64)
     return _with_mirror_images(_resize(crops / 255, size))
 
 
@@ -171,15 +171,15 @@ SETS: Mapping[str, ImageSet] = MappingProxyType(
             about="100 faces of Labeled Faces in the Wild, 25x25, grey, and their mirror images",
             parse=_faces,
         ),
-        "galaxies": ImageSet(
+        "tissue": ImageSet(
             file=WheelFile(
-                member="skimage/data/hubble_deep_field.jpg",
-                sha256="3a19c5dd8a927a9334bb1229a6d63711b1c0c767fb27e2286e7c84a3e2c2f5f4",
-                size=527940,
+                member="skimage/data/ihc.png",
+                sha256="f8dd1aa387ddd1f49d8ad13b50921b237df8e9b262606d258770687b0ef93cef",
+                size=477916,
                 **_SCIKIT_IMAGE,  # type: ignore[arg-type]
             ),
-            about="64x64 crops of the Hubble Deep Field (NASA), in colour, and their mirror images",
-            parse=_galaxies,
+            about="64x64 crops of a micrograph of stained tissue, in colour, and their mirror images",
+            parse=_tissue,
         ),
     }
 )
