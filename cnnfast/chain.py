@@ -70,6 +70,16 @@ def _pads(module: nn.Module) -> bool:
 _PADS = (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d)
 
 
+def _no_gain_in_training(step: FusedStep) -> str | None:
+    """Why a step that needs a gradient gains nothing on a CPU: a plain convolution is ATen's in any case. (An
+    InstanceNorm module would convert to NCHW, a SyncBatchNorm's wants a GPU.)"""
+    rule = step.rule
+    better = rule is not None and (rule.synchronised or rule.norm.kind == "instance" and step.ndim == 2)
+    if step.step.spec.transposed or step.step.upsample is not None or better:
+        return None
+    return "in training, PyTorch's modules of a plain convolution are as fast on a CPU"
+
+
 class _Entry(torch.autograd.Function):
     """x in ``dtype``, with ``convert`` channels-last; its gradient in the memory format of eager mode."""
 
@@ -182,20 +192,19 @@ class Chain:
         why: list[str | None] = [None] * len(self.steps)
         convert = False
         if x.device.type == "cpu" and backend != "triton":
-            if not gradient:
-                if not any(eager) and not self._saves_conversions([shape.numel() for shape in shapes]):
-                    inside = eager[1:]
-                # `run` converts the input where the first result is channels-last.
-                reads = [inside[0] or eager[0], *inside]
-                why = [
-                    self._why_as_modules(s, shapes[i], reads[i : i + 2], reading, low) for i, s in enumerate(self.steps)
-                ]
-                if why[0] is not None and None not in why and inside == eager[1:]:
-                    return why[0]
-                if first.ndim == 1:  # modules would convert on the way in and out
-                    why = [None] * len(why)
-            if inside[0] or gradient:  # whatever runs the first step: its result is likely to be larger
-                convert = True
+            if not any(eager) and not self._saves_conversions([shape.numel() for shape in shapes], gradient):
+                inside = eager[1:]
+            # `run` converts the input where the first result is channels-last.
+            reads = [inside[0] or eager[0], *inside]
+            for i, s in enumerate(self.steps):
+                how = reads[i : i + 2]
+                why[i] = _no_gain_in_training(s) if gradient else self._no_gain(s, shapes[i], how, reading, low)
+            if why[0] is not None and None not in why and (inside == eager[1:] or gradient and first.ndim == 1):
+                return why[0]
+            if first.ndim == 1:  # modules would convert on the way in and out
+                why = [None] * len(why)
+            # Whatever runs the first step: its result is likely to be larger.
+            convert = inside[0] or gradient and why[0] is None
         runs = [Run(*how) for how in zip(inside, why, strict=True)]
         if why[-1] is None:
             runs[-1] = self._last(runs[-1], x.device.type, backend, low, gradient)
@@ -216,17 +225,19 @@ class Chain:
         )
 
     @staticmethod
-    def _why_as_modules(
+    def _no_gain(
         s: FusedStep, shape: torch.Size, channels_last: list[bool], reading: Reading, low: torch.dtype | None
     ) -> str | None:
         """Why a plain convolution's step gains nothing on a CPU; ``channels_last``: of its input and its result."""
+        if s.rule is not None and s.rule.synchronised:  # its module wants a GPU
+            return None
         slopes = 0 if s.slope is None else reading.tensors[s.slope][0].numel()  # type: ignore[union-attr]
         step, norm, nchw = s.step, s.rule is not None, not any(channels_last)
         if s.measured:  # what follows the convolution takes its passes anyway
             step, norm, slopes = replace(step, activation=Activation()), False, 0
         return cpu.why_slower_plain(step, shape, low or s.dtype, norm=norm, slopes=slopes, nchw=nchw)
 
-    def _saves_conversions(self, elements: list[int]) -> bool:
+    def _saves_conversions(self, elements: list[int], gradient: bool) -> bool:
         """Whether channels-last inside is worth the conversions at both ends: oneDNN, called from ATen, brings the
         input and the result of every convolution into a layout of its own, unless the kernel is 1x1. (Transposed
         convolutions and upsamplings were measured to gain.)"""
@@ -235,7 +246,8 @@ class Chain:
             if s.step.spec.transposed or s.step.upsample is not None:
                 return True
             saved += before + after if max(s.step.spec.kernel_size) > 1 else 0
-        return saved >= elements[0] + elements[-1]
+        ends = elements[0] + elements[-1]
+        return saved > ends or saved == ends and not gradient
 
     # --- running it ---------------------------------------------------------------------------------------------------
 

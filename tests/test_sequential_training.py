@@ -130,7 +130,7 @@ def eager_forms(plain: nn.Sequential) -> list[nn.Sequential]:
                 setattr(m, name, (one, *getattr(m, name)))
     if any(p.dim() == 3 for p in plain.parameters()):
         changed = nn.Sequential(nn.Unflatten(2, (1, -1)), *changed, nn.Flatten(2))
-    return [copy.deepcopy(f).to(memory_format=m) for f in (plain, changed) for m in (torch.contiguous_format, CL)]
+    return [copy.deepcopy(f).to(memory_format=CL) for f in (plain, changed)]
 
 
 def check(
@@ -214,7 +214,7 @@ def x2d(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape or (3, 6, 5, 4), generator=torch.Generator().manual_seed(seed))
 
 
-FUSED = {"batch": "batch", "sync": "batch", "group": "group", "instance": "instance", "none": ""}
+KINDS = {"batch": "batch", "sync": "batch", "group": "group", "instance": "instance", "none": ""}
 
 
 def kind(norm: str, train: bool) -> str:
@@ -222,7 +222,14 @@ def kind(norm: str, train: bool) -> str:
     measured = (
         train or norm.startswith("group") or norm.endswith("untracked") or norm in ("instance", "instance-affine")
     )
-    return FUSED[norm.partition("-")[0]] if measured else ""
+    return KINDS[norm.partition("-")[0]] if measured else ""
+
+
+def fused(norm: str, train: bool) -> list[str]:
+    """What the fused steps of `generator` measure; on a CPU, modules of the plain convolution gain nothing in training,
+    unless an InstanceNorm would convert to NCHW or a SyncBatchNorm refuse."""
+    better = norm.startswith("instance") or (norm == "sync" and train)
+    return [kind(norm, train)] * (3 if better else 2) + [""]
 
 
 @pytest.mark.parametrize("cl", [False, True], ids=["nchw", "channels-last"])
@@ -233,7 +240,7 @@ def test_a_step_is_eagers(norm: str, train: bool, dtype: torch.dtype, cl: bool, 
     memory_format = CL if cl else torch.contiguous_format
     plain = generator(NORMS[norm][0], train).to(dtype).to(memory_format=memory_format)
     check(plain, x2d().to(dtype).contiguous(memory_format=memory_format))
-    assert steps == ([kind(norm, train)] * 3 + [""]) * INPUTS
+    assert steps == fused(norm, train) * INPUTS
 
 
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
@@ -251,21 +258,22 @@ def test_one_dimension(norm: str, train: bool, steps: list[str]) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 def test_second_derivatives(norm: str, train: bool, steps: list[str]) -> None:
     check(generator(NORMS[norm][0], train), x2d(), second=True)
-    assert steps == ([kind(norm, train)] * 3 + [""]) * INPUTS
+    assert steps == fused(norm, train) * INPUTS
 
 
 # --- autocast ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cl", [False, True], ids=["nchw", "channels-last"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "cl"), [(torch.bfloat16, False), (torch.float16, True)], ids=["bfloat16", "float16-channels-last"]
+)
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("norm", NORMS)
 def test_autocast(norm: str, train: bool, dtype: torch.dtype, cl: bool, steps: list[str]) -> None:
     memory_format = CL if cl else torch.contiguous_format
     plain = generator(NORMS[norm][0], train).to(memory_format=memory_format)
     check(plain, x2d().contiguous(memory_format=memory_format), autocast=dtype)
-    assert steps == ([kind(norm, train)] * 3 + [""]) * INPUTS
+    assert steps == fused(norm, train) * INPUTS
 
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -298,7 +306,9 @@ def test_activations(name: str, norm: str, autocast: torch.dtype | None) -> None
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
 def test_autocast_of_mixed_dtypes(x_dtype: torch.dtype, weights: torch.dtype, steps: list[str]) -> None:
     """Autocast brings input and weight to its dtype whatever they are; dtypes of result and gradients are eager's."""
-    plain = nn.Sequential(nn.Conv2d(6, 8, 3).to(weights), nn.BatchNorm2d(8), nn.PReLU(), nn.Conv2d(8, 4, 2))
+    plain = nn.Sequential(
+        nn.ConvTranspose2d(6, 8, 3).to(weights), nn.BatchNorm2d(8), nn.PReLU(), nn.ConvTranspose2d(8, 4, 2)
+    )
     ours = cnnfast.Sequential(*copy.deepcopy(plain))
     dtypes = []
     for model in (plain, ours):
@@ -332,7 +342,7 @@ def test_autocast_of_another_device_or_switched_off(steps: list[str]) -> None:
         assert model(x2d()).dtype == torch.float32
     finally:
         torch.set_autocast_enabled("cuda", False)
-    assert len(steps) == 12
+    assert len(steps) == 9
 
 
 def test_gradients_accumulate_under_autocast() -> None:
