@@ -381,8 +381,8 @@ def norm_act_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, residual and slope: empty where ``need`` does not ask for one."""
     from .norm_autograd import proven_backward
+    from .norm_equations import backward_by_torch
     from .norm_launch import Grads, Saved
-    from .norm_proof import backward_by_torch
 
     how = _norm_how(kind, norm_groups, eps, measured, activation, params, channels_last, x.dtype, residual)
     saved = Saved(x, weight, bias, slope, mean, rstd, other)

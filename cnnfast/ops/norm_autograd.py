@@ -21,6 +21,7 @@ from ..activations import Activation, activation_derivative
 from ..norms import NormCall, Partials
 from . import norm_launch, norm_proof, norm_sync
 from .norm_aten import composition
+from .norm_equations import backward_by_torch
 from .norm_launch import Grads, NormHow, Saved
 
 __all__ = [
@@ -126,7 +127,7 @@ def proven_backward(
         lambda: norm_proof.backward_problem(grad, saved, how, need, reduce is not None),
         required,
     )
-    return norm_proof.backward_by_torch(grad, saved, how, need, reduce) if found is None else found
+    return backward_by_torch(grad, saved, how, need, reduce) if found is None else found
 
 
 def _reducer(several: Shared) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
