@@ -119,7 +119,7 @@ def _worth(s: FusedStep, backend: str | None) -> bool:
         plain = rule is None or not rule.synchronised and not (rule.counts and rule.momentum is None)
         why_not = triton_why_not() or (cuda_why_not(s.device.index or 0) if s.device.type == "cuda" else None)
         return plain and (why_not is None and spec_why_not(s.step.spec) is None or backend == "triton")
-    return s.step.spec.groups == 1 and (s.step.spec.transposed or s.step.upsample is not None)
+    return library.pays_on_cpu(s.step)
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]

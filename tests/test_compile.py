@@ -229,6 +229,26 @@ def test_a_model_around_it() -> None:
     assert graphs.fused() == 3
 
 
+@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", "plain"])
+def test_functions(transposed: bool) -> None:
+    """On a CPU, a plain convolution is left to Inductor, and a transposed one is the operator."""
+    x, w = torch.randn(2, 8, 7, 6), torch.randn(8, 8, 3, 3)
+
+    def f(x: Tensor) -> Tensor:
+        function = cnnfast.ops.conv_transpose2d if transposed else cnnfast.ops.conv2d
+        return function(x, w, None, 2, 1, activation="relu")
+
+    def plain(x: Tensor) -> Tensor:
+        function = torch.nn.functional.conv_transpose2d if transposed else torch.nn.functional.conv2d
+        return function(x, w.to(x.dtype), None, 2, 1).relu()
+
+    graphs = Graphs()
+    with torch.no_grad():
+        got = torch.compile(f, backend=graphs, fullgraph=True)(x)
+    assert graphs.fused() == transposed
+    assert_close(got, plain(x.double()), plain(x))
+
+
 def test_errors_are_pytorchs() -> None:
     ours, plain, _ = model("dcgan")
     ours.eval(), plain.eval()

@@ -65,8 +65,8 @@ def run_step(
 
     ``norm`` comes after the convolution and its bias (``o`` has no mean, var, scale and shift then), ahead of residual
     and activation. ``channels_last`` forces the result's memory format; None takes eager's (channels_last where x or
-    the weight is). Where something watches, PyTorch's operators run; under `torch.compile` and `torch.export` the
-    operator ``cnnfast::conv_block`` stands for the step. RuntimeError where an explicit ``backend="triton"`` cannot
+    the weight is). Where something watches, PyTorch's operators run; what `torch.compile` and `torch.export` trace
+    is `library.traced_step`'s to say. RuntimeError where an explicit ``backend="triton"`` cannot
     run the step, with the reason.
     """
     if channels_last is None:

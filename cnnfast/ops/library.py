@@ -153,15 +153,23 @@ def chosen_backend() -> str | None:
     return None if name == "auto" else name
 
 
+def pays_on_cpu(step: Step) -> bool:
+    """Whether the operator beats, on a CPU, what Inductor makes of PyTorch's operators: where the packed form saves
+    arithmetic or layouts, not where it saves passes over memory, which Inductor saves as well."""
+    return step.spec.groups == 1 and (step.spec.transposed or step.upsample is not None)
+
+
 def traced_step(step: Step, o: Operands, norm: NormCall | None, channels_last: bool, backend: str | None) -> Tensor:
     """`core.run_step` in traced code: an operator, or PyTorch's own operators where there is none (a gradient on a CPU,
-    a functorch transform) or where none is wanted: an exported program is to run without cnnfast."""
+    a functorch transform), where it does not pay, or where none is wanted: an exported program is to run without
+    cnnfast."""
     from .core import by_torch, needs_gradient
 
     if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting() or transformed():
         return by_torch(step, o._replace(weight=_as_4d(o.weight)), norm, channels_last)
     backend = chosen_backend() if backend is None else backend
-    if norm is None and not needs_gradient(o):
+    on_cpu = o.x.device.type == "cpu" and backend != "triton"
+    if norm is None and not needs_gradient(o) and (not on_cpu or pays_on_cpu(step)):
         return conv_block(step, o, channels_last, backend)
     o = o._replace(weight=_as_4d(o.weight))
     if (o.x.is_cuda or backend == "triton") and backend != "aten":
