@@ -110,12 +110,13 @@ _READ_INPUT = ("leaky_relu", "elu", "hardtanh")
 class Run(NamedTuple):
     """How a step runs on inputs of one shape: whether its result is ``channels_last``; ``as_modules``: why its modules
     run as they stand, or None. ``wide``: what follows the convolution is computed, and returned, in float32 (autocast's
-    rule). ``apart``: the activation runs by itself."""
+    rule). ``apart``: the activation runs by itself. ``simple``: none of these, no autocast, and no statistics taken."""
 
     channels_last: bool
     as_modules: str | None = None
     wide: bool = False
     apart: bool = False
+    simple: bool = False
 
 
 class Bound(NamedTuple):
@@ -208,6 +209,10 @@ class Chain:
         runs = [Run(*how) for how in zip(inside, why, strict=True)]
         if why[-1] is None:
             runs[-1] = self._last(runs[-1], x.device.type, backend, low, gradient)
+        runs = [
+            run._replace(simple=low is None and not (run.as_modules or s.measured or run.wide or run.apart))
+            for s, run in zip(self.steps, runs, strict=True)
+        ]
         padded = any(_pads(reading.modules[k]) for k in first.slots)
         of_gradient = first.ndim == 2 and (eager[0] or first.weight_channels_last and not padded)
         return Bound(tuple(runs), low, convert, of_gradient)
@@ -245,6 +250,8 @@ class Chain:
         for s, before, after in zip(self.steps, elements[:-1], elements[1:], strict=True):
             if s.step.spec.transposed or s.step.upsample is not None:
                 return True
+            if not gradient and s.measured and s.rule.norm.kind == "instance":  # type: ignore[union-attr]
+                continue  # its module returns NCHW
             saved += before + after if max(s.step.spec.kernel_size) > 1 else 0
         ends = elements[0] + elements[-1]
         return saved > ends or saved == ends and not gradient
@@ -261,6 +268,9 @@ class Chain:
         ndim = self.steps[0].ndim
         x = _enter(x, ndim, bound)
         for s, run in zip(self.steps, bound.runs, strict=True):
+            if run.simple:  # the path that counts microseconds
+                x = core.run_step(s.step, _operands(s, x, reading.tensors), channels_last=run.channels_last)
+                continue
             if run.as_modules is None:
                 x = _fused(s, x, run, reading, bound.low)
                 continue
@@ -292,8 +302,6 @@ def _enter(x: Tensor, ndim: int, bound: Bound) -> Tensor:
 def _fused(s: FusedStep, x: Tensor, run: Run, reading: Reading, low: torch.dtype | None) -> Tensor:
     o = _operands(s, x, reading.tensors)
     call = s.rule.call(reading.modules[s.norm], reading.tensors[s.norm]) if s.measured else None  # type: ignore[index, union-attr]
-    if low is None and not run.apart:  # the common case first: a call's microseconds
-        return core.run_step(s.step, o, channels_last=run.channels_last, norm=call)
     if low is None:
         return _step(s, o, call, run)
     # Not through autocast's cache of weights: casts are of the present values, and gradients add up in float32.
@@ -305,14 +313,14 @@ def _fused(s: FusedStep, x: Tensor, run: Run, reading: Reading, low: torch.dtype
 
 def _step(s: FusedStep, o: Operands, call: Any, run: Run) -> Tensor:
     """The step, with what follows the convolution or its norm apart where ``run`` says so."""
+    if not (run.wide or run.apart):
+        return core.run_step(s.step, o, channels_last=run.channels_last, norm=call)
     bare = replace(s.step, activation=Activation())
     if run.wide:
         y = core.run_step(bare, o._replace(slope=None), channels_last=True).float()
         activation = Activation() if run.apart else s.step.activation
         y = normalise(y, call, None, activation, None, channels_last=run.channels_last, backend=None)
         return s.step.activation(y) if run.apart else y
-    if not run.apart:
-        return core.run_step(s.step, o, channels_last=run.channels_last, norm=call)
     return s.step.activation(core.run_step(bare, o, channels_last=run.channels_last, norm=call))
 
 
@@ -324,7 +332,7 @@ def _operands(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]]) -> Op
     if s.norm is None or s.measured:
         return Operands(x, weight, bias, slope=slope)
     mean, var, scale, shift = tensors[s.norm]
-    return Operands(x, weight, bias, mean, var, s.rule.norm.eps, scale, shift, None, slope)  # type: ignore[union-attr]
+    return Operands(x, weight, bias, mean, var, s.eps, scale, shift, None, slope)
 
 
 def _strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:

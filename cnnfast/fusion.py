@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -56,10 +57,15 @@ class FusedStep:
     in_place: bool
     overwrites: bool
 
-    @property
+    @cached_property
     def measured(self) -> bool:
         """Whether it normalises by the statistics of the convolution's result."""
         return self.rule is not None and self.rule.measured
+
+    @cached_property
+    def eps(self) -> float:
+        """The norm's."""
+        return 0.0 if self.rule is None else self.rule.norm.eps
 
 
 @dataclass(frozen=True)
