@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.ops import core, library_training
+from cnnfast.ops import core, library_convolution, library_training
 from cnnfast.tolerance import verdict
 
 from .conftest import conv_precision
@@ -159,7 +159,9 @@ def test_fakes_on_the_kernels(device: torch.device, launches: list[str], name: s
     found = calls(name, device, "triton")
     assert launches
     for func, args in found:
-        fake_of = getattr(library_training, func._schema.name.split("::")[1] + "_fake")
+        name = func._schema.name.split("::")[1]
+        module = library_training if "norm" in name else library_convolution
+        fake_of = getattr(module, name + "_fake")
         outs, fakes = ([o] if isinstance(o, Tensor) else list(o) for o in (func(*args), fake_of(*args)))
         for out, fake in zip(outs, fakes, strict=True):
             said = (tuple(fake.shape), fake.dtype, fake.stride())

@@ -1,10 +1,9 @@
 """Steps with gradients as `torch.library` operators: what `torch.compile` sees of them on a GPU.
 
 The forward is ``cnnfast::conv``, or ``cnnfast::conv_norm_act`` where something follows the convolution that its
-epilogue cannot do with a gradient; their derivatives are those and ``conv_weight_grad``, ``norm_act_backward`` and
-``activation_backward``, so that the graph of the backward, too, is made of operators. Formulas and launches are those
-of eager mode (`training`, `norm_autograd`). Running statistics are returned, and moved by the traced code: an operator
-with a derivative must not write to its arguments.
+epilogue cannot do with a gradient; the latter's derivative is ``norm_act_backward`` and that of a convolution
+(`library_convolution`). Formulas and launches are those of eager mode (`training`, `norm_autograd`). Running statistics
+are returned, and moved by the traced code: an operator with a derivative must not write to its arguments.
 """
 
 from __future__ import annotations
@@ -21,47 +20,14 @@ from ..block import Operands, Step
 from ..norms import Norm, NormCall
 from ..spec import Activation, ConvSpec
 from .core import to_format, watched
+from .library_convolution import by_kernels, conv, conv_backward, empty_of, geometry_of, how_of, own, spec_of
 
 if TYPE_CHECKING:
     from .norm_launch import Grads, NormHow
-    from .training import How
 
 __all__ = ["run", "takes"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-# --- values as arguments of operators ---------------------------------------------------------------------------------
-
-
-def _geometry(s: ConvSpec) -> tuple[Any, ...]:
-    return s.transposed, list(s.stride), list(s.padding), list(s.output_padding), list(s.dilation), s.groups
-
-
-def _spec(
-    weight: Tensor,
-    transposed: bool,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> ConvSpec:
-    first, second, *kernel = weight.shape
-    channels = (first, second * groups) if transposed else (second * groups, first)
-    ints = (tuple(kernel), tuple(stride), tuple(padding), tuple(output_padding), tuple(dilation))
-    return ConvSpec(transposed, *channels, *ints, groups)
-
-
-def _how(spec: ConvSpec, activation: Activation, channels_last: bool, backend: str | None) -> How:
-    from .training import How
-
-    return How(spec, activation, channels_last, dispatch.resolve_backend(backend) == "triton")
-
-
-def _by_kernels(x: Tensor, backend: str | None) -> bool:
-    name = dispatch.resolve_backend(backend)
-    return name == "triton" or name == "auto" and x.is_cuda
 
 
 def _norm_how(
@@ -79,164 +45,6 @@ def _norm_how(
 
     norm = Norm(kind, norm_groups, eps) if kind else None
     return NormHow(norm, measured, Activation(activation, tuple(params)), channels_last, dtype, residual)
-
-
-def _empty_like(x: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    fmt = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=fmt)
-
-
-def _own(t: Tensor, *others: Tensor) -> Tensor:
-    """``t`` as a tensor of its own, which an operator may return."""
-    pointer = t.untyped_storage().data_ptr()
-    return t.clone() if any(o.untyped_storage().data_ptr() == pointer for o in others) and t.numel() else t
-
-
-# --- convolution ------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("cnnfast::conv", mutates_args=())
-def conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    transposed: bool,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    activation: str,
-    params: Sequence[float],
-    channels_last: bool,
-    backend: str | None,
-) -> Tensor:
-    spec = _spec(weight, transposed, stride, padding, output_padding, dilation, groups)
-    act = Activation(activation, tuple(params))
-    if _by_kernels(x, backend):
-        from .training import conv_forward
-
-        return conv_forward(x, weight, bias, _how(spec, act, channels_last, backend))[0]
-    return to_format(reference.conv_block(x, weight, bias, spec, activation=act), channels_last)
-
-
-@conv.register_fake
-def conv_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
-    spec = _spec(weight, *args[:6])
-    return _empty_like(x, (x.shape[0], spec.out_channels, *spec.output_size(x.shape[2:])), args[8])
-
-
-@torch.library.custom_op("cnnfast::conv_weight_grad", mutates_args=())
-def conv_weight_grad(
-    x: Tensor,
-    grad: Tensor,
-    like: Tensor,
-    transposed: bool,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    backend: str | None,
-) -> Tensor:
-    from . import wgrad
-    from .training import wgrad_forward
-
-    spec = _spec(like, transposed, stride, padding, output_padding, dilation, groups)
-    if _by_kernels(x, backend):
-        return wgrad_forward(x, grad, like, _how(spec, Activation(), True, backend))
-    return torch.empty_like(like).copy_(wgrad.by_torch(x, grad, like, spec))
-
-
-@conv_weight_grad.register_fake
-def conv_weight_grad_fake(x: Tensor, grad: Tensor, like: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(like)
-
-
-@torch.library.custom_op("cnnfast::activation_backward", mutates_args=())
-def activation_backward(
-    grad: Tensor,
-    saved: Tensor | None,
-    activation: str,
-    params: Sequence[float],
-    bias: bool,
-    channels_last: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    from . import normalise
-
-    act = Activation(activation, tuple(params))
-    dz, db = normalise.activation_backward(grad, saved, act, bias=bias, backend=backend)
-    none = grad.new_empty(0, dtype=torch.float32)
-    dz = grad.new_empty(0) if saved is None else _own(to_format(dz, channels_last), grad)
-    return dz, none if db is None else db.float()
-
-
-@activation_backward.register_fake
-def activation_backward_fake(
-    grad: Tensor,
-    saved: Tensor | None,
-    activation: str,
-    params: Sequence[float],
-    bias: bool,
-    channels_last: bool,
-    backend: str | None,
-) -> tuple[Tensor, Tensor]:
-    dz = grad.new_empty(0) if saved is None else _empty_like(grad, grad.shape, channels_last)
-    return dz, grad.new_empty(grad.shape[1] if bias else 0, dtype=torch.float32)
-
-
-def _traced_conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`training.conv_backward` made of operators."""
-    x, weight, y = ctx.saved_tensors
-    how, (need_x, need_weight, *_), want_bias = ctx.how, ctx.needs_input_grad, ctx.bias_dtype is not None
-    act, backend = how.activation, how.backend
-    if y is not None or want_bias:
-        dz, db = activation_backward(grad, y, act.name, list(act.params), want_bias, True, backend)
-        grad = grad if y is None else dz
-    dx = dw = None
-    if need_x:
-        spec = how.spec.adjoint(ctx.size)
-        dx = conv(grad, weight, None, *_geometry(spec), "identity", [], ctx.channels_last, backend)
-        dx = dx[:, :, : ctx.size[0], : ctx.size[1]] if tuple(dx.shape[2:]) != tuple(ctx.size) else dx
-    if need_weight:
-        dw = conv_weight_grad(x, grad, weight, *_geometry(how.spec), backend)
-    return dx, dw, db.to(ctx.bias_dtype) if want_bias else None
-
-
-def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if watched(grad) or not _by_kernels(grad, ctx.how.backend):
-        return _traced_conv_backward(ctx, grad)
-    from .training import conv_backward
-
-    return conv_backward(ctx, grad)
-
-
-def _conv_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    from .training import conv_setup
-
-    x, weight, bias, *geometry, activation, params, channels_last, backend = inputs
-    how = _how(_spec(weight, *geometry), Activation(activation, tuple(params)), channels_last, backend)
-    conv_setup(ctx, x, weight, bias, output, how)
-
-
-conv.register_autograd(lambda ctx, grad: (*_conv_backward(ctx, grad), *(None,) * 10), setup_context=_conv_setup_context)
-
-
-def _wgrad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    from .training import wgrad_setup
-
-    x, grad, like, *geometry, backend = inputs
-    wgrad_setup(ctx, x, grad, _how(_spec(like, *geometry), Activation(), True, backend))
-
-
-def _wgrad_backward(ctx: Any, v: Tensor) -> tuple[Any, ...]:
-    from .training import wgrad_backward
-
-    return *wgrad_backward(ctx, v), *(None,) * 8
-
-
-conv_weight_grad.register_autograd(_wgrad_backward, setup_context=_wgrad_setup_context)
 
 
 # --- convolution, norm, residual, activation --------------------------------------------------------------------------
@@ -271,7 +79,7 @@ def conv_norm_act(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(result, the convolution's result, mean, 1/deviation, and what running statistics move towards: each channel's
     mean and unbiased variance). Empty where there is no such thing."""
-    spec = _spec(weight, transposed, stride, padding, output_padding, dilation, groups)
+    spec = spec_of(weight, transposed, stride, padding, output_padding, dilation, groups)
     how = _norm_how(kind, norm_groups, eps, measured, activation, params, channels_last, x.dtype, residual is not None)
     call = None
     if how.norm is not None:
@@ -282,7 +90,7 @@ def conv_norm_act(
         moved = [x.new_zeros(spec.out_channels, dtype=torch.float32) for _ in range(2)]
         call = call._replace(running_mean=moved[0], running_var=moved[1], momentum=1.0)
     found = None
-    if _by_kernels(x, backend):
+    if by_kernels(x, backend):
         found = _launched(x, weight, bias, residual, slope, call, spec, how, backend)
     if found is None:
         u = to_format(reference.conv(x, weight, bias, spec), True)
@@ -291,7 +99,7 @@ def conv_norm_act(
     nothing = x.new_empty(0, dtype=torch.float32)
     if not measured or mean is None or rstd is None:
         mean, rstd = nothing, nothing.clone()
-    return _own(y, u), u, mean.clone(), rstd.clone(), moved[0], moved[1]
+    return own(y, u), u, mean.clone(), rstd.clone(), moved[0], moved[1]
 
 
 def _launched(
@@ -313,7 +121,7 @@ def _launched(
     statistics = None
     if how.measured and how.norm is not None:
         statistics = "batch" if how.norm.kind == "batch" else "image"
-    u, parts = conv_forward(x, weight, bias, _how(spec, Activation(), True, backend), statistics)
+    u, parts = conv_forward(x, weight, bias, how_of(spec, Activation(), True, backend), statistics)
     vectors = () if call is None else (call.weight, call.bias, call.running_mean, call.running_var)
     required = dispatch.resolve_backend(backend) == "triton"
     reason = normalise.why_not(u, *vectors, residual, slope)
@@ -344,7 +152,7 @@ def _by_torch(
 
 @conv_norm_act.register_fake
 def conv_norm_act_fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    spec = _spec(weight, *args[7:13])
+    spec = spec_of(weight, *args[7:13])
     kind, norm_groups, _, measured, updates, _, _, channels_last, _ = args[13:]
     n, c = x.shape[0], spec.out_channels
     shape = (n, c, *spec.output_size(x.shape[2:]))
@@ -354,7 +162,7 @@ def conv_norm_act_fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, .
     def empty(*size: Any) -> Tensor:
         return x.new_empty(size, dtype=torch.float32)
 
-    y, u = _empty_like(x, shape, channels_last), _empty_like(x, shape, True)
+    y, u = empty_of(x, shape, channels_last), empty_of(x, shape, True)
     return y, u, empty(*statistics), empty(*statistics), empty(moved), empty(moved)
 
 
@@ -387,7 +195,7 @@ def norm_act_backward(
     how = _norm_how(kind, norm_groups, eps, measured, activation, params, channels_last, x.dtype, residual)
     saved = Saved(x, weight, bias, slope, mean, rstd, other)
     wanted = Grads(*need)  # type: ignore[arg-type]
-    if _by_kernels(x, backend):
+    if by_kernels(x, backend):
         found = proven_backward(grad, saved, how, wanted, None, dispatch.resolve_backend(backend) == "triton")
     else:
         found = backward_by_torch(grad, saved, how, wanted, None)
@@ -396,8 +204,8 @@ def norm_act_backward(
         grad.new_empty(0, dtype=torch.float32) if not n or g is None else g for g, n in zip(found, need, strict=True)
     ]
     out = [to_format(g, channels_last if k == 3 else True) if g.dim() == 4 else g.clone() for k, g in enumerate(out)]
-    out[3] = _own(out[3], out[0], grad)
-    out[0] = _own(out[0], grad)
+    out[3] = own(out[3], out[0], grad)
+    out[0] = own(out[0], grad)
     out = [g if t is None or not g.numel() else g.to(t.dtype) for g, t in zip(out, like, strict=True)]
     return out[0], out[1], out[2], out[3], out[4]
 
@@ -408,10 +216,10 @@ def norm_act_backward_fake(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor,
     channels_last, _, need, _ = args[12:]
     none = [grad.new_empty(0, dtype=torch.float32) for _ in range(5)]
     full = (
-        _empty_like(x, x.shape, True),
+        empty_of(x, x.shape, True),
         None if weight is None else weight.new_empty(weight.shape),
         None if bias is None else bias.new_empty(bias.shape),
-        _empty_like(grad, grad.shape, channels_last),
+        empty_of(grad, grad.shape, channels_last),
         None if slope is None else slope.new_empty(slope.shape),
     )
     return tuple(f if n and f is not None else e for f, n, e in zip(full, need, none, strict=True))
@@ -436,7 +244,7 @@ def _conv_norm_act_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tupl
     need = ctx.needs_input_grad
     how = _norm_how(kind, groups, eps, measured, activation, params, channels_last, x.dtype, residual is not None)
     of_conv = _Part(needs_input_grad=need[:3])
-    conv_setup(of_conv, x, weight, bias, u, _how(_spec(weight, *geometry), Activation(), True, backend))
+    conv_setup(of_conv, x, weight, bias, u, how_of(spec_of(weight, *geometry), Activation(), True, backend))
     of_norm = _Part(needs_input_grad=(any(need[:3]), need[3], need[4], need[7], need[8]))
     mean, rstd = (mean, rstd) if measured else (running_mean, running_var)
     required = dispatch.resolve_backend(backend) == "triton"
@@ -488,13 +296,13 @@ def _conv_norm_act_backward(ctx: Any, grad: Tensor | None, *of_others: None) -> 
     saved = ctx.saved_tensors
     of_conv, of_norm = ctx.of_conv, ctx.of_norm
     of_conv.saved_tensors, of_norm.saved_tensors = saved[: ctx.convs], saved[ctx.convs :]
-    if watched(grad) or not _by_kernels(grad, ctx.backend):
+    if watched(grad) or not by_kernels(grad, ctx.backend):
         g = _traced_norm_backward(of_norm, grad, ctx.backend)
     else:
         from .norm_autograd import norm_backward
 
         g = norm_backward(of_norm, grad)
-    of_x = (None, None, None) if g.x is None else _conv_backward(of_conv, g.x)
+    of_x = (None, None, None) if g.x is None else conv_backward(of_conv, g.x)
     return *of_x, g.weight, g.bias, None, None, g.residual, g.slope, *nothing[9:]
 
 
@@ -512,7 +320,7 @@ def takes(o: Operands, norm: NormCall | None) -> bool:
 def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool, backend: str | None) -> Tensor:
     """`training.run` made of operators; running statistics move in the traced code."""
     x, weight = step.pad_input(o.x), step.conv_weight(o.weight)
-    geometry, act = _geometry(step.spec), step.activation
+    geometry, act = geometry_of(step.spec), step.activation
     call = norm
     if call is None and o.mean is not None:
         call = NormCall(Norm("batch", eps=o.eps), o.scale, o.shift, o.mean, o.var, use_input_stats=False)
