@@ -1,10 +1,14 @@
-"""Training steps on a CPU: a convolution, a norm, a residual and an activation with gradients, by ATen's operators in
-the memory format that suits them best."""
+"""Training steps on a CPU: a convolution (`cpu_convolution`), a norm, a residual and an activation, with gradients.
+
+All channels-last: norms by ATen where its statistics bear that, activations in place, an upsampling collapsed into its
+convolution where the weight's sums cost less than the arithmetic they save (measured; docs/facts.md).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -37,8 +41,20 @@ def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> 
             o = o._replace(scale=None, shift=None)
         y = reference.epilogue(y, o.scale, o.shift, o.residual, step.activation, o.slope)
     else:
-        y = _finish(_convolved(step, x, o), norm, step.activation, o)
+        packed = _packed(step, x, o) if norm is None or norm.norm.kind != "batch" else None
+        y = _finish(_convolved(step, x, o) if packed is None else packed, norm, step.activation, o)
     return cpu.convert(y, y.dtype, channels_last)
+
+
+def _packed(step: Step, x: Tensor, o: Operands) -> Tensor | None:
+    """The convolution of ``step`` and its bias with a packed weight where no gradient of it is needed and that pays;
+    else None. (Not ahead of a BatchNorm in training: its weight is another in the next step, and would be packed anew.)
+    """
+    operands = Operands(x, o.weight, o.bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, o.weight, o.bias)):
+        return None
+    bare = replace(step, activation=Activation())
+    return cpu.run(bare, operands, True) if cpu.why_not(bare, operands, True) is None else None
 
 
 def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:

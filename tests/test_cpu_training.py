@@ -557,6 +557,22 @@ def test_a_large_result_in_nchw() -> None:
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-3)
 
 
+@packed
+@pytest.mark.parametrize("kind", ["instance", "batch"])
+def test_weights_are_packed_where_no_gradient_is_needed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Step(ConvSpec.make(64, 32, 4, 2, 1), Activation("relu"))
+    x, w = torch.randn(2, 64, 8, 8), nn.Parameter(torch.randn(64, 32, 4, 4) / 16)
+    ran: list[Step] = []
+    real = cpu.run
+    monkeypatch.setattr(cpu, "run", lambda step, o, last: ran.append(step) or real(step, o, last))
+    expected = cpu_training.run(step, Operands(x, w), NormCall(Norm(kind)), True)
+    assert not ran and expected.requires_grad
+    with torch.no_grad():
+        y = cpu_training.run(step, Operands(x, w), NormCall(Norm(kind)), True)
+    assert len(ran) == (kind == "instance")
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_autocast_does_not_round_products_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ConvSpec.make(*METHODS["phases"][0])
     force(monkeypatch, Ways("aten", "patches", torch.float32))
