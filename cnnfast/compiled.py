@@ -8,6 +8,9 @@ that are added to a compiled module's children.
 Which steps are operators: on a CPU, in inference, transposed convolutions and upsamplings, whose packed form beats what
 Inductor makes of the modules; on a GPU, whatever has a kernel, in training too. The rest is traced as it stands, for
 Inductor to fuse. `torch.export` always gets PyTorch's own operators: an exported program does not need cnnfast.
+
+The plan ties traced code to one Sequential, as Dynamo guards its identity: of models that are compiled each by itself,
+more than ``torch._dynamo.config.recompile_limit`` (8) need a higher limit. Beyond it they run as in eager mode, fused.
 """
 
 from __future__ import annotations

@@ -86,6 +86,11 @@ class Sequential(nn.Sequential):
     rounding), dtypes (of autocast too), memory formats and errors. Modules may be changed, replaced, frozen and
     switched between training and eval mode at any time. `explain` says what is fused, and why the rest is not.
 
+    `torch.compile` sees fused steps as operators, on a CPU in inference and on a GPU in training too, and compiles anew
+    after a change, but for hooks added to the modules inside (`torch.compile`'s own limit). Where more than 8 instances
+    are compiled each by itself, raise ``torch._dynamo.config.recompile_limit``. Exported programs are PyTorch's
+    operators alone.
+
     Three things differ. Under autocast a weight is cast anew on each use, where PyTorch keeps the cast for a whole
     autocast region: what several uses add to a gradient is summed in float32, and a weight that was written to inside
     the region is never served old. A SyncBatchNorm takes CPU tensors. And a write through ``.data`` to a few elements
