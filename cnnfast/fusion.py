@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -57,12 +56,12 @@ class FusedStep:
     in_place: bool
     overwrites: bool
 
-    @cached_property
+    @property
     def measured(self) -> bool:
         """Whether it normalises by the statistics of the convolution's result."""
         return self.rule is not None and self.rule.measured
 
-    @cached_property
+    @property
     def eps(self) -> float:
         """The norm's."""
         return 0.0 if self.rule is None else self.rule.norm.eps
