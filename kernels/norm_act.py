@@ -97,7 +97,6 @@ def partial_stats_kernel(
     chan = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     chan_mask = chan < C
     x_ptr = part_base(x_ptr, segment, first, ROWS, C, X_LAST)
-    n = tl.zeros((BLOCK_M,), tl.float32)  # rows that a lane has met
     mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     met = 0.0
@@ -110,7 +109,8 @@ def partial_stats_kernel(
         delta = tl.where(on[:, None], x - mean, 0.0)
         mean += delta * (1.0 / met)
         m2 += delta * (x - mean)
-        n += on.to(tl.float32)
+    # Rows that each lane has met: counted here and not in the loop, which would carry them in another layout.
+    n = ((here + BLOCK_M - 1 - tl.arange(0, BLOCK_M)) // BLOCK_M).to(tl.float32)
     count = here.to(tl.float32)
     center = tl.sum(mean * n[:, None], 0) / count
     center += tl.sum((mean - center[None, :]) * n[:, None], 0) / count
