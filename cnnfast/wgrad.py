@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .choice import PROLOGUE, SECOND_PASS, TRIP, registers, trip_clocks
+from .choice import FULL_WAVE, PROLOGUE, SECOND_PASS, TRIP, registers, trip_clocks
 from .devices import Device, resident_blocks
 from .plan import is_exact
 from .spec import ConvSpec, Precision
@@ -162,5 +162,8 @@ def choose_wgrad_plan(
     plan = _tile(spec, precision, device, k if wide else NARROW)
     trips = plan.trips(batch, grid)
     clocks = {p: _clocks(p, trips, precision, device) for p in _split(plan, trips)}
-    best = min(clocks.values())
-    return next(p for p, time in clocks.items() if time <= ALIKE * best)  # the fewest parts: they cost memory
+    best = min(clocks, key=lambda p: clocks[p])
+    wave = min(FULL_WAVE * device.multiprocessors, best.tiles() * best.splits * spec.groups)
+    # The fewest parts that fill the GPU: they cost memory.
+    alike = (p for p in clocks if clocks[p] <= ALIKE * clocks[best] and p.tiles() * p.splits * spec.groups >= wave)
+    return next(alike, best)
