@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "Activation", "ActivationRow", "activation_derivative"]
+__all__ = ["ACTIVATIONS", "IN_PLACE", "Activation", "ActivationRow", "activation_derivative"]
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,17 @@ ACTIVATIONS: dict[str, ActivationRow] = {
         ActivationRow("hardtanh", F.hardtanh, _between, _between, (-1.0, 1.0)),
         ActivationRow("prelu", _prelu, _prelu_of_x, saves="x"),
     )
+}
+
+
+# torch's own functions in place; the backward of each needs its result alone.
+IN_PLACE: dict[str, Callable[..., Tensor]] = {
+    "relu": torch.relu_,
+    "tanh": torch.tanh_,
+    "sigmoid": torch.sigmoid_,
+    "leaky_relu": F.leaky_relu_,
+    "elu": F.elu_,
+    "hardtanh": F.hardtanh_,
 }
 
 

@@ -12,13 +12,13 @@ tells, at the price of reading it once: under 1 % of the step) is not finite, th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from .activations import IN_PLACE
 from .block import Operands, Step
 from .onednn import (
     Convolution,
@@ -268,16 +268,6 @@ def _pack(method: Method, step: Step, o: Operands) -> tuple[Any, bool]:
     return method.pack(weight, shift), finite
 
 
-_IN_PLACE: dict[str, Callable[..., torch.Tensor]] = {
-    "relu": torch.relu_,
-    "tanh": torch.tanh_,
-    "sigmoid": torch.sigmoid_,
-    "leaky_relu": F.leaky_relu_,
-    "elu": F.elu_,
-    "hardtanh": F.hardtanh_,
-}
-
-
 def _post(step: Step, post: PostOp, o: Operands) -> PostOp:
     """What of the activation runs on the accumulator for these operands: nothing where a residual comes first."""
     if o.residual is not None:
@@ -306,7 +296,7 @@ def _finish(y: torch.Tensor, activation: Activation, o: Operands) -> torch.Tenso
     """Residual and activation after the convolution, on a tensor that is ours: in float32 where there is a residual."""
     if o.residual is not None:
         y = y.float().add_(o.residual)
-    in_place = _IN_PLACE.get(activation.name)
+    in_place = IN_PLACE.get(activation.name)
     if in_place is not None:
         return in_place(y, *activation.params)
     return activation(y) if o.slope is None else _prelu(y, o.slope.to(y.dtype))

@@ -7,7 +7,6 @@ convolution where the weight's sums cost less than the arithmetic they save (mea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu, reference
+from .activations import IN_PLACE
 from .block import Operands, Step
 from .cpu import products_dtype
 from .cpu_convolution import convolution
@@ -101,16 +101,6 @@ def _summed_weight(weight: Tensor, scale: tuple[int, ...], groups: int) -> Tenso
 
 # --- norm, residual, activation ---------------------------------------------------------------------------------------
 
-# In place, the backward of these needs their result alone.
-_IN_PLACE: dict[str, Callable[..., Tensor]] = {
-    "relu": torch.relu_,
-    "tanh": torch.tanh_,
-    "sigmoid": torch.sigmoid_,
-    "leaky_relu": F.leaky_relu_,
-    "elu": F.elu_,
-    "hardtanh": F.hardtanh_,
-}
-
 # Channels-last, ATen adds a channel's values up one after the other (batch norm) or takes E[x^2] - E[x]^2 (group norm).
 # Neither bears a mean of many deviations, so that a norm whose statistics say so is done again on the values less that
 # mean, which it does not depend on.
@@ -195,7 +185,7 @@ def _finish(y: Tensor, norm: NormCall | None, activation: Activation, o: Operand
             y, norm = z, None
         elif norm.norm.kind == "instance" and not norm.measured:  # the same, and right for a batch of one
             norm = norm._replace(norm=Norm("batch", eps=norm.norm.eps))
-    function = _IN_PLACE.get(activation.name) if activation.saves() == "y" else None
+    function = IN_PLACE.get(activation.name) if activation.saves() == "y" else None
     if norm is None and o.residual is None and function is not None:
         return function(y, *activation.params)
     return norm_aten.run(y, norm, o.residual, activation, o.slope)

@@ -6,36 +6,9 @@ import torch
 
 from ..spec import Activation
 from .arguments import ActivationParam
-from .convolution import Epilogue, Ints, convolve
+from .convolution import DOC, Epilogue, Ints, convolve
 
 __all__ = ["conv_transpose1d", "conv_transpose2d"]
-
-_DOC = """{ndim}-D transposed convolution, then ``act(scale * (conv + bias) + shift + residual)``.
-
-    The positional arguments, their checks and errors are those of `torch.nn.functional.conv_transpose{ndim}d`. Sums,
-    scale, shift, residual and activation are computed in float32 and rounded once, to the input's dtype.
-
-    Args:
-        input: ({batched}) or ({unbatched}); float32, float16 or bfloat16 for the fast paths (other dtypes run in ATen).
-        weight: (C_in, C_out/groups, {kernel}), the input's dtype. On a GPU a channels_last weight is read in place.
-        bias: (C_out,) or None.
-        stride, padding, output_padding, groups, dilation: as in torch.
-        scale, shift: (C_out,), any floating dtype, or None.
-        residual: the output's shape and the input's dtype, or None.
-        activation: an `Activation`, or its name in `cnnfast.spec.ACTIVATIONS`, or None.
-        activation_param: a number (slope of leaky_relu, alpha of elu), two (bounds of hardtanh), or prelu's weight, a
-            tensor of 1 or C_out elements.
-        backend: "auto", "triton", "aten", or None for the context's (`cnnfast.backend`).
-
-    Returns:
-        The output in the input's dtype, channels_last where input or weight is (as torch's).
-
-    Raises:
-        RuntimeError: what torch raises; ``backend="triton"`` where the kernel cannot run this, with the reason.
-        ValueError: an unknown activation or backend; scale, shift, residual or activation_param of a wrong shape.
-
-    Differentiable any number of times.
-    """
 
 
 def conv_transpose1d(
@@ -80,5 +53,13 @@ def conv_transpose2d(
     return convolve(2, True, input, weight, bias, stride, padding, output_padding, groups, dilation, e)
 
 
-conv_transpose1d.__doc__ = _DOC.format(ndim=1, batched="N, C_in, L", unbatched="C_in, L", kernel="k")
-conv_transpose2d.__doc__ = _DOC.format(ndim=2, batched="N, C_in, H, W", unbatched="C_in, H, W", kernel="kh, kw")
+_TRANSPOSED = dict(
+    kind="transposed convolution",
+    function="conv_transpose",
+    channels="C_in, C_out/groups",
+    geometry="stride, padding, output_padding, groups, dilation: as in torch.",
+)
+conv_transpose1d.__doc__ = DOC.format(ndim=1, batched="N, C_in, L", unbatched="C_in, L", kernel="k", **_TRANSPOSED)
+conv_transpose2d.__doc__ = DOC.format(
+    ndim=2, batched="N, C_in, H, W", unbatched="C_in, H, W", kernel="kh, kw", **_TRANSPOSED
+)

@@ -15,7 +15,7 @@ from ..spec import Activation, ConvSpec
 from .arguments import ActivationParam, autocast, check_residual, check_slope, check_vectors, parse_activation
 from .core import run_step
 
-__all__ = ["Epilogue", "Ints", "convolve"]
+__all__ = ["DOC", "Epilogue", "Ints", "convolve"]
 
 Ints = int | Sequence[int]
 
@@ -25,6 +25,34 @@ _TORCH: dict[tuple[int, bool], Callable[..., torch.Tensor]] = {
     (1, False): F.conv1d,
     (2, False): F.conv2d,
 }
+
+
+DOC = """{ndim}-D {kind}, then ``act(scale * (conv + bias) + shift + residual)``.
+
+    The positional arguments, their checks and errors are those of `torch.nn.functional.{function}{ndim}d`. Sums,
+    scale, shift, residual and activation are computed in float32 and rounded once, to the input's dtype.
+
+    Args:
+        input: ({batched}) or ({unbatched}); float32, float16 or bfloat16 for the fast paths (other dtypes run in ATen).
+        weight: ({channels}, {kernel}), the input's dtype. On a GPU a channels_last weight is read in place.
+        bias: (C_out,) or None.
+        {geometry}
+        scale, shift: (C_out,), any floating dtype, or None.
+        residual: the output's shape and the input's dtype, or None.
+        activation: an `Activation`, or its name in `cnnfast.spec.ACTIVATIONS`, or None.
+        activation_param: a number (slope of leaky_relu, alpha of elu), two (bounds of hardtanh), or prelu's weight, a
+            tensor of 1 or C_out elements.
+        backend: "auto", "triton", "aten", or None for the context's (`cnnfast.backend`).
+
+    Returns:
+        The output in the input's dtype, channels_last where input or weight is (as torch's).
+
+    Raises:
+        RuntimeError: what torch raises; ``backend="triton"`` where the kernel cannot run this, with the reason.
+        ValueError: an unknown activation or backend; scale, shift, residual or activation_param of a wrong shape.
+
+    Differentiable any number of times.
+    """
 
 
 class Epilogue(NamedTuple):
