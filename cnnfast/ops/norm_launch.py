@@ -82,6 +82,11 @@ def _tiling(x: Tensor, each: bool, *last: bool) -> Tiling:
     return tiling(n, c, h * w, each or rows_inside, rows_inside, sms)
 
 
+def _options(num_warps: int) -> dict[str, int]:
+    """Of a launch. With fewer registers allowed, ptxas spills a few (seen for three channels on sm_86)."""
+    return dict(num_warps=num_warps, maxnreg=block.MAX_REGISTERS)
+
+
 def _params(activation: Activation) -> dict[str, Any]:
     p0, p1, *_ = (*activation.params, 0.0, 0.0)
     return dict(P0=p0, P1=p1, ACT=activation.name)
@@ -105,7 +110,17 @@ def partials(x: Tensor, each: bool) -> Partials:
     count, mean, m2 = stats.split((total, total * c, total * c))
     with dispatch.on_device(x):
         forward_kernels.partial_stats_kernel[t.grid](
-            x, count, mean, m2, t.rows, t.parts, t.tiles, C=c, X_LAST=last, **t.constants, num_warps=t.num_warps
+            x,
+            count,
+            mean,
+            m2,
+            t.rows,
+            t.parts,
+            t.tiles,
+            C=c,
+            X_LAST=last,
+            **t.constants,
+            **_options(t.num_warps),
         )
     _went("norm-statistics")
     segments = x.shape[0] if each else 1
@@ -138,7 +153,7 @@ def merge(
         forward_kernels.merge_stats_kernel[(grid,)](
             parts.count.contiguous(), parts.mean.contiguous(), parts.m2.contiguous(), out[0], out[1],
             out[2] if var else None, running_mean, running_var, count, eps, momentum, 1 - momentum,
-            C=c, JOIN=join, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
+            C=c, JOIN=join, BLOCK_P=block_p, BLOCK_C=block_c, **_options(4),
         )  # fmt: skip
     _went("norm-merge")
     return out[0], out[1], out[2] if var else None
@@ -163,7 +178,7 @@ def apply(
         forward_kernels.norm_act_kernel[t.grid](
             x, y, None if residual is None else _as(residual, y_last), _vector(mean), _vector(rstd), _vector(weight),
             _vector(bias), _vector(slope), t.rows, t.parts, t.tiles, _eps(how),
-            **_common(x, how, slope), X_LAST=x_last, Y_LAST=y_last, **t.constants, num_warps=t.num_warps,
+            **_common(x, how, slope), X_LAST=x_last, Y_LAST=y_last, **t.constants, **_options(t.num_warps),
         )  # fmt: skip
     _went("norm-apply")
     return y
@@ -231,7 +246,7 @@ def grad_sums(grad: Tensor, s: Saved, how: NormHow, slope_sum: bool) -> Tensor:
     backward_kernels.grad_sums_kernel[t.grid](
         s.x, grad, s.other, s.mean, s.rstd, s.weight, s.bias, s.slope, sums, t.rows, t.parts, t.tiles, _eps(how),
         **_common(s.x, how, s.slope), OF=how.of, SLOPE_SUM=slope_sum, X_LAST=x_last, Y_LAST=y_last, **t.constants,
-        num_warps=t.num_warps,
+        **_options(t.num_warps),
     )  # fmt: skip
     _went("norm-grad-sums")
     return sums
@@ -261,7 +276,7 @@ def finish(
     mean1, mean2 = (None, None) if means is None else (means[0], means[1])
     backward_kernels.finish_sums_kernel[(grid,)](
         sums, bias, weight, slope, mean1, mean2, scale, segments, parts, count,
-        C=c, JOIN=join, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
+        C=c, JOIN=join, BLOCK_P=block_p, BLOCK_C=block_c, **_options(4),
     )  # fmt: skip
     _went("norm-grad-finish")
 
@@ -311,7 +326,7 @@ def backward(grad: Tensor, s: Saved, how: NormHow, need: Grads | tuple[bool, ...
                 None if means is None else means[0], None if means is None else means[1], dx, dz,
                 t.rows, t.parts, t.tiles, _eps(how),
                 **_common(x, how, s.slope), OF=how.of, X_LAST=x_last, Y_LAST=y_last, **t.constants,
-                num_warps=t.num_warps,
+                **_options(t.num_warps),
             )  # fmt: skip
             _went("norm-grad-apply")
             out["x"] = dx
@@ -346,7 +361,7 @@ def activation_backward(
         dz = torch.empty_like(g) if of else None
         backward_kernels.act_backward_kernel[t.grid](
             g, _as(saved, last) if of and saved is not None else None, dz, sums, t.rows, t.parts, t.tiles,
-            C=c, **_params(activation), OF=of, Y_LAST=last, **t.constants, num_warps=t.num_warps,
+            C=c, **_params(activation), OF=of, Y_LAST=last, **t.constants, **_options(t.num_warps),
         )  # fmt: skip
         _went("activation-grad")
         db = None
