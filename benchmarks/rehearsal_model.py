@@ -42,7 +42,7 @@ __all__ = [
     "work",
 ]
 
-PARTS = ("x", "weight", "y", "vectors", "copies", "workspace")  # what moves bytes, see `traffic`
+PARTS = ("x", "weight", "y", "vectors", "norm", "copies", "workspace")  # what moves bytes, see `traffic`
 BOUNDS = ("tensor", "issue", "dram", "l2", "latency")
 _SCALAR = {80: 64}  # float32 multiply-adds per clock and multiprocessor; 128 elsewhere
 
@@ -165,8 +165,11 @@ def traffic(run: StepRun, plan: Plan, resident: int, device: Device) -> Traffic:
     y = math.prod(run.output_shape) * run.itemsize
     main = run.main
     copied = sum(op.read + op.written for op in run.ops)
-    copied += sum(_OTHER_KERNELS[c.job.function](c) for c in run.calls if c is not main)
+    beside = [c for c in run.calls if c is not main]
+    norm = [c for c in beside if c.job.function in _NORM_KERNELS]
+    copied += sum(_OTHER_KERNELS[c.job.function](c) for c in beside if c not in norm)
     parts = {"copies": copied, "y": y, "vectors": run.vectors}
+    parts["norm"] = sum(c.bytes_of(name) for c in norm for name in c.tensors)
     x, w = main.bytes_of("x_ptr"), main.bytes_of("w_ptr")
     if not any(c.job.function == "gather_weight_kernel" for c in run.calls):  # read in place, the taps that are needed
         w = round(w * _used_taps(plan))
@@ -185,7 +188,9 @@ def traffic(run: StepRun, plan: Plan, resident: int, device: Device) -> Traffic:
     if plan.split_k > 1:
         parts["workspace"] = 2 * 4 * plan.split_k * math.prod(run.output_shape)
     weight = round(run.weight * (1.0 if run.step.upsample else _used_taps(plan)))
-    return Traffic(math.prod(run.input_shape) * run.itemsize + weight + run.vectors + y, parts)
+    # A norm by its input's statistics reads and writes the result once more at the least.
+    passes = 3 if norm else 1
+    return Traffic(math.prod(run.input_shape) * run.itemsize + weight + run.vectors + passes * y, parts)
 
 
 def _gathered(call: Call) -> int:
@@ -194,6 +199,7 @@ def _gathered(call: Call) -> int:
     return written + min(call.bytes_of("w_ptr"), written * call.job.named_constants["TERMS"])
 
 
+_NORM_KERNELS = {"partial_stats_kernel", "merge_stats_kernel", "norm_act_kernel"}
 # What the launches beside the convolution move. (The second pass of a split is counted as "workspace" and "y".)
 _OTHER_KERNELS: dict[str, Callable[[Call], int]] = {
     "gather_weight_kernel": _gathered,

@@ -457,3 +457,16 @@ def test_failures_end_in_status_1(mini: Path, monkeypatch: pytest.MonkeyPatch, c
     assert rehearse.main(["--case", "layer", "--quick"]) == 1
     said = capsys.readouterr().out
     assert "spills: 16 bytes of stack" in said and "Kernels that spill: 2" in said and "written only" in said
+
+
+def test_a_norm_by_its_input_counts_beside_the_convolution() -> None:
+    def make() -> nn.Sequential:
+        return nn.Sequential(nn.ConvTranspose2d(64, 32, 4, 2, 1, bias=False), nn.InstanceNorm2d(32), nn.ReLU())
+
+    (run,) = Recorder(cases.Case("layer", "layers", (64, 16, 16), (8,), make), "fp16")(8, 80)
+    assert isinstance(run, StepRun) and run.plan is not None
+    y = 8 * 32 * 32 * 32 * 2
+    moved = traffic(run, run.plan, 2, DEVICES[80])
+    # Merging is next to nothing; the apply pass reads and writes the result once.
+    assert 2 * y <= moved.parts["norm"] < 2.5 * y
+    assert moved.least == 8 * 64 * 16 * 16 * 2 + 64 * 32 * 16 * 2 + 3 * y + run.vectors
