@@ -1,4 +1,5 @@
-"""``python -m benchmarks.host_time``: time on the host of one fused call of the Triton path, the launch itself stubbed.
+"""``python -m benchmarks.host_time``: time on the host of one fused call of the Triton path, and of a block's training
+step, the launch itself stubbed.
 
 A stub driver stands in Triton's place: calls are specialised, looked up and handed to a launcher that does nothing, so
 what is left is the work of Python. Tensors are on the CPU, which changes nothing up to the launch (a real launch adds
@@ -12,11 +13,13 @@ import cProfile
 import pstats
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
+from torch import nn
 
 import cnnfast
 from cnnfast.block import Operands, Step
@@ -103,6 +106,53 @@ def launches(call: Callable[[], object]) -> list[str]:
         launch.LAUNCHES = before
 
 
+BLOCKS: dict[str, Callable[[int, int], list[nn.Module]]] = {
+    "BatchNorm, ReLU": lambda c_in, c_out: [
+        nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(True),
+    ],
+    "InstanceNorm, ReLU": lambda c_in, c_out: [
+        nn.ConvTranspose2d(c_in, c_out, 4, 2, 1, bias=False), nn.InstanceNorm2d(c_out), nn.ReLU(True),
+    ],
+    "bias, LeakyReLU": lambda c_in, c_out: [nn.ConvTranspose2d(c_in, c_out, 4, 2, 1), nn.LeakyReLU(0.2, True)],
+}  # fmt: skip
+
+
+def _step_of(name: str, model: nn.Sequential, x: torch.Tensor, backend: str, autocast: bool = False) -> list[HostCall]:
+    """Forward in training mode, and backward to the input and all parameters of one result."""
+    model = cnnfast.channels_last(model.train())
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def forward() -> torch.Tensor:
+        with torch.autocast("cpu", torch.float16) if autocast else nullcontext(), cnnfast.backend(backend):
+            return model(x)
+
+    y = forward()
+    leaves, grad = [x, *model.parameters()], torch.randn_like(y)
+    return [
+        HostCall(f"{name}, forward", forward),
+        HostCall(f"{name}, backward", lambda: torch.autograd.grad(y, leaves, grad, retain_graph=True)),
+    ]
+
+
+def training_calls() -> list[HostCall]:
+    """Steps of the Triton path on blocks of a transposed convolution, for use inside `inspector.target`; small enough
+    for autocast's casts, which are arithmetic, not to count."""
+    calls = []
+    for block, make in BLOCKS.items():
+        for numerics in ("float32", "float16", "autocast"):
+            dtype = torch.float16 if numerics == "float16" else torch.float32
+            x, model = torch.randn(16, 32, 8, 8, dtype=dtype), cnnfast.Sequential(*make(32, 32)).to(dtype)
+            calls += _step_of(f"{block}, {numerics}", model, x, "triton", numerics == "autocast")
+    return calls
+
+
+def eager_training_calls() -> list[HostCall]:
+    """The same blocks of PyTorch's modules on a CPU, too small for arithmetic to count: what is left is its dispatch,
+    its autograd, and what its CPU kernels do ahead of the arithmetic (on a GPU, the launch of its kernels)."""
+    x = torch.randn(1, 4, 2, 2)
+    return [c for block, make in BLOCKS.items() for c in _step_of(block, nn.Sequential(*make(4, 4)), x, "auto")]
+
+
 def cpu_calls() -> list[HostCall]:
     """A generator of tiny layers on the CPU: most of its time is not arithmetic."""
     case = cases.find(["mini_dcgan"], cases.MINI)[-1]
@@ -114,8 +164,16 @@ def cpu_calls() -> list[HostCall]:
     return found
 
 
+def _timed(calls: list[HostCall], repeats: int, profile: bool) -> dict[str, Timing]:
+    timings = measure({c.name: c.call for c in calls}, repeats=repeats)
+    if profile:
+        for c in calls:
+            _profile(c)
+    return timings
+
+
 def run(repeats: int, profile: bool, output: Path | None) -> int:
-    """Prints and writes the times. Returns 1 where a fused step takes more than the limit."""
+    """Prints and writes the times. Returns 1 where a fused step of inference takes more than the limit."""
     torch.set_num_threads(1)  # nothing here is parallel: idle threads would only disturb
     with torch.inference_mode():
         with target(ARCH):
@@ -123,33 +181,25 @@ def run(repeats: int, profile: bool, output: Path | None) -> int:
             # As many launches as a step is allowed are no measure of cnnfast: what Triton itself takes for one.
             floor = HostCall("an empty Triton kernel of one argument", lambda: _empty[(1, 1, 1)](x))
             calls = [*triton_calls(), floor]
-            plans = {c.name: launches(c.call) for c in calls}
-            timings = measure({c.name: c.call for c in calls}, repeats=repeats)
-            if profile:
-                for c in calls:
-                    _profile(c)
+            plans = {c.name: ", ".join(launches(c.call)) for c in calls}
+            timings = _timed(calls, repeats, profile)
         on_cpu = cpu_calls()
-        cpu_timings = measure({c.name: c.call for c in on_cpu}, repeats=repeats)
-        if profile:
-            for c in on_cpu:
-                _profile(c)
+        timings_on_cpu = _timed(on_cpu, repeats, profile)
+    with target(ARCH):
+        training = training_calls()
+        kernels = {c.name: ", ".join(plan.split()[0] for plan in launches(c.call)) for c in training}
+        timings_of_training = _timed(training, repeats, profile)
+    eager = eager_training_calls()
+    timings_of_eager = _timed(eager, repeats, profile)
     lines = ["# Host time", "", "Written by `python -m benchmarks.host_time`. Do not edit.", ""]
     lines += [f"- {key}: {value}" for key, value in environment().items()]
-    lines += [
-        "",
-        f"Triton path, sm_{ARCH}, float16, launch stubbed, per fused step (at most {LIMIT_US:g} us wanted):",
-        "",
-    ]
-    lines += ["| | us, median | quartiles | least | plans |", "|---|---:|---:|---:|---|"]
-    lines += [_line(c, timings[c.name]) + f" {', '.join(plans[c.name])} |" for c in calls]
-    lines += [
-        "",
-        "On the CPU, arithmetic included (one thread):",
-        "",
-        "| | us, median | quartiles | least |",
-        "|---|---:|---:|---:|",
-    ]
-    lines += [_line(c, cpu_timings[c.name]) for c in on_cpu]
+    title = f"Triton path, sm_{ARCH}, float16, launch stubbed, per fused step (at most {LIMIT_US:g} us wanted):"
+    lines += _table(title, calls, timings, "plans", plans)
+    lines += _table("On the CPU, arithmetic included (one thread):", on_cpu, timings_on_cpu)
+    title = f"Training step of one block, Triton path, sm_{ARCH}, launch stubbed:"
+    lines += _table(title, training, timings_of_training, "launches", kernels)
+    title = "The same of PyTorch's modules on 16 floats on the CPU, arithmetic included (its dispatch and autograd):"
+    lines += _table(title, eager, timings_of_eager)
     text = "\n".join(lines) + "\n"
     print(text)
     if output is not None:
@@ -162,9 +212,19 @@ def run(repeats: int, profile: bool, output: Path | None) -> int:
     return 1 if slow else 0
 
 
-def _line(c: HostCall, t: Timing) -> str:
-    median, low, high, least = (1e6 * v / c.steps for v in (t.median, t.low, t.high, min(t.seconds)))
-    return f"| {c.name} | {median:.1f} | {low:.1f} to {high:.1f} | {least:.1f} |"
+def _table(
+    title: str, calls: list[HostCall], timings: dict[str, Timing], more: str = "", values: dict[str, str] | None = None
+) -> list[str]:
+    """``more``: the title of one column more, which holds ``values``."""
+    lines = ["", title, "", "| | us, median | quartiles | least |", "|---|---:|---:|---:|"]
+    for c in calls:
+        t = timings[c.name]
+        median, low, high, least = (1e6 * v / c.steps for v in (t.median, t.low, t.high, min(t.seconds)))
+        lines.append(f"| {c.name} | {median:.1f} | {low:.1f} to {high:.1f} | {least:.1f} |")
+    if values is not None:
+        column = [f" {more} |", "---|", *(f" {values.get(c.name, '')} |" for c in calls)]
+        lines[3:] = [line + cell for line, cell in zip(lines[3:], column, strict=True)]
+    return lines
 
 
 def _profile(c: HostCall, calls: int = 2000) -> None:

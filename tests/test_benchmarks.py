@@ -304,6 +304,19 @@ def test_host_time_calls_reach_the_launch():
         assert [plan.split()[0] for plan in host_time.launches(latent.call)] == ["latent"]
 
 
+def test_host_time_of_training_is_of_the_kernels():
+    pytest.importorskip("triton")
+    from benchmarks import host_time
+    from benchmarks.inspector import target
+
+    with target(90):
+        for c in host_time.training_calls():
+            kernels = [plan.split()[0] for plan in host_time.launches(c.call)]
+            assert "wgrad" in kernels if c.name.endswith("backward") else kernels[0] == "phases", c.name
+    eager = [c.name for c in host_time.eager_training_calls()]
+    assert eager == [f"{block}, {way}" for block in host_time.BLOCKS for way in ("forward", "backward")]
+
+
 # --- the pytest-benchmark suites --------------------------------------------------------------------------------------
 
 
