@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import cpu
 from .block import Operands
 from .convolutions import DTYPES
-from .dispatch import resolve_backend
+from .dispatch import is_batched, resolve_backend
 from .fusion import FusedStep
 from .modules import Reading
 from .ops import core
@@ -91,6 +91,8 @@ class _Entry(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if is_batched(grad):  # in no memory format
+            return grad.to(ctx.dtype), None, None, None
         return _converted(grad, ctx.dtype, ctx.of_gradient), None, None, None
 
 
@@ -278,9 +280,11 @@ class Chain:
                 x = reading.modules[k](x)
             x = cpu.convert(x, x.dtype, run.channels_last)
         if _both_layouts(x.shape[1], x.shape[2:]):
-            strides = _strides(x.shape, bound.runs[-1].channels_last)
-            x = x if x.stride() == strides else x.as_strided(x.shape, strides)
-        return x.squeeze(2) if ndim == 1 else x
+            last = bound.runs[-1].channels_last
+            if x.stride() != _strides(x.shape, last):
+                x = x.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
+        # No view in autograd's eyes, as eager's result is none: it may be detached and overwritten in place.
+        return torch.ops.aten._unsafe_view(x, (*x.shape[:2], x.shape[3])) if ndim == 1 else x
 
 
 def _enter(x: Tensor, ndim: int, bound: Bound) -> Tensor:

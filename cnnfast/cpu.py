@@ -32,6 +32,7 @@ from .onednn import (
     cache_bytes,
     instruction_set,
     layout,
+    lowered_products,
     post_op,
     why_missing,
 )
@@ -82,15 +83,18 @@ def gathers(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: Ins
     )
 
 
-def _method(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> type[Method]:
-    """The method for products in ``dtype`` on an input (N, C_in, H, W) whose border is already repeated."""
+def _method(
+    spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet, matmul: bool = True
+) -> type[Method]:
+    """The method for products in ``dtype`` on an input (N, C_in, H, W) whose border is already repeated; ``matmul``:
+    they may be matrix products."""
     if not spec.transposed:
         return Convolution
-    if Projection.applies(spec, shape):
+    if matmul and Projection.applies(spec, shape):
         return Projection
     if Merged.applies(spec) and Merged.padded_macs(spec) < Deconvolution.padded_macs(spec):
         return Merged
-    if gathers(spec, shape, dtype, isa):
+    if matmul and gathers(spec, shape, dtype, isa):
         return Gathered
     return Deconvolution
 
@@ -195,8 +199,8 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _plan(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> _Plan | str:
-    """How to run ``step`` on an x of this shape and dtype, or why not."""
+def _plan(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) -> _Plan | str:
+    """How to run ``step`` on an x of this shape and dtype, or why not; ``lowered``: what `lowered_products` says."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{dtype} has no packed operators"
     if len(shape) != 4 or not all(shape) or shape[1] != step.spec.in_channels:
@@ -207,11 +211,12 @@ def _plan(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> _Plan | str
         return str(error)
     isa, padded = instruction_set(), _padded(step, shape)
     compute = products_dtype(dtype, isa)
-    kind = _method(step.spec, padded, compute, isa)
+    kind = _method(step.spec, padded, compute, isa, not lowered or compute != torch.float32)
     if kind is Deconvolution and any(p >= s for p, s in zip(step.spec.output_padding, step.spec.stride, strict=True)):
         return "oneDNN has no deconvolution whose output padding reaches the stride"
     method = kind(step.spec, padded, compute)  # type: ignore[call-arg]
-    sample = method.pack(torch.zeros(step.spec.weight_shape), None)
+    # Device and dtype are named: a default may be set (`torch.set_default_device`).
+    sample = method.pack(torch.zeros(step.spec.weight_shape, dtype=torch.float32, device="cpu"), None)
     key = (step, compute, type(method), layout(sample))
     slower = _why_slower(step, padded, method, isa)
     return _Plan(method, post_op(step.activation), key, slower, _check_pays(step, shape, dtype))
@@ -232,7 +237,7 @@ def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str |
         return reason
     if not torch._C._get_mkldnn_enabled():
         return "oneDNN is switched off (torch.backends.mkldnn)"
-    plan = _plan(step, x.shape, x.dtype)
+    plan = _plan(step, x.shape, x.dtype, lowered_products())
     if isinstance(plan, str):
         return plan
     if plan.slower is not None or step.spec.transposed or step.upsample is not None:
@@ -246,7 +251,7 @@ def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str |
 
 def method_name(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     """Which method `run` takes for an x of this shape and dtype, for reports and tests."""
-    plan = _plan(step, shape, dtype)
+    plan = _plan(step, shape, dtype, lowered_products())
     return plan if isinstance(plan, str) else f"{type(plan.method).__name__} in {plan.method.dtype}"
 
 
@@ -349,7 +354,7 @@ def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor:
     """
     o = operands
     x = o.x
-    plan = _plan(step, x.shape, x.dtype)
+    plan = _plan(step, x.shape, x.dtype, lowered_products())
     if isinstance(plan, str):
         raise ValueError(f"the packed CPU path cannot take this step: {plan}")
     method, post, key, _, check_pays = plan

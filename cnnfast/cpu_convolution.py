@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import reference
 from .cpu import convert, gathers, products_dtype
+from .dispatch import is_batched
 from .onednn import (
     Deconvolution,
     Gathered,
@@ -28,6 +29,7 @@ from .onednn import (
     PostOp,
     cache_bytes,
     instruction_set,
+    lowered_products,
     why_missing,
 )
 from .spec import ConvSpec
@@ -45,22 +47,24 @@ class Ways(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def ways(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Ways:
-    """How to run ``spec`` on an x of this shape (N, C_in, H, W) and dtype."""
+def ways(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool = False) -> Ways:
+    """How to run ``spec`` on an x of this shape (N, C_in, H, W) and dtype; ``lowered``: what `lowered_products` is."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not all(shape):
         return Ways("aten", "aten", dtype)
     isa = instruction_set()
     compute = products_dtype(dtype, isa)
     if not spec.transposed or spec.groups > 1:
         return Ways("aten", "aten", compute)
-    if _is_product(spec, shape):
+    matmul = not lowered or compute != torch.float32
+    if matmul and _is_product(spec, shape):
         return Ways("product", "product", compute)
     forward = "aten"
     if Merged.applies(spec) and Merged.padded_macs(spec) < Deconvolution.padded_macs(spec) and _has_packed():
         forward = "merged"
-    elif gathers(spec, shape, compute, isa):
+    elif matmul and gathers(spec, shape, compute, isa):
         forward = "phases"
-    return Ways(forward, "patches" if _takes_patches(spec, shape, compute, isa) else "aten", compute)
+    patches = matmul and _takes_patches(spec, shape, compute, isa)
+    return Ways(forward, "patches" if patches else "aten", compute)
 
 
 def _is_product(spec: ConvSpec, shape: tuple[int, ...]) -> bool:
@@ -85,7 +89,7 @@ def _takes_patches(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, i
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
     """x (N, C_in, H, W) -> (N, C_out, OH, OW), channels-last and new; x, weight and bias of one dtype."""
-    how = ways(spec, tuple(x.shape), x.dtype)
+    how = ways(spec, tuple(x.shape), x.dtype, lowered_products())
     x = convert(x, x.dtype, True)
     # ATen takes twice as long for a transposed convolution's weight gradient where it sums the bias's beside it.
     if how == ("aten", "aten", x.dtype) and (bias is None or not spec.transposed or x.dtype == torch.float64):
@@ -112,11 +116,13 @@ class _Convolution(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         spec, how = ctx.spec, ctx.how
         need = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or not any(need):
+        # ATen's has a derivative, and a rule for batches of gradients (``is_grads_batched``).
+        if torch.is_grad_enabled() or is_batched(grad) or not any(need):
             return *_by_aten(grad, x, weight, ctx.bias_size, spec, need), None, None
         dtype = how.dtype
         grad = convert(grad, dtype, True)
-        dx, dw, db = _BACKWARD[how.backward](grad, x.to(dtype), weight.to(dtype), ctx.bias_size, spec, need)
+        with torch._C._DisableAutocast():  # which lowers matrix products, but no convolution's gradients
+            dx, dw, db = _BACKWARD[how.backward](grad, x.to(dtype), weight.to(dtype), ctx.bias_size, spec, need)
         dx = None if dx is None else dx.to(x.dtype)
         db = None if db is None else db.to(x.dtype)
         if dw is not None:  # in the parameter's strides: autograd would copy it, and DDP complains

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from .block import Operands, Step
 from .cpu import products_dtype
 from .cpu_convolution import convolution
 from .norms import Norm, NormCall
-from .onednn import instruction_set
+from .onednn import instruction_set, lowered_products
 from .spec import Activation, summed_taps
 
 __all__ = ["collapses", "run"]
@@ -62,7 +63,7 @@ def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
     u = step.upsample
     if u is None:
         return convolution(step.pad_input(x), o.weight, o.bias, step.spec)
-    if not collapses(step, x.shape, x.dtype):
+    if lowered_products() or not collapses(step, x.shape, x.dtype):
         return reference.upsample_conv(x, o.weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
     weight = _summed_weight(o.weight, u.scale, step.spec.groups)
     return convolution(step.pad_input(x), weight, o.bias, step.spec)
@@ -83,11 +84,29 @@ def collapses(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 @lru_cache(maxsize=64)
 def _sums(kernel: tuple[int, ...], scale: tuple[int, ...]) -> Tensor:
     """(kh*kw, kh'*kw') zeros and ones: which taps each tap of the collapsed weight sums."""
-    rows, columns = (
-        torch.tensor([[float(t in taps) for t in range(k)] for taps in summed_taps(k, r)])
-        for k, r in zip(kernel, scale, strict=True)
-    )
-    return torch.kron(rows, columns).t().contiguous()
+    with torch.inference_mode(False):  # kept for later calls, whatever mode or default device this one is in
+        rows, columns = (
+            torch.tensor(
+                [[float(t in taps) for t in range(k)] for taps in summed_taps(k, r)], dtype=torch.float32, device="cpu"
+            )
+            for k, r in zip(kernel, scale, strict=True)
+        )
+        return torch.kron(rows, columns).t().contiguous()
+
+
+class _Product(torch.autograd.Function):
+    """``a @ b`` for a constant b. (A product's own derivative is lowered by autocast, where the backward runs under it;
+    a convolution's is not.)"""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.b = b
+        return torch.mm(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        with torch._C._DisableAutocast():
+            return torch.mm(grad, ctx.b.t()), None
 
 
 def _summed_weight(weight: Tensor, scale: tuple[int, ...], groups: int) -> Tensor:
@@ -95,7 +114,7 @@ def _summed_weight(weight: Tensor, scale: tuple[int, ...], groups: int) -> Tenso
     c_out, c_in, kh, kw = weight.shape
     size = kh + scale[0] - 1, kw + scale[1] - 1
     w = weight.reshape(groups, c_out // groups, c_in, kh * kw).transpose(1, 2).float()
-    w = torch.mm(w.reshape(-1, kh * kw), _sums((kh, kw), tuple(scale)))
+    w = _Product.apply(w.reshape(-1, kh * kw), _sums((kh, kw), tuple(scale)))
     return w.to(weight.dtype).view(groups * c_in, c_out // groups, *size)
 
 

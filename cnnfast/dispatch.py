@@ -23,6 +23,7 @@ __all__ = [
     "check_backend",
     "conv_tf32",
     "cuda_why_not",
+    "is_batched",
     "on_device",
     "precision_of",
     "resolve_backend",
@@ -66,6 +67,13 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _current.reset(token)
+
+
+def is_batched(grad: torch.Tensor) -> bool:
+    """Whether a backward is of a batch of gradients at once (``is_grads_batched=True``, `torch.func.vmap`): PyTorch's
+    operators know how, and such a tensor has no memory of its own."""
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(grad) or functorch.peek_interpreter_stack() is not None
 
 
 # --- why not Triton ---------------------------------------------------------------------------------------------------

@@ -56,12 +56,12 @@ _MODULE_CALL = nn.Module.__call__
 
 def why_not_now(x: Any) -> str | None:
     """Why nothing at all is fused at this moment with this input, or None."""
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active"
     if core.watched(x):
         return "a subclass of Tensor, tracing, compiling, a dispatch mode or a functorch transform is at work"
     if torch._C._len_torch_function_stack() and not _only_device_contexts() and resolve_backend(None) != "triton":
         return 'a torch function mode is active (only an explicit backend="triton" passes it by)'
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active"
     if _has_any_global_hook() or nn.Module.__call__ is not _MODULE_CALL:
         return "hooks on every module are active"
     if x.layout is not torch.strided or x.is_nested or x.is_neg():

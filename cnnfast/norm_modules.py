@@ -103,6 +103,8 @@ def _tracking_rule(kind: str, part: Part, eps: float, dtype: torch.dtype | None,
             raise Refused("it has no running statistics to normalise by")
     else:
         measured, updates = part.training or mean is None, part.training and bool(tracks) and mean is not None
+    if kind != "instance" and (eps < 0 or measured and eps == 0):
+        raise Refused(f"eps={eps} must be positive in training")
     if not measured:
         return NormRule(norm, False, dtype)
     return NormRule(

@@ -35,6 +35,7 @@ __all__ = [
     "Projection",
     "instruction_set",
     "layout",
+    "lowered_products",
     "post_op",
     "why_missing",
 ]
@@ -125,6 +126,16 @@ def why_missing() -> str | None:
     if instruction_set() < InstructionSet.AVX2:
         return "oneDNN's packed operators have been measured on x86 with AVX2 and above only"
     return None
+
+
+def lowered_products() -> bool:
+    """Whether PyTorch's switches (`torch.set_float32_matmul_precision`) let float32 matrix products be less exact than
+    convolutions: then none stands in for a convolution."""
+    precision = torch._C._get_fp32_precision_getter
+    matmul = precision("mkldnn", "matmul")
+    if matmul == "bf16" or matmul == "tf32" and instruction_set() >= InstructionSet.AMX_FP16:
+        return bool(matmul != precision("mkldnn", "conv"))
+    return False
 
 
 # --- the activation on the accumulator --------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import cpu, cpu_training, dispatch
 from ..block import Operands, Step, run_reference
@@ -41,7 +42,8 @@ def needs_gradient(o: Operands | NormCall) -> bool:
 
 
 def watched(x: torch.Tensor) -> bool:
-    """Whether functorch, a tensor subclass, a tracer or a dispatch mode (fake tensors) takes part.
+    """Whether functorch, a tensor subclass, a tracer, a dispatch mode (fake tensors) or forward-mode differentiation
+    takes part.
 
     They know the rules of PyTorch's own operators; a kernel launched from Python would pass them by.
     """
@@ -50,6 +52,7 @@ def watched(x: torch.Tensor) -> bool:
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
     )
 
 
