@@ -16,9 +16,11 @@ import torch
 from . import cases, memory, plots
 from .compare import compare
 from .limits import copy_bandwidth, copy_bytes, yardstick
-from .peers import IMPLEMENTATIONS, SUITE_IMPLEMENTATIONS, Implementation, NotAvailable, Prepared, Workload
-from .report import Report, Row, environment, machine_name
+from .peers import IMPLEMENTATIONS, SUITE_IMPLEMENTATIONS
+from .report import Report, environment, machine_name
+from .rows import show
 from .timers import RATIOS, wall_clock
+from .workload import Implementation, NotAvailable, Prepared, Workload
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCRATCH = Path("out") / "bench"  # of runs that are not the whole
@@ -133,23 +135,6 @@ def _load(chosen: tuple[Implementation, ...]) -> None:
         importlib.import_module("torch._inductor.compile_fx")
 
 
-def _print(row: Row) -> int:
-    """The row, for a reader at a terminal. Returns how many of cnnfast's implementations have no time."""
-    bad = 0
-    for e in row.entries:
-        if e.timing is None:
-            print(f"  {e.name:<28}{e.status}: {e.note}")
-            bad += e.name.startswith("cnnfast") and e.status != "not available"
-        else:
-            of_limit, ratio = row.of_limit(e), row.speedup(e)
-            part = "" if of_limit is None else f"{of_limit:5.2f} of the limit"
-            peak = "" if e.peak is None else f"{e.peak / 1e6:7.1f} MB"
-            over = "" if ratio is None else str(ratio)
-            print(f"  {e.name:<28}{e.timing!s:<28}{part:<20}{peak:<12}{over:<22}{e.path}")
-    sys.stdout.flush()
-    return bad
-
-
 def run(arguments: argparse.Namespace) -> int:
     """The comparison. Returns 1 where an implementation of cnnfast fails or is wrong, else 0."""
     start = time.monotonic()
@@ -182,7 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
             report = replace(report, environment={**report.environment, "elapsed": f"{elapsed / 60:.1f} minutes"})
         paths = report.write(folder)
         print(f"\n[{i + 1}/{len(todo)}, {elapsed:.0f} s] {row.name}: {row.title}")
-        bad += _print(row)
+        bad += show(row)
     paths += plots.write(report.to_json(), folder)
     print(f"\nwrote {', '.join(map(str, paths))}\nelapsed: {(time.monotonic() - start) / 60:.1f} minutes")
     return 1 if bad else 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,19 @@ from cnnfast.generators import DCGANConfig, DCGANGenerator
 
 from .case import Block, Case
 
-__all__ = ["CASES", "DTYPES", "GEOMETRIES", "MINI", "SUITES", "Block", "Case", "dcgan_cases", "find", "upsample_case"]
+__all__ = [
+    "CASES",
+    "DTYPES",
+    "GEOMETRIES",
+    "MINI",
+    "SUITES",
+    "TRAINING",
+    "Block",
+    "Case",
+    "dcgan_cases",
+    "find",
+    "upsample_case",
+]
 
 # "layers": one convolution with its norm and activation; "upsample": an upsampling and its convolution; "generator":
 # a whole flat network.
@@ -265,3 +278,32 @@ def find(names: list[str] | None, cases: tuple[Case, ...] = CASES) -> tuple[Case
 
 def _named(case: Case, name: str) -> bool:
     return case.suite == name or fnmatch.fnmatchcase(case.name, name)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _small_vae() -> Iterator[Callable[[], nn.Module]]:
+    """The decoder of an autoencoder: 4x16x16 latents to RGB images of 64x64."""
+    yield from (_conv(4, 256), _m(nn.GroupNorm, 32, 256), _m(nn.SiLU))
+    for c_in, c_out in ((256, 128), (128, 64)):
+        yield from (_up(), _conv(c_in, c_out), _m(nn.GroupNorm, 32, c_out), _m(nn.SiLU))
+    yield _conv(64, 3)
+
+
+# Timed as training steps, in batches that are trained with; the most telling first.
+TRAINING: tuple[Case, ...] = (
+    *(
+        replace(find([name])[0], batches=gpu, cpu_batches=cpu)
+        for name, gpu, cpu in (
+            ("dcgan64", (16, 64, 256), (16, 64)),
+            ("upsample256", (4, 16), (1,)),
+            ("style.up1", (4, 16), (1, 4)),
+            ("pix2pix.2", (1, 16), (1, 16)),
+            ("pix2pix.5", (1, 16), (1, 16)),
+            ("cyclegan.up1", (1, 16), ()),
+            ("rrdb.hr", (4, 16), ()),
+        )
+    ),
+    _case("vae_small", "generator", (4, 16, 16), (16, 64), *_small_vae(), cpu=(4, 16)),
+)

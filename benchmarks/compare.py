@@ -11,9 +11,9 @@ import torch
 
 from . import memory
 from .limits import Yardstick
-from .peers import Implementation, NotAvailable, Prepared, Workload, check
 from .rows import Entry, Row
 from .timers import Timer
+from .workload import Implementation, NotAvailable, Prepared, Workload
 
 __all__ = ["compare"]
 
@@ -37,7 +37,7 @@ def compare(
     workload = replace(workload)  # its tensors are cached in it: the caller's, which it keeps, stays without
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # else each row's modules count as recompilations of one function
-    _ = workload.expected, workload.x  # made here, so that no implementation is charged with their memory
+    _ = workload.tolerance, workload.expected, workload.x  # here: no implementation is charged with their memory
     entries: dict[str, Entry] = {}
     prepared: dict[str, Prepared] = {}
     for implementation in implementations:
@@ -47,14 +47,13 @@ def compare(
             prepared[entry.name] = ready
     row = Row(
         workload.case.name, workload.case.suite, workload.case.title, workload.dtype_name, workload.batch,
-        workload.case.macs(workload.batch), workload.tolerance, (),
-        least_bytes=workload.case.least_bytes(workload.batch, workload.dtype.itemsize), bandwidth=bandwidth,
+        workload.macs, workload.tolerance, (), least_bytes=workload.least_bytes, bandwidth=bandwidth,
     )  # fmt: skip
     if timer is not None and prepared:
         calls: dict[str, Callable[[], object]] = {name: ready.call for name, ready in prepared.items()}
         if mm is not None:
             calls[MM] = mm.call
-        with torch.inference_mode():
+        with torch.inference_mode(not workload.gradients):
             timings = timer(calls)
         if mm is not None:
             row = replace(row, mm_size=mm.size, mm=timings[MM])
@@ -69,12 +68,12 @@ def _prepare(workload: Workload, implementation: Implementation, with_memory: bo
     before = memory.held(device) if with_memory else 0
     try:
         ready = implementation.prepare(workload)
-        error, wrong = check(ready, workload)
+        error, wrong = workload.check(ready)
         path = ready.path()
         if wrong is not None:
             return Entry(name, "wrong result", wrong, path, error), None
         held = memory.held(device) - before if with_memory else None
-        with torch.inference_mode():
+        with torch.inference_mode(not workload.gradients):
             peak = memory.peak(ready.call, device) if with_memory else None
     except NotAvailable as reason:
         return Entry(name, "not available", str(reason)), None

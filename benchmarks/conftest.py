@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks import cases
-from benchmarks.peers import IMPLEMENTATIONS, SUITE_IMPLEMENTATIONS, Implementation, NotAvailable, Workload, check
+from benchmarks.peers import IMPLEMENTATIONS, SUITE_IMPLEMENTATIONS
+from benchmarks.workload import Implementation, NotAvailable, Workload
 
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 
@@ -53,7 +54,7 @@ def bench(benchmark: object) -> Callable[[tuple[cases.Case, int, torch.dtype], I
             prepared = implementation.prepare(workload)
         except NotAvailable as reason:
             pytest.skip(str(reason))
-        error, wrong = check(prepared, workload)
+        error, wrong = workload.check(prepared)
         assert wrong is None, f"{workload.name}: {implementation.name}: {wrong}"
         benchmark.group = workload.name  # type: ignore[attr-defined]
         benchmark.extra_info |= {"error": error, "path": prepared.path()}  # type: ignore[attr-defined]
@@ -61,6 +62,6 @@ def bench(benchmark: object) -> Callable[[tuple[cases.Case, int, torch.dtype], I
             benchmark(prepared.call)  # type: ignore[operator]
         if benchmark.stats is not None:  # type: ignore[attr-defined]  # None under --benchmark-disable
             seconds = benchmark.stats.stats.median  # type: ignore[attr-defined]
-            benchmark.extra_info["tflops"] = 2 * workload.case.macs(workload.batch) / seconds / 1e12  # type: ignore[attr-defined]
+            benchmark.extra_info["tflops"] = 2 * workload.macs / seconds / 1e12  # type: ignore[attr-defined]
 
     return run

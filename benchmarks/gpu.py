@@ -68,13 +68,14 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage("environment", "versions and devices", 0.2, command=("-m", "cnnfast", "env")),
     Stage("check", "every regime, dtype and odd geometry, then every case, against float64", 1.2, parallel=True),
-    Stage("tests", "the kernel tests on the device", 2.2, 120.0, needs="pytest", parallel=True),
-    Stage("table", "layers, blocks and generators against cuDNN, cold L2 cache, with and without CUDA graphs", 2.3),
+    Stage("tests", "the kernel tests on the device", 2.0, 120.0, needs="pytest", parallel=True),
+    Stage("table", "layers, blocks and generators against cuDNN, cold L2 cache, with and without CUDA graphs", 1.9),
     Stage("candidates", "plans of the cases' steps compiled and proven", 0.9, 120.0, None, None, True, False, True),
     Stage("tune", "those plans timed, the best ones kept", 0.6, 120.0, plain=False, proves=True),
     Stage("tuned", "the table's rows again, with the tuned plans", 0.6, plain=False, follows=True),
     Stage("back_to_back", "generators and blocks, calls in a row, with the host's time", 0.5),
-    Stage("compiled", "generators and blocks beside torch.compile", 1.0, 300.0),
+    Stage("training", "training steps of generators and blocks against cuDNN, with the host's time", 0.9, 120.0),
+    Stage("compiled", "generators and blocks beside torch.compile", 0.8, 300.0),
     Stage("prediction", "the model that chooses plans, and the limits, against what was measured", 0.1, follows=True),
     Stage("host_time", "time on the host of a call", 0.3),
 )

@@ -14,7 +14,7 @@ from . import memory
 from .gpu_rows import Failed, Steps
 from .gpu_timing import Calls
 from .limits import Ceilings, bound, copy_bandwidth, yardstick
-from .peers import Implementation, NotAvailable, Prepared, Workload, check
+from .workload import Implementation, NotAvailable, Prepared, Workload
 
 __all__ = ["Measure", "ceilings", "compare", "least_us", "set_tf32", "timing_values"]
 
@@ -43,22 +43,23 @@ def timing_values(t: Timing) -> dict[str, Any]:
 
 def _checked(i: Implementation, w: Workload, measure: Measure) -> tuple[Prepared, dict[str, Any]]:
     ready = i.prepare(w)
-    error, wrong = check(ready, w)
+    error, wrong = w.check(ready)
     entry: dict[str, Any] = {"error": error, "path": ready.path()}
     if wrong is not None:
         return ready, entry | {"status": "wrong result", "note": wrong}
     if not measure.stubbed:
-        with torch.inference_mode():
+        with torch.inference_mode(not w.gradients):
             ready.call()
             entry["peak_bytes"] = memory.peak(ready.call, "cuda")
     return ready, entry | {"status": "checked"}
 
 
-def _reference(w: Workload) -> torch.Tensor:
-    """The expected result; without cuDNN's search, which in float64 takes seconds on most GPUs and gains nothing."""
+def _reference(w: Workload) -> Any:
+    """The expected result, and how far off is allowed; without cuDNN's search, which in float64 takes seconds on most
+    GPUs and gains nothing."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
-        return w.expected
+        return w.expected, w.tolerance
     finally:
         torch.backends.cudnn.benchmark = before
 
@@ -91,7 +92,7 @@ def compare(
             if entry["status"] == "checked":
                 calls[i.name] = ready.call
     if measure.timer is not None and calls:
-        _time(measure, calls, entries, steps)
+        _time(w, measure, calls, entries, steps)
     bad = sum(e["name"].startswith("cnnfast") and e["status"] in ("failed", "wrong result") for e in entries.values())
     case = workload.case
     return {
@@ -100,20 +101,20 @@ def compare(
         "title": case.title,
         "dtype": workload.dtype_name,
         "batch": workload.batch,
-        "macs": case.macs(workload.batch),
-        "least_bytes": case.least_bytes(workload.batch, workload.dtype.itemsize),
-        "tolerance": workload.tolerance,
+        "macs": w.macs,
+        "least_bytes": w.least_bytes,
+        "tolerance": w.tolerance,
         "entries": list(entries.values()),
         "failures": bad,
     }
 
 
-def _time(measure: Measure, calls: Calls, entries: dict[str, dict[str, Any]], steps: Steps) -> None:
+def _time(w: Workload, measure: Measure, calls: Calls, entries: dict[str, dict[str, Any]], steps: Steps) -> None:
     assert measure.timer is not None
     timer = measure.timer
 
     def timed() -> Mapping[str, Timing]:
-        with torch.inference_mode():
+        with torch.inference_mode(not w.gradients):
             return timer(calls)
 
     try:

@@ -1,6 +1,6 @@
 """The implementations of the GPU run: PyTorch with cuDNN, `torch.compile`, cnnfast; each with and without CUDA graph.
 
-Every one is checked before it is timed (`benchmarks.peers.check`), which also is its warm-up: compilation, cuDNN's
+Every one is checked before it is timed (`Workload.check`), which also is its warm-up: compilation, cuDNN's
 search and the proof of a kernel at its first launch happen there.
 """
 
@@ -15,22 +15,17 @@ from torch import nn
 import cnnfast
 
 from .gpu_timing import captured
-from .peers import Implementation, NotAvailable, Prepared, Workload, path_of
+from .peers import named, path_of
+from .workload import Implementation, NotAvailable, Prepared, Workload
 
 __all__ = ["BASELINES", "COMPILED", "GPU_IMPLEMENTATIONS", "GRAPH", "OURS", "backend", "find", "fused"]
 
 GRAPH = ", CUDA graph"
 
 
-def _tensor(y: object) -> torch.Tensor:
-    assert isinstance(y, torch.Tensor)
-    return y
-
-
 def _eager(channels_last: bool) -> Callable[[Workload], Prepared]:
     def prepare(w: Workload) -> Prepared:
-        model, x = w.modules(channels_last=channels_last), w.input(channels_last)
-        return Prepared(lambda: model(x), _tensor)
+        return Prepared(w.call(w.modules(channels_last=channels_last), channels_last))
 
     return prepare
 
@@ -51,28 +46,28 @@ def fused(w: Workload) -> cnnfast.Sequential:
 def _cnnfast(w: Workload) -> Prepared:
     """`cnnfast.Sequential`. NotAvailable where no step of it runs as a Triton kernel; RuntimeError where one that could
     was given up at its first use (`cnnfast.guard`)."""
-    model, x = fused(w), w.input(True)
+    model = fused(w)
+    plain = w.call(model, True)
 
     def call() -> object:
         with cnnfast.backend(backend()):
-            return model(x)
+            return plain()
 
-    with torch.inference_mode():
+    with torch.inference_mode(not w.gradients):
         call()
     given_up = [line for line in model.explain().splitlines() if "PyTorch's operators run" in line]
     if given_up:
         raise RuntimeError("; ".join(given_up))
-    path = path_of(call)
+    path = path_of(call, w.gradients)
     if "Triton" not in path:
         raise NotAvailable(f"no step of it has a Triton kernel: {path or 'no convolution seen'}")
-    return Prepared(call, _tensor, lambda: path_of(call))
+    return Prepared(call, path=lambda: path_of(call, w.gradients))
 
 
 def _compiled(container: type[nn.Sequential], mode: str | None) -> Callable[[Workload], Prepared]:
     def prepare(w: Workload) -> Prepared:
         torch._dynamo.reset()  # else each workload counts as a recompilation of one function
-        model, x = torch.compile(w.modules(container, True), dynamic=False, mode=mode), w.input(True)
-        return Prepared(lambda: model(x), _tensor)
+        return Prepared(w.call(torch.compile(w.modules(container, True), dynamic=False, mode=mode), True))
 
     return prepare
 
@@ -83,9 +78,8 @@ def _graph(prepare: Callable[[Workload], Prepared]) -> Callable[[Workload], Prep
     def graphed(w: Workload) -> Prepared:
         ready = prepare(w)
         # A first capture in inference mode leaves generator state behind that no later one may write (PyTorch #166792).
-        with torch.inference_mode(False), torch.no_grad():
-            replay = captured(lambda: ready.result(ready.call()))
-        return replace(ready, call=replay, result=_tensor)
+        with torch.inference_mode(False), torch.set_grad_enabled(w.gradients):
+            return replace(ready, call=captured(ready.call))
 
     return graphed
 
@@ -107,7 +101,4 @@ OURS = tuple(i.name for i in GPU_IMPLEMENTATIONS if i.name.startswith("cnnfast")
 
 def find(*names: str) -> tuple[Implementation, ...]:
     """The implementations of these names, in the list's order. ValueError for an unknown one."""
-    known = [i.name for i in GPU_IMPLEMENTATIONS]
-    if unknown := sorted(set(names) - set(known)):
-        raise ValueError(f"unknown implementation {', '.join(unknown)}: expected some of {', '.join(known)}")
-    return tuple(i for i in GPU_IMPLEMENTATIONS if i.name in names)
+    return named(*names, among=GPU_IMPLEMENTATIONS)

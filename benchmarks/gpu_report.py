@@ -30,6 +30,10 @@ NOTES = {
     "shows; in a CUDA graph it does not. Plans are the heuristic's.",
     "tuned": "As the table, with the plans that the stage `tune` found.",
     "back_to_back": "Calls in a row on one stream (CUDA events): the host's time counts where it is the longer one.",
+    "training": "Forward in training mode and backward of a given gradient, calls in a row on one stream (CUDA "
+    "events): the host's time counts where it is the longer one; in a CUDA graph it does not. Parameters are float32, "
+    "other dtypes autocast's. In a block the input needs a gradient too. The error is the worst of result and "
+    "gradients; allowed is four times that of PyTorch's modules in NCHW, or a forward's tolerance if that is more.",
     "compiled": "As the table, beside `torch.compile`.",
     "host_time": "Time on the host of handing over one call, which is not waited for.",
     "candidates": "The plans that are to be timed: the heuristic's, and the best by the model. Each is compared with "

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from .peers import NotAvailable
 from .report import write_atomically
+from .workload import NotAvailable
 
 __all__ = [
     "RESTART",

@@ -21,8 +21,8 @@ from benchmarks import cases, gpu_predict, gpu_timing, gpu_tune
 from benchmarks.gpu_compare import Measure, ceilings, compare, least_us
 from benchmarks.gpu_peers import GRAPH, find
 from benchmarks.gpu_rows import Item, Rows, Steps, work_through
-from benchmarks.peers import Workload
 from benchmarks.report import environment
+from benchmarks.workload import TrainingWorkload, Workload
 
 # The most important first.
 NUMERICS: tuple[tuple[torch.dtype, bool], ...] = (
@@ -64,7 +64,7 @@ class Context:
         return Item(w.name + suffix, work, seconds)
 
 
-def workloads(found: Iterable[cases.Case], every_batch: bool = True) -> list[Workload]:
+def workloads(found: Iterable[cases.Case], every_batch: bool = True, kind: type[Workload] = Workload) -> list[Workload]:
     """Those of all dtypes and batches, the most important first: the middle batch, then dtypes, then suites."""
     ranked = []
     for i, case in enumerate(found):
@@ -74,7 +74,7 @@ def workloads(found: Iterable[cases.Case], every_batch: bool = True) -> list[Wor
             if other and not every_batch:
                 continue
             for n, (dtype, tf32) in enumerate(NUMERICS):
-                ranked.append(((other, n, suite, i, b), Workload(case, batch, dtype, "cuda", tf32)))
+                ranked.append(((other, n, suite, i, b), kind(case, batch, dtype, "cuda", tf32)))
     return [w for _, w in sorted(ranked, key=lambda pair: pair[0])]
 
 
@@ -143,6 +143,18 @@ def compiled(c: Context) -> Iterator[Item]:
             yield c.row(w, longest, gpu_timing.cold, 60.0, " (max-autotune)")
 
 
+def training(c: Context) -> Iterator[Item]:
+    """Training steps, calls in a row, with the host's time; in a CUDA graph without it."""
+    found = workloads(cases.MINI[1:2] if c.dry_run else cases.TRAINING, kind=TrainingWorkload)
+    for w in found:
+        yield c.row(w, ("eager", *GRAPHS), gpu_timing.warm, 5.0)
+    if not c.dry_run:
+        names = ("eager channels_last", "torch.compile", "cnnfast")
+        for w in found:
+            if w.case.suite == "generator":
+                yield c.row(w, names, gpu_timing.warm, 30.0, " (compiled)")
+
+
 def host_time(c: Context) -> Iterator[Item]:
     """What a call costs the host, whose device work is small."""
     found = workloads(cases.MINI[1:2])[:1] if c.dry_run else workloads(WHOLE)
@@ -158,6 +170,7 @@ STAGES: dict[str, Stage] = {
     "tune": tune,
     "tuned": tuned,
     "back_to_back": back_to_back,
+    "training": training,
     "compiled": compiled,
     "prediction": lambda c: gpu_predict.prediction_items(c.folder),
     "host_time": host_time,

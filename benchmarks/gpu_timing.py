@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 
@@ -15,6 +16,7 @@ from cnnfast.timing import Timing, measure
 
 __all__ = ["Calls", "captured", "cold", "host", "stubbed", "warm"]
 
+T = TypeVar("T")
 Calls = Mapping[str, Callable[[], object]]
 WARM_UP = 3  # calls ahead of a capture: cuDNN's search, compilation and proofs are not for a graph
 
@@ -66,7 +68,7 @@ def stubbed(calls: Calls) -> dict[str, Timing]:
     return found
 
 
-def captured(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+def captured(call: Callable[[], T]) -> Callable[[], T]:
     """A replay of ``call`` as a CUDA graph; its result is overwritten by the next one. As `torch.cuda.graph` asks:
     warmed up on a side stream, captured on the same."""
     stream = torch.cuda.Stream()
@@ -81,7 +83,7 @@ def captured(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         y = call()
     torch.cuda.synchronize()
 
-    def replay() -> torch.Tensor:
+    def replay() -> T:
         graph.replay()
         return y
 

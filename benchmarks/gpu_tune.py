@@ -20,7 +20,7 @@ from . import gpu_timing
 from .gpu_compare import set_tf32
 from .gpu_peers import backend, fused
 from .gpu_rows import Item, Steps, read
-from .peers import NotAvailable, Workload
+from .workload import NotAvailable, Workload
 
 __all__ = ["PLANS", "candidate_items", "tune_items", "tuned_workloads"]
 

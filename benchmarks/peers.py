@@ -1,18 +1,11 @@
-"""The implementations that are compared, and the check that each passes before it is timed.
-
-Every implementation gets the same modules with the same weights (rounded to the dtype) and the same input, in inference
-mode, with as many threads as torch uses.
-"""
+"""The implementations that are compared, on a CPU with as many threads as torch uses."""
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,119 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import cnnfast
 
-from .cases import Case
+from .workload import Implementation, NotAvailable, Prepared, Workload
 
-__all__ = [
-    "EAGER",
-    "IMPLEMENTATIONS",
-    "SUITE_IMPLEMENTATIONS",
-    "TOLERANCES",
-    "Implementation",
-    "NotAvailable",
-    "Prepared",
-    "Workload",
-    "check",
-    "path_of",
-    "require_compiler",
-]
-
-# Largest |y - float64| over largest |float64|. float32: some roundings of sums of a few thousand products. The others:
-# ten roundings to the dtype, two for each of five layers with a norm. A wrong tap or channel is off by far more.
-TOLERANCES = {torch.float32: 1e-5, torch.float16: 10 * 2**-11, torch.bfloat16: 10 * 2**-8}
-TF32_TOLERANCE = 10 * 2**-11
-
-
-class NotAvailable(Exception):
-    """This implementation cannot run this workload here; the message says why."""
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One row of the comparison. ``tf32``: float32 on a GPU with TF32 products, for every implementation alike."""
-
-    case: Case
-    batch: int
-    dtype: torch.dtype
-    device: str = "cpu"
-    tf32: bool = False
-
-    @property
-    def dtype_name(self) -> str:
-        return "tf32" if self.tf32 else str(self.dtype).removeprefix("torch.")
-
-    @property
-    def name(self) -> str:
-        return f"{self.case.name}, {self.dtype_name}, batch {self.batch}"
-
-    @property
-    def tolerance(self) -> float:
-        return TF32_TOLERANCE if self.tf32 else TOLERANCES[self.dtype]
-
-    @cached_property
-    def source(self) -> nn.Sequential:
-        """The modules, rounded to the dtype. Implementations copy them: `modules`."""
-        return self.case.build().to(self.device, self.dtype)
-
-    @cached_property
-    def x(self) -> torch.Tensor:
-        return self.case.input(self.batch).to(self.device, self.dtype)
-
-    @cached_property
-    def expected(self) -> torch.Tensor:
-        """The result in float64, from the rounded weights and input."""
-        with torch.no_grad():
-            return copy.deepcopy(self.source).double()(self.x.double())
-
-    def modules(self, container: type[nn.Sequential] = nn.Sequential, channels_last: bool = False) -> nn.Sequential:
-        made = container(*copy.deepcopy(list(self.source))).eval()
-        return made.to(memory_format=torch.channels_last) if channels_last else made  # type: ignore[call-overload]
-
-    @property
-    def has_formats(self) -> bool:
-        """Whether there are memory formats to choose from: 1-D inputs have one."""
-        return self.x.dim() == 4
-
-    def input(self, channels_last: bool) -> torch.Tensor:
-        """``x``, in channels_last where asked for and there is such a thing."""
-        last = channels_last and self.has_formats
-        return self.x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """``call`` is what is timed; ``result`` turns what it returned into a tensor like `Workload.expected`; ``path``
-    tells, after a call, what ran."""
-
-    call: Callable[[], object]
-    result: Callable[[object], torch.Tensor]
-    path: Callable[[], str] = str  # str() is ""
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """``prepare`` raises NotAvailable with the reason where it cannot run the workload."""
-
-    name: str
-    prepare: Callable[[Workload], Prepared]
-
-
-def check(prepared: Prepared, workload: Workload) -> tuple[float, str | None]:
-    """(relative error against float64, what is wrong or None). Compares one call."""
-    with torch.inference_mode():
-        y = prepared.result(prepared.call())
-    expected = workload.expected
-    if y.shape != expected.shape:
-        return float("inf"), f"shape {tuple(y.shape)} instead of {tuple(expected.shape)}"
-    error = ((y.double() - expected).abs().max() / expected.abs().max()).item()
-    if error <= workload.tolerance:  # False for NaN
-        return error, None
-    return error, f"relative error {error:.2g} is above {workload.tolerance:.2g}"
-
-
-def _tensor(y: object) -> torch.Tensor:
-    assert isinstance(y, torch.Tensor)
-    return y
-
+__all__ = ["EAGER", "IMPLEMENTATIONS", "SUITE_IMPLEMENTATIONS", "named", "path_of"]
 
 # --- torch ------------------------------------------------------------------------------------------------------------
 
@@ -146,13 +29,12 @@ def _formats(w: Workload, channels_last: bool) -> None:
 def _eager(channels_last: bool) -> Callable[[Workload], Prepared]:
     def prepare(w: Workload) -> Prepared:
         _formats(w, channels_last)
-        model, x = w.modules(channels_last=channels_last), w.input(channels_last)
-        return Prepared(lambda: model(x), _tensor)
+        return Prepared(w.call(w.modules(channels_last=channels_last), channels_last))
 
     return prepare
 
 
-def require_compiler() -> None:
+def _require_compiler() -> None:
     """NotAvailable where `torch.compile` has no C++ compiler."""
     from torch._inductor import cpp_builder, exc
 
@@ -171,9 +53,9 @@ def _compiled(
         _formats(w, bool(channels_last))
         last = w.has_formats if channels_last is None else channels_last
         if w.device == "cpu":
-            require_compiler()
-        model, x = torch.compile(w.modules(container, last), dynamic=False, mode=mode), w.input(last)
-        return Prepared(lambda: model(x), _tensor, lambda: path_of(lambda: model(x)))
+            _require_compiler()
+        call = w.call(torch.compile(w.modules(container, last), dynamic=False, mode=mode), last)
+        return Prepared(call, path=lambda: path_of(call, w.gradients))
 
     return prepare
 
@@ -222,8 +104,8 @@ def _cnnfast(channels_last: bool) -> Callable[[Workload], Prepared]:
     def prepare(w: Workload) -> Prepared:
         if not channels_last and not w.has_formats:
             raise NotAvailable("a 1-D input has one format: the same as cnnfast")
-        model, x = w.modules(cnnfast.Sequential, channels_last), w.input(channels_last)
-        return Prepared(lambda: model(x), _tensor, lambda: path_of(lambda: model(x)))
+        call = w.call(w.modules(cnnfast.Sequential, channels_last), channels_last)
+        return Prepared(call, path=lambda: path_of(call, w.gradients))
 
     return prepare
 
@@ -308,6 +190,15 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("cnnfast NCHW", _cnnfast(False)),
     Implementation("cnnfast torch.compile", _compiled(None, container=cnnfast.Sequential)),
 )
+
+
+def named(*names: str, among: tuple[Implementation, ...] = IMPLEMENTATIONS) -> tuple[Implementation, ...]:
+    """The implementations of these names, in the list's order. ValueError for an unknown one."""
+    known = [i.name for i in among]
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"unknown implementation {', '.join(unknown)}: expected some of {', '.join(known)}")
+    return tuple(i for i in among if i.name in names)
+
 
 # What a suite's rows compare, unless asked otherwise: a compilation takes seconds, and a layer alone leaves it little
 # to fuse. ("layers" are many, "generator" what a user runs.)

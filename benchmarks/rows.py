@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 from cnnfast.timing import Timing
@@ -10,7 +11,7 @@ from .limits import Bound, Ceilings, bound
 from .peers import EAGER
 from .timers import Ratio, paired
 
-__all__ = ["OTHERS", "OURS", "UNSTEADY", "Entry", "Row"]
+__all__ = ["OTHERS", "OURS", "UNSTEADY", "Entry", "Row", "show"]
 
 # Ours, and the eager implementations that each must not be slower than: those a user of its memory format would have.
 OURS: dict[str, tuple[str, ...]] = {
@@ -110,3 +111,20 @@ class Row:
     def spread(self) -> float:
         timings = [e.timing for e in self.entries if e.timing is not None]
         return max(((t.high - t.low) / t.median for t in timings), default=0.0)
+
+
+def show(row: Row) -> int:
+    """The row, for a reader at a terminal. Returns how many of cnnfast's implementations have no time."""
+    bad = 0
+    for e in row.entries:
+        if e.timing is None:
+            print(f"  {e.name:<28}{e.status}: {e.note}")
+            bad += e.name.startswith("cnnfast") and e.status != "not available"
+        else:
+            of_limit, ratio = row.of_limit(e), row.speedup(e)
+            part = "" if of_limit is None else f"{of_limit:5.2f} of the limit"
+            peak = "" if e.peak is None else f"{e.peak / 1e6:7.1f} MB"
+            over = "" if ratio is None else str(ratio)
+            print(f"  {e.name:<28}{e.timing!s:<28}{part:<20}{peak:<12}{over:<22}{e.path}")
+    sys.stdout.flush()
+    return bad

@@ -14,6 +14,7 @@ import torch
 from benchmarks import __main__ as command
 from benchmarks import cases, compare, limits, memory, peers, report, timers
 from benchmarks.markdown import markdown
+from benchmarks.workload import TOLERANCES, Implementation, NotAvailable, Prepared, Workload
 from cnnfast.timing import Timing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,26 +40,26 @@ NOT_COMPILED = [i for i in peers.IMPLEMENTATIONS if "torch.compile" not in i.nam
 @pytest.mark.parametrize("implementation", NOT_COMPILED, ids=lambda i: i.name)
 @pytest.mark.parametrize("case", [GENERATOR, UPSAMPLE, *cases.MINI[3:-2]], ids=lambda c: c.name)
 def test_implementation_passes_its_check(case, implementation, dtype):
-    workload = peers.Workload(case, 2, dtype)
+    workload = Workload(case, 2, dtype)
     try:
         prepared = implementation.prepare(workload)
-    except peers.NotAvailable as reason:
+    except NotAvailable as reason:
         if "1-D" in str(reason):
             assert case.name == "mini_1d" and ("channels_last" in implementation.name or "NCHW" in implementation.name)
             return
         missing = [p for p in ("onnxruntime", "openvino", "onnx") if importlib.util.find_spec(p) is None]
         assert missing or (implementation.name == "onnxruntime" and dtype == torch.bfloat16)
         pytest.skip(str(reason))
-    error, wrong = peers.check(prepared, workload)
+    error, wrong = workload.check(prepared)
     assert wrong is None and 0 < error <= workload.tolerance
     if implementation.name.startswith("cnnfast"):
         assert any(word in prepared.path() for word in ("oneDNN", "ATen", "mm"))
 
 
 def test_channels_last_is_what_its_peers_get():
-    w = peers.Workload(UPSAMPLE, 2, torch.float32)
+    w = Workload(UPSAMPLE, 2, torch.float32)
     assert w.input(True).is_contiguous(memory_format=torch.channels_last) and w.has_formats
-    one = peers.Workload(KINDS["mini_1d"], 2, torch.float32)
+    one = Workload(KINDS["mini_1d"], 2, torch.float32)
     assert one.input(True).is_contiguous() and not one.has_formats
 
 
@@ -74,20 +75,20 @@ def test_path_is_what_ran():
 def off(scale, name="off"):
     def prepare(workload):
         model = workload.modules()
-        return peers.Prepared(lambda: scale * model(workload.x), lambda y: y)
+        return Prepared(lambda: scale * model(workload.x))
 
-    return peers.Implementation(name, prepare)
+    return Implementation(name, prepare)
 
 
 def raising(exception):
     def prepare(workload):
         raise exception
 
-    return peers.Implementation("raising", prepare)
+    return Implementation("raising", prepare)
 
 
 def test_wrong_result_gets_no_time(capsys):
-    w = peers.Workload(LAYER, 2, torch.float32)
+    w = Workload(LAYER, 2, torch.float32)
     timed = []
 
     def timer(calls):
@@ -109,14 +110,14 @@ def test_wrong_result_gets_no_time(capsys):
 
 
 def test_nan_is_a_wrong_result():
-    w = peers.Workload(LAYER, 2, torch.float32)
+    w = Workload(LAYER, 2, torch.float32)
     (entry,) = compare.compare(w, (off(float("nan")),), fake_timer, None).entries
     assert entry.status == "wrong result"
 
 
 def test_failure_and_absence_are_entries(capsys):
-    w = peers.Workload(LAYER, 2, torch.float32)
-    implementations = (raising(peers.NotAvailable("no such package")), raising(RuntimeError("boom\nmore")))
+    w = Workload(LAYER, 2, torch.float32)
+    implementations = (raising(NotAvailable("no such package")), raising(RuntimeError("boom\nmore")))
     rows = [compare.compare(w, (i,), fake_timer, None) for i in implementations]
     assert [(r.entries[0].status, r.entries[0].note) for r in rows] == [
         ("not available", "no such package"),
@@ -126,7 +127,7 @@ def test_failure_and_absence_are_entries(capsys):
 
 
 def test_tensors_of_a_row_do_not_outlive_it():
-    w = peers.Workload(LAYER, 2, torch.float32)
+    w = Workload(LAYER, 2, torch.float32)
     compare.compare(w, (off(1.0),), fake_timer, None)
     assert not {"x", "source", "expected"} & set(vars(w))
 
@@ -286,8 +287,8 @@ def test_limited_instruction_set_reexecutes(monkeypatch):
     rows = command.workloads(command.parser().parse_args(["--isa", "AVX2"]))
     assert not [w for w in rows if w.case.suite == "upsample" and w.dtype == torch.bfloat16]  # minutes a call
     chosen = {i.name: i for i in command.implementations("generator", command.parser().parse_args(["--isa", "AVX2"]))}
-    with pytest.raises(peers.NotAvailable, match="does not limit"):
-        chosen["onnxruntime"].prepare(peers.Workload(LAYER, 2, torch.float32))
+    with pytest.raises(NotAvailable, match="does not limit"):
+        chosen["onnxruntime"].prepare(Workload(LAYER, 2, torch.float32))
 
 
 # --- host time --------------------------------------------------------------------------------------------------------
@@ -333,7 +334,7 @@ def test_suites_check_before_they_time(tmp_path):
     assert done.returncode == 0, done.stdout
     found = {b["name"]: b["extra_info"] for b in json.loads((tmp_path / "layers.json").read_text())["benchmarks"]}
     assert len(found) == 3  # eager in both formats, and ours
-    assert all(0 < info["error"] < peers.TOLERANCES[torch.float32] and info["tflops"] > 0 for info in found.values())
+    assert all(0 < info["error"] < TOLERANCES[torch.float32] and info["tflops"] > 0 for info in found.values())
 
 
 def test_every_suite_has_a_file():

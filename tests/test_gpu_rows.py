@@ -22,7 +22,7 @@ from benchmarks import (
     gpu_rows,
     gpu_stages,
     gpu_timing,
-    peers,
+    workload,
 )
 from cnnfast import guard
 
@@ -84,18 +84,19 @@ def fake_cuda(monkeypatch):
     return seen
 
 
-def test_a_graph_is_captured_after_warm_up_on_its_stream(fake_cuda):
+@pytest.mark.parametrize("kind", [workload.Workload, workload.TrainingWorkload])
+def test_a_graph_is_captured_after_warm_up_on_its_stream(kind, fake_cuda):
     y = torch.zeros(1)
 
     def call():
         fake_cuda.append("call")
-        assert not torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
+        assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled() == kind.gradients
         return y
 
-    prepared = peers.Prepared(call, lambda y: y)
+    prepared = workload.Prepared(call)
     implementation = gpu_peers._graph(lambda w: prepared)
     with torch.inference_mode():
-        ready = implementation(None)
+        ready = implementation(kind(cases.MINI[1], 2, torch.float32))
     expected = ["wait", "enter side stream", "call", "call", "call", "leave side stream", "wait", "synchronize"]
     assert fake_cuda == [*expected, "enter capture", "call", "leave capture", "synchronize"]
     fake_cuda.clear()
@@ -136,10 +137,10 @@ def test_cold_times_are_do_bench_in_turn(monkeypatch):
 
 
 def test_a_kernel_that_was_given_up_is_a_failure(monkeypatch):
-    w = peers.Workload(cases.MINI[1], 2, torch.float32)
+    w = workload.Workload(cases.MINI[1], 2, torch.float32)
     monkeypatch.setattr(gpu_peers, "backend", lambda: "auto")
     ours = gpu_peers.find("cnnfast")[0]
-    with pytest.raises(peers.NotAvailable, match="no step of it has a Triton kernel: "):
+    with pytest.raises(workload.NotAvailable, match="no step of it has a Triton kernel: "):
         ours.prepare(w)  # on the CPU
     monkeypatch.setattr(guard, "failures", lambda *arguments: ["phases 64x64x64 gave wrong results"])
     with pytest.raises(RuntimeError, match="PyTorch's operators run: the kernel phases 64x64x64 gave wrong results"):
@@ -151,7 +152,7 @@ def test_memory_that_runs_out_in_float64_is_no_failure(tmp_path, monkeypatch):
         assert torch.backends.cudnn.benchmark is False
         raise torch.OutOfMemoryError("too large")
 
-    monkeypatch.setattr(peers.Workload, "expected", property(expected))
+    monkeypatch.setattr(workload.Workload, "expected", property(expected))
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     row = compared(tmp_path, None, ("eager", prepared()))
     assert row == {"status": "not available", "note": "the GPU has too little memory"}
@@ -233,15 +234,15 @@ def prepared(scale=1.0, raises=None):
         if raises is not None:
             raise raises
         model, x = w.modules(), w.input(False)
-        return peers.Prepared(lambda: scale * model(x), lambda y: y, lambda: "what ran")
+        return workload.Prepared(lambda: scale * model(x), path=lambda: "what ran")
 
     return prepare
 
 
 def compared(tmp_path, timer, *implementations, problem=lambda: None):
-    w = peers.Workload(cases.MINI[1], 2, torch.float32)
+    w = workload.Workload(cases.MINI[1], 2, torch.float32)
     steps = gpu_rows.Steps(gpu_rows.Rows(tmp_path, "table", RUN), "row", problem)
-    chosen = tuple(peers.Implementation(name, prepare) for name, prepare in implementations)
+    chosen = tuple(workload.Implementation(name, prepare) for name, prepare in implementations)
     measure = gpu_compare.Measure(timer, stubbed=True)  # no memory is counted without a GPU
     return gpu_compare.compare(w, chosen, measure, steps)
 
@@ -259,7 +260,7 @@ def test_only_what_is_right_is_timed(tmp_path, capsys):
         ("eager", prepared()),
         ("cnnfast", prepared(1.01)),
         ("cnnfast, CUDA graph", prepared(raises=RuntimeError("no kernel image"))),
-        ("torch.compile", prepared(raises=peers.NotAvailable("not here"))),
+        ("torch.compile", prepared(raises=workload.NotAvailable("not here"))),
         ("eager channels_last", prepared(raises=torch.OutOfMemoryError("too large"))),
     )
     assert timed == ["eager"] and row["failures"] == 2
