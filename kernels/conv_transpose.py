@@ -378,16 +378,15 @@ def launch(x, weight, y, residual, vectors, stats, eps, how) -> None:
     None; ``how`` is `cnnfast.ops.launch.Launch`."""
     n, _, h, w = x.shape
     _, c, oh, ow = y.shape
-    run, options = conv_transpose_kernel.run, how.options  # kernel[grid](...), without its wrapper
     splits = how.plan.split_k
     if how.reduce is None:
         work = unused(y.device) if how.plan.splits else None
-        run(x, weight, y, work, residual, *vectors, stats, n, h, w, oh, ow, splits, eps, *how.constants, **options)
+        how.binary(how.grid, x, weight, y, work, residual, *vectors, stats, n, h, w, oh, ow, splits, eps)
         return
     work = y.new_empty((splits, n, oh, ow, c), dtype=torch.float32)
     # The same arguments as without a split, so that it is the same binary.
-    run(x, weight, y, work, residual, *vectors, stats, n, h, w, oh, ow, splits, eps, *how.constants, **options)
-    split_k_epilogue_kernel[how.reduce_grid](work, y, residual, *vectors, stats, n, oh * ow, splits, eps, *how.reduce)
+    how.binary(how.grid, x, weight, y, work, residual, *vectors, stats, n, h, w, oh, ow, splits, eps)
+    how.reduce(how.reduce_grid, work, y, residual, *vectors, stats, n, oh * ow, splits, eps)
 
 
 @cache

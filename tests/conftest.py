@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +88,32 @@ def unguarded(
     monkeypatch.setenv("CNNFAST_GUARD", "0")
     if "device" in request.fixturenames:
         monkeypatch.setenv("CNNFAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+_kinds: dict[Any, object] = {}  # of every `Binary` launched in this process: what its first launch asked of Triton
+
+
+@pytest.fixture(autouse=True)
+def binaries_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is launched: all arguments of a `Binary` want the binary that those of its first launch wanted (their
+    dtypes, divisibility and values, as Triton specialises on them)."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from cnnfast.ops.binary import Binary
+
+    real = Binary.__call__
+
+    def call(self: Binary, grid: tuple[int, int, int], *args: Any) -> None:
+        if isinstance(self.kernel, JITFunction):  # Triton's interpreter compiles nothing
+            binder = self.kernel.device_caches[driver.active.get_current_device()][-1]
+            _, specialization, _ = binder(*args, *self.constants, **self.options)
+            assert _kinds.setdefault(self, specialization) == specialization, self.kernel
+        real(self, grid, *args)
+
+    monkeypatch.setattr(Binary, "__call__", call)
 
 
 @contextmanager

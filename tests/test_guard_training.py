@@ -56,12 +56,13 @@ def spoil(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Spoil:
     from cnnfast.ops import wgrad
 
     def change(**constants: Any) -> None:
-        real = wgrad.block.in_order
+        real = wgrad.Binary
 
-        def in_order(kernel: Any, values: dict[str, Any]) -> tuple[Any, ...]:
-            return real(kernel, {**values, **constants} if kernel is wgrad.kernels.conv_wgrad_kernel else values)
+        def binary(kernel: Any, values: dict[str, Any], **options: int) -> Any:
+            other = constants if kernel is wgrad.kernels.conv_wgrad_kernel else {}
+            return real(kernel, {**values, **other}, **options)
 
-        monkeypatch.setattr(wgrad.block, "in_order", in_order)
+        monkeypatch.setattr(wgrad, "Binary", binary)
 
     return change
 

@@ -19,10 +19,11 @@ from ..kernels import conv_transpose as kernels
 from ..norms import Partials
 from ..plan import Plan
 from ..spec import Precision, tap_inverse
+from .binary import Binary
 from .core import to_format
 from .weights import kernel_weight, weight_layout
 
-__all__ = ["LAUNCHES", "OBSERVER", "aligned", "in_order", "lookup", "prepare", "run", "run_with_statistics"]
+__all__ = ["LAUNCHES", "OBSERVER", "aligned", "lookup", "prepare", "run", "run_with_statistics"]
 
 
 # --- the launch -------------------------------------------------------------------------------------------------------
@@ -33,10 +34,10 @@ class Launch:
     """Everything of a launch that does not depend on the tensors' contents or addresses."""
 
     plan: Plan
-    constants: tuple[Any, ...]  # compile-time arguments of `conv_transpose_kernel` in its order
-    options: dict[str, Any]  # grid, warps and stages, as Triton's `run` takes them
+    binary: Binary  # of `conv_transpose_kernel`
+    grid: tuple[int, int, int]
     output_shape: tuple[int, int, int, int]
-    reduce: tuple[Any, ...] | None  # those of `split_k_epilogue_kernel` where K is split
+    reduce: Binary | None  # of `split_k_epilogue_kernel` where K is split
     reduce_grid: tuple[int, int, int]
     parts: tuple[int, int] | None  # segments and parts of each, where the kernel gives the statistics of its result
     tf32: bool
@@ -47,11 +48,6 @@ LAUNCHES: list[str] | None = None
 """Set to a list to record the kernel and plan of every launch (tests assert what ran)."""
 OBSERVER: Callable[[Step, Operands, bool], None] | None = None
 """Set to be told of every step ahead of its launch (tuning records them)."""
-
-
-def in_order(kernel: Any, values: dict[str, Any]) -> tuple[Any, ...]:
-    """Positional: passing them by name costs 5 us a launch."""
-    return tuple(values[name] for name in kernel.arg_names if name in values)
 
 
 def constants(
@@ -102,10 +98,10 @@ def prepare(
     statistics: str | None = None,
 ) -> Launch:
     """The launch of ``step`` on an input of this (padded) size. A given ``plan`` replaces the tuned one, or the
-    heuristic's (tuning, tests). ``given``: the weight's strides and the dtypes of residual and vectors, part of the
-    binary. ``index``: of the CUDA device, None where there is none: nothing is guarded then, and nothing was tuned.
-    ``statistics``: "batch" or "image", what the result's statistics are wanted of; `Launch.parts` says whether the
-    kernel gives them."""
+    heuristic's (tuning, tests). ``given``: the weight's strides and the dtypes of weight, residual and vectors, part
+    of the binary. ``index``: of the CUDA device, None where there is none: nothing is guarded then, and nothing was
+    tuned. ``statistics``: "batch" or "image", what the result's statistics are wanted of; `Launch.parts` says whether
+    the kernel gives them."""
     s = step.spec
     if plan is None and index is not None:
         plan = tuned.stored(s, batch, input_size, precision, device, index, channels_last)
@@ -115,7 +111,7 @@ def prepare(
     consts = constants(plan, precision, step, channels_last, slopes, big)
     reduce, reduce_grid = None, (0, 0, 0)
     if plan.split_k > 1:
-        reduce = in_order(kernels.split_k_epilogue_kernel, {**consts, "BLOCK_M": REDUCE_M, "BLOCK_N": REDUCE_N})
+        reduce = Binary(kernels.split_k_epilogue_kernel, {**consts, "BLOCK_M": REDUCE_M, "BLOCK_N": REDUCE_N})
         reduce_grid = (-(-batch * math.prod(out) // REDUCE_M), -(-s.out_channels // REDUCE_N), 1)
     parts = _parts(plan, batch, out, statistics)
     proof = guard.UNGUARDED
@@ -135,14 +131,14 @@ def prepare(
         )
     return Launch(
         plan,
-        in_order(kernels.conv_transpose_kernel, consts),
-        dict(
-            grid=plan.grid(batch, out),
-            warmup=False,
+        Binary(
+            kernels.conv_transpose_kernel,
+            consts,
             num_warps=plan.num_warps,
             num_stages=plan.num_stages,
             maxnreg=MAX_REGISTERS,
         ),
+        plan.grid(batch, out),
         (batch, s.out_channels, out[0], out[1]),
         reduce,
         reduce_grid,
@@ -191,6 +187,7 @@ def lookup(
         plan,
         (
             weight.stride(),
+            weight.dtype,
             None if residual is None else residual.dtype,
             None if bias is None else bias.dtype,
             None if mean is None else mean.dtype,
@@ -287,7 +284,7 @@ def _start_here(step: Step, o: Operands, channels_last: bool, launch: Launch) ->
         count, mean, m2 = stats.split((total, total * channels, total * channels))
         shape = (segments, parts, channels)
         partials = Partials(count.view(segments, parts), mean.view(shape), m2.view(shape))
-    kernels.launch(x, weight, y, residual, vectors, stats, o.eps, launch)
+    kernels.launch(x, weight, y, residual, vectors, stats, float(o.eps), launch)
     return y, partials
 
 

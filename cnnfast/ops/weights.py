@@ -14,6 +14,7 @@ from ..block import Step
 from ..kernels.weight import gather_weight_kernel
 from ..plan import Lowering, tap_map
 from ..spec import Activation, summed_taps
+from .binary import Binary
 
 __all__ = ["WeightLayout", "kernel_weight", "summed_weight", "weight_layout"]
 
@@ -72,12 +73,12 @@ BLOCK = 32  # channels of a tile, in and out
 
 @dataclass(frozen=True)
 class _Gather:
-    """A launch of `gather_weight_kernel` that depends on nothing but the layer and its weight's strides."""
+    """A launch of `gather_weight_kernel` that depends on nothing but the layer and its weight's strides and dtype."""
 
     table: torch.Tensor
     size: int
     grid: tuple[int, int, int]
-    constants: dict[str, Any]
+    binary: Binary
     proof: guard.Proof = guard.UNGUARDED  # of a launch of its own; one ahead of a convolution is proven with that
 
 
@@ -91,7 +92,9 @@ def _taps_of(step: Step) -> tuple[list[list[int]], list[list[int]]]:
 
 
 @lru_cache(maxsize=256)
-def _gather(step: Step, low: Lowering, strides: tuple[int, int, int, int], device: torch.device) -> _Gather:
+def _gather(
+    step: Step, low: Lowering, strides: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> _Gather:
     """How to bring a weight with these strides into the kernel's order. The table goes to the device once."""
     s, layout = step.spec, weight_layout(low)
     cin, cout = low.channels_in, s.out_channels // s.groups
@@ -121,10 +124,10 @@ def _gather(step: Step, low: Lowering, strides: tuple[int, int, int, int], devic
         table.to(device),
         s.groups * cin * len(slots) // phases * columns,
         (-(-cin // BLOCK) * -(-cout // BLOCK), len(slots), s.groups),
-        dict(
+        Binary(gather_weight_kernel, dict(
             CIN=cin, COUT=cout, W_GROUP=of_group, W_IN=of_in, W_OUT=of_out, **in_order, PHASES=phases, TERMS=terms,
             BLOCK_I=BLOCK, BLOCK_O=BLOCK,
-        ),
+        )),
     )  # fmt: skip
 
 
@@ -133,9 +136,9 @@ def kernel_weight(step: Step, low: Lowering, weight: torch.Tensor) -> torch.Tens
     place; others are copied on each call, so that no write to a parameter, ``.data`` included, can go unseen."""
     if step.upsample is None and not weight_layout(low).packed:
         return weight.contiguous(memory_format=torch.channels_last)
-    g = _gather(step, low, tuple(weight.stride()), weight.device)
+    g = _gather(step, low, weight.stride(), weight.dtype, weight.device)
     out = weight.new_empty(g.size)
-    gather_weight_kernel[g.grid](weight, g.table, out, **g.constants)
+    g.binary(g.grid, weight, g.table, out)
     return out
 
 
@@ -191,12 +194,12 @@ def _sum(
         subject = WeightSum(replace(step, activation=Activation()), back)
         proof = guard.proof(subject, "gather", index, {**consts, "dtype": str(dtype)})
     grid = (-(-outer // BLOCK) * -(-inner // BLOCK), taps, s.groups)
-    return _Gather(table.to(device), s.groups * outer * taps * inner, grid, consts, proof)
+    return _Gather(table.to(device), s.groups * outer * taps * inner, grid, Binary(gather_weight_kernel, consts), proof)
 
 
 def _summed(weight: torch.Tensor, step: Step, back: bool, required: bool) -> torch.Tensor:
     index = weight.device.index or 0 if weight.is_cuda else None
-    g = _sum(step, tuple(weight.stride()), weight.dtype, weight.device, index, back)
+    g = _sum(step, weight.stride(), weight.dtype, weight.device, index, back)
     if g.proof.ready:
         return _launch_sum(weight, step, back, g)
 
@@ -229,7 +232,7 @@ def _launch_sum(weight: torch.Tensor, step: Step, back: bool, g: _Gather) -> tor
     shape = (first, weight.shape[0] // step.spec.groups, *size)
     out = dispatch.allocate(weight, shape, channels_last=True)
     source = weight.clone() if weight.data_ptr() & 15 else weight  # another alignment would be another binary
-    gather_weight_kernel[g.grid](source, g.table, out, **g.constants)
+    g.binary(g.grid, source, g.table, out)
     return out
 
 

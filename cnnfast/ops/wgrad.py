@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from ..kernels.conv_transpose import unused
 from ..spec import ConvSpec, Precision
 from ..wgrad import WgradPlan, choose_wgrad_plan
 from . import launch as block
+from .binary import Binary
 
 __all__ = ["WeightGradient", "WgradLaunch", "by_torch", "prepare", "run"]
 
@@ -51,9 +51,9 @@ class WgradLaunch:
     """Everything of a launch that does not depend on the tensors' contents or addresses."""
 
     plan: WgradPlan
-    constants: tuple[Any, ...]
-    options: dict[str, Any]
-    sums: tuple[Any, ...] | None  # constants of `sum_splits_kernel` where the positions are split
+    binary: Binary  # of `conv_wgrad_kernel`
+    grid: tuple[int, int, int]
+    sums: Binary | None  # of `sum_splits_kernel` where the positions are split
     sums_grid: tuple[int, int, int]
     tf32: bool
     proof: guard.Proof
@@ -69,12 +69,12 @@ def prepare(
     precision: Precision,
     device: Device,
     plan: WgradPlan | None = None,
-    dtype: torch.dtype | None = None,
+    types: tuple[torch.dtype, ...] = (),
     index: int | None = None,
 ) -> WgradLaunch:
     """The launch for A of ``batch`` images of size ``grid`` and B of size ``other``, into a weight with these
-    strides and ``dtype``. A given ``plan`` replaces the heuristic's (tests). ``index``: of the CUDA device, None where
-    there is none: nothing is guarded then."""
+    strides; ``types``: dtypes of the result's gradient and of the weight. A given ``plan`` replaces the heuristic's
+    (tests). ``index``: of the CUDA device, None where there is none: nothing is guarded then."""
     s = spec
     plan = plan or choose_wgrad_plan(s, batch, grid, precision, device)
     (ca, cb), (kh, kw) = plan.channels, s.kernel_size
@@ -86,23 +86,17 @@ def prepare(
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, RUN=plan.run, BIG=big,
         A=s.groups * ca, BLOCK=SUM_BLOCK,
     )  # fmt: skip
-    options = dict(
-        grid=plan.grid(),
-        warmup=False,
-        num_warps=plan.num_warps,
-        num_stages=plan.num_stages,
-        maxnreg=block.MAX_REGISTERS,
-    )
+    options = dict(num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=block.MAX_REGISTERS)
     proof = guard.UNGUARDED
     if index is not None:
         binary = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "sums": plan.splits > 1}
-        types = {"dtype": str(precision.dtype), "result": str(dtype)}
-        proof = guard.proof(WeightGradient(s), plan.name, index, {**consts, **binary, **types})
+        dtypes = {"dtype": str(precision.dtype), "types": tuple(map(str, types))}
+        proof = guard.proof(WeightGradient(s), plan.name, index, {**consts, **binary, **dtypes})
     return WgradLaunch(
         plan,
-        block.in_order(kernels.conv_wgrad_kernel, consts),
-        options,
-        block.in_order(kernels.sum_splits_kernel, consts) if plan.splits > 1 else None,
+        Binary(kernels.conv_wgrad_kernel, consts, **options),
+        plan.grid(),
+        Binary(kernels.sum_splits_kernel, consts) if plan.splits > 1 else None,
         (-(-math.prod(s.weight_shape) // SUM_BLOCK), 1, 1),
         precision.tf32,
         proof,
@@ -134,7 +128,7 @@ def run(
         dispatch.precision_of(x.dtype),
         dispatch.target_device(x),
         plan,
-        out.dtype,
+        (grad.dtype, out.dtype),
         x.device.index or 0 if x.is_cuda else None,
     )
     if launch.proof.ready:
@@ -161,11 +155,9 @@ def _launch(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, launch: WgradLa
     n, _, h, w = a.shape
     splits = launch.plan.splits
     work = unused(a.device) if splits == 1 else a.new_empty(launch.plan.workspace(), dtype=torch.float32)
-    kernels.conv_wgrad_kernel.run(
-        a, b, out, work, n, h, w, b.shape[2], b.shape[3], splits, *launch.constants, **launch.options
-    )
+    launch.binary(launch.grid, a, b, out, work, n, h, w, b.shape[2], b.shape[3], splits)
     if launch.sums is not None:
-        kernels.sum_splits_kernel[launch.sums_grid](work, out, splits, *launch.sums)
+        launch.sums(launch.sums_grid, work, out, splits)
 
 
 # --- the trial --------------------------------------------------------------------------------------------------------
