@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import cpu
+from . import cpu, cpu_training
 from .block import Operands
 from .convolutions import DTYPES
 from .dispatch import is_batched, resolve_backend
@@ -201,6 +201,8 @@ class Chain:
             reads = [inside[0] or eager[0], *inside]
             for i, s in enumerate(self.steps):
                 how = reads[i : i + 2]
+                if s.measured and any(how) and not eager[i + 1] and s.rule.norm.kind != "instance":  # type: ignore[union-attr]
+                    continue  # ATen's statistics are less exact in channels-last, cpu_training's are not
                 why[i] = _no_gain_in_training(s) if gradient else self._no_gain(s, shapes[i], how, reading, low)
             if why[0] is not None and None not in why and (inside == eager[1:] or gradient and first.ndim == 1):
                 return why[0]
@@ -310,9 +312,20 @@ def _fused(s: FusedStep, x: Tensor, run: Run, reading: Reading, low: torch.dtype
         return _step(s, o, call, run)
     # Not through autocast's cache of weights: casts are of the present values, and gradients add up in float32.
     bias, slope = (None if t is None else t.to(low) for t in (o.bias, o.slope))
-    o = o._replace(weight=o.weight.to(low), bias=bias, slope=slope)
+    o = o._replace(bias=bias, slope=slope)
+    if not _packs(s, o, call, run):
+        o = o._replace(weight=o.weight.to(low))
     with torch._C._DisableAutocast():  # operands are in their dtypes, and what runs inside chooses its own
         return _step(s, o, call, run)
+
+
+def _packs(s: FusedStep, o: Operands, call: Any, run: Run) -> bool:
+    """Whether the step runs with a packed weight, which is made of the Parameter as it is."""
+    if o.x.device.type != "cpu" or run.apart or run.wide or resolve_backend(None) == "triton":
+        return False
+    if call is not None:
+        return cpu_training.packs(s.step, o, call)
+    return not core.needs_gradient(o) and cpu.why_not(s.step, o, run.channels_last) is None
 
 
 def _step(s: FusedStep, o: Operands, call: Any, run: Run) -> Tensor:

@@ -225,12 +225,13 @@ def _plan(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool)
 def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str | None:
     """Why `run` should not take this step (it can't, or plain ATen is faster); None where it should.
 
-    ``channels_last``: the memory format of the result.
+    ``channels_last``: the memory format of the result. A float32 weight may meet an input in 16 bits (autocast): it is
+    rounded once, when it is packed.
     """
     x, weight = operands.x, operands.weight
     if x.device.type != "cpu" or x.layout != torch.strided:
         return "the input is not a dense CPU tensor"
-    if weight.dtype != x.dtype:
+    if weight.dtype not in (x.dtype, torch.float32):
         return f"the input is {x.dtype} and the weight {weight.dtype}"
     reason = why_missing() or why_not_cacheable(weight)
     if reason is not None:

@@ -24,17 +24,19 @@ from .norms import Norm, NormCall
 from .onednn import instruction_set, lowered_products
 from .spec import Activation, summed_taps
 
-__all__ = ["collapses", "run"]
+__all__ = ["collapses", "packs", "run"]
 
 
 def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> Tensor:
     """``step`` with ``norm`` after its convolution and ahead of residual and activation; differentiable any number of
-    times. Dense CPU tensors, x, weight and bias of one floating dtype: (N, C_in, H, W) -> (N, C_out, OH, OW) in x's
-    dtype and the memory format asked for. Whoever calls it has cast for autocast."""
+    times. Dense CPU tensors, x, weight and bias of one floating dtype (a weight that `packs` may be float32):
+    (N, C_in, H, W) -> (N, C_out, OH, OW) in x's dtype and the memory format asked for. Whoever calls it has cast for
+    autocast."""
     if torch.is_autocast_enabled("cpu"):  # it would round what is done in float32 on purpose
         with torch.autocast("cpu", enabled=False):
             return run(step, o, norm, channels_last)
     x = cpu.convert(o.x, o.x.dtype, True)
+    o = o._replace(x=x)
     if o.mean is not None or o.scale is not None or o.shift is not None:
         y = _convolved(step, x, o)
         if o.mean is not None:
@@ -42,20 +44,24 @@ def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> 
             o = o._replace(scale=None, shift=None)
         y = reference.epilogue(y, o.scale, o.shift, o.residual, step.activation, o.slope)
     else:
-        packed = _packed(step, x, o) if norm is None or norm.norm.kind != "batch" else None
-        y = _finish(_convolved(step, x, o) if packed is None else packed, norm, step.activation, o)
+        y = cpu.run(*_bare(step, o), True) if packs(step, o, norm) else _convolved(step, x, o)
+        y = _finish(y, norm, step.activation, o)
     return cpu.convert(y, y.dtype, channels_last)
 
 
-def _packed(step: Step, x: Tensor, o: Operands) -> Tensor | None:
-    """The convolution of ``step`` and its bias with a packed weight where no gradient of it is needed and that pays;
-    else None. (Not ahead of a BatchNorm in training: its weight is another in the next step, and would be packed anew.)
-    """
-    operands = Operands(x, o.weight, o.bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, o.weight, o.bias)):
-        return None
-    bare = replace(step, activation=Activation())
-    return cpu.run(bare, operands, True) if cpu.why_not(bare, operands, True) is None else None
+def _bare(step: Step, o: Operands) -> tuple[Step, Operands]:
+    """The convolution of ``step`` and its bias."""
+    return replace(step, activation=Activation()), Operands(o.x, o.weight, o.bias)
+
+
+def packs(step: Step, o: Operands, norm: NormCall | None) -> bool:
+    """Whether the convolution of ``step`` runs with a packed weight: where no gradient of it is needed and that pays.
+    (Not ahead of a BatchNorm in training: its weight is another in the next step, and would be packed anew.)"""
+    if norm is not None and norm.norm.kind == "batch":
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (o.x, o.weight, o.bias)):
+        return False
+    return cpu.why_not(*_bare(step, o)) is None
 
 
 def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:

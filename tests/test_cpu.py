@@ -306,7 +306,9 @@ PLAIN = next(case for case in GEOMETRY if case.id == "k4s2p1")
         pytest.param(lambda o: o._replace(x=o.x[:0]), "is empty", id="empty_batch"),
         pytest.param(lambda o: o._replace(x=o.x[:, :, :0]), "is empty", id="empty_rows"),
         pytest.param(lambda o: o._replace(x=o.x[:, :5]), "does not fit", id="channels"),
-        pytest.param(lambda o: o._replace(x=o.x.half()), "the weight torch.float32", id="mixed_dtypes"),
+        pytest.param(
+            lambda o: o._replace(weight=nn.Parameter(o.weight.half())), "the weight torch.float16", id="mixed_dtypes"
+        ),
         pytest.param(
             lambda o: o._replace(x=o.x.double(), weight=nn.Parameter(o.weight.double())), "no packed", id="float64"
         ),

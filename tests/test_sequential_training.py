@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast import chain
+from cnnfast import chain, cpu
 
 from .test_sequential import stack_profile, stacks
 from .tolerance import assert_close
@@ -329,6 +329,31 @@ def test_autocast_without_gradients(steps: list[str]) -> None:
         exact = copy.deepcopy(plain).double()(x2d().double())
     assert_close(got, exact, want)
     assert len(steps) == 3, "a small plain convolution runs as its modules, under autocast too"
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance"])
+def test_autocast_without_gradients_packs_the_parameters(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed: list[torch.dtype] = []
+    pack = cpu._pack
+    monkeypatch.setattr(cpu, "_pack", lambda method, step, o: packed.append(o.weight.dtype) or pack(method, step, o))
+    plain = nn.Sequential(nn.ConvTranspose2d(64, 32, 4, 2, 1), NORMS[norm][0](32), nn.ReLU()).eval()
+    ours = cnnfast.Sequential(*copy.deepcopy(plain))
+    x = torch.randn(2, 64, 12, 10)
+
+    def compare() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            got, want = ours(x), plain(x)
+        assert got.dtype == want.dtype and got.stride() == want.stride()
+        assert_close(got, copy.deepcopy(plain).double()(x.double()), want)
+
+    with torch.no_grad():
+        compare()
+        compare()
+        assert packed == [torch.float32], "once, from the Parameter"
+        for model in (plain, ours):
+            model[0].weight.mul_(-2)
+        compare()
+    assert len(packed) == 2
 
 
 def test_autocast_of_another_device_or_switched_off(steps: list[str]) -> None:
