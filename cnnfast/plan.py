@@ -210,7 +210,7 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
     if device.arch // 10 == 10 and (m, n, k) == (128, 64, 128) and plan.splits and not plan.lowering.transposed:
         return False
     # Seen by compiling: ptxas unrolls short loops of these, and spills a few registers.
-    if device.arch // 10 == 8 and (m, n, k, plan.unroll) == (128, 32, 32, 2) and not plan.splits:
+    if device.arch // 10 == 8 and (m, n, k) == (128, 32, 32) and not plan.splits:
         return False
     if device.arch == 89 and (m, n, k, plan.unroll) == (64, 64, 64, 2) and not plan.splits:
         return False
