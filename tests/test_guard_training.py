@@ -39,11 +39,11 @@ def fresh(cache: Any) -> Any:  # noqa: F811
 
 
 def a_new_process() -> None:
-    from cnnfast.ops import norm_proof, weights, wgrad
+    from cnnfast.ops import norm_plan, weights, wgrad
 
-    for cached in (wgrad.prepare, weights._sum, *(norm_proof._forward_proof, norm_proof._backward_proof)):
+    for cached in (wgrad.prepare, weights._sum):
         cached.cache_clear()
-    norm_proof._activation_proof.cache_clear()
+    norm_plan.forget()
     forget()
 
 
@@ -52,17 +52,19 @@ Spoil = Callable[..., None]
 
 @pytest.fixture
 def spoil(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Spoil:
-    """Launch the weight gradient's kernel with other compile-time constants than the right ones."""
-    from cnnfast.ops import wgrad
+    """Launch a kernel (the weight gradient's where no other is named) with other compile-time constants than the right
+    ones."""
+    from cnnfast.ops import norm_plan, wgrad
 
-    def change(**constants: Any) -> None:
+    def change(kernel: str = "conv_wgrad_kernel", **constants: Any) -> None:
         real = wgrad.Binary
 
-        def binary(kernel: Any, values: dict[str, Any], **options: int) -> Any:
-            other = constants if kernel is wgrad.kernels.conv_wgrad_kernel else {}
-            return real(kernel, {**values, **other}, **options)
+        def binary(function: Any, values: dict[str, Any], **options: int) -> Any:
+            other = constants if function.__name__ == kernel else {}
+            return real(function, {**values, **other}, **options)
 
-        monkeypatch.setattr(wgrad, "Binary", binary)
+        for module in (norm_plan, wgrad):
+            monkeypatch.setattr(module, "Binary", binary)
 
     return change
 
@@ -219,16 +221,6 @@ NORM = NormCase("guarded", Norm("batch"), Activation("leaky_relu", (0.2,)), (3, 
 FORWARD = "batch norm + leaky_relu of 32 channels, float32, one pass"
 
 
-def spoiled(kernel: Any, **constants: Any) -> Any:
-    """The kernel launched with other constants."""
-
-    class Spoiled:
-        def __getitem__(self, grid: Any) -> Callable[..., Any]:
-            return lambda *args, **more: kernel[grid](*args, **{**more, **constants})
-
-    return Spoiled()
-
-
 def test_right_norms_are_checked_once(device: torch.device, launches: list[str]) -> None:
     with silent():
         norm_step(NORM, torch.float32, device)
@@ -244,31 +236,28 @@ def test_right_norms_are_checked_once(device: torch.device, launches: list[str])
 
 
 BROKEN = {
-    "statistics": ("forward_kernels", "partial_stats_kernel", {"C": 31}),
-    "merge": ("forward_kernels", "merge_stats_kernel", {"C": 31}),
-    "apply": ("forward_kernels", "norm_act_kernel", {"P0": 0.25}),
-    "sums": ("backward_kernels", "grad_sums_kernel", {"P0": 0.25}),
-    "finish": ("backward_kernels", "finish_sums_kernel", {"C": 31}),
-    "gradient": ("backward_kernels", "grad_apply_kernel", {"VAR": True}),
-    "does-not-compile": ("forward_kernels", "norm_act_kernel", {"ACT": "nonsense"}),
-    "does-not-compile-back": ("backward_kernels", "grad_apply_kernel", {"BLOCK_C": 3}),
+    "statistics": ("partial_stats_kernel", {"C": 31}),
+    "merge": ("merge_stats_kernel", {"C": 31}),
+    "apply": ("norm_act_kernel", {"P0": 0.25}),
+    "sums": ("grad_sums_kernel", {"P0": 0.25}),
+    "finish": ("finish_sums_kernel", {"C": 31}),
+    "gradient": ("grad_apply_kernel", {"VAR": True}),
+    "does-not-compile": ("norm_act_kernel", {"ACT": "nonsense"}),
+    "does-not-compile-back": ("grad_apply_kernel", {"BLOCK_C": 3}),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_kernel_of_a_norm(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cnnfast.ops import norm_launch
-
-    module, kernel, constants = BROKEN[name]
-    kernels = getattr(norm_launch, module)
-    monkeypatch.setattr(kernels, kernel, spoiled(getattr(kernels, kernel), **constants))
+def test_a_broken_kernel_of_a_norm(name: str, device: torch.device, spoil: Spoil) -> None:
+    kernel, constants = BROKEN[name]
+    spoil(kernel, **constants)
     with pytest.warns(RuntimeWarning) as caught:
         for _ in range(2):
             norm_step(NORM, torch.float32, device)
     (warning,) = caught
     said = "cannot run on " if "compile" in name else "gave wrong results on "
     assert f"the Triton kernel {said}" in str(warning.message)
-    backward = module == "backward_kernels"
+    backward = kernel in ("grad_sums_kernel", "finish_sums_kernel", "grad_apply_kernel")
     (line,) = lines("gradient of batch norm" if backward else "batch norm")
     assert "PyTorch's operators run" in line
     assert [other.endswith("right (checked)") for other in guard.report() if other != line] == [True] * backward
@@ -277,12 +266,9 @@ def test_a_broken_kernel_of_a_norm(name: str, device: torch.device, monkeypatch:
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_running_statistics_move_once(broken: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cnnfast.ops import norm_launch
-
+def test_running_statistics_move_once(broken: bool, device: torch.device, spoil: Spoil) -> None:
     if broken:
-        kernels = norm_launch.forward_kernels
-        monkeypatch.setattr(kernels, "norm_act_kernel", spoiled(kernels.norm_act_kernel, P0=9.0))
+        spoil("norm_act_kernel", P0=9.0)
     t = NORM.tensors(torch.float32, device)
     running = [torch.zeros(32).to(device), torch.ones(32).to(device)]
     how: dict[str, Any] = dict(training=True, activation="leaky_relu", activation_param=0.2)
@@ -306,15 +292,13 @@ def test_trials_of_known_and_of_shared_statistics(
     if processes and norm.kind != "batch":
         pytest.skip("only a batch norm is synchronised")
     from cnnfast.norms import Partials
-    from cnnfast.ops import norm_autograd, norm_launch, norm_proof
+    from cnnfast.ops import norm_autograd, norm_how, norm_launch, norm_proof, norm_sync
 
-    monkeypatch.setattr(
-        norm_proof.norm_sync, "shared", lambda call: call is not None and call.process_group is not None
-    )
+    monkeypatch.setattr(norm_sync, "shared", lambda call: call is not None and call.process_group is not None)
     monkeypatch.setattr(norm_proof.dist, "get_world_size", lambda group: processes)
     case = replace(NORM, norm=norm)
     t = case.tensors(torch.float32, device)
-    how = norm_launch.NormHow(norm, True, NORM.activation, True, torch.float32)
+    how = norm_how.NormHow(norm, True, NORM.activation, True, torch.float32)
     running = [None, None] if norm.kind == "group" else [torch.zeros(32).to(device), torch.ones(32).to(device)]
     call = case.call(t)
     assert call is not None
@@ -337,9 +321,9 @@ def scaled(done: Any) -> Any:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_gradient_of_an_activation(bias: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cnnfast.ops import norm_launch
-
+def test_the_gradient_of_an_activation(
+    bias: bool, device: torch.device, spoil: Spoil, monkeypatch: pytest.MonkeyPatch
+) -> None:
     g = torch.Generator().manual_seed(0)
     y, grad = (torch.randn(2, 32, 5, 4, generator=g).tanh() for _ in range(2))
 
@@ -354,8 +338,7 @@ def test_the_gradient_of_an_activation(bias: bool, device: torch.device, monkeyp
         run()
     assert guard.report()[0].startswith("gradient of tanh of 32 channels, float32")
     a_new_process()
-    kernels = norm_launch.backward_kernels
-    monkeypatch.setattr(kernels, "act_backward_kernel", spoiled(kernels.act_backward_kernel, ACT="relu"))
+    spoil("act_backward_kernel", ACT="relu")
     monkeypatch.setattr(guard.store, "get", lambda *key: None)
     with pytest.warns(RuntimeWarning, match="gradient of tanh of 32 channels.* gave wrong results .*: gradient: max"):
         run()
@@ -416,14 +399,9 @@ def test_a_wrong_sum_of_weights(back: bool, device: torch.device, monkeypatch: p
 
 
 @pytest.mark.parametrize("what", ["weight gradient", "norm"])
-def test_explain_names_failures_of_gradients(
-    what: str, device: torch.device, spoil: Spoil, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from cnnfast.ops import norm_launch
-
-    kernels = norm_launch.backward_kernels
+def test_explain_names_failures_of_gradients(what: str, device: torch.device, spoil: Spoil) -> None:
     if what == "norm":
-        monkeypatch.setattr(kernels, "grad_apply_kernel", spoiled(kernels.grad_apply_kernel, P0=9.0))
+        spoil("grad_apply_kernel", P0=9.0)
     else:
         spoil(**WRONG["tap"])
     layers = nn.ConvTranspose2d(32, 32, 4, 2, 1), nn.BatchNorm2d(32), nn.LeakyReLU(0.2), nn.Conv2d(32, 16, 3, padding=1)
@@ -442,7 +420,7 @@ def test_explain_names_failures_of_gradients(
 
 
 def test_which_kernels_concern_a_step() -> None:
-    from cnnfast.ops.norm_proof import NormPass
+    from cnnfast.ops.norm_how import NormPass
     from cnnfast.ops.wgrad import WeightGradient
 
     step = replace(STEP, activation=Activation("relu"))

@@ -17,7 +17,7 @@ from .norm_cases import NormCase, check, compute, expect, magnitudes, spread
 from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="triton is not installed")
-from cnnfast.ops import norm_launch  # noqa: E402
+from cnnfast.ops import norm_launch, norm_plan, norm_tiles  # noqa: E402
 
 RELU = Activation("relu")
 KINDS = [Norm("batch"), Norm("instance"), Norm("group", 5)]
@@ -74,7 +74,7 @@ def random_parts(segments: int, parts: int, channels: int, device: torch.device)
 )
 def test_merge(segments: int, parts: int, channels: int, join: int, device: torch.device, launches: list[str]) -> None:
     p = random_parts(segments, parts, channels, device)
-    mean, rstd, var = norm_launch.merge(p, join, 1e-5, var=True)
+    mean, rstd, var = norm_launch.merge(p, norm_plan.merge_of(p.mean.shape, join, 1e-5, True, (None, None)))
     assert launches == ["norm-merge"] and var is not None
     count, center, m2 = (v.cpu().double() for v in p)
     groups = channels // join
@@ -131,7 +131,7 @@ def test_programs_that_walk_several_tiles(
     n, c, h, w = case.shape
     inside = not case.x_last
     each = case.norm is not None and case.norm.per_image
-    assert norm_launch.tiling(n, c, h * w, each or inside, inside, 2).tiles > 1
+    assert norm_tiles.tiling(n, c, h * w, each or inside, inside, 2).tiles > 1
 
 
 def test_tiling_covers_every_row_once() -> None:
@@ -140,9 +140,9 @@ def test_tiling_covers_every_row_once() -> None:
         (1000, 40, 49, True, True), (2, 5000, 7, False, False),
     ]:  # fmt: skip
         for sms in (2, 108, 132):
-            t = norm_launch.tiling(n, c, size, images, inside, sms)
+            t = norm_tiles.tiling(n, c, size, images, inside, sms)
             m, block_c = t.constants["BLOCK_M"], t.constants["BLOCK_C"]
-            assert t.segments * t.rows == n * size and m * block_c <= norm_launch.TILE
+            assert t.segments * t.rows == n * size and m * block_c <= norm_tiles.TILE
             assert (t.parts - 1) * t.tiles * m < t.rows <= t.parts * t.tiles * m  # no part is empty
             assert t.grid[0] == t.segments * t.parts and (t.grid[1] - 1) * block_c < c <= t.grid[1] * block_c
             assert t.rows % t.constants["ROWS_BY"] == 0

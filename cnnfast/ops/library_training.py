@@ -23,7 +23,8 @@ from .core import to_format, watched
 from .library_convolution import by_kernels, conv, conv_backward, empty_of, geometry_of, how_of, own, spec_of
 
 if TYPE_CHECKING:
-    from .norm_launch import Grads, NormHow
+    from .norm_how import NormHow
+    from .norm_launch import Grads
 
 __all__ = ["run", "takes"]
 
@@ -41,10 +42,10 @@ def _norm_how(
     dtype: torch.dtype,
     residual: bool,
 ) -> NormHow:
-    from .norm_launch import NormHow
+    from .norm_how import how_of as norm_how_of
 
     norm = Norm(kind, norm_groups, eps) if kind else None
-    return NormHow(norm, measured, Activation(activation, tuple(params)), channels_last, dtype, residual)
+    return norm_how_of(norm, measured, Activation(activation, tuple(params)), channels_last, dtype, residual)
 
 
 # --- convolution, norm, residual, activation --------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 Mean and deviation that the forward saved are constants to a second derivative. So a backward that is itself recorded
 (`torch.is_grad_enabled()`) differentiates the composition of `norm_aten` instead.
 
-`norm_forward`, `norm_setup` and `norm_backward` are the formulas, of the `torch.autograd.Function` of eager mode and of
+`forward`, `norm_setup` and `norm_backward` are the formulas, of the `torch.autograd.Function` of eager mode and of
 the operators that `torch.compile` sees.
 """
 
@@ -19,23 +19,21 @@ from torch import Tensor
 from .. import guard
 from ..activations import Activation, activation_derivative
 from ..norms import NormCall, Partials
-from . import norm_launch, norm_proof, norm_sync
+from . import norm_launch, norm_plan, norm_proof, norm_sync
 from .norm_aten import composition
 from .norm_equations import backward_by_torch
-from .norm_launch import Grads, NormHow, Saved
+from .norm_how import NormHow, how_of
+from .norm_launch import Grads, Saved
 
 __all__ = [
     "forward",
     "norm_backward",
-    "norm_forward",
     "norm_setup",
     "proven_backward",
     "proven_forward",
     "run",
     "statistics",
 ]
-
-norm_forward = norm_launch.apply
 
 
 class Shared(NamedTuple):
@@ -45,23 +43,23 @@ class Shared(NamedTuple):
     values: Tensor
 
 
-def statistics(x: Tensor, call: NormCall, parts: Partials | None) -> tuple[Tensor, Tensor, Shared | None]:
+def statistics(
+    x: Tensor, call: NormCall, parts: Partials | None, plan: norm_plan.ForwardPlan
+) -> tuple[Tensor, Tensor, Shared | None]:
     """(mean, 1/deviation) of the input of ``call``, (S, C or groups) float32, and its running tensors moved."""
-    norm, c = call.norm, x.shape[1]
+    assert plan.merge is not None
     if parts is None:
-        parts = norm_launch.partials(x, norm.per_image)
+        parts = norm_launch.partials(x, call.norm.per_image, plan.statistics)
     several = None
     if norm_sync.shared(call):
         parts = norm_sync.gather(parts, call.process_group)
         several = Shared(call.process_group, parts.count.sum())
-    how = NormHow(norm, True, Activation(), True, x.dtype)
     mean, var, momentum = call.running_mean, call.running_var, call.momentum
-    running = [t for t in (mean, var) if t is not None]
-    if norm.kind == "batch" and all(t.is_contiguous() for t in running):
-        center, rstd, _ = norm_launch.merge(parts, 1, norm.eps, mean, var, momentum)
-        _moved(running)
+    if plan.moves:
+        center, rstd, _ = norm_launch.merge(parts, plan.merge, mean, var, momentum)
+        _moved([t for t in (mean, var) if t is not None])
         return center, rstd, several
-    center, rstd, unbiased = norm_launch.merge(parts, how.join(c), norm.eps, var=var is not None)
+    center, rstd, unbiased = norm_launch.merge(parts, plan.merge)
     # Each image's statistics count alike, as in torch.
     for old, new in ((mean, center), (var, unbiased)):
         if old is not None and new is not None:
@@ -118,12 +116,12 @@ def proven_backward(
     required: bool,
 ) -> Grads:
     """`norm_launch.backward`, or its equations by PyTorch's operators where `guard` finds that it must not run."""
-    proof = norm_proof.backward_proof(grad, saved, how, need, reduce is not None)
-    if proof.ready:
-        return norm_launch.backward(grad, saved, how, need, reduce)
+    plan = norm_launch.plan_of_backward(grad, saved, how, need, reduce is not None)
+    if plan.proof.ready:
+        return norm_launch.backward(grad, saved, how, need, reduce, plan)
     found = guard.first_use(
-        proof,
-        lambda: norm_launch.backward(grad, saved, how, need, reduce),
+        plan.proof,
+        lambda: norm_launch.backward(grad, saved, how, need, reduce, plan),
         lambda: norm_proof.backward_problem(grad, saved, how, need, reduce is not None),
         required,
     )
@@ -187,17 +185,21 @@ def forward(
     slope: Tensor | None,
     parts: Partials | None,
     how: NormHow,
+    plan: norm_plan.ForwardPlan | None = None,
 ) -> Forward:
-    """A whole forward without gradients: statistics (unless ``parts`` holds them), running tensors, apply."""
+    """A whole forward without gradients: statistics (unless ``parts`` holds them), running tensors, apply. ``plan``:
+    where it is at hand."""
+    plan = plan or norm_plan.forward_plan(x, call, residual, slope, parts, how)
     mean = rstd = weight = bias = several = None
     with torch.no_grad():
         if call is not None:
             weight, bias = call.weight, call.bias
             if how.measured:
-                mean, rstd, several = statistics(x, call, parts)
+                mean, rstd, several = statistics(x, call, parts, plan)
             elif call.norm.kind != "affine":
                 mean, rstd = call.running_mean, call.running_var
-        return Forward(norm_forward(x, weight, bias, residual, slope, mean, rstd, how), mean, rstd, several)
+        y = norm_launch.apply(x, weight, bias, residual, slope, mean, rstd, how, plan)
+    return Forward(y, mean, rstd, several)
 
 
 def proven_forward(
@@ -210,12 +212,12 @@ def proven_forward(
     required: bool,
 ) -> Forward | None:
     """`forward`, or None where PyTorch's operators must run."""
-    proof = norm_proof.forward_proof(x, call, residual, slope, parts, how)
-    if proof.ready:
-        return forward(x, call, residual, slope, parts, how)
+    plan = norm_plan.forward_plan(x, call, residual, slope, parts, how)
+    if plan.proof.ready:
+        return forward(x, call, residual, slope, parts, how, plan)
     return guard.first_use(
-        proof,
-        lambda: forward(x, call, residual, slope, parts, how),
+        plan.proof,
+        lambda: forward(x, call, residual, slope, parts, how, plan),
         lambda: norm_proof.forward_problem(forward, x, call, residual, slope, parts, how),
         required,
     )
@@ -256,7 +258,7 @@ def run(
     """`normalise` on the kernels; the caller asked `normalise.why_not`. None where `guard` finds that they must not
     run; RuntimeError then if ``required``."""
     measured = call is not None and call.measured
-    how = NormHow(None if call is None else call.norm, measured, activation, channels_last, dtype, residual is not None)
+    how = how_of(None if call is None else call.norm, measured, activation, channels_last, dtype, residual is not None)
     done = proven_forward(x, call, residual, slope, parts, how, required)
     if done is None:
         return None

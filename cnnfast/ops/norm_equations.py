@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..activations import activation_derivative
 from .norm_aten import per_channel
-from .norm_launch import Grads, NormHow, Saved
+from .norm_how import NormHow
+from .norm_launch import Grads, Saved
 
 __all__ = ["backward_by_torch"]
 

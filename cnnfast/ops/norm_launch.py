@@ -1,12 +1,10 @@
-"""Launches of the kernels of `norm_act.py` and `norm_act_backward.py`: layouts, tiles and workspaces.
+"""The passes of a norm on the Triton kernels: layouts, workspaces, launches.
 
-Forward: one pass of statistics (unless the convolution's epilogue gave them), a merge, one apply pass. Backward: one
-pass of sums, a finish, one apply pass. The callers asked `normalise.why_not`.
+What is launched is a plan's to say (`norm_plan`). The callers asked `normalise.why_not`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,50 +12,37 @@ from torch import Tensor
 
 from .. import dispatch
 from ..activations import Activation
-from ..kernels import norm_act as forward_kernels
-from ..kernels import norm_act_backward as backward_kernels
-from ..norms import Norm, Partials
+from ..norms import Partials
 from . import launch as block
-from .norm_tiles import TILE, Tiling, power, tiling
+from .norm_how import NormHow
+from .norm_plan import (
+    ActivationPlan,
+    BackwardPlan,
+    ForwardPlan,
+    Merge,
+    Statistics,
+    activation_plan,
+    backward_plan,
+    is_last,
+    statistics_of,
+    will_be_last,
+)
 
-__all__ = ["Grads", "NormHow", "activation_backward", "apply", "backward", "grad_sums", "merge", "partials"]
-
-
-@dataclass(frozen=True)
-class NormHow:
-    """What a launch computes beside its tensors. ``norm`` None: residual and activation alone. ``measured``: the
-    statistics are of the input, and depend on it; otherwise they are constants, and rstd is the running variance."""
-
-    norm: Norm | None
-    measured: bool
-    activation: Activation
-    channels_last: bool  # the result
-    dtype: torch.dtype  # of the result
-    residual: bool = False
-
-    @property
-    def of(self) -> str:
-        """What the activation's derivative is taken of: the result ("y"); the activation's input ("x"), which the
-        backward computes again; or neither ("")."""
-        saves = self.activation.saves()
-        return saves if self.residual or not saves else "x"
-
-    def join(self, channels: int) -> int:
-        """Channels that share statistics."""
-        return channels // self.norm.groups if self.norm is not None and self.norm.kind == "group" else 1
-
-    @property
-    def each(self) -> bool:
-        """Whether every image has its own statistics."""
-        return self.measured and self.norm is not None and self.norm.per_image
+__all__ = [
+    "Grads",
+    "Saved",
+    "activation_backward",
+    "apply",
+    "arrange",
+    "backward",
+    "merge",
+    "partials",
+    "plan_of_activation",
+    "plan_of_backward",
+]
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
-
-
-def is_last(t: Tensor) -> bool:
-    """Whether t (N, C, H, W) lies as (N, H, W, C)."""
-    return t.is_contiguous(memory_format=torch.channels_last)
 
 
 def laid_out(t: Tensor) -> Tensor:
@@ -75,23 +60,6 @@ def _vector(v: Tensor | None) -> Tensor | None:
     return v if v is None else v.contiguous()
 
 
-def _tiling(x: Tensor, each: bool, *last: bool) -> Tiling:
-    n, c, h, w = x.shape
-    rows_inside = not all(last)
-    sms = dispatch.target_device(x).multiprocessors
-    return tiling(n, c, h * w, each or rows_inside, rows_inside, sms)
-
-
-def _options(num_warps: int) -> dict[str, int]:
-    """Of a launch. With fewer registers allowed, ptxas spills a few (seen for three channels on sm_86)."""
-    return dict(num_warps=num_warps, maxnreg=block.MAX_REGISTERS)
-
-
-def _params(activation: Activation) -> dict[str, Any]:
-    p0, p1, *_ = (*activation.params, 0.0, 0.0)
-    return dict(P0=p0, P1=p1, ACT=activation.name)
-
-
 def _went(kernel: str) -> None:
     if block.LAUNCHES is not None:
         block.LAUNCHES.append(kernel)
@@ -100,63 +68,49 @@ def _went(kernel: str) -> None:
 # --- forward ----------------------------------------------------------------------------------------------------------
 
 
-def partials(x: Tensor, each: bool) -> Partials:
-    """The statistics of x (N, C, H, W) by parts: of each image, or of the batch."""
+def partials(x: Tensor, each: bool, s: Statistics | None = None) -> Partials:
+    """The statistics of x (N, C, H, W) by parts: of each image, or of the batch. ``s``: their plan, where it is at
+    hand."""
     x = laid_out(x)
-    last = is_last(x)
-    t = _tiling(x, each, last)
-    c, total = x.shape[1], t.segments * t.parts
-    stats = x.new_empty(total * (1 + 2 * c), dtype=torch.float32)
-    count, mean, m2 = stats.split((total, total * c, total * c))
+    s = s or statistics_of(x.shape, each, is_last(x), x.dtype, dispatch.target_device(x).multiprocessors)
+    parts = empty_partials(x, s.shape)
     with dispatch.on_device(x):
-        forward_kernels.partial_stats_kernel[t.grid](
-            x,
-            count,
-            mean,
-            m2,
-            t.rows,
-            t.parts,
-            t.tiles,
-            C=c,
-            X_LAST=last,
-            **t.constants,
-            **_options(t.num_warps),
-        )
+        s.start(x, *parts)
     _went("norm-statistics")
-    segments = x.shape[0] if each else 1
-    shape = (segments, total // segments, c)
-    return Partials(count.view(shape[:2]), mean.view(shape), m2.view(shape))
+    return parts
 
 
-def merge_blocks(count: int, channels: int, join: int) -> tuple[int, int]:
-    """Parts and channels of a tile, for ``count`` parts of each segment."""
-    block_c = power(channels if join == 1 else join, 8)
-    return power(count, TILE // block_c), block_c
+def empty_partials(like: Tensor, shape: tuple[int, int, int]) -> Partials:
+    """For (segments, parts of each, channels), one behind the other in one piece of memory: counts, means, squares."""
+    segments, parts, c = shape
+    total = segments * parts
+    stats = like.new_empty(total * (1 + 2 * c), dtype=torch.float32)
+    strides = (parts * c, c, 1)
+    return Partials(
+        stats.as_strided((segments, parts), (parts, 1)),
+        stats.as_strided(shape, strides, total),
+        stats.as_strided(shape, strides, total * (1 + c)),
+    )
 
 
 def merge(
     parts: Partials,
-    join: int,
-    eps: float,
+    m: Merge,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     momentum: float = 0.0,
-    var: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(mean, 1/deviation, unbiased variance if ``var``), each (S, C / join) float32. Running tensors (one segment)
-    move."""
-    segments, count, c = parts.mean.shape
-    out = parts.mean.new_empty((2 + var, segments, c // join))
-    block_p, block_c = merge_blocks(count, c, join)
-    grid = segments * (-(-c // block_c) if join == 1 else c // join)
-    with dispatch.on_device(parts.mean):
-        forward_kernels.merge_stats_kernel[(grid,)](
-            parts.count.contiguous(), parts.mean.contiguous(), parts.m2.contiguous(), out[0], out[1],
-            out[2] if var else None, running_mean, running_var, count, eps, momentum, 1 - momentum,
-            C=c, JOIN=join, BLOCK_P=block_p, BLOCK_C=block_c, **_options(4),
+    """(mean, 1/deviation, unbiased variance or None), (S, C / join) float32. Running tensors (one segment) move."""
+    mean, rstd, *more = parts.mean.new_empty(m.shape).unbind()
+    unbiased = more[0] if more else None
+    count, center, m2 = parts
+    with dispatch.on_device(center):
+        m.start.binary(
+            m.start.grid, count.contiguous(), center.contiguous(), m2.contiguous(), mean, rstd, unbiased,
+            running_mean, running_var, *m.start.numbers, float(momentum), 1.0 - momentum,
         )  # fmt: skip
     _went("norm-merge")
-    return out[0], out[1], out[2] if var else None
+    return mean, rstd, unbiased
 
 
 def apply(
@@ -168,32 +122,18 @@ def apply(
     mean: Tensor | None,
     rstd: Tensor | None,
     how: NormHow,
+    plan: ForwardPlan,
 ) -> Tensor:
     """``act((x - mean) * rstd * weight + bias + residual)`` in ``how``'s dtype and memory format."""
     x = laid_out(x)
-    y = dispatch.allocate(x, tuple(x.shape), how.channels_last, how.dtype)
-    x_last, y_last = is_last(x), is_last(y)
-    t = _tiling(x, how.each, x_last, y_last)
+    y = dispatch.allocate(x, x.shape, how.channels_last, how.dtype)
     with dispatch.on_device(x):
-        forward_kernels.norm_act_kernel[t.grid](
-            x, y, None if residual is None else _as(residual, y_last), _vector(mean), _vector(rstd), _vector(weight),
-            _vector(bias), _vector(slope), t.rows, t.parts, t.tiles, _eps(how),
-            **_common(x, how, slope), X_LAST=x_last, Y_LAST=y_last, **t.constants, **_options(t.num_warps),
+        plan.apply(
+            x, y, None if residual is None else _as(residual, plan.y_last), _vector(mean), _vector(rstd),
+            _vector(weight), _vector(bias), _vector(slope),
         )  # fmt: skip
     _went("norm-apply")
     return y
-
-
-def _eps(how: NormHow) -> float:
-    return 0.0 if how.norm is None else how.norm.eps
-
-
-def _common(x: Tensor, how: NormHow, slope: Tensor | None) -> dict[str, Any]:
-    var = how.norm is not None and not how.measured and how.norm.kind != "affine"
-    return dict(
-        C=x.shape[1], JOIN=how.join(x.shape[1]), EACH=how.each, VAR=var, SLOPES=0 if slope is None else slope.numel(),
-        **_params(how.activation),
-    )  # fmt: skip
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -236,136 +176,100 @@ def arrange(grad: Tensor, s: Saved, how: NormHow) -> tuple[Tensor, Saved]:
     )
 
 
-def grad_sums(grad: Tensor, s: Saved, how: NormHow, slope_sum: bool) -> Tensor:
-    """(2 or 3, S, P, C) float32 by parts: the sums of dz, of dz * xhat and, with ``slope_sum``, of PReLU's slope."""
-    x_last, y_last = is_last(s.x), is_last(grad)
-    t = _tiling(s.x, how.each, x_last, y_last)
-    n, c = s.x.shape[:2]
-    segments = n if how.each else 1
-    sums = s.x.new_empty((2 + slope_sum, segments, t.segments * t.parts // segments, c), dtype=torch.float32)
-    backward_kernels.grad_sums_kernel[t.grid](
-        s.x, grad, s.other, s.mean, s.rstd, s.weight, s.bias, s.slope, sums, t.rows, t.parts, t.tiles, _eps(how),
-        **_common(s.x, how, s.slope), OF=how.of, SLOPE_SUM=slope_sum, X_LAST=x_last, Y_LAST=y_last, **t.constants,
-        **_options(t.num_warps),
-    )  # fmt: skip
-    _went("norm-grad-sums")
-    return sums
+def plan_of_backward(
+    grad: Tensor, s: Saved, how: NormHow, need: Grads | tuple[bool, ...], shared: bool
+) -> BackwardPlan:
+    """Of `backward` on these tensors, arranged or not."""
+    slopes, wanted = 0 if s.slope is None else s.slope.numel(), tuple([bool(n) for n in need])
+    return backward_plan(s.x.shape, will_be_last(s.x), grad_last(grad, s, how), grad, s, slopes, how, wanted, shared)
 
 
-def finish_blocks(segments: int, parts: int, channels: int, join: int) -> tuple[int, int]:
-    """Parts and channels of a tile."""
-    block_c = power(channels if join == 1 else max(8, join), 8)
-    return power(segments * parts, TILE // block_c), block_c
-
-
-def finish(
-    sums: Tensor,
-    bias: Tensor | None,
-    weight: Tensor | None,
-    slope: Tensor | None,
-    means: Tensor | None,
-    scale: Tensor | None,
-    count: float,
-    join: int,
-) -> None:
-    """Fill the gradients ``bias``, ``weight`` and ``slope`` (C,), and ``means`` (2, S, C / join)."""
-    _, segments, parts, c = sums.shape
-    block_p, block_c = finish_blocks(segments, parts, c, join)
-    blocks = -(-c // block_c) if join == 1 else c // join
-    grid = -(-c // block_c) + (0 if means is None else segments * blocks)
-    mean1, mean2 = (None, None) if means is None else (means[0], means[1])
-    backward_kernels.finish_sums_kernel[(grid,)](
-        sums, bias, weight, slope, mean1, mean2, scale, segments, parts, count,
-        C=c, JOIN=join, BLOCK_P=block_p, BLOCK_C=block_c, **_options(4),
-    )  # fmt: skip
-    _went("norm-grad-finish")
-
-
-def backward(grad: Tensor, s: Saved, how: NormHow, need: Grads | tuple[bool, ...], reduce: Any = None) -> Grads:
+def backward(
+    grad: Tensor,
+    s: Saved,
+    how: NormHow,
+    need: Grads | tuple[bool, ...],
+    reduce: Any = None,
+    plan: BackwardPlan | None = None,
+) -> Grads:
     """The gradients that ``need`` (a truth value for each of `Grads`) asks for. ``reduce(sums) -> (sums, count)`` takes
-    the float32 (2, C) sums of dz and dz * xhat through the processes that share a batch's statistics."""
+    the float32 (2, C) sums of dz and dz * xhat through the processes that share a batch's statistics. ``plan``: where
+    it is at hand."""
+    plan = plan or plan_of_backward(grad, s, how, need, reduce is not None)
     need_x, need_weight, need_bias, need_residual, need_slope = need
     with dispatch.on_device(grad):
         grad_in = grad
         grad, s = arrange(grad, s, how)
-        x, c = s.x, s.x.shape[1]
-        centred = how.measured and need_x
-        out: dict[str, Tensor | None] = {}
-        means = None
-        if centred or need_weight or need_bias or need_slope:
-            sums = grad_sums(grad, s, how, bool(need_slope))
-            segments, join = sums.shape[1], how.join(c)
-            shared = centred and reduce is not None
-            both = x.new_empty((2, c), dtype=torch.float32) if shared else None
-            db = both[0] if both is not None else _like(s.bias) if need_bias else None
-            dw = both[1] if both is not None else _like(s.weight) if need_weight else None
-            ds = x.new_empty(c, dtype=torch.float32) if need_slope else None
-            if centred and not shared:
-                means = x.new_empty((2, segments, c // join), dtype=torch.float32)
-            count = float(x.numel() // c // segments * join)
-            finish(sums, db, dw, ds, means, s.weight, count, join)
+        x = s.x
+        vectors = (s.mean, s.rstd, s.weight, s.bias, s.slope)
+        dw = db = ds = mean1 = mean2 = None
+        if how.measured and need_x or need_weight or need_bias or need_slope:
+            sums = x.new_empty(plan.sums_shape, dtype=torch.float32)
+            plan.sums(x, grad, s.other, *vectors, sums)
+            _went("norm-grad-sums")
+            both = None
+            if how.measured and need_x and reduce is not None:
+                both = x.new_empty((2, x.shape[1]), dtype=torch.float32)
+                db, dw = both.unbind()
+            else:
+                db, dw = _like(s.bias) if need_bias else None, _like(s.weight) if need_weight else None
+                if plan.means_shape is not None:
+                    mean1, mean2 = x.new_empty(plan.means_shape, dtype=torch.float32).unbind()
+            ds = x.new_empty(x.shape[1], dtype=torch.float32) if need_slope else None
+            plan.finish(sums, db, dw, ds, mean1, mean2, s.weight)
+            _went("norm-grad-finish")
             if both is not None:
                 total, number = reduce(both)
-                means = (total if s.weight is None else total * s.weight.float()) / number
-            out["bias"] = (
-                None if db is None or not need_bias else db.to(s.bias.dtype if s.bias is not None else db.dtype)
-            )
-            out["weight"] = (
-                None if dw is None or not need_weight else dw.to(s.weight.dtype if s.weight is not None else dw.dtype)
-            )
+                mean1, mean2 = ((total if s.weight is None else total * s.weight.float()) / number).unbind()
+                db = db.to(s.bias.dtype) if need_bias and db is not None and s.bias is not None else None
+                dw = dw.to(s.weight.dtype) if need_weight and dw is not None and s.weight is not None else None
             if ds is not None and s.slope is not None:
-                out["slope"] = (ds if s.slope.numel() > 1 else ds.sum(0, keepdim=True)).to(s.slope.dtype)
+                ds = (ds if s.slope.numel() > 1 else ds.sum(0, keepdim=True)).to(s.slope.dtype)
+        dx = dz = None
         identity = how.activation.name == "identity"
-        dz = torch.empty_like(grad) if need_residual and not identity and how.norm is not None else None
         if need_x or need_residual and not identity:
             dx = torch.empty_like(x)
-            x_last, y_last = is_last(x), is_last(grad)
-            t = _tiling(x, how.each, x_last, y_last)
-            backward_kernels.grad_apply_kernel[t.grid](
-                x, grad, s.other, s.mean, s.rstd, s.weight, s.bias, s.slope,
-                None if means is None else means[0], None if means is None else means[1], dx, dz,
-                t.rows, t.parts, t.tiles, _eps(how),
-                **_common(x, how, s.slope), OF=how.of, X_LAST=x_last, Y_LAST=y_last, **t.constants,
-                **_options(t.num_warps),
-            )  # fmt: skip
+            dz = torch.empty_like(grad) if need_residual and not identity and how.norm is not None else None
+            plan.apply(x, grad, s.other, *vectors, mean1, mean2, dx, dz)
             _went("norm-grad-apply")
-            out["x"] = dx
-        if need_residual:
-            out["residual"] = grad_in if identity else out["x"] if dz is None else dz
-    return Grads(**out)
+    residual = None
+    if need_residual:
+        residual = grad_in if identity else dx if dz is None else dz
+    return Grads(dx, dw, db, residual, ds)
 
 
 def _like(v: Tensor | None) -> Tensor | None:
     return None if v is None else torch.empty_like(v, memory_format=torch.contiguous_format)
 
 
-def activation_last(grad: Tensor, saved: Tensor | None) -> bool:
+def _activation_last(grad: Tensor, saved: Tensor | None) -> bool:
     """Whether `activation_backward` takes its tensors channels-last."""
-    t = grad if saved is None else saved
-    return is_last(t) or not t.is_contiguous()
+    return will_be_last(grad if saved is None else saved)
+
+
+def plan_of_activation(grad: Tensor, saved: Tensor | None, activation: Activation, bias: bool) -> ActivationPlan:
+    """Of `activation_backward` on these tensors."""
+    return activation_plan(grad, saved, _activation_last(grad, saved), activation, bias)
 
 
 def activation_backward(
-    grad: Tensor, saved: Tensor | None, activation: Activation, bias: bool
+    grad: Tensor, saved: Tensor | None, activation: Activation, bias: bool, plan: ActivationPlan | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`normalise.activation_backward` in one pass."""
+    """`normalise.activation_backward` in one pass. ``plan``: where it is at hand."""
     of = activation.saves() if saved is not None else ""
     if not of and not bias:
         return grad, None
+    plan = plan or plan_of_activation(grad, saved, activation, bias)
+    last = _activation_last(grad, saved)
     with dispatch.on_device(grad):
-        g = _as(grad, activation_last(grad, saved))
-        last = is_last(g)
-        t = _tiling(g, False, last)
-        c = g.shape[1]
-        sums = g.new_empty((1, 1, t.segments * t.parts, c), dtype=torch.float32) if bias else None
+        g = _as(grad, last)
+        sums = g.new_empty(plan.sums_shape, dtype=torch.float32) if bias else None
         dz = torch.empty_like(g) if of else None
-        backward_kernels.act_backward_kernel[t.grid](
-            g, _as(saved, last) if of and saved is not None else None, dz, sums, t.rows, t.parts, t.tiles,
-            C=c, **_params(activation), OF=of, Y_LAST=last, **t.constants, **_options(t.num_warps),
-        )  # fmt: skip
+        plan.apply(g, _as(saved, last) if of and saved is not None else None, dz, sums)
         _went("activation-grad")
         db = None
         if sums is not None:
-            db = g.new_empty(c, dtype=torch.float32)
-            finish(sums, db, None, None, None, None, 1.0, 1)
+            db = g.new_empty(g.shape[1], dtype=torch.float32)
+            plan.finish(sums, db, None, None, None, None, None)
+            _went("norm-grad-finish")
     return grad if dz is None else dz, db

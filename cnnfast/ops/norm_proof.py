@@ -1,216 +1,28 @@
-"""The kernels of norms on trial (`cnnfast.guard`): a forward, a backward and an activation's gradient are proven whole.
+"""The kernels of norms on trial (`cnnfast.guard`): a forward, a backward and an activation's gradient, each whole.
 
-A forward that updates running statistics cannot be tried on the caller's, and its kernels stand or fall together. What
-is compared are a few channels, or groups of them: all that the others share with these is the program.
+What is compared are a few channels, or groups of them: all that the others share with these is the program.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import dispatch, guard, trial
+from .. import trial
 from ..activations import Activation, activation_derivative
-from ..block import Step
 from ..norms import NormCall, Partials
 from . import norm_launch, norm_sync
 from .norm_aten import composition
 from .norm_equations import backward_by_torch
-from .norm_launch import Grads, NormHow, Saved, is_last
+from .norm_how import NormHow
+from .norm_launch import Grads, Saved
 
-__all__ = [
-    "NormPass",
-    "activation_problem",
-    "activation_proof",
-    "backward_problem",
-    "backward_proof",
-    "forward_problem",
-    "forward_proof",
-]
-
-
-@dataclass(frozen=True)
-class NormPass:
-    """What the kernels of one pass compute, for `guard`. ``what``: ahead of the operation's name."""
-
-    what: str
-    how: NormHow | Activation
-    channels: int
-
-    def describe(self) -> str:
-        how = self.how
-        if isinstance(how, Activation):
-            parts = [how.name]
-        else:
-            norm = [] if how.norm is None else [f"{how.norm.kind} norm"]
-            parts = [*norm, *["residual"] * how.residual, how.activation.name]
-        return f"{self.what}{' + '.join(parts)} of {self.channels} channels"
-
-    def concerns(self, step: Step) -> bool:
-        """The norm that follows a step is not part of it: one of as many channels, and its activation."""
-        activation = self.how if isinstance(self.how, Activation) else self.how.activation
-        return self.channels == step.spec.out_channels and activation == step.activation
-
-
-# --- proofs -----------------------------------------------------------------------------------------------------------
-
-_Types = tuple[torch.dtype | None, ...]
-
-
-def _types(*tensors: Tensor | None) -> _Types:
-    return tuple(None if t is None else t.dtype for t in tensors)
-
-
-def _named(dtype: torch.dtype | None, types: _Types) -> dict[str, Any]:
-    """As a record on disk can hold them."""
-    return {"dtype": str(dtype), "types": tuple(map(str, types))}
-
-
-def _index(x: Tensor) -> int | None:
-    return x.device.index or 0 if x.is_cuda else None
-
-
-def _tiles(shape: Sequence[int], each: bool, sms: int, *last: bool) -> tuple[norm_launch.Tiling, dict[str, Any]]:
-    n, c, h, w = shape
-    inside = not all(last)
-    t = norm_launch.tiling(n, c, h * w, each or inside, inside, sms)
-    return t, {**t.constants, "warps": t.num_warps, "last": last}
-
-
-def forward_proof(
-    x: Tensor,
-    call: NormCall | None,
-    residual: Tensor | None,
-    slope: Tensor | None,
-    parts: Partials | None,
-    how: NormHow,
-) -> guard.Proof:
-    """Of `norm_autograd.forward` on these tensors. A dictionary's look-up after the first time."""
-    index = _index(x)
-    if index is None:
-        return guard.UNGUARDED
-    vectors = (None,) * 4 if call is None else call[1:5]
-    given = None if parts is None else parts.count.shape[1]
-    if norm_sync.shared(call):
-        given = dist.get_world_size(call.process_group)  # type: ignore[union-attr]
-    flat = all(v is None or v.is_contiguous() for v in vectors[2:])
-    return _forward_proof(
-        how,
-        x.shape,
-        is_last(x) or not x.is_contiguous(),
-        _types(x, *vectors, residual, slope),
-        0 if slope is None else slope.numel(),
-        parts is not None,
-        given,
-        flat,
-        dispatch.target_device(x).multiprocessors,
-        index,
-    )
-
-
-@lru_cache(maxsize=4096)
-def _forward_proof(
-    how: NormHow,
-    shape: torch.Size,
-    x_last: bool,
-    types: _Types,
-    slopes: int,
-    measured_before: bool,
-    given: int | None,
-    flat: bool,
-    sms: int,
-    index: int,
-) -> guard.Proof:
-    n, c, h, w = shape
-    y_last = how.channels_last or c == 1 or h * w == 1
-    _, apply = _tiles(shape, how.each, sms, x_last, y_last)
-    constants: dict[str, Any] = {**_named(types[0], types), "slopes": slopes, **_flat("apply", apply)}
-    if how.measured:
-        count = given
-        if not measured_before:
-            t, tiles = _tiles(shape, how.each, sms, x_last)
-            constants |= _flat("statistics", tiles)
-            count = count or t.segments * t.parts // (n if how.each else 1)
-        join = how.join(c)
-        blocks = norm_launch.merge_blocks(count or 1, c, join)
-        constants |= {"merge": blocks, "merge.moves": flat}
-    return guard.proof(NormPass("", how, c), "one pass", index, constants)
-
-
-def _flat(prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}.{k}": v for k, v in values.items()}
-
-
-def backward_proof(grad: Tensor, s: Saved, how: NormHow, need: Grads | tuple[bool, ...], shared: bool) -> guard.Proof:
-    """Of `norm_launch.backward` on these tensors."""
-    index = _index(grad)
-    if index is None:
-        return guard.UNGUARDED
-    return _backward_proof(
-        how,
-        s.x.shape,
-        is_last(s.x) or not s.x.is_contiguous(),
-        norm_launch.grad_last(grad, s, how),
-        _types(grad, *s),
-        0 if s.slope is None else s.slope.numel(),
-        tuple(bool(n) for n in need),
-        shared,
-        dispatch.target_device(grad).multiprocessors,
-        index,
-    )
-
-
-@lru_cache(maxsize=4096)
-def _backward_proof(
-    how: NormHow,
-    shape: torch.Size,
-    x_last: bool,
-    grad_last: bool,
-    types: _Types,
-    slopes: int,
-    need: tuple[bool, ...],
-    shared: bool,
-    sms: int,
-    index: int,
-) -> guard.Proof:
-    n, c, h, w = shape
-    t, tiles = _tiles(shape, how.each, sms, x_last, grad_last or c == 1 or h * w == 1)
-    join, segments = how.join(c), n if how.each else 1
-    constants = {
-        **_named(types[1], types),
-        "slopes": slopes,
-        "need": need,
-        "shared": shared,
-        **_flat("tiles", tiles),
-        "finish": norm_launch.finish_blocks(segments, t.segments * t.parts // segments, c, join),
-    }
-    return guard.proof(NormPass("gradient of ", how, c), "two passes", index, constants)
-
-
-def activation_proof(grad: Tensor, saved: Tensor | None, activation: Activation, bias: bool) -> guard.Proof:
-    """Of `norm_launch.activation_backward` on these tensors."""
-    index = _index(grad)
-    if index is None:
-        return guard.UNGUARDED
-    last = norm_launch.activation_last(grad, saved)
-    sms = dispatch.target_device(grad).multiprocessors
-    return _activation_proof(activation, grad.shape, last, _types(grad, saved), bias, sms, index)
-
-
-@lru_cache(maxsize=4096)
-def _activation_proof(
-    activation: Activation, shape: torch.Size, last: bool, types: _Types, bias: bool, sms: int, index: int
-) -> guard.Proof:
-    t, tiles = _tiles(shape, False, sms, last)
-    finish = norm_launch.finish_blocks(1, t.segments * t.parts, shape[1], 1)
-    constants = {**_named(types[0], types), "bias": bias, **_flat("tiles", tiles), "finish": finish}
-    return guard.proof(NormPass("gradient of ", activation, shape[1]), "one pass", index, constants)
+__all__ = ["activation_problem", "backward_problem", "forward_problem"]
 
 
 # --- which channels are compared --------------------------------------------------------------------------------------

@@ -113,12 +113,12 @@ def activation_backward(
         if reason is None and grad.numel():
             from . import norm_launch, norm_proof  # import triton
 
-            proof = norm_proof.activation_proof(grad, saved, activation, bias)
-            if proof.ready:
-                return norm_launch.activation_backward(grad, saved, activation, bias)
+            plan = norm_launch.plan_of_activation(grad, saved, activation, bias)
+            if plan.proof.ready:
+                return norm_launch.activation_backward(grad, saved, activation, bias, plan)
             found = guard.first_use(
-                proof,
-                lambda: norm_launch.activation_backward(grad, saved, activation, bias),
+                plan.proof,
+                lambda: norm_launch.activation_backward(grad, saved, activation, bias, plan),
                 lambda: norm_proof.activation_problem(grad, saved, activation, bias),
                 name == "triton",
             )
