@@ -93,7 +93,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) 
     x = convert(x, x.dtype, True)
     # ATen takes twice as long for a transposed convolution's weight gradient where it sums the bias's beside it.
     if how == ("aten", "aten", x.dtype) and (bias is None or not spec.transposed or x.dtype == torch.float64):
-        return reference.conv(_format(x, weight), weight, bias, spec)
+        return convert(reference.conv(_format(x, weight), weight, bias, spec), x.dtype, True)
     return _Convolution.apply(x, weight, bias, spec, how)
 
 
@@ -109,7 +109,7 @@ class _Convolution(torch.autograd.Function):
         dtype = how.dtype
         b = None if bias is None else bias.to(dtype)
         y = _FORWARD[how.forward](x.to(dtype), weight.to(dtype), b, spec)
-        return convert(y, x.dtype, True).data  # no view in autograd's eyes: what follows may overwrite it
+        return _plain(convert(y, x.dtype, True)).data  # no view in autograd's eyes: what follows may overwrite it
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,6 +128,15 @@ class _Convolution(torch.autograd.Function):
         if dw is not None:  # in the parameter's strides: autograd would copy it, and DDP complains
             dw = torch.empty_like(weight).copy_(dw) if dw.stride() != weight.stride() else dw.to(weight.dtype)
         return dx, dw, db, None, None
+
+
+def _plain(y: Tensor) -> Tensor:
+    """A channels-last y with the strides of a new one. (Where a dimension of size 1 has another stride, as after
+    cropping, ATen takes y for NCHW: the gradients of its batch norm are wrong then, for some formats of its result's.)
+    """
+    _, c, h, w = y.shape
+    strides = (h * w * c, 1, w * c, c)
+    return y if y.stride() == strides else y.as_strided(y.shape, strides)
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------

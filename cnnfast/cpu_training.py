@@ -20,6 +20,7 @@ from .activations import IN_PLACE
 from .block import Operands, Step
 from .cpu import products_dtype
 from .cpu_convolution import convolution
+from .dispatch import is_batched
 from .norms import Norm, NormCall
 from .onednn import instruction_set, lowered_products
 from .spec import Activation, summed_taps
@@ -170,13 +171,50 @@ def _instance_norm(y: Tensor, call: NormCall) -> Tensor:
     return images[0] if len(images) == 1 else torch.cat(images)
 
 
+class _GroupNorm(torch.autograd.Function):
+    """`torch.native_group_norm` of a channels-last y. PyTorch's own derivative (2.13) ends the process where those of
+    weight and bias are wanted and that of y is not: here it is always taken."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> tuple[Tensor, ...]:
+        n, c, h, w = y.shape
+        z, mean, rstd = torch.native_group_norm(y, weight, bias, n, c, h * w, norm.groups, norm.eps)
+        ctx.norm = norm
+        ctx.save_for_backward(y, weight, bias, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        return z, mean, rstd
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        y, weight, bias, mean, rstd = ctx.saved_tensors
+        need, norm = ctx.needs_input_grad[:3], ctx.norm
+        if grad is None:
+            return None, None, None, None
+        if not torch.is_grad_enabled() and not is_batched(grad):
+            n, c, h, w = y.shape
+            # Both channels-last, whatever hooks on saved tensors made of y: it reads memory as if they were alike.
+            grad, y = (cpu.convert(t, y.dtype, True) for t in (grad, y))
+            grads = torch.ops.aten.native_group_norm_backward(
+                grad, y, mean, rstd, weight, n, c, h * w, norm.groups, (True, *need[1:])
+            )
+            return grads[0] if need[0] else None, *grads[1:], None
+        # Aliases: y may depend on the vectors elsewhere.
+        recorded = torch.is_grad_enabled()
+        with torch.enable_grad():
+            inputs: list[Any] = [None if t is None else t.view_as(t) for t in (y, weight, bias)]
+            y, weight, bias = inputs
+            z = F.group_norm(y.contiguous(), norm.groups, weight, bias, norm.eps)
+            wanted = [t for t, n in zip(inputs, need, strict=True) if n]
+            found = iter(torch.autograd.grad(z, wanted, grad, create_graph=recorded))
+        return *(next(found) if n else None for n in need), None
+
+
 def _group_norm(y: Tensor, call: NormCall, shifted: bool = False) -> Tensor:
-    n, c, h, w = y.shape
-    z, mean, inverse = torch.native_group_norm(
-        y, call.weight, call.bias, n, c, h * w, call.norm.groups, call.norm.eps
-    )  # fmt: skip
+    z, mean, inverse = _GroupNorm.apply(y, call.weight, call.bias, call.norm)
     if shifted or not _is_far(mean, inverse, _FAR_GROUP):
         return z
+    n, c = y.shape[:2]
     mean = mean.repeat_interleave(c // call.norm.groups, 1).view(n, c, 1, 1)
     return _group_norm(*_shifted(y, mean, call), shifted=True).to(y.dtype)
 

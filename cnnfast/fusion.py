@@ -153,7 +153,8 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
     if norm is not None and parts[norm].role.startswith("norm"):
         try:
             rule = norm_rule(parts[norm], ndim, channels, weight)
-            last, in_place = norm, False
+            # A GroupNorm on a CPU allocates like its input, too.
+            last, in_place = norm, rule.norm.kind == "group" and weight.device.type == "cpu"
         except Refused as refused:
             reasons[norm] = str(refused)
     if last != norm:

@@ -14,6 +14,7 @@ import cnnfast
 from cnnfast import cpu, cpu_training
 
 from .test_sequential_training import loss_of, randomized, x2d
+from .tolerance import assert_close
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +143,43 @@ def test_forward_mode_of_operators(requires_grad: bool) -> None:
             found.append(forward_ad.unpack_dual(y).tangent)
     assert found[0] is not None
     close(*found)
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_of_a_group_norm_alone() -> None:
+    """PyTorch 2.13 ends the process where a channels-last GroupNorm's input wants no gradient: eager mode's is NCHW."""
+    grads = []
+    for model in both(nn.ConvTranspose2d(6, 8, 4, 2, 1), nn.GroupNorm(2, 8), nn.SiLU(), nn.ConvTranspose2d(8, 3, 3)):
+        loss_of(model(x2d())).backward(inputs=list(model[1].parameters()))
+        model[0].requires_grad_(False)
+        loss_of(model(x2d())).backward()
+        grads.append([p.grad for p in (*model[1].parameters(), *model[3].parameters())])
+    close(*grads)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(16), nn.GroupNorm(4, 16)], ids=["batch", "group"])
+@pytest.mark.parametrize("grad", [True, False])
+def test_statistics_far_from_zero_are_as_exact_as_in_nchw(norm: nn.Module, grad: bool) -> None:
+    """ATen's are not in channels-last, in which a plain convolution between others gets its input."""
+    convs = [nn.ConvTranspose2d(6, 16, 4, 2, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)]
+    plain, ours = both(*convs, copy.deepcopy(norm), nn.ReLU(), nn.ConvTranspose2d(16, 8, 4, 2, 1))
+    with torch.set_grad_enabled(grad):
+        for model in (plain, ours):
+            model[2].bias.data.fill_(300.0)
+        exact = copy.deepcopy(plain).double()
+        x = x2d(4, 6, 8, 8)
+        assert_close(ours(x), exact(x.double()), plain(x))
+
+
+def test_a_batch_of_one_whose_gradient_is_permuted() -> None:
+    """ATen's batch norm of a contiguous tensor reads such a gradient wrongly."""
+    grads = []
+    for model in both(nn.ConvTranspose1d(4, 2, 3), nn.Sigmoid(), nn.Conv1d(2, 16, 3, padding=1), nn.BatchNorm1d(16)):
+        y = model.eval()(x2d(1, 4, 4)).movedim(1, -1).contiguous()
+        grads.append(torch.autograd.grad(loss_of(y), list(model.parameters())))
+    close(*grads)
 
 
 # --- what is done to a result -----------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ def test_frozen_parameters(steps: list[str]) -> None:
         model[4].weight.requires_grad_()
         model[5].bias.requires_grad_()
         loss_of(model(x2d())).backward()
-    assert len(steps) == 3 + 3
+    assert len(steps) == 4 + 4
     for (name, p), q in zip(plain.named_parameters(), ours.parameters(), strict=True):
         assert (p.grad is not None) == (q.grad is not None) == (name in ("4.weight", "5.bias"))
         if p.grad is not None:
@@ -293,7 +293,7 @@ def test_checkpoint_moves_statistics_as_often_as_eagers(reentrant: bool, steps: 
         x = x2d().requires_grad_()
         loss_of(checkpoint(model, x, use_reentrant=reentrant)).backward()
     assert_same_state(plain, ours)
-    assert ours[1].num_batches_tracked == 2 and len(steps) == 6
+    assert ours[1].num_batches_tracked == 2 and len(steps) == 8
     for p, q in zip(plain.parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-4)
 
@@ -336,7 +336,7 @@ def test_distributed_data_parallel(steps: list[str]) -> None:
         for a, b in zip(want, got, strict=True):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)
     assert_same_state(plain, ours, versions=False)  # it broadcasts them
-    assert len(steps) == 6
+    assert len(steps) == 8
 
 
 @pytest.mark.usefixtures("one_process")
