@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextvars
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -206,14 +206,14 @@ def precision_of(dtype: torch.dtype) -> Precision:
 _precision = lru_cache(maxsize=16)(Precision)
 
 
-@contextmanager
-def on_device(x: torch.Tensor) -> Iterator[None]:
+_here = nullcontext()
+
+
+def on_device(x: torch.Tensor) -> AbstractContextManager[None]:
     """Launches inside the block go to x's device, whichever is the current one."""
     if x.is_cuda and x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(x.device):
-            yield
-    else:
-        yield
+        return torch.cuda.device(x.device)
+    return _here
 
 
 def allocate(

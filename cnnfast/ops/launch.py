@@ -256,10 +256,8 @@ def _first_use(step: Step, o: Operands, channels_last: bool, launch: Launch, req
 
 def _start(step: Step, o: Operands, channels_last: bool, launch: Launch) -> Result:
     """The launch, on the device of the tensors."""
-    if o.x.is_cuda and o.x.device.index != torch.cuda.current_device():
-        with torch.cuda.device(o.x.device):
-            return _start_here(step, o, channels_last, launch)
-    return _start_here(step, o, channels_last, launch)
+    with dispatch.on_device(o.x):
+        return _start_here(step, o, channels_last, launch)
 
 
 def _start_here(step: Step, o: Operands, channels_last: bool, launch: Launch) -> Result:
@@ -278,14 +276,20 @@ def _start_here(step: Step, o: Operands, channels_last: bool, launch: Launch) ->
     y = dispatch.allocate(x, launch.output_shape, channels_last)
     stats, partials = None, None
     if launch.parts is not None:
-        segments, parts = launch.parts
-        total, channels = segments * parts, launch.output_shape[1]
-        stats = y.new_empty(total * (1 + 2 * channels), dtype=torch.float32)
-        count, mean, m2 = stats.split((total, total * channels, total * channels))
-        shape = (segments, parts, channels)
-        partials = Partials(count.view(segments, parts), mean.view(shape), m2.view(shape))
+        stats, partials = empty_partials(y, (*launch.parts, launch.output_shape[1]))
     kernels.launch(x, weight, y, residual, vectors, stats, float(o.eps), launch)
     return y, partials
+
+
+def empty_partials(like: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, Partials]:
+    """Room for the statistics of (segments, parts of each, channels), in one piece of memory and as its parts: counts,
+    means, sums of squares."""
+    segments, parts, c = shape
+    total, strides = segments * parts, (parts * c, c, 1)
+    stats = like.new_empty(total * (1 + 2 * c), dtype=torch.float32)
+    count = stats.as_strided((segments, parts), (parts, 1))
+    mean, m2 = stats.as_strided(shape, strides, total), stats.as_strided(shape, strides, total * (1 + c))
+    return stats, Partials(count, mean, m2)
 
 
 def aligned(t: torch.Tensor) -> torch.Tensor:

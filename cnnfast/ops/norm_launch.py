@@ -73,24 +73,11 @@ def partials(x: Tensor, each: bool, s: Statistics | None = None) -> Partials:
     hand."""
     x = laid_out(x)
     s = s or statistics_of(x.shape, each, is_last(x), x.dtype, dispatch.target_device(x).multiprocessors)
-    parts = empty_partials(x, s.shape)
+    _, parts = block.empty_partials(x, s.shape)
     with dispatch.on_device(x):
         s.start(x, *parts)
     _went("norm-statistics")
     return parts
-
-
-def empty_partials(like: Tensor, shape: tuple[int, int, int]) -> Partials:
-    """For (segments, parts of each, channels), one behind the other in one piece of memory: counts, means, squares."""
-    segments, parts, c = shape
-    total = segments * parts
-    stats = like.new_empty(total * (1 + 2 * c), dtype=torch.float32)
-    strides = (parts * c, c, 1)
-    return Partials(
-        stats.as_strided((segments, parts), (parts, 1)),
-        stats.as_strided(shape, strides, total),
-        stats.as_strided(shape, strides, total * (1 + c)),
-    )
 
 
 def merge(

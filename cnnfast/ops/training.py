@@ -10,7 +10,8 @@ eager mode use them, and so do the operators that `torch.compile` sees.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -54,9 +55,25 @@ class How:
     def backend(self) -> str:
         return "triton" if self.required else "auto"
 
-    def linear(self, spec: ConvSpec, channels_last: bool) -> How:
-        """The same without an activation, for another geometry."""
-        return replace(self, spec=spec, activation=Activation(), channels_last=channels_last)
+    @cached_property
+    def step(self) -> Step:
+        return Step(self.spec, self.activation)
+
+    @cached_property
+    def bare(self) -> Step:
+        """Without the activation."""
+        return Step(self.spec)
+
+
+# The same objects in every step of a training: what they keep is found once.
+_IDENTITY = Activation()
+_how = lru_cache(maxsize=4096)(How)
+
+
+@lru_cache(maxsize=4096)
+def _how_of_input(spec: ConvSpec, size: tuple[int, int], channels_last: bool, required: bool) -> How:
+    """The input gradient of a convolution of x with spatial ``size``."""
+    return How(spec.adjoint(size), _IDENTITY, channels_last, required)
 
 
 # --- the two operators, without gradients -----------------------------------------------------------------------------
@@ -64,7 +81,7 @@ class How:
 
 def _launches(x: Tensor, weight: Tensor, how: How) -> bool:
     """Whether the kernel is to run. Few channels are no obstacle to it where it is required."""
-    reason = dispatch.why_not(Step(how.spec), Operands(x, weight), few_channels=how.required)
+    reason = dispatch.why_not(how.bare, Operands(x, weight), few_channels=how.required)
     if reason is not None and how.required:
         raise RuntimeError(f'backend="triton" cannot run this: {reason}')
     return reason is None
@@ -75,8 +92,8 @@ def conv_forward(
 ) -> tuple[Tensor, Partials | None]:
     """``act(conv(x) + bias)`` and, where tiles allow it, its statistics of the "batch" or each "image"."""
     if _launches(x, weight, how):
-        step, o = Step(how.spec, how.activation), Operands(x, weight, bias)
-        both = launch.run_with_statistics(step, o, how.channels_last, statistics, required=how.required)
+        o = Operands(x, weight, bias)
+        both = launch.run_with_statistics(how.step, o, how.channels_last, statistics, required=how.required)
         if both is not None:
             return both
     y = reference.conv_block(x, weight, bias, how.spec, activation=how.activation)
@@ -97,7 +114,7 @@ def wgrad_forward(x: Tensor, grad: Tensor, like: Tensor, how: How) -> Tensor:
 
 def _input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], channels_last: bool, how: How) -> Tensor:
     """Of a convolution of x with spatial ``size``, for the gradient of its result."""
-    dx = convolution(grad, weight, None, how.linear(how.spec.adjoint(size), channels_last))
+    dx = convolution(grad, weight, None, _how_of_input(how.spec, size, channels_last, how.required))
     # An output padding that reaches the stride gives the adjoint positions that x does not have.
     return dx[:, :, : size[0], : size[1]] if dx.shape[2:] != size else dx
 
@@ -127,7 +144,7 @@ def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None,
     else:
         grad, db = activation_backward(grad, y, how.activation, bias=bias_dtype is not None, backend=how.backend)
     dx = _input_gradient(grad, weight, ctx.size, ctx.channels_last, how) if need_x else None
-    dw = weight_gradient(x, grad, weight, how.linear(how.spec, True)) if need_weight else None
+    dw = weight_gradient(x, grad, weight, _how(how.spec, _IDENTITY, True, how.required)) if need_weight else None
     return dx, dw, None if db is None or bias_dtype is None else db.to(bias_dtype)
 
 
@@ -141,7 +158,10 @@ def wgrad_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
     x, grad = ctx.saved_tensors
     need_x, need_grad, *_ = ctx.needs_input_grad
     dx = _input_gradient(grad, v, tuple(x.shape[2:]), is_channels_last(x), ctx.how) if need_x else None
-    return dx, convolution(x, v, None, replace(ctx.how, channels_last=is_channels_last(grad))) if need_grad else None
+    if not need_grad:
+        return dx, None
+    how = _how(ctx.how.spec, _IDENTITY, is_channels_last(grad), ctx.how.required)
+    return dx, convolution(x, v, None, how)
 
 
 class _Convolution(torch.autograd.Function):
@@ -214,11 +234,11 @@ def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool, req
     x, weight = step.pad_input(o.x), summed_weight(step, o.weight, required)
     call = _norm_of(o) if norm is None else norm
     if call is None and o.residual is None and step.activation.saves() != "x":
-        return convolution(x, weight, o.bias, How(step.spec, step.activation, channels_last, required))
+        return convolution(x, weight, o.bias, _how(step.spec, step.activation, channels_last, required))
     statistics = None
     if call is not None and call.use_input_stats and call.norm.kind != "affine":
         statistics = "batch" if call.norm.kind == "batch" else "image"
-    how = How(step.spec, required=required)
+    how = _how(step.spec, _IDENTITY, True, required)
     u, partials = _with_statistics(x, weight, o.bias, how, statistics)
     return normalise(
         u,
