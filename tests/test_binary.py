@@ -5,12 +5,16 @@ That all launches of a `Binary` want the same binary is checked throughout (`con
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import cnnfast
 from cnnfast.block import Operands, Step
+from cnnfast.norms import Norm
 from cnnfast.spec import ConvSpec
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -22,7 +26,7 @@ from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import jit  # noqa: E402
 
 from benchmarks.inspector import StubDriver, recording, target  # noqa: E402
-from cnnfast.ops import launch  # noqa: E402
+from cnnfast.ops import launch, norm_plan, training, weights, wgrad  # noqa: E402
 from cnnfast.ops.binary import Binary  # noqa: E402
 
 GRID = (3, 2, 1)
@@ -123,3 +127,71 @@ def test_a_weight_of_another_dtype_is_gathered_by_another_binary() -> None:
             launch.run(step, Operands(x, w), True)
     gathers = [c.job.signature["w_ptr"] for c in calls if c.job.function == "gather_weight_kernel"]
     assert gathers == ["*fp16", "*fp32"]
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+BLOCKS: dict[str, tuple[nn.Module, ...]] = {
+    "batch": (nn.ConvTranspose2d(32, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
+    "instance": (nn.Upsample(scale_factor=2), nn.Conv2d(32, 32, 3, padding=1), nn.InstanceNorm2d(32), nn.SiLU()),
+    "group": (nn.Conv2d(32, 32, 3, 2, 1), nn.GroupNorm(4, 32), nn.PReLU(32)),
+    "bias": (nn.ConvTranspose2d(32, 32, 4, 2, 1), nn.LeakyReLU(0.2)),
+}
+
+
+def train(name: str, x: torch.Tensor) -> None:
+    model = cnnfast.channels_last(cnnfast.Sequential(*copy.deepcopy(BLOCKS[name]))).to(x.dtype).train()
+    x.requires_grad_()
+    with cnnfast.backend("triton"):
+        y = model(x)
+        y.backward(torch.zeros_like(y))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_later_training_step_looks_up_and_nothing_else(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = (
+        launch.prepare, wgrad.prepare, weights._gather, weights._sum, norm_plan.statistics_of, norm_plan.merge_of,
+        norm_plan._forward, norm_plan._backward, norm_plan._activation, training._how, training._how_of_input,
+    )  # fmt: skip
+    for cached in caches:
+        cached.cache_clear()
+    with recording(90) as calls:
+        train(name, torch.zeros(2, 32, 4, 4, dtype=dtype))
+        first, misses = len(calls), [cached.cache_info().misses for cached in caches]
+        for module in (launch, wgrad, weights, norm_plan):
+            monkeypatch.setattr(module, "Binary", None)
+        train(name, torch.zeros(2, 32, 4, 4, dtype=dtype))
+    assert len(calls) == 2 * first and [c.job.key for c in calls[:first]] == [c.job.key for c in calls[first:]]
+    assert [cached.cache_info().misses for cached in caches] == misses and sum(misses) > 2
+
+
+@pytest.mark.parametrize("kind", ["batch", "instance", "group"])
+def test_addresses_layouts_and_numbers_of_a_norm_want_no_other_binary(kind: str) -> None:
+    """`conftest.binaries_of_one_kind` looks at every launch."""
+
+    def odd(t: torch.Tensor) -> torch.Tensor:
+        return t.new_zeros(t.numel() + 1)[1:].as_strided(t.shape, t.stride())
+
+    def tensors(dtype: torch.dtype) -> list[torch.Tensor]:
+        return [torch.zeros(3, 32, 5, 4, dtype=dtype), *(torch.zeros(32) for _ in range(4))]
+
+    norm, few = Norm(kind, 4 if kind == "group" else 1), Norm(kind, 4 if kind == "group" else 1, eps=1)
+    running = kind != "group"
+    with recording(90) as calls:
+        for dtype in (torch.float32, torch.float16):
+            plain = tensors(dtype)
+            last = [plain[0].contiguous(memory_format=torch.channels_last), *plain[1:]]
+            spread = [plain[0][:, :, :, ::2].repeat_interleave(2, 3)[..., :4], *(t.repeat(2)[::2] for t in plain[1:])]
+            for given in (plain, [odd(t) for t in plain], last, [odd(t) for t in last], spread):
+                for how, momentum in ((norm, 0.1), (few, 1), (norm, 0), (few, 0.5)):
+                    x, weight, bias, mean, var = (t.detach() for t in given)
+                    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+                    more = dict(running_mean=mean, running_var=var) if running else {}
+                    y = cnnfast.ops.norm_act(
+                        x, how, weight, bias, momentum=momentum, residual=x, activation="relu", backend="triton", **more
+                    )
+                    torch.autograd.grad(y, leaves, y.detach())
+    assert len(calls) >= 2 * 5 * 4 * 5
