@@ -46,6 +46,16 @@ class Ways(NamedTuple):
     dtype: torch.dtype
 
 
+# Multiply-adds of a forward below which ATen's convolution has the lesser fixed cost: packing for merged phases takes
+# 200 us, patches and a Function of ours 50 us more than ATen's own derivative.
+_LEAST, _LEAST_MERGED = 2e6, 8e6
+
+
+@lru_cache(maxsize=4096)
+def _macs(spec: ConvSpec, shape: tuple[int, ...]) -> int:
+    return spec.macs(shape[0], shape[2:])
+
+
 @lru_cache(maxsize=4096)
 def ways(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool = False) -> Ways:
     """How to run ``spec`` on an x of this shape (N, C_in, H, W) and dtype; ``lowered``: what `lowered_products` is."""
@@ -58,12 +68,17 @@ def ways(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, lowered: bo
     matmul = not lowered or compute != torch.float32
     if matmul and _is_product(spec, shape):
         return Ways("product", "product", compute)
-    forward = "aten"
-    if Merged.applies(spec) and Merged.padded_macs(spec) < Deconvolution.padded_macs(spec) and _has_packed():
+    forward, macs = "aten", _macs(spec, shape)
+    if (
+        macs >= _LEAST_MERGED
+        and Merged.applies(spec)
+        and Merged.padded_macs(spec) < Deconvolution.padded_macs(spec)
+        and _has_packed()
+    ):
         forward = "merged"
     elif matmul and gathers(spec, shape, compute, isa):
         forward = "phases"
-    patches = matmul and _takes_patches(spec, shape, compute, isa)
+    patches = matmul and macs >= _LEAST and _takes_patches(spec, shape, compute, isa)
     return Ways(forward, "patches" if patches else "aten", compute)
 
 
@@ -92,7 +107,8 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) 
     how = ways(spec, tuple(x.shape), x.dtype, lowered_products())
     x = convert(x, x.dtype, True)
     # ATen takes twice as long for a transposed convolution's weight gradient where it sums the bias's beside it.
-    if how == ("aten", "aten", x.dtype) and (bias is None or not spec.transposed or x.dtype == torch.float64):
+    apart = bias is not None and spec.transposed and _macs(spec, x.shape) >= _LEAST
+    if how == ("aten", "aten", x.dtype) and (not apart or x.dtype == torch.float64):
         return convert(reference.conv(_format(x, weight), weight, bias, spec), x.dtype, True)
     return _Convolution.apply(x, weight, bias, spec, how)
 
