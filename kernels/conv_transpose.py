@@ -35,9 +35,11 @@ from .statistics import emit_statistics, store_statistics
 @triton.jit
 def round_tf32(v):
     """float32 to TF32's mantissa, to nearest and ties away: the tensor core would truncate."""
-    bits = v.to(tl.int32, bitcast=True)
-    # A NaN of all ones would overflow to -0, one of low bits alone be cut to infinity: both get the high bit.
-    return tl.where(v == v, (bits + 0x1000) & -8192, bits | 0x400000).to(tl.float32, bitcast=True)
+    # In floats, because a test for NaN costs predicates, which the compiler packs into bit masks: sign and exponent are
+    # a power of two, of which 2^-11 is half of TF32's last place. NaN and infinity stay; a denormal is cut.
+    power = (v.to(tl.int32, bitcast=True) & -8388608).to(tl.float32, bitcast=True)
+    rounded = v + power * 0.00048828125
+    return (rounded.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
