@@ -54,7 +54,8 @@ class Result:
     binaries: int = 0
     findings: list[Finding] = field(default_factory=list)
     unfused: dict[str, list[str]] = field(default_factory=dict)  # case -> PyTorch's operators in its step
-    pressure: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))  # wgrad, fp16, by architecture
+    # Of the weight gradient: (precision, architecture) -> values
+    pressure: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
     passes: list[tuple[str, int, dict[str, Cost]]] = field(default_factory=list)  # case, batch, who -> cost
 
 
@@ -76,10 +77,15 @@ def loop(call: Call, report: Report, numerics: str) -> list[str]:
 
 
 def wgrad_pressure(call: Call, report: Report, numerics: str, arch: int) -> float | None:
-    """Issue slots over tensor-core cycles of the main loop; None where the opcode does not tell the products."""
-    if call.job.function != "conv_wgrad_kernel" or not report.macs:
+    """Issue slots over tensor-core cycles of the main loop; None for channels that 16-byte loads do not divide, and
+    where there are no tensor cores."""
+    c = call.job.named_constants
+    if call.job.function != "conv_wgrad_kernel" or c["CA"] % 8 or c["CB"] % 8 or not report.mma:
         return None
-    cycles = report.macs / rate(report.mma_kind, precision(numerics), DEVICES[arch])
+    macs = report.macs
+    if report.mma_kind == "tcgen05":  # at most 128 rows and 256 columns, 32 bytes of k
+        macs = report.mma * min(c["BLOCK_M"], 128) * min(c["BLOCK_N"], 256) * 32 // precision(numerics).itemsize
+    cycles = macs / rate(report.mma_kind, precision(numerics), DEVICES[arch])
     return report.instructions * report.num_warps / 4 / cycles
 
 
@@ -115,8 +121,8 @@ def rehearse(
         else:
             texts = [*limits(report, DEVICES[arch]), *loop(call, report, name)]
             value = wgrad_pressure(call, report, name, arch)
-            if value is not None and name == "fp16" and not call.job.named_constants["MERGED"]:
-                result.pressure[arch].append(value)
+            if value is not None:
+                result.pressure[name, arch].append(value)
         texts += grids([call])
         result.findings += [Finding(case.name, name, arch, call.job.function, text) for text in texts]
     return result
@@ -147,10 +153,11 @@ def markdown(result: Result) -> str:
         lines += table(["case", "precision", "GPU", "kernel", "finding"], rows)
     if result.pressure:
         rows = [
-            [f"sm_{arch}", f"{sorted(v)[len(v) // 2]:.2f}", f"{max(v):.2f}"]
-            for arch, v in sorted(result.pressure.items())
+            [name, f"sm_{arch}", f"{sorted(v)[len(v) // 2]:.2f}", f"{max(v):.2f}"]
+            for (name, arch), v in sorted(result.pressure.items())
         ]
-        lines += ["\n## Issue pressure of the weight gradient, fp16\n", *table(["GPU", "median", "worst"], rows)]
+        head = ["precision", "GPU", "median", "worst"]
+        lines += ["\n## Issue pressure of the weight gradient\n", *table(head, rows)]
     if result.unfused:
         rows = [[case, ", ".join(ops)] for case, ops in result.unfused.items()]
         lines += ["\n## PyTorch's operators inside steps\n", *table(["case", "operators"], rows)]
@@ -195,7 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     if output is not None:
         write_atomically(output / "training.md", text)
         found = [vars(f) for f in result.findings]
-        pressure = {str(k): v for k, v in result.pressure.items()}
+        pressure = {f"{name} sm_{arch}": v for (name, arch), v in result.pressure.items()}
         write_atomically(output / "training.json", json.dumps({"findings": found, "pressure": pressure}, indent=1))
     return 1 if result.findings else 0
 

@@ -1,14 +1,15 @@
 """How a convolution's weight gradient is launched: the product that the kernel sees, its tile, and which tile.
 
-Pure, as `plan` and `choice` are; the model of time is theirs. The tile depends on the layer alone, so that a layer
-needs two binaries at most: for wide and for narrow images.
+Pure, as `plan` and `choice` are; the model of time is theirs, with the instructions of this kernel's loop. The tile
+depends on the layer alone, so that a layer needs two binaries at most: for images that boxes of positions fill, and for
+all others.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from .choice import FULL_WAVE, PROLOGUE, SECOND_PASS, TRIP, registers, trip_clocks
@@ -18,10 +19,8 @@ from .spec import ConvSpec, Precision
 
 __all__ = ["WgradPlan", "choose_wgrad_plan", "is_valid_wgrad"]
 
-FEW_COLUMNS = 16  # channels of B below which the taps share a tile
-NARROW = 4  # positions of a line that stay together where images are narrow
 ALIKE = 1.1  # modelled times that do not tell two plans apart
-WASTE = 1.25  # of positions that a wide run may have beyond a line's end
+COPIES = {2: 16, 4: 8}  # by itemsize, of a thread and operand in a trip: more take too many registers
 UNITS = 4096  # trips of the main loop for which the tile is chosen: layers are trained on many positions
 
 
@@ -29,24 +28,27 @@ UNITS = 4096  # trips of the main loop for which the tile is chosen: layers are 
 class WgradPlan:
     """A tile of ``block_m`` channels of A x ``block_n`` columns, a trip of ``block_k`` positions, and its schedule.
 
-    A is the tensor on the grid of the gather: a transposed convolution's input, a plain one's result. ``run``: how many
-    of a trip's positions lie in one line of the image; ``splits``: parts of the positions, a run-time argument.
+    A is the tensor on the grid of the gather: a transposed convolution's input, a plain one's result. Columns are (tap,
+    channel of B). ``box``: images, lines and positions of a line that a trip takes, run-time arguments; ``even``:
+    whether boxes are full and fill the grid; ``splits``: parts of the boxes, a run-time argument.
     """
 
     spec: ConvSpec
     block_m: int
     block_n: int
     block_k: int
-    run: int
     num_warps: int
     num_stages: int
+    box: tuple[int, int, int] = (1, 1, 1)
+    even: bool = False
     splits: int = 1
     unroll: int = 1
 
     @property
     def name(self) -> str:
+        box = "x".join(map(str, self.box)) + ("" if self.even else " ragged")
         return (
-            f"wgrad {self.block_m}x{self.block_n}x{self.block_k} run{self.run} w{self.num_warps} s{self.num_stages} "
+            f"wgrad {self.block_m}x{self.block_n}x{self.block_k} box{box} w{self.num_warps} s{self.num_stages} "
             f"split{self.splits}"
         )
 
@@ -56,21 +58,14 @@ class WgradPlan:
         first, second, *_ = self.spec.weight_shape
         return first // self.spec.groups, second
 
-    @property
-    def merged(self) -> bool:
-        """Whether a tile's columns are of several taps."""
-        return self.channels[1] < FEW_COLUMNS
-
     def tiles(self) -> int:
         """Programs of one group and split."""
-        (a, b), taps = self.channels, math.prod(self.spec.kernel_size)
-        columns = -(-taps * b // self.block_n) if self.merged else taps * -(-b // self.block_n)
-        return -(-a // self.block_m) * columns
+        a, b = self.channels
+        return -(-a // self.block_m) * -(-math.prod(self.spec.kernel_size) * b // self.block_n)
 
     def trips(self, batch: int, grid: Sequence[int]) -> int:
         """Of the main loop over all positions, before splitting."""
-        lines = self.block_k // self.run
-        return -(-batch * grid[0] // lines) * -(-grid[1] // self.run)
+        return _boxes((batch, *grid), self.box)
 
     def grid(self) -> tuple[int, int, int]:
         return self.tiles(), self.splits, self.spec.groups
@@ -87,7 +82,9 @@ class WgradPlan:
 def is_valid_wgrad(plan: WgradPlan, precision: Precision, device: Device) -> bool:
     """Whether a plan can run at all."""
     m, n, k = plan.block_m, plan.block_n, plan.block_k
-    if any(v & (v - 1) or v < 1 for v in (m, n, k, plan.run, plan.num_warps)) or min(m, n, k) < 16 or plan.run > k:
+    if any(v & (v - 1) or v < 1 for v in (m, n, k, plan.num_warps)) or min(m, n, k) < 16:
+        return False
+    if min(plan.box) < 1 or math.prod(plan.box) > k or plan.even and math.prod(plan.box) < k:
         return False
     threads = plan.num_warps * 32
     if m * n > threads * (32 if is_exact(precision) else 128) or m * n < threads * 2:
@@ -99,23 +96,73 @@ def is_valid_wgrad(plan: WgradPlan, precision: Precision, device: Device) -> boo
     return 1 <= plan.splits <= 65535
 
 
-def _tiles(spec: ConvSpec, precision: Precision, device: Device, run: int) -> Iterator[WgradPlan]:
-    exact, wide = is_exact(precision), precision.itemsize == 4
+def _boxes(positions: Sequence[int], box: Sequence[int]) -> int:
+    """How many boxes cover the positions (images, lines, positions of a line)."""
+    return math.prod(-(-n // r) for n, r in zip(positions, box, strict=True))
+
+
+def _box(batch: int, grid: tuple[int, int], k: int) -> tuple[tuple[int, int, int], bool]:
+    """The box of a trip of ``k`` positions, a power of two, and whether it is even: the widest of the even ones,
+    otherwise the widest of those that cover all positions in the fewest trips."""
+    h, w = grid
+    rw = min(k, w & -w)
+    rh = min(k // rw, h & -h)
+    rn = k // (rw * rh)
+    if batch % rn == 0:
+        return (rn, rh, rw), True
+    pairs = ((rh, rw) for rw in range(min(k, w), 0, -1) for rh in range(min(k // rw, h), 0, -1))
+    found = ((min(k // (rh * rw), batch), rh, rw) for rh, rw in pairs)
+    return min(found, key=lambda box: _boxes((batch, h, w), box)), False
+
+
+def _tiles(spec: ConvSpec, precision: Precision, device: Device) -> Iterator[WgradPlan]:
+    exact, wide, generation = is_exact(precision), precision.itemsize == 4, device.arch // 10
     k = 64 if not wide else 32 if not exact else 16
     sizes = ((64, 64), (64, 32), (32, 64), (32, 32), (32, 16), (16, 32), (16, 16)) if exact else (
         (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32, 128), (64, 32), (32, 64), (32, 32), (64, 16),
         (16, 64), (32, 16), (16, 32), (16, 16),
     )  # fmt: skip
+    if generation in (9, 10) and not wide:  # their operands stay out of registers
+        sizes = ((256, 128), (128, 256), *sizes)
     for m, n in sizes:
-        if wide and m * n > 64 * 64:
-            continue
         if exact:
             warps = max(1, m * n // 512)
         else:
             warps = 8 if m * n >= 128 * 128 else 4 if m * n >= 32 * 64 else 2 if m * n > 16 * 16 else 1
-        plan = WgradPlan(spec, m, n, k, min(run, k), warps, 2 if exact else 3)
-        if is_valid_wgrad(plan, precision, device):
+        plan = WgradPlan(spec, m, n, k, warps, 2 if exact else 3)
+        few = m * n <= 32 * 32 or max(_copies(plan, precision)) <= COPIES[precision.itemsize]
+        if few and is_valid_wgrad(plan, precision, device):
             yield plan
+
+
+def _copies(plan: WgradPlan, precision: Precision) -> tuple[float, float]:
+    """Of a thread in a trip, from A and B: of 16 bytes, or narrower where channels are odd."""
+    widths = (math.gcd(16, channels * precision.itemsize) for channels in plan.channels)
+    a, b = (n / width for n, width in zip((plan.block_m, plan.block_n), widths, strict=True))
+    per_thread = plan.block_k * precision.itemsize / (32 * plan.num_warps)
+    return a * per_thread, b * per_thread
+
+
+def _issue(plan: WgradPlan, precision: Precision, device: Device) -> float:
+    """Clocks of the issue slots that a trip's instructions take, as counted in compiled code with even boxes: each
+    within 10 % from 64x64 up. A copy of A takes an address, one of B tests and clamps it too; TF32's operands are read
+    from shared memory and rounded."""
+    m, n, k, warps, size = plan.block_m, plan.block_n, plan.block_k, plan.num_warps, precision.itemsize
+    generation = device.arch // 10 if m >= 64 and warps >= 4 else 0
+    if generation == 9:  # wgmma
+        a, b, rest = 4, 12, 57 + m * k * size / (128 * warps)
+    elif generation == 10:  # tcgen05, issued by one thread
+        a, b, rest = 6, 14, 70
+    else:  # mma.sync
+        a, b, rest = 4, 12, 35 + m * n * k * size / warps / (2730 if size == 2 else 4096)
+    copies_a, copies_b = _copies(plan, precision)
+    instructions = rest + a * copies_a + b * copies_b
+    if size == 4:
+        read = (m + n) / warps
+        if not generation:  # by each warp for its own part of the tile
+            read = min(m // i + max(n * i // warps, 8) for i in (1, 2, 4, 8) if i <= warps and i * 16 <= m)
+        instructions += 3.4 * read * k / 32
+    return instructions * warps / 4
 
 
 def _clocks(plan: WgradPlan, trips: int, precision: Precision, device: Device) -> float:
@@ -124,6 +171,8 @@ def _clocks(plan: WgradPlan, trips: int, precision: Precision, device: Device) -
     per_sm = -(-plan.tiles() * plan.splits * plan.spec.groups // device.multiprocessors)
     concurrent = min(resident, per_sm)
     parts = trip_clocks(plan, precision, device)
+    if not is_exact(precision):
+        parts["issue"] = _issue(plan, precision, device)
     latency = TRIP / (plan.num_stages - 1) / concurrent
     tile = -(-trips // plan.splits) * (max(*parts.values(), latency) + sum(parts.values()) / 10)
     busy = per_sm * (tile + PROLOGUE / concurrent + plan.block_m * plan.block_n / 8)
@@ -135,18 +184,20 @@ SPLITS = (1, 2, 4, 8, 16, 32, 64)
 
 
 @lru_cache(maxsize=1024)
-def _tile(spec: ConvSpec, precision: Precision, device: Device, run: int) -> WgradPlan:
-    """The layer's tile for images whose lines hold ``run`` positions of a trip."""
-    found = list(_tiles(spec, precision, device, run))
+def _tile(spec: ConvSpec, precision: Precision, device: Device) -> WgradPlan:
+    """The layer's tile."""
+    found = list(_tiles(spec, precision, device))
     if not found:
         raise RuntimeError(f"no valid plan for the weight gradient of {spec} in {precision.dtype} on {device.name}")
-    return min(found, key=lambda plan: min(_clocks(p, UNITS, precision, device) for p in _split(plan, UNITS)))
+    return min(found, key=lambda plan: min(_clocks(p, UNITS, precision, device) for p in _split(plan, UNITS, device)))
 
 
-def _split(plan: WgradPlan, trips: int) -> list[WgradPlan]:
-    """The plan with its positions in one part, and in parts of at least four trips."""
-    fields = {name: getattr(plan, name) for name in plan.__dataclass_fields__}
-    return [WgradPlan(**{**fields, "splits": n}) for n in SPLITS if n == 1 or trips >= 4 * n]
+def _split(plan: WgradPlan, trips: int, device: Device) -> list[WgradPlan]:
+    """The plan with its positions in one part, and in parts of at least four trips: powers of two, and as many as fill
+    the multiprocessors one to four times."""
+    tiles = plan.tiles() * plan.spec.groups
+    waves = (n * device.multiprocessors // tiles for n in (1, 2, 3, 4))
+    return [replace(plan, splits=n) for n in sorted({*SPLITS, *waves}) if n == 1 or 2 <= n <= trips // 4]
 
 
 @lru_cache(maxsize=4096)
@@ -157,11 +208,11 @@ def choose_wgrad_plan(
 
     RuntimeError where no plan is valid.
     """
-    k = 64 if precision.itemsize == 2 else 32
-    wide = -(-grid[1] // k) * k <= WASTE * grid[1]
-    plan = _tile(spec, precision, device, k if wide else NARROW)
+    plan = _tile(spec, precision, device)
+    box, even = _box(batch, grid, plan.block_k)
+    plan = replace(plan, box=box, even=even)
     trips = plan.trips(batch, grid)
-    clocks = {p: _clocks(p, trips, precision, device) for p in _split(plan, trips)}
+    clocks = {p: _clocks(p, trips, precision, device) for p in _split(plan, trips, device)}
     best = min(clocks, key=lambda p: clocks[p])
     wave = min(FULL_WAVE * device.multiprocessors, best.tiles() * best.splits * spec.groups)
     # The fewest parts that fill the GPU: they cost memory.

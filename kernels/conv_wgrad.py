@@ -1,4 +1,4 @@
-"""Weight gradient of a convolution, transposed or plain: for each tap a matrix product over all positions.
+"""Weight gradient of a convolution, transposed or plain: a matrix product over all positions.
 
     dw[g, a, b, t] = sum over positions (n, h, w) of A[n, h, w, g, a] * B[n, SH*h + DH*t_h - PAD_H, SW*w + ..., g, b]
 
@@ -6,7 +6,11 @@ A is the tensor on the grid of the gather, B the one that the taps step over: fo
 input and B the gradient of its output, for a plain one A is the gradient of the output and B the input. Both are
 channels-last and dense; dw takes any strides (the parameter's).
 
-The positions are cut in SPLITS parts whose float32 sums `sum_splits_kernel` adds in a fixed order: results are the same
+M = A's channels of a group, N = (tap, channel of B), K = positions. One trip of the loop takes a box of RN images x RH
+lines x RW positions (at most BLOCK_K): where a row of a tile lies inside its box is known before the loop, so that a
+trip moves a corner by scalars and divides nothing.
+
+The boxes are cut in SPLITS parts whose float32 sums `sum_splits_kernel` adds in a fixed order: results are the same
 to the bit from run to run.
 """
 
@@ -19,7 +23,7 @@ from .conv_transpose import round_tf32
 from .indexing import inside
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "BH", "BW", "SPLITS"])
+@triton.jit(do_not_specialize=["N", "H", "W", "BH", "BW", "SPLITS", "RN", "RH", "RW"])
 def conv_wgrad_kernel(
     a_ptr,  # (N, H, W, GROUPS * CA)
     b_ptr,  # (N, BH, BW, GROUPS * CB)
@@ -31,6 +35,9 @@ def conv_wgrad_kernel(
     BH,
     BW,
     SPLITS,
+    RN,  # the box of a trip: images, lines, positions of a line
+    RH,
+    RW,
     GROUPS: tl.constexpr,
     CA: tl.constexpr,  # channels of a group, like CB
     CB: tl.constexpr,
@@ -46,95 +53,102 @@ def conv_wgrad_kernel(
     OUT_B: tl.constexpr,
     OUT_H: tl.constexpr,
     OUT_W: tl.constexpr,
-    MERGED: tl.constexpr,  # columns are (tap, b); otherwise a tile has one tap, and its columns are b
     TF32: tl.constexpr,
     BLOCK_M: tl.constexpr,  # of A's channels
-    BLOCK_N: tl.constexpr,  # of columns
-    BLOCK_K: tl.constexpr,  # of positions: BLOCK_K / RUN lines of the image, RUN positions of each
-    RUN: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # of columns (tap, b)
+    BLOCK_K: tl.constexpr,  # of positions
+    EVEN: tl.constexpr,  # a box is BLOCK_K positions, and boxes fill the grid: no position lies beyond it
     BIG: tl.constexpr,  # a or b has 2^31 elements or more
 ):
-    # --- which tile: taps lie next to each other, they read the same rows of A ----------------------------------------
-    TAPS: tl.constexpr = KH * KW
+    # --- which tile: those of one row lie next to each other, they read the same part of A ----------------------------
+    COLUMNS: tl.constexpr = KH * KW * CB
+    tiles_n = tl.cdiv(COLUMNS, BLOCK_N)
     pid = tl.program_id(0)
     split = tl.program_id(1)
     group = tl.program_id(2)
-    if MERGED:
-        tiles_n = tl.cdiv(TAPS * CB, BLOCK_N)
-        columns = (pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-        tap = columns // CB
-        offs_b = columns - tap * CB
-        mask_b = columns < TAPS * CB
-        pid_m = pid // tiles_n
-    else:
-        tiles_n = tl.cdiv(CB, BLOCK_N)
-        tap = pid % TAPS
-        offs_b = (pid // TAPS % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-        mask_b = offs_b < CB
-        pid_m = pid // (TAPS * tiles_n)
+    offs_a = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_a = offs_a < CA
+    columns = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_b = columns < COLUMNS
+    tap = columns // CB
+    offs_b = columns - tap * CB
     th = tap // KW
     tw = tap - th * KW
-    offs_a = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_a = offs_a < CA
 
-    # --- the product over this split's positions ----------------------------------------------------------------------
-    LINES_PER_BLOCK: tl.constexpr = BLOCK_K // RUN
-    lines = N * H
-    chunks = tl.cdiv(W, RUN)
-    blocks = tl.cdiv(lines, LINES_PER_BLOCK) * chunks
-    per_split = tl.cdiv(blocks, SPLITS)
-    first = split * per_split
+    # --- a tile's rows and columns, from the corner of the box --------------------------------------------------------
+    A_ROW: tl.constexpr = GROUPS * CA
+    B_ROW: tl.constexpr = GROUPS * CB
     r = tl.arange(0, BLOCK_K)
+    w = r % RW
+    h = r // RW % RH
+    n = r // (RW * RH)
+    if not EVEN:
+        n = tl.where(n < RN, n, N)  # rows beyond the box are of no image
+    if BIG:
+        n = n.to(tl.int64)
     a_cols = (group * CA + offs_a)[:, None]
     b_cols = (group * CB + offs_b)[None, :]
+    bh = (h * SH)[:, None] + (th * DH - PAD_H)[None, :]
+    bw = (w * SW)[:, None] + (tw * DW - PAD_W)[None, :]
+    a_here = ((n * H + h) * W + w)[None, :] * A_ROW + a_cols
+    b_here = (((n * BH)[:, None] + bh) * BW + bw) * B_ROW + b_cols
+    n_left = N - n  # a row is on the grid where the corner is below these
+    h_left = H - h
+    w_left = W - w
+
+    # --- the product over this split's boxes --------------------------------------------------------------------------
+    boxes_h = tl.cdiv(H, RH)
+    boxes_w = tl.cdiv(W, RW)
+    boxes = tl.cdiv(N, RN) * boxes_h * boxes_w
+    per_split = tl.cdiv(boxes, SPLITS)
+    first = split * per_split
+    line = first // boxes_w
+    w0 = (first - line * boxes_w) * RW
+    h0 = line % boxes_h * RH
+    n0 = line // boxes_h * RN
+    if BIG:
+        n0 = n0.to(tl.int64)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for block in range(first, tl.minimum(first + per_split, blocks)):
-        line_block = block // chunks
-        chunk = block - line_block * chunks
-        line = line_block * LINES_PER_BLOCK + r // RUN
-        w = chunk * RUN + r % RUN
-        on_grid = (line < lines) & (w < W)
-        n = line // H
-        bh0 = (line - n * H) * SH - PAD_H
-        bw0 = w * SW - PAD_W
-        if MERGED:
-            bh = bh0[:, None] + (th * DH)[None, :]
-            bw = bw0[:, None] + (tw * DW)[None, :]
-            ok = on_grid[:, None] & inside(bh, BH) & inside(bw, BW) & mask_b[None, :]
-        else:
-            bh = bh0[:, None] + th * DH
-            bw = bw0[:, None] + tw * DW
-            ok = on_grid[:, None] & inside(bh, BH) & inside(bw, BW)
-        image = n[:, None]
-        if BIG:
-            a_rows = line.to(tl.int64) * W + w
-            b_rows = (image.to(tl.int64) * BH + bh) * BW + bw
-        else:
-            a_rows = line * W + w
-            b_rows = (image * BH + bh) * BW + bw
+    for _ in range(first, tl.minimum(first + per_split, boxes)):
+        a_offs = a_here + ((n0 * H + h0) * W + w0) * A_ROW
+        b_offs = b_here + ((n0 * BH + h0 * SH) * BW + w0 * SW) * B_ROW
+        ok = inside(bh + h0 * SH, BH) & inside(bw + w0 * SW, BW)
         # A masked, pipelined load still forms its address: a row outside points at the tensor's start.
-        a_rows = tl.where(on_grid, a_rows, 0) * (GROUPS * CA)
-        b_rows = tl.where(ok, b_rows, 0) * (GROUPS * CB)
         # A is loaded as the product takes it: a transposition of the loaded tile would keep it out of the pipeline.
-        if CA % BLOCK_M == 0:
-            a = tl.load(a_ptr + a_cols + a_rows[None, :], mask=on_grid[None, :], other=0.0)
+        if EVEN and CA % BLOCK_M == 0:
+            a = tl.load(a_ptr + a_offs)
+        elif EVEN:
+            a = tl.load(a_ptr + a_offs, mask=mask_a[:, None], other=0.0)
         else:
-            a = tl.load(a_ptr + a_cols + a_rows[None, :], mask=on_grid[None, :] & mask_a[:, None], other=0.0)
-        if MERGED or CB % BLOCK_N == 0:
-            b = tl.load(b_ptr + b_rows + b_cols, mask=ok, other=0.0)
-        else:
-            b = tl.load(b_ptr + b_rows + b_cols, mask=ok & mask_b[None, :], other=0.0)
+            on_grid = (n0 < n_left) & (h0 < h_left) & (w0 < w_left)
+            ok = ok & on_grid[:, None]
+            a_ok = on_grid[None, :]
+            if CA % BLOCK_M != 0:
+                a_ok = a_ok & mask_a[:, None]
+            a = tl.load(a_ptr + tl.where(on_grid[None, :], a_offs, a_cols), mask=a_ok, other=0.0)
+        b_ok = ok
+        if COLUMNS % BLOCK_N != 0:
+            b_ok = ok & mask_b[None, :]
+        b = tl.load(b_ptr + tl.where(ok, b_offs, b_cols), mask=b_ok, other=0.0)
         if TF32:
             acc = tl.dot(round_tf32(a), round_tf32(b), acc, input_precision="tf32")
         else:
             acc = tl.dot(a, b, acc, input_precision="ieee")
+        # the next corner
+        w0 += RW
+        ends = w0 >= W
+        w0 = tl.where(ends, 0, w0)
+        h0 = tl.where(ends, h0 + RH, h0)
+        ends = h0 >= H
+        h0 = tl.where(ends, 0, h0)
+        n0 = tl.where(ends, n0 + RN, n0)
 
     # --- the store ----------------------------------------------------------------------------------------------------
     row = group * CA + offs_a
     mask = mask_a[:, None] & mask_b[None, :]
     if SPLITS > 1:
-        sums = work_ptr + split.to(tl.int64) * (GROUPS * CA * TAPS * CB)
-        tl.store(sums + (row * (TAPS * CB))[:, None] + (tap * CB + offs_b)[None, :], acc, mask=mask)
+        sums = work_ptr + split.to(tl.int64) * (GROUPS * CA * COLUMNS)
+        tl.store(sums + (row * COLUMNS)[:, None] + columns[None, :], acc, mask=mask)
     else:
         column = th * OUT_H + tw * OUT_W + offs_b * OUT_B
         tl.store(out_ptr + (row * OUT_A)[:, None] + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)

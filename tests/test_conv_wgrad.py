@@ -3,6 +3,7 @@ emulated; and its plans."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from cnnfast.devices import DEVICES, device_for
 from cnnfast.dispatch import tf32_convolutions
 from cnnfast.spec import ConvSpec, Precision
 from cnnfast.tolerance import round_tf32
-from cnnfast.wgrad import WgradPlan, choose_wgrad_plan, is_valid_wgrad
+from cnnfast.wgrad import choose_wgrad_plan, is_valid_wgrad
 
 from .tolerance import assert_close
 
@@ -73,7 +74,13 @@ GEOMETRY = (
     case("splits-without-positions", 32, 32, 4, 2, 1, size=(4, 4), plan=(("splits", 7),)),
     case("merged-split", 64, 3, 4, 2, 1, size=(8, 8), plan=(("splits", 2),)),
     case("tiles", 72, 72, 3, 2, 1, size=(5, 5), plan=(("block_m", 32), ("block_n", 16), ("num_warps", 2))),
-    case("run-of-a-line", 32, 32, 3, 1, 1, size=(3, 20), plan=(("run", 16),)),
+    case("box-of-part-of-a-line", 32, 32, 3, 1, 1, size=(3, 20), plan=(("box", (1, 3, 16)), ("even", False))),
+    case("box-beyond-every-edge", 32, 32, 3, 2, 1, size=(5, 7), batch=3, plan=(("box", (2, 3, 5)), ("even", False))),
+    case("even-box-of-lines", 32, 32, 4, 2, 1, size=(6, 32), batch=1),
+    case("even-box-of-images", 32, 24, 3, 2, 1, size=(2, 4), batch=16, output_padding=1),
+    case("even-box-masked-channels", 24, 24, 3, 1, 1, size=(8, 8), transposed=False),
+    case("widest-tile", 128, 64, 4, 2, 1, size=(4, 8), batch=4),
+    case("columns-across-taps", 64, 80, 3, 1, 1, transposed=False, size=(4, 6)),
 )
 
 
@@ -163,17 +170,38 @@ def test_every_plan_is_valid_and_a_layer_needs_two_binaries(arch: int, precision
     for spec in LAYERS:
         plans = [choose_wgrad_plan(spec, n, grid, precision, device) for grid in GRIDS for n in (1, 16, 64)]
         assert all(is_valid_wgrad(p, precision, device) for p in plans)
-        assert len({replace(p, splits=1) for p in plans}) <= 2
+        assert len({replace(p, splits=1, box=(1, 1, 1)) for p in plans}) <= 2  # the others are run-time arguments
 
 
 def test_positions_are_split_until_the_gpu_is_full() -> None:
     device, half = device_for(80), PRECISIONS["fp16"]
     plan = choose_wgrad_plan(ConvSpec.make(128, 64, 4, 2, 1), 64, (16, 16), half, device)
-    assert plan.tiles() * plan.splits >= device.multiprocessors
+    assert (
+        0.95 * device.multiprocessors <= plan.tiles() * plan.splits <= device.multiprocessors
+    )  # one wave of long trips
     assert plan.trips(64, (16, 16)) >= 4 * plan.splits
 
 
-def test_trips_cover_every_position() -> None:
-    for plan in (WgradPlan(LAYERS[0], 64, 64, 32, 4, 4, 3), WgradPlan(LAYERS[0], 64, 64, 32, 32, 4, 3)):
-        for n, (h, w) in ((1, (1, 1)), (3, (5, 7)), (2, (4, 33))):
-            assert plan.trips(n, (h, w)) * plan.block_k >= n * h * w
+POSITIONS = [(n, h, w) for n in (1, 3, 16, 64) for h, w in ((1, 1), (4, 4), (5, 7), (16, 24), (66, 66), (2, 131))]
+
+
+@pytest.mark.parametrize("precision", (PRECISIONS["fp16"], PRECISIONS["tf32"]), ids=("fp16", "tf32"))
+@pytest.mark.parametrize("positions", POSITIONS, ids=lambda p: "x".join(map(str, p)))
+def test_trips_cover_every_position(positions: tuple[int, int, int], precision: Precision) -> None:
+    n, *grid = positions
+    plan = choose_wgrad_plan(LAYERS[0], n, tuple(grid), precision, device_for(80))
+    trips, total = plan.trips(n, grid), math.prod(positions)
+    assert math.prod(plan.box) <= plan.block_k
+    assert trips == math.prod(-(-size // r) for size, r in zip(positions, plan.box, strict=True))
+    assert plan.even == (trips * plan.block_k == total)
+    # A run of a line alone is one of the boxes that were tried.
+    assert total <= trips * plan.block_k and trips <= n * grid[0] * -(-grid[1] // plan.block_k)
+
+
+def test_boxes_waste_little() -> None:
+    """Of a batch of 16: nothing where sizes have powers of two, little where they are odd."""
+    half, device = PRECISIONS["fp16"], device_for(80)
+    for size in range(4, 131):
+        plan = choose_wgrad_plan(LAYERS[0], 16, (size, size), half, device)
+        assert plan.even == (size % 2 == 0), size
+        assert plan.trips(16, (size, size)) * plan.block_k <= 1.35 * 16 * size * size, size

@@ -82,8 +82,8 @@ def prepare(
     out = dict(OUT_A=strides[0], OUT_B=strides[1], OUT_H=strides[2], OUT_W=strides[3])
     consts = dict(
         GROUPS=s.groups, CA=ca, CB=cb, KH=kh, KW=kw, SH=s.stride[0], SW=s.stride[1], PAD_H=s.padding[0],
-        PAD_W=s.padding[1], DH=s.dilation[0], DW=s.dilation[1], **out, MERGED=plan.merged, TF32=precision.tf32,
-        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, RUN=plan.run, BIG=big,
+        PAD_W=s.padding[1], DH=s.dilation[0], DW=s.dilation[1], **out, TF32=precision.tf32,
+        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, EVEN=plan.even, BIG=big,
         A=s.groups * ca, BLOCK=SUM_BLOCK,
     )  # fmt: skip
     options = dict(num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=block.MAX_REGISTERS)
@@ -155,7 +155,7 @@ def _launch(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, launch: WgradLa
     n, _, h, w = a.shape
     splits = launch.plan.splits
     work = unused(a.device) if splits == 1 else a.new_empty(launch.plan.workspace(), dtype=torch.float32)
-    launch.binary(launch.grid, a, b, out, work, n, h, w, b.shape[2], b.shape[3], splits)
+    launch.binary(launch.grid, a, b, out, work, n, h, w, b.shape[2], b.shape[3], splits, *launch.plan.box)
     if launch.sums is not None:
         launch.sums(launch.sums_grid, work, out, splits)
 
