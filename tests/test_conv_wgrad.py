@@ -144,6 +144,24 @@ def test_runs_are_equal_to_the_bit(name: str, device: torch.device) -> None:
     assert torch.equal(run(c, PRECISIONS["fp32"], device), run(c, PRECISIONS["fp32"], device))
 
 
+@pytest.mark.parametrize("name", ["transposed", "box-beyond-every-edge"])
+def test_offsets_of_64_bits(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
+    """The binary for tensors of 2^31 elements and more, on smaller ones."""
+    from cnnfast.ops import wgrad
+    from cnnfast.ops.binary import Binary
+
+    def prepare(*args: Any) -> wgrad.WgradLaunch:
+        launch = real(*args)
+        kernel, values = launch.binary.kernel, launch.binary.constants
+        constants = dict(zip(kernel.arg_names[-len(values) :], values, strict=True))
+        assert constants["BIG"] is False
+        return replace(launch, binary=Binary(kernel, {**constants, "BIG": True}, **launch.binary.options))
+
+    real = wgrad.prepare
+    monkeypatch.setattr(wgrad, "prepare", prepare)
+    check(of(name), PRECISIONS["fp16"], device)
+
+
 def test_empty(device: torch.device) -> None:
     from cnnfast.ops import wgrad
 
