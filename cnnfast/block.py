@@ -41,10 +41,14 @@ class Step:
     """
 
     spec: ConvSpec
-    activation: Activation = Activation()
+    activation: Activation = None  # type: ignore[assignment]  # identity: Dynamo (2.11) traces no objects as defaults
     upsample: Upsample | None = None
     pad: tuple[int, int] = (0, 0)
     pad_mode: str = "replicate"
+
+    def __post_init__(self) -> None:
+        if self.activation is None:
+            object.__setattr__(self, "activation", Activation())
 
     @cached_property
     def _hash(self) -> int:

@@ -9,6 +9,8 @@ Which steps are operators: on a CPU, in inference, transposed convolutions and u
 Inductor makes of the modules; on a GPU, whatever has a kernel, in training too. The rest is traced as it stands, for
 Inductor to fuse. `torch.export` always gets PyTorch's own operators: an exported program does not need cnnfast.
 
+torch < 2.13 cannot trace the call that plans a module: there, a Sequential is traced as its modules.
+
 The plan ties traced code to one Sequential, as Dynamo guards its identity: of models that are compiled each by itself,
 more than ``torch._dynamo.config.recompile_limit`` (8) need a higher limit. Beyond it they run as in eager mode, fused.
 """
@@ -32,9 +34,11 @@ from .norms import Norm
 from .ops import core, library
 from .spec import Activation, ConvSpec
 
-__all__ = ["forward"]
+__all__ = ["PLANS", "forward"]
 
 Containers = tuple[Callable[..., Any], ...]
+
+PLANS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)  # whether Dynamo can trace `_plan`
 
 
 # --- the plan, made at tracing ----------------------------------------------------------------------------------------
@@ -204,7 +208,7 @@ def _rebuilt(f: FusedStep) -> FusedStep:
 def forward(seq: nn.Sequential, x: Any, forwards: Containers) -> Any:
     """``seq`` on x, as Dynamo is to trace it. ``forwards``: those of Sequential classes that only run their children,
     which are planned together with ours."""
-    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting() or library.transformed():
+    if not PLANS or not torch.compiler.is_dynamo_compiling() or library.exporting() or library.transformed():
         return nn.Sequential.forward(seq, x)
     if type(seq).__iter__ is not nn.Sequential.__iter__ or not isinstance(x, Tensor):
         return nn.Sequential.forward(seq, x)

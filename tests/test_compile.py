@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import cnnfast
 from cnnfast import packing
+from cnnfast.compiled import PLANS
 
 from .tolerance import assert_close
 
@@ -68,6 +69,11 @@ def model(name: str) -> tuple[cnnfast.Sequential, nn.Sequential, Tensor]:
     return ours, nn.Sequential(*deepcopy(list(ours))), torch.randn(shape)
 
 
+def planned(steps: int) -> int:
+    """How many of them a Sequential's traced code has."""
+    return steps if PLANS else 0
+
+
 class Graphs:
     """A backend that records how many graphs there were, and the operators in each."""
 
@@ -105,7 +111,7 @@ def test_inference(name: str, channels_last: bool, backend: str) -> None:
     graphs = Graphs(backend)
     with torch.no_grad():
         same(torch.compile(ours, backend=graphs, fullgraph=True)(x), plain, x)
-    assert len(graphs.operators) == 1 and graphs.fused() == MODELS[name][2]
+    assert len(graphs.operators) == 1 and graphs.fused() == planned(MODELS[name][2])
 
 
 def test_packed_weights_are_kept() -> None:
@@ -113,15 +119,15 @@ def test_packed_weights_are_kept() -> None:
     are."""
     for name in ("dcgan", "vocoder"):
         ours, _, x = model(name)
-        compiled = torch.compile(ours.eval(), backend="aot_eager")
+        run = torch.compile(ours.eval(), backend="aot_eager")
         before = len(packing.PACKS)
         with torch.no_grad():
-            compiled(x)
+            run(x)
             held = len(packing.PACKS)
-            compiled(x)
+            run(x)
         assert len(packing.PACKS) == held
         if name == "dcgan":
-            assert held > before
+            assert held > before or not PLANS
 
 
 @pytest.mark.parametrize("dynamic", [True, None])
@@ -137,7 +143,7 @@ def test_dynamic_sizes_compile_once(dynamic: bool | None) -> None:
                 for d in (0, 2, 3):
                     torch._dynamo.mark_dynamic(x, d)
             same(compiled(x), plain, x)
-    assert len(graphs.operators) == 1 and graphs.fused() == 2
+    assert len(graphs.operators) == 1 and graphs.fused() == planned(2)
 
 
 def _eps(m: Any) -> None:
@@ -226,7 +232,7 @@ def test_a_model_around_it() -> None:
     with torch.no_grad():
         got = torch.compile(Generator(ours).eval(), backend=graphs, fullgraph=True)(x[:, :, 0, 0])
         torch.testing.assert_close(got, plain.eval()(x) * 0.5)
-    assert graphs.fused() == 3
+    assert graphs.fused() == planned(3)
 
 
 @pytest.mark.parametrize("transposed", [True, False], ids=["transposed", "plain"])
@@ -293,7 +299,7 @@ def test_gradient_or_none_compile_apart() -> None:
     compiled = torch.compile(ours, backend=graphs, fullgraph=True)
     with torch.no_grad():
         compiled(x)
-    assert graphs.fused() == 3
+    assert graphs.fused() == planned(3)
     y = compiled(x)
     assert graphs.fused() == 0
     got = torch.autograd.grad(y.square().sum(), list(ours.parameters()))
@@ -303,7 +309,7 @@ def test_gradient_or_none_compile_apart() -> None:
     for p in ours.parameters():
         p.requires_grad_(False)
     torch.testing.assert_close(compiled(x), y.detach())
-    assert graphs.fused() == 3
+    assert graphs.fused() == planned(3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -146,6 +146,12 @@ def transformed() -> bool:
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
+def exporting() -> bool:
+    """`torch.compiler.is_exporting`, which Dynamo takes for true whenever it traces (torch 2.11)."""
+    return torch.compiler.is_exporting()
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
 def chosen_backend() -> str | None:
     """The context's backend at tracing where one was chosen. Dynamo cannot guard it: it stays with the traced code.
     None: what holds when that code runs."""
@@ -165,7 +171,7 @@ def traced_step(step: Step, o: Operands, norm: NormCall | None, channels_last: b
     cnnfast."""
     from .core import by_torch, needs_gradient
 
-    if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting() or transformed():
+    if not torch.compiler.is_dynamo_compiling() or exporting() or transformed():
         return by_torch(step, o._replace(weight=_as_4d(o.weight)), norm, channels_last)
     backend = chosen_backend() if backend is None else backend
     on_cpu = o.x.device.type == "cpu" and backend != "triton"
