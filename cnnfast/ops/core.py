@@ -84,7 +84,7 @@ def run_step(
     unseen = watched(o.x)
     if name == "triton" or (name == "auto" and o.x.is_cuda and not unseen):
         if unseen:
-            reason: str | None = "a tensor subclass, transform, tracer or dispatch mode is active"
+            reason: str | None = "a tensor subclass, transform, tracer, dispatch mode or forward-mode AD is active"
         else:
             # A training step's convolutions of few channels run where they are asked for.
             reason = dispatch.why_not(step, o, few_channels=training and name == "triton")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import guard
 from ..activations import Activation, activation_derivative
+from ..dispatch import is_batched
 from ..norms import NormCall, Partials
 from . import norm_launch, norm_plan, norm_proof, norm_sync
 from .norm_aten import composition
@@ -99,10 +100,11 @@ def norm_backward(ctx: Any, grad: Tensor) -> Grads:
     x, *rest = ctx.saved_tensors
     saved = Saved(grad if x is None else x, *rest)
     need = tuple(ctx.needs_input_grad[:5])
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_batched(grad):
         if ctx.several is not None:
             norm_sync.no_second_derivative()
-        return _recorded_backward(grad, saved, how, need)
+        with torch.enable_grad():
+            return _recorded_backward(grad, saved, how, need)
     reduce = None if ctx.several is None else _reducer(ctx.several)
     return proven_backward(grad, saved, how, need, reduce, ctx.required)
 

@@ -68,7 +68,7 @@ def normalise(
     if name != "aten" and x.numel() and not torch.compiler.is_compiling() and (name == "triton" or x.is_cuda):
         vectors = () if call is None else (call.weight, call.bias, call.running_mean, call.running_var)
         unseen = watched(x)
-        reason = "a tensor subclass, transform, tracer or dispatch mode is active" if unseen else None
+        reason = "a tensor subclass, transform, tracer, dispatch mode or forward-mode AD is active" if unseen else None
         reason = reason or why_not(x, *vectors, residual, slope)
         if reason is None:
             from . import norm_autograd  # imports triton

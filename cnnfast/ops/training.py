@@ -137,7 +137,7 @@ def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None,
     how, bias_dtype = ctx.how, ctx.bias_dtype
     need_x, need_weight, *_ = ctx.needs_input_grad
     db: Tensor | None
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or dispatch.is_batched(grad):
         if y is not None:
             grad = grad * activation_derivative(how.activation, y).to(grad.dtype)
         db = None if bias_dtype is None else grad.sum((0, 2, 3))
@@ -197,6 +197,8 @@ def _recorded(*tensors: Tensor | None) -> bool:
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Tensor:
     """``act(conv(x) + bias)``, differentiable any number of times. x (N, C_in, H, W), weight as ``how.spec`` has it."""
+    if dispatch.is_batched(x) or dispatch.is_batched(weight):  # of gradients: PyTorch's operators take them
+        return reference.conv_block(x, weight, bias, how.spec, activation=how.activation)
     if _recorded(x, weight, bias):
         return _Convolution.apply(x, weight, bias, how, None)
     return conv_forward(x, weight, bias, how)[0]
@@ -204,6 +206,8 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Ten
 
 def weight_gradient(x: Tensor, grad: Tensor, like: Tensor, how: How) -> Tensor:
     """The gradient of the convolution's weight, with the strides of ``like``; differentiable any number of times."""
+    if dispatch.is_batched(x) or dispatch.is_batched(grad):
+        return wgrad.by_torch(x, grad, like, how.spec)
     if _recorded(x, grad):
         return _WeightGradient.apply(x, grad, like.detach(), how)
     return wgrad_forward(x, grad, like, how)

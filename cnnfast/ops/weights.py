@@ -219,7 +219,9 @@ def _sum_by_torch(weight: torch.Tensor, step: Step, back: bool) -> torch.Tensor:
         return step.conv_weight(weight)
     s, (rh, rw) = step.spec, step.upsample.scale  # type: ignore[union-attr]
     kernel = (s.kernel_size[0] - rh + 1, s.kernel_size[1] - rw + 1)
-    like = weight.new_zeros((s.out_channels, s.in_channels // s.groups, *kernel), requires_grad=True)
+    shape = (s.out_channels, s.in_channels // s.groups, *kernel)
+    # Not like ``weight``, which may be a batch.
+    like = torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
     with torch.enable_grad():
         (dw,) = torch.autograd.grad(step.conv_weight(like), like, weight)
     return dw
@@ -246,6 +248,8 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        if dispatch.is_batched(grad):
+            return _sum_by_torch(grad, *ctx.how[:2]), None, None, None
         with dispatch.on_device(grad):
             dw = _Summed.apply(grad, *ctx.how)
         shape, stride = ctx.like
