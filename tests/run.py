@@ -27,7 +27,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU_TESTS = ("tests/test_cpu.py", "tests/test_dcgan.py", "tests/test_sequential.py")
+# Whose paths depend on the processor's instructions.
+CPU_TESTS = (
+    "tests/test_cpu.py",
+    "tests/test_cpu_training.py",
+    "tests/test_dcgan.py",
+    "tests/test_drop_in.py",
+    "tests/test_sequential.py",
+    "tests/test_sequential_training.py",
+)
 COMPILED_TESTS = "tests/test_compiled.py"
 
 
@@ -94,7 +102,7 @@ def lanes() -> tuple[list[list[Stage]], dict[str, Result]]:
         second.append(Stage("compiled", (COMPILED_TESTS,), env=one_thread))
     # oneDNN uses what the processor has where that is less than the limit.
     for name, value in (("avx512", "AVX512_CORE"), ("avx2", "AVX2")):
-        second.append(Stage(name, CPU_TESTS, env={"ONEDNN_MAX_CPU_ISA": value, **one_thread}))
+        first.append(Stage(name, CPU_TESTS, env={"ONEDNN_MAX_CPU_ISA": value, **one_thread}))
     return [first, second], none
 
 

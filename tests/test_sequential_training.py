@@ -136,15 +136,18 @@ def eager_forms(plain: nn.Sequential) -> list[nn.Sequential]:
 def rounded_once(model: nn.Sequential, low: torch.dtype) -> nn.Sequential:
     """The convolutions under autocast by the tolerance rule's own words: float32 arithmetic on rounded operands, the
     result rounded once. (What ATen does in 16 bits, and how well, differs between processors.)"""
+
+    def once(inner: nn.Module, parameters: dict[str, nn.Parameter]) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            with torch.autocast("cpu", enabled=False):
+                operands = {name: p.to(low).float() for name, p in parameters.items()}
+                return torch.func.functional_call(inner, operands, (x.to(low).float(),)).to(low)
+
+        return forward
+
     for m in model.modules():
         if isinstance(m, nn.modules.conv._ConvNd):
-
-            def forward(x: Tensor, own: nn.Module = m, inner: nn.Module = copy.deepcopy(m)) -> Tensor:
-                with torch.autocast("cpu", enabled=False):
-                    operands = {name: p.to(low).float() for name, p in own.named_parameters()}
-                    return torch.func.functional_call(inner, operands, (x.to(low).float(),)).to(low)
-
-            m.forward = forward  # type: ignore[method-assign]
+            m.forward = once(copy.deepcopy(m), dict(m.named_parameters()))  # type: ignore[method-assign]
     return model
 
 
