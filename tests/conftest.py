@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -52,6 +53,18 @@ def device() -> torch.device:
             f"{TEST_DEVICE}=cpu"
         )
     return torch.device(wanted)
+
+
+@pytest.fixture
+def interpreter() -> None:
+    """Triton's interpreter, as far as it can run loops whose bounds are known at run time only."""
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    versions = [tuple(int(n) for n in m.__version__.split(".")[:2]) for m in (triton, numpy)]
+    if versions[0] < (3, 7) and versions[1] >= (2, 4):
+        pytest.skip(
+            f"the interpreter of Triton {triton.__version__} takes int() of arrays of one element, which NumPy 2.4 and "
+            f"newer refuse (here {numpy.__version__}): a newer Triton or an older NumPy runs this test"
+        )
 
 
 @pytest.fixture

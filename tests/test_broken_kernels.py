@@ -204,7 +204,7 @@ def last_of_huge(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_offset_that_overflows(tmp_path: Path) -> None:
+def test_offset_that_overflows(tmp_path: Path, interpreter: None) -> None:
     real = last_of_huge()
     assert real.returncode == 0 and real.stdout.strip() == "right", real.stderr
     package = broken(
