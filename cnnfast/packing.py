@@ -186,6 +186,8 @@ PACKS = PackCache()
 def invalidate(target: nn.Module | torch.Tensor) -> int:
     """Forget the packed weights of a module (its children included) or of a Parameter; returns how many there were.
 
-    Needed only after a write through ``.data`` to a few elements of a weight; every other change is seen.
+    Needed only after a write through ``.data`` to a few elements of a weight; every other change is seen. And ahead of
+    a conversion that swaps Parameters (`torch.__future__.set_swap_module_params_on_conversion`): PyTorch refuses to
+    swap one to which there is a weak reference, as the cache has.
     """
     return PACKS.invalidate(target)

@@ -224,3 +224,19 @@ def test_eps(norm: type[nn.Module], eps: float, train: bool) -> None:
             model.train(train)(x2d())
         messages.append((str(error.value), [int(b) for b in model.buffers() if not b.is_floating_point()]))
     assert messages[0] == messages[1]
+
+
+def test_parameters_are_swapped_after_invalidate() -> None:
+    """PyTorch swaps no Parameter to which there is a weak reference."""
+    plain, ours = both(nn.ConvTranspose2d(16, 40, 4, 2, 1), nn.ReLU())
+    x = x2d(4, 16, 16, 16)
+    with torch.no_grad():
+        ours(x)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        with pytest.raises(RuntimeError, match="Couldn't swap"):
+            ours.double()
+        assert cnnfast.invalidate(ours) == 1
+        close(ours.double()(x.double()), plain.double()(x.double()))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
