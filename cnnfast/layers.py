@@ -94,8 +94,8 @@ class Sequential(nn.Sequential):
     Four things differ. Under autocast a weight is cast anew on each use, where PyTorch keeps the cast for a whole
     autocast region: what several uses add to a gradient is summed in float32, and a weight that was written to inside
     the region is never served old. A SyncBatchNorm takes CPU tensors. An infinity or NaN among the inputs of few output
-    channels (an RGB head) may reach a few pixels more, which meet it with weights of zero. And a write through ``.data`` to a few elements
-    of a weight may go unseen on a CPU in inference: call `cnnfast.invalidate` after it.
+    channels (an RGB head) may reach a few pixels more, which meet it with weights of zero. And a write through
+    ``.data`` to a few elements of a weight may go unseen on a CPU in inference: call `cnnfast.invalidate` after it.
     """
 
     # Without annotations, which TorchScript would take literally.
