@@ -1,8 +1,7 @@
 """How a convolution's weight gradient is launched: the product that the kernel sees, its tile, and which tile.
 
-Pure, as `plan` and `choice` are; the model of time is theirs, with the instructions of this kernel's loop. The tile
-depends on the layer alone, so that a layer needs two binaries at most: for images that boxes of positions fill, and for
-all others.
+Pure, as `plan` and `choice` are; the model of time is theirs, with the instructions of this kernel's loop. A layer has
+a tile for each of `SIZES`, and of each two binaries at most: for images that boxes of positions fill, and for others.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from .devices import Device, resident_blocks
 from .plan import is_exact
 from .spec import ConvSpec, Precision
 
-__all__ = ["WgradPlan", "choose_wgrad_plan", "is_valid_wgrad"]
+__all__ = ["SIZES", "WgradPlan", "choose_wgrad_plan", "is_valid_wgrad"]
 
 ALIKE = 1.1  # modelled times that do not tell two plans apart
 COPIES = {2: 16, 4: 8}  # by itemsize, of a thread and operand in a trip: more take too many registers
-UNITS = 4096  # trips of the main loop for which the tile is chosen: layers are trained on many positions
+SIZES = (2**9, 2**12, 2**15)  # positions for which a layer's tiles are chosen: within 2 % of a tile for every size
 
 
 @dataclass(frozen=True)
@@ -184,12 +183,13 @@ SPLITS = (1, 2, 4, 8, 16, 32, 64)
 
 
 @lru_cache(maxsize=1024)
-def _tile(spec: ConvSpec, precision: Precision, device: Device) -> WgradPlan:
-    """The layer's tile."""
+def _tile(spec: ConvSpec, precision: Precision, device: Device, positions: int) -> WgradPlan:
+    """The layer's tile for about so many positions."""
     found = list(_tiles(spec, precision, device))
     if not found:
         raise RuntimeError(f"no valid plan for the weight gradient of {spec} in {precision.dtype} on {device.name}")
-    return min(found, key=lambda plan: min(_clocks(p, UNITS, precision, device) for p in _split(plan, UNITS, device)))
+    trips = {plan: positions // plan.block_k for plan in found}
+    return min(found, key=lambda p: min(_clocks(q, trips[p], precision, device) for q in _split(p, trips[p], device)))
 
 
 def _split(plan: WgradPlan, trips: int, device: Device) -> list[WgradPlan]:
@@ -208,7 +208,8 @@ def choose_wgrad_plan(
 
     RuntimeError where no plan is valid.
     """
-    plan = _tile(spec, precision, device)
+    positions = math.log(batch * math.prod(grid))
+    plan = _tile(spec, precision, device, min(SIZES, key=lambda size: abs(math.log(size) - positions)))
     box, even = _box(batch, grid, plan.block_k)
     plan = replace(plan, box=box, even=even)
     trips = plan.trips(batch, grid)

@@ -15,7 +15,7 @@ from cnnfast.devices import DEVICES, device_for
 from cnnfast.dispatch import tf32_convolutions
 from cnnfast.spec import ConvSpec, Precision
 from cnnfast.tolerance import round_tf32
-from cnnfast.wgrad import choose_wgrad_plan, is_valid_wgrad
+from cnnfast.wgrad import SIZES, choose_wgrad_plan, is_valid_wgrad
 
 from .tolerance import assert_close
 
@@ -183,20 +183,21 @@ GRIDS = [(1, 1), (4, 4), (8, 8), (16, 16), (32, 32), (64, 64), (28, 28), (1, 409
 
 @pytest.mark.parametrize("arch", DEVICES)
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS)
-def test_every_plan_is_valid_and_a_layer_needs_two_binaries(arch: int, precision: Precision) -> None:
+def test_every_plan_is_valid_and_a_layer_needs_few_binaries(arch: int, precision: Precision) -> None:
     device = device_for(arch)
     for spec in LAYERS:
         plans = [choose_wgrad_plan(spec, n, grid, precision, device) for grid in GRIDS for n in (1, 16, 64)]
         assert all(is_valid_wgrad(p, precision, device) for p in plans)
-        assert len({replace(p, splits=1, box=(1, 1, 1)) for p in plans}) <= 2  # the others are run-time arguments
+        assert len({replace(p, splits=1, box=(1, 1, 1)) for p in plans}) <= 2 * len(
+            SIZES
+        )  # the others are run-time arguments
 
 
 def test_positions_are_split_until_the_gpu_is_full() -> None:
     device, half = device_for(80), PRECISIONS["fp16"]
     plan = choose_wgrad_plan(ConvSpec.make(128, 64, 4, 2, 1), 64, (16, 16), half, device)
-    assert (
-        0.95 * device.multiprocessors <= plan.tiles() * plan.splits <= device.multiprocessors
-    )  # one wave of long trips
+    programs = plan.tiles() * plan.splits
+    assert 0.95 * device.multiprocessors <= programs <= device.multiprocessors  # one wave of long sums
     assert plan.trips(64, (16, 16)) >= 4 * plan.splits
 
 
