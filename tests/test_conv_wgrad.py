@@ -50,6 +50,7 @@ REGIMES = (
     case("wide", 32, 32, 3, 1, 1, transposed=False, size=(2, 33)),
     case("split", 32, 32, 4, 2, 1, size=(8, 8), plan=(("splits", 4),)),
 )
+LARGE = (("num_warps", 8), ("num_stages", 2))
 GEOMETRY = (
     case("cyclegan", 32, 32, 3, 2, 1, output_padding=1, size=(5, 7)),
     case("waifu2x", 32, 32, 4, 2, 3, size=(7, 5)),
@@ -79,7 +80,8 @@ GEOMETRY = (
     case("even-box-of-lines", 32, 32, 4, 2, 1, size=(6, 32), batch=1),
     case("even-box-of-images", 32, 24, 3, 2, 1, size=(2, 4), batch=16, output_padding=1),
     case("even-box-masked-channels", 24, 24, 3, 1, 1, size=(8, 8), transposed=False),
-    case("widest-tile", 128, 64, 4, 2, 1, size=(4, 8), batch=4),
+    case("widest-tile", 128, 64, 4, 2, 1, size=(4, 8), batch=6, plan=(*LARGE, ("block_m", 128), ("block_n", 256))),
+    case("tallest-tile", 256, 32, 3, 2, 1, size=(4, 8), batch=6, plan=(*LARGE, ("block_m", 256), ("block_n", 128))),
     case("columns-across-taps", 64, 80, 3, 1, 1, transposed=False, size=(4, 6)),
 )
 
