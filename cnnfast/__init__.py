@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from .layers import ConvTranspose2dNormActivation as ConvTranspose2dNormActivation
     from .layers import Sequential as Sequential
     from .memory_format import channels_last as channels_last
+    from .packing import freeze as freeze
     from .packing import invalidate as invalidate
+    from .packing import unfreeze as unfreeze
     from .spec import Activation as Activation
     from .spec import ConvSpec as ConvSpec
     from .tuning import tune as tune
@@ -35,11 +37,13 @@ _EXPORTS = {
     "backend": "dispatch",
     "channels_last": "memory_format",
     "create_model": "generators",
+    "freeze": "packing",
     "guard": "guard",
     "invalidate": "packing",
     "list_models": "generators",
     "ops": "ops",
     "tune": "tuning",
+    "unfreeze": "packing",
     "warmup": "guard",
 }
 

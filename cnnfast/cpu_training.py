@@ -23,7 +23,8 @@ from .cpu_convolution import convolution
 from .dispatch import is_batched
 from .norms import Norm, NormCall
 from .onednn import instruction_set, lowered_products
-from .spec import Activation, summed_taps
+from .spec import Activation
+from .summed_weight import summed_weight
 
 __all__ = ["collapses", "packs", "run"]
 
@@ -45,8 +46,8 @@ def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> 
             o = o._replace(scale=None, shift=None)
         y = reference.epilogue(y, o.scale, o.shift, o.residual, step.activation, o.slope)
     else:
-        y = cpu.run(*_bare(step, o), True) if packs(step, o, norm) else _convolved(step, x, o)
-        y = _finish(y, norm, step.activation, o)
+        packed = cpu.run(*_bare(step, o), True) if packs(step, o, norm) else None
+        y = _finish(_convolved(step, x, o) if packed is None else packed, norm, step.activation, o)
     return cpu.convert(y, y.dtype, channels_last)
 
 
@@ -67,13 +68,12 @@ def packs(step: Step, o: Operands, norm: NormCall | None) -> bool:
 
 def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
     """The convolution of ``step`` and its bias."""
-    u = step.upsample
+    u, weight = step.upsample, o.weight.to(x.dtype)
     if u is None:
-        return convolution(step.pad_input(x), o.weight, o.bias, step.spec)
+        return convolution(step.pad_input(x), weight, o.bias, step.spec)
     if lowered_products() or not collapses(step, x.shape, x.dtype):
-        return reference.upsample_conv(x, o.weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
-    weight = _summed_weight(o.weight, u.scale, step.spec.groups)
-    return convolution(step.pad_input(x), weight, o.bias, step.spec)
+        return reference.upsample_conv(x, weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
+    return convolution(step.pad_input(x), summed_weight(weight, u.scale, step.spec.groups), o.bias, step.spec)
 
 
 # --- upsampling + convolution -----------------------------------------------------------------------------------------
@@ -86,43 +86,6 @@ def collapses(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     positions = shape[0] * math.prod(shape[2:])
     fast = products_dtype(dtype, instruction_set()) != torch.float32
     return dtype in (torch.float32, torch.bfloat16, torch.float16) and positions >= (2048 if fast else 256)
-
-
-@lru_cache(maxsize=64)
-def _sums(kernel: tuple[int, ...], scale: tuple[int, ...]) -> Tensor:
-    """(kh*kw, kh'*kw') zeros and ones: which taps each tap of the collapsed weight sums."""
-    with torch.inference_mode(False):  # kept for later calls, whatever mode or default device this one is in
-        rows, columns = (
-            torch.tensor(
-                [[float(t in taps) for t in range(k)] for taps in summed_taps(k, r)], dtype=torch.float32, device="cpu"
-            )
-            for k, r in zip(kernel, scale, strict=True)
-        )
-        return torch.kron(rows, columns).t().contiguous()
-
-
-class _Product(torch.autograd.Function):
-    """``a @ b`` for a constant b. (A product's own derivative is lowered by autocast, where the backward runs under it;
-    a convolution's is not.)"""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.b = b
-        return torch.mm(a, b)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        with torch._C._DisableAutocast():
-            return torch.mm(grad, ctx.b.t()), None
-
-
-def _summed_weight(weight: Tensor, scale: tuple[int, ...], groups: int) -> Tensor:
-    """`reference.collapse_weight` as one matrix product, in float32 and rounded once."""
-    c_out, c_in, kh, kw = weight.shape
-    size = kh + scale[0] - 1, kw + scale[1] - 1
-    w = weight.reshape(groups, c_out // groups, c_in, kh * kw).transpose(1, 2).float()
-    w = _Product.apply(w.reshape(-1, kh * kw), _sums((kh, kw), tuple(scale)))
-    return w.to(weight.dtype).view(groups * c_in, c_out // groups, *size)
 
 
 # --- norm, residual, activation ---------------------------------------------------------------------------------------

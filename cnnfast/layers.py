@@ -23,6 +23,7 @@ from .dispatch import resolve_backend
 from .fusion import Unfused, plan_modules
 from .modules import Reading, read
 from .ops import core
+from .packing import PACKS
 
 __all__ = ["ConvTranspose2dNormActivation", "Sequential"]
 
@@ -91,11 +92,10 @@ class Sequential(nn.Sequential):
     are compiled each by itself, raise ``torch._dynamo.config.recompile_limit``. Exported programs are PyTorch's
     operators alone.
 
-    Four things differ. Under autocast a weight is cast anew on each use, where PyTorch keeps the cast for a whole
+    Three things differ. Under autocast a weight is cast anew on each use, where PyTorch keeps the cast for a whole
     autocast region: what several uses add to a gradient is summed in float32, and a weight that was written to inside
-    the region is never served old. A SyncBatchNorm takes CPU tensors. An infinity or NaN among the inputs of few output
-    channels (an RGB head) may reach a few pixels more, which meet it with weights of zero. And a write through
-    ``.data`` to a few elements of a weight may go unseen on a CPU in inference: call `cnnfast.invalidate` after it.
+    the region is never served old. A SyncBatchNorm takes CPU tensors. And an infinity or NaN among the inputs of few
+    output channels (an RGB head) may reach a few pixels more, which meet it with weights of zero.
     """
 
     # Without annotations, which TorchScript would take literally.
@@ -130,6 +130,15 @@ class Sequential(nn.Sequential):
                     done += f", but PyTorch's operators run: the kernel {failure}"
                 lines.append(f"{s.slots[0]}-{s.slots[-1]}: {names} {done}")
         return "\n".join(lines)
+
+    def train(self, mode: bool = True) -> Sequential:
+        if mode:  # weights that `cnnfast.freeze` made constant are so no longer
+            PACKS.thaw(self.parameters())
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Sequential:  # what to(), half(), cuda(), ... call
+        PACKS.thaw(self.parameters())
+        return super()._apply(fn, recurse)
 
     def __add__(self, other: nn.Sequential) -> Sequential:
         return Sequential(*super().__add__(other))
