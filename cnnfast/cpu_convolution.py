@@ -34,7 +34,7 @@ from .onednn import (
 )
 from .spec import ConvSpec
 
-__all__ = ["Ways", "convolution", "ways"]
+__all__ = ["Ways", "convolution", "suited", "ways"]
 
 
 class Ways(NamedTuple):
@@ -109,7 +109,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) 
     # ATen takes twice as long for a transposed convolution's weight gradient where it sums the bias's beside it.
     apart = bias is not None and spec.transposed and _macs(spec, x.shape) >= _LEAST
     if how == ("aten", "aten", x.dtype) and (not apart or x.dtype == torch.float64):
-        return convert(reference.conv(_format(x, weight), weight, bias, spec), x.dtype, True)
+        return convert(reference.conv(suited(x, weight), weight, bias, spec), x.dtype, True)
     return _Convolution.apply(x, weight, bias, spec, how)
 
 
@@ -168,13 +168,14 @@ def _matrix(weight: Tensor) -> Tensor:
     return convert(weight, weight.dtype, True).permute(0, 2, 3, 1).reshape(weight.shape[0], -1)
 
 
-def _format(x: Tensor, weight: Tensor) -> Tensor:
-    """x in NCHW where the weight is and outweighs it: ATen would bring the weight into channels-last first."""
-    return x.contiguous() if weight.is_contiguous() and weight.numel() > 4 * x.numel() else x
+def suited(x: Tensor, weight: Tensor, times: int = 1) -> Tensor:
+    """x in NCHW where the weight is and outweighs it (or what it becomes, ``times`` as large): ATen would bring the
+    weight into channels-last first."""
+    return x.contiguous() if weight.is_contiguous() and weight.numel() > 4 * times * x.numel() else x
 
 
 def _forward_aten(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    return reference.conv(_format(x, weight), weight, bias, spec)
+    return reference.conv(suited(x, weight), weight, bias, spec)
 
 
 def _forward_product(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:

@@ -19,7 +19,7 @@ from . import cpu, reference
 from .activations import IN_PLACE
 from .block import Operands, Step
 from .cpu import products_dtype
-from .cpu_convolution import convolution
+from .cpu_convolution import convolution, suited
 from .dispatch import is_batched
 from .norms import Norm, NormCall
 from .onednn import instruction_set, lowered_products
@@ -29,14 +29,14 @@ from .summed_weight import summed_weight
 __all__ = ["collapses", "packs", "run"]
 
 
-def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> Tensor:
+def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool, *, new: bool = False) -> Tensor:
     """``step`` with ``norm`` after its convolution and ahead of residual and activation; differentiable any number of
     times. Dense CPU tensors, x, weight and bias of one floating dtype (a weight that `packs` may be float32):
     (N, C_in, H, W) -> (N, C_out, OH, OW) in x's dtype and the memory format asked for. Whoever calls it has cast for
-    autocast."""
+    autocast. ``new``: the weight has just been met for the first time (`cpu.run`), and is not packed."""
     if torch.is_autocast_enabled("cpu"):  # it would round what is done in float32 on purpose
         with torch.autocast("cpu", enabled=False):
-            return run(step, o, norm, channels_last)
+            return run(step, o, norm, channels_last, new=new)
     x = cpu.convert(o.x, o.x.dtype, True)
     o = o._replace(x=x)
     if o.mean is not None or o.scale is not None or o.shift is not None:
@@ -46,7 +46,7 @@ def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> 
             o = o._replace(scale=None, shift=None)
         y = reference.epilogue(y, o.scale, o.shift, o.residual, step.activation, o.slope)
     else:
-        packed = cpu.run(*_bare(step, o), True) if packs(step, o, norm) else None
+        packed = cpu.run(*_bare(step, o), True) if not new and packs(step, o, norm) else None
         y = _finish(_convolved(step, x, o) if packed is None else packed, norm, step.activation, o)
     return cpu.convert(y, y.dtype, channels_last)
 
@@ -72,6 +72,7 @@ def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
     if u is None:
         return convolution(step.pad_input(x), weight, o.bias, step.spec)
     if lowered_products() or not collapses(step, x.shape, x.dtype):
+        x = suited(x, weight, math.prod(u.scale))
         return reference.upsample_conv(x, weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
     return convolution(step.pad_input(x), summed_weight(weight, u.scale, step.spec.groups), o.bias, step.spec)
 

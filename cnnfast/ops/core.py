@@ -106,7 +106,7 @@ def run_step(
         return by_torch(step, o, norm, channels_last)
     if not unseen and o.x.device.type == "cpu" and cpu.why_not(step, o, channels_last) is None:
         packed = cpu.run(step, o, channels_last)
-        return cpu_training.run(step, o, None, channels_last) if packed is None else packed
+        return cpu_training.run(step, o, None, channels_last, new=True) if packed is None else packed
     y = run_reference(step, o)
     if unseen or y.device.type != "cpu":
         return to_format(y, channels_last)
