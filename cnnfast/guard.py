@@ -261,7 +261,8 @@ def warmup(function: Callable[..., Any], *inputs: Any, batch_sizes: Iterable[int
 
     Runs the function, without gradients, on ``inputs`` and then for each of ``batch_sizes`` on inputs of that batch
     (the first image of each tensor repeated; all tensors among the inputs must have the batch as dimension 0). Other
-    image sizes: call it again. Under autocast where later calls are.
+    image sizes: call it again. Under autocast where later calls are. On a CPU it packs the weights: there, each input
+    runs twice, as a weight is packed when it is met again.
 
     ``backward``: ``function`` is a module, and a training step of it is run, in the mode that it is in: forward, and
     the gradients of parameters and of those inputs that require one. Parameters, their ``grad``, buffers (running
@@ -293,8 +294,10 @@ def warmup(function: Callable[..., Any], *inputs: Any, batch_sizes: Iterable[int
             wanted = [x.requires_grad if isinstance(x, torch.Tensor) else False for x in inputs]
             _training_step(module, [x.requires_grad_() if want else x for x, want in zip(given, wanted, strict=True)])
         else:
+            on_cpu = any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in given)
             with torch.no_grad():
-                function(*given)
+                for _ in range(2 if on_cpu else 1):
+                    function(*given)
     if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
         torch.cuda.synchronize()
 
