@@ -102,7 +102,7 @@ def _method(
 
 def _too_few(s: ConvSpec, shape: tuple[int, ...], least: float) -> str | None:
     """Whether the step is too little work for packed operators; ``least`` where ATen leaves oneDNN for a matrix product
-    and col2im (or im2col) with little overhead. The condition is ATen's own (`use_mkldnn`)."""
+    and col2im (or im2col) with little overhead. The condition is ATen's own (``use_mkldnn``)."""
     macs = s.macs(shape[0], shape[2:])
     small = shape[0] == 1 and math.prod(shape) <= 20480 and min(s.kernel_size) <= 3
     few = macs < (least if small else 2e6)

@@ -17,7 +17,7 @@ def channels_last(module: M) -> M:
 
     PyTorch's own conversion leaves 3-D weights as they are, and a GPU kernel would copy them on every call. Here the
     weight (C_in, C_out/groups, k) of a ConvTranspose1d, or (C_out, C_in/groups, k) of a Conv1d, gets its second
-    dimension contiguous, as channels_last does for four. Values, shapes and ``state_dict`` stay; `load_state_dict`
+    dimension contiguous, as channels_last does for four. Values, shapes and ``state_dict`` stay; ``load_state_dict``
     keeps the order. For GPUs: PyTorch's own operators copy such a 3-D weight on a CPU. Parametrized and lazy modules
     are left alone.
     """
