@@ -167,7 +167,7 @@ def _lines() -> Iterator[tuple[str, str]]:
     yield "instruction sets", isa + (f", limited by ONEDNN_MAX_CPU_ISA={limit}" if limit else "")
     for line in cuda_devices() or [nvidia_problem() or "no NVIDIA device visible"]:
         yield "device", line
-    checked = "on" if guard.enabled() else "off: CNNFAST_GUARD=0"
+    checked = "on" if guard.enabled() else f"off: CNNFAST_GUARD={os.environ['CNNFAST_GUARD']}"
     yield "check of kernels", f"{checked}; {store.count(guard.KIND)} passed, kept in {store.where(guard.KIND)}"
     yield "tuned plans", f"{store.count('plans')}, kept in {store.where('plans')}"
     for backend in backends():
@@ -176,6 +176,6 @@ def _lines() -> Iterator[tuple[str, str]]:
 
 def report() -> str:
     """The text of ``python -m cnnfast env``: what to paste into a bug report."""
-    rows = list(_lines())
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    from tabulate import tabulate  # here: it is slow to import
+
+    return tabulate(list(_lines()), tablefmt="plain", disable_numparse=True)
