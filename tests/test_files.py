@@ -62,7 +62,9 @@ def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @posix
 def test_no_home(homeless: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(CacheError, match=r"no folder for the cache \(the home folder is not known\): set CNNFAST_CACHE"):
+    with pytest.raises(
+        CacheError, match=r"no folder for the cache \(the home folder is not known\): set CNNFAST_CACHE"
+    ):
         cache_dir()
     monkeypatch.setenv("CNNFAST_CACHE", "~nobody-of-this-name/x")
     with pytest.raises(CacheError, match=r"\(CNNFAST_CACHE=~nobody-of-this-name/x\): set CNNFAST_CACHE to one"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +23,12 @@ from cnnfast import fetch
 from cnnfast.__main__ import main
 from cnnfast.fetch import WeightsError
 from cnnfast.generators import DCGANConfig
-from cnnfast.tasks import data, losses, train
+from cnnfast.messages import CnnfastError, UsageError
+from cnnfast.tasks import data, losses, machine, train
 from cnnfast.tasks.checkpoint import CheckpointError, load_checkpoint, load_generator, save_checkpoint
 from cnnfast.tasks.data import SETS, DataError, load_images, sample_order
 from cnnfast.tasks.discriminator import DCGANDiscriminator
-from cnnfast.tasks.gan import CURVES, Options, Trainer
+from cnnfast.tasks.gan import CURVES, Options, Trainer, least_memory
 from cnnfast.tasks.interrupt import Interrupt
 from cnnfast.tasks.losses import LOSSES, critic_terms, interpolation_penalty, r1_penalty
 
@@ -299,6 +302,30 @@ def test_the_moving_average() -> None:
     assert torch.equal(trainer.average.state_dict()[name], expected)
     tracked = "main.1.num_batches_tracked"
     assert trainer.average.state_dict()[tracked] == trainer.generator.state_dict()[tracked] == 2
+    mean = "main.1.running_mean"
+    assert not torch.equal(trainer.average.state_dict()[mean], trainer.generator.state_dict()[mean])
+
+
+def test_the_moving_average_begins_with_the_start() -> None:
+    """Not with a copy of the first step's weights, which is what `AveragedModel` does with its first model."""
+    before = {name: value.clone() for name, value in trained(TINY, 0).average.state_dict().items()}
+    trainer = trained(TINY, 1)
+    weight = 1 - 0.5 ** (4 / (0.05 * 4))
+    for name, value in trainer.average.state_dict().items():
+        source = trainer.generator.state_dict()[name]
+        assert torch.equal(value, torch.lerp(before[name], source, weight) if value.is_floating_point() else source)
+    assert trainer.state()["average"].keys() == trainer.generator.state_dict().keys()
+
+
+def test_the_memory_that_is_asked_for_ahead_is_no_more_than_is_needed() -> None:
+    trainer = trained(replace(TINY, width=4), 0)
+    generator, discriminator = (
+        sum(p.numel() for p in m.parameters()) for m in (trainer.generator, trainer.discriminator)
+    )
+    weights = 4 * (5 * generator + 4 * discriminator)
+    assert 0.9 * weights < least_memory(trainer.config, 0) <= weights
+    first, second = least_memory(trainer.config, 1), least_memory(trainer.config, 2)
+    assert second - first == first - least_memory(trainer.config, 0) == 4 * 2 * (8 * 16 + 4 * 64 + 1 * 256)
 
 
 def test_other_images_are_refused() -> None:
@@ -344,8 +371,11 @@ def test_the_order_of_samples() -> None:
 def test_a_folder_of_pictures(folder: Path) -> None:
     pixels = load_images(str(folder), 16)
     assert pixels.shape == (10, 3, 16, 16) and pixels.dtype == torch.uint8
-    with pytest.raises(DataError, match="nothing: expected one of digits, faces, tissue, or a folder"):
-        load_images(str(folder / "nothing"), 16)
+    for name in (str(folder / "nothing"), str(folder / "1.png"), "", "x" * 300):
+        with pytest.raises(UsageError, match=f"{name}: expected one of digits, faces, tissue, or a folder"):
+            load_images(name, 16)
+    (folder / "._1.png").write_bytes(b"what a Mac leaves beside every file")
+    assert len(load_images(str(folder), 16)) == 10
     (folder / "5.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="5.png cannot be read"):
         load_images(str(folder), 16)
@@ -448,19 +478,18 @@ def test_the_job_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(["sample", str(output / "checkpoint.pt"), "--output", str(tmp_path / "s.png"), "--count", "3"]) == 0
     with image_module.open(tmp_path / "s.png") as picture:
         assert picture.size == (8 * 18 + 2, 18 + 2)
-    assert main(["sample", str(tmp_path / "none.pt")]) == 2
-    assert "none.pt is not a file" in capsys.readouterr().err
+    assert load_generator(str(output / "checkpoint.pt")).config == model.config
 
 
 def test_resuming_from_nothing_and_from_rubbish(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments(folder, tmp_path / "out", "--resume")) == 2
-    assert "checkpoint.pt is not a file" in capsys.readouterr().err
+    assert "checkpoint.pt is not a file: there is no checkpoint to go on from" in capsys.readouterr().err
     (tmp_path / "out").mkdir()
     path = tmp_path / "out" / "checkpoint.pt"
     path.write_bytes(b"rubbish")
-    assert main(arguments(folder, tmp_path / "out", "--resume")) == 2
+    assert main(arguments(folder, tmp_path / "out", "--resume")) == 1
     assert "cannot be read as a checkpoint" in capsys.readouterr().err
     torch.save({"format": "other"}, path)
     with pytest.raises(CheckpointError, match="is no checkpoint of"):
@@ -496,7 +525,184 @@ def test_a_full_disk_ends_with_a_message(
     monkeypatch.setattr(train, "save_checkpoint", full)
     assert main(arguments(folder, tmp_path / "out", "--resume", "--epochs", "2")) == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: No space left on device\n") and "is as it was after step 3" in said
+    assert said.startswith("error: No space left on device. ") and "is as it was after step 3. Go on with: " in said
+    assert said.count("\n") == 1
+
+
+def test_running_out_of_memory_in_a_step_ends_with_a_message(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Trainer.step
+
+    def hungry(self: Trainer) -> torch.Tensor:
+        if self.steps == 4:
+            torch.empty(2**50)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", hungry)
+    assert main(arguments(folder, tmp_path / "out")) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory: ") and "is as it was after step 3. Go on with: " in said
+    assert said.count("\n") == 1
+
+
+def test_a_training_that_is_done_says_so_and_writes_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert main(arguments(folder, output, "--epochs", "2")) == 0
+    capsys.readouterr()
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+    resume = ["train", "gan", "--resume", "--output", str(output), "--device", "cpu"]
+    for arguments_ in (resume, [*resume, "--epochs", "2"]):
+        assert main(arguments_) == 0
+        said = capsys.readouterr()
+        assert said.out == f"nothing to do: {output}/checkpoint.pt is at epoch 2; more with --epochs 3 or above\n"
+    assert main([*resume, "--epochs", "1"]) == 2
+    said = capsys.readouterr()
+    assert said.err == f"error: --epochs 1: {output}/checkpoint.pt is past that, at epoch 2\n" and said.out == ""
+    assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
+
+
+def test_a_training_past_the_epochs_in_the_middle_of_one(tmp_path: Path, folder: Path) -> None:
+    options = replace(TINY, data=str(folder), output=tmp_path, epochs=3)
+    save_checkpoint(tmp_path / "checkpoint.pt", trained(options, 4, load_images(str(folder), 16)).state())
+    with pytest.raises(UsageError, match="--epochs 1: .* is past that, at epoch 1 and step 1 of the next"):
+        train.run(resume=True, output=tmp_path, epochs=1, device="cpu")
+
+
+DAMAGE = {
+    "no steps": lambda s: s.pop("steps"),
+    "steps of another kind": lambda s: s.update(steps=torch.ones(1)),
+    "no average": lambda s: s.pop("average"),
+    "no options": lambda s: s.pop("options"),
+    "options of another kind": lambda s: s.update(options=[1]),
+    "an option of another kind": lambda s: s["options"].update(batch_size="4"),
+    "an unknown option": lambda s: s["options"].update(colour="red"),
+    "an option that cannot be": lambda s: s["options"].update(width=-1),
+    "a missing weight": lambda s: s["generator"].pop("main.0.weight"),
+    "an unknown weight": lambda s: s["generator"].update(more=torch.ones(1)),
+    "a weight of another shape": lambda s: s["discriminator"].update({"main.0.weight": torch.ones(3)}),
+    "a weight that is none": lambda s: s["average"].update({"main.0.weight": 3}),
+    "a state_dict that is none": lambda s: s.update(generator=3),
+    "no optimiser": lambda s: s["optimisers"].pop("generator"),
+    "an optimiser that is none": lambda s: s.update(optimisers=3),
+    "moments of another shape": lambda s: s["optimisers"]["generator"]["state"][0].update(exp_avg=torch.ones(3)),
+    "no moments": lambda s: s["optimisers"]["generator"].update(state={}),
+    "other groups": lambda s: s["optimisers"]["discriminator"]["param_groups"].pop(),
+    "fewer curves": lambda s: s.update(curves=s["curves"][1:]),
+    "curves that are none": lambda s: s.update(curves="none"),
+}
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, object]:
+    return trained(TINY, 2, images(4)).state()
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_not_gone_on_from(
+    name: str, state: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "load_images", lambda data, size: images(4))
+    bad = copy.deepcopy(state)
+    DAMAGE[name](bad)
+    save_checkpoint(tmp_path / "checkpoint.pt", bad)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/checkpoint.pt is damaged: [^\n]+$"):
+        train.run(resume=True, output=tmp_path, epochs=9, device="cpu")
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+NO_GENERATOR = {
+    "no config": lambda s: s.pop("config"),
+    "a config of another kind": lambda s: s.update(config=3),
+    "an unknown option": lambda s: s["config"].update(colour="red"),
+    "a size that cannot be": lambda s: s["config"].update(image_size=17),
+    "a text for a size": lambda s: s["config"].update(ngf="2"),
+    "a terabyte": lambda s: s["config"].update(ngf=10**7),
+    "more than can be counted": lambda s: s["config"].update(image_size=2**70),
+    "no average": lambda s: s.pop("average"),
+    "another shape": lambda s: s["average"].update({"main.0.weight": torch.ones(4, 4, 4, 5)}),
+    "another dtype": lambda s: s["average"].update({"main.0.weight": s["average"]["main.0.weight"].half()}),
+    "a missing weight": lambda s: s["average"].pop("main.1.running_var"),
+}
+
+
+@pytest.mark.parametrize("name", NO_GENERATOR)
+def test_a_checkpoint_without_a_usable_generator(name: str, state: dict[str, object], tmp_path: Path) -> None:
+    bad = copy.deepcopy(state)
+    NO_GENERATOR[name](bad)
+    save_checkpoint(tmp_path / "checkpoint.pt", bad)
+    with pytest.raises(CheckpointError, match=f"^{tmp_path}/checkpoint.pt holds no generator[^\n]+$"):
+        load_generator(tmp_path / "checkpoint.pt")
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("code in the checkpoint ran",))
+
+
+def test_a_pickle_is_refused_without_advice_to_run_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.save({"format": "cnnfast gan 1", "config": Evil()}, tmp_path / "c.pt")
+    with pytest.raises(CheckpointError, match="it asks for print: tensors, numbers and strings are read") as caught:
+        load_checkpoint(tmp_path / "c.pt")
+    assert "weights_only" not in "".join(traceback.format_exception(caught.value))
+    assert main(["sample", str(tmp_path / "c.pt"), "--debug"]) == 1
+    assert capfd.readouterr().err.count("weights_only") == 0
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        str,
+        Path,
+        os.fspath,
+        type("P", (), {"__init__": lambda s, p: setattr(s, "p", p), "__fspath__": lambda s: str(s.p)}),
+    ],
+    ids=["str", "Path", "fspath", "PathLike"],
+)
+def test_paths_of_every_kind(kind: type, state: dict[str, object], tmp_path: Path) -> None:
+    path = kind(tmp_path / "c.pt")
+    save_checkpoint(path, dict(state))
+    assert load_checkpoint(path)["steps"] == 2 and load_generator(path)(torch.randn(1, 4, 1, 1)).shape == (1, 1, 16, 16)
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 130])
+def test_samples_are_drawn_in_parts(
+    count: int, state: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path / "c.pt", dict(state))
+    grids: list[torch.Tensor] = []
+    monkeypatch.setattr(train, "save_grid", lambda path, pictures: grids.append(pictures))
+    assert train.sample(tmp_path / "c.pt", tmp_path / "s.png", count, 3) == 0
+    z = torch.randn(count, 4, 1, 1, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        torch.testing.assert_close(grids[0], load_generator(tmp_path / "c.pt")(z))
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["meta", "gpu", "", "cuda:-1", "cuda:99", "vulkan", "hpu", "xla", "mkldnn", "cpu:x"])
+def test_devices_that_cannot_compute(device: str) -> None:
+    with pytest.raises(UsageError, match=f"^--device {device}: [^\n]+$"):
+        machine.choose_device(device)
+
+
+def test_devices_that_can() -> None:
+    assert machine.choose_device("cpu") == machine.choose_device("cpu:1") == CPU
+    assert machine.choose_device(None).type in ("cpu", "cuda")
+
+
+def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.require_memory(1, "nothing")
+    message = r"^out of memory: --width 9 needs at least 1,048,576 GiB, this machine has [\d,]+$"
+    if hasattr(os, "sysconf"):
+        with pytest.raises(CnnfastError, match=message):
+            machine.require_memory(2**50, "--width 9")
+    monkeypatch.delattr(os, "sysconf", raising=False)
+    machine.require_memory(2**50, "a system that does not tell")
 
 
 def test_layers_are_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -554,7 +760,7 @@ def test_missing_packages_are_said(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(train, "REQUIRES", {"tqdm": "no_such_module"})
-    assert main(arguments(folder, tmp_path / "out")) == 2
+    assert main(arguments(folder, tmp_path / "out")) == 1
     assert capsys.readouterr().err == "error: train needs tqdm: pip install tqdm\n"
 
 

@@ -137,7 +137,7 @@ def _restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
 
 def _where(trainer: Trainer) -> str:
     epochs, steps = divmod(trainer.steps, trainer.steps_per_epoch)
-    return f"at epoch {epochs}" + (f" and {steps} steps" if steps else "")
+    return f"at epoch {epochs}" + (f" and step {steps} of the next" if steps else "")
 
 
 def _about(trainer: Trainer) -> str:
