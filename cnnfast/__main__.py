@@ -213,8 +213,10 @@ def _failed(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         text, status = "interrupted", 130
     else:
-        hint = "" if isinstance(error, (CnnfastError, OSError, MemoryError)) else " (--debug shows where)"
-        text, status = f"error: {one_line(error)}{hint}", 2 if isinstance(error, UsageError) else 1
+        told = one_line(error)
+        known = isinstance(error, (CnnfastError, OSError)) or told.startswith("out of memory")
+        text = f"error: {told}{'' if known else ' (--debug shows where)'}"
+        status = 2 if isinstance(error, UsageError) else 1
     if sys.stderr is not None:
         print(text, file=sys.stderr)
     return status

@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from . import __version__, dispatch, guard, onednn, store
+from .messages import UsageError, one_line
 
-__all__ = ["Backend", "backends", "cpu_name", "nvidia_problem", "report", "triton_off"]
+__all__ = ["Backend", "backends", "cpu_name", "device_of", "nvidia_problem", "report", "triton_off"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,16 @@ def cuda_error() -> str | None:
 def _said(caught: list[warnings.WarningMessage]) -> str:
     texts = [str(w.message).strip().splitlines()[0] for w in caught if str(w.message).strip()]
     return f" [{'; '.join(texts)}]" if texts else ""
+
+
+def device_of(text: str) -> torch.device:
+    """`torch.device` of a command line's ``--device``. UsageError for what is none; torch warns of old names there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.device(text)
+        except Exception as error:  # of some kinds of device its module is looked for
+            raise UsageError(f"--device {text}: {one_line(error, name=False)}") from error
 
 
 def nvidia_problem() -> str | None:

@@ -23,21 +23,21 @@ class UsageError(CnnfastError):
     """What was asked for cannot be: an option, a value, a device, the name of a file."""
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException, *, name: bool = True) -> str:
     """An exception in one line, without control characters. Whole where it is this library's own; of others the first
-    lines, behind the name of the class."""
+    lines, behind the name of the class unless ``name`` is False."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    first = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    first = first if len(first) <= _LONGEST else f"{first[:_LONGEST]} ..."
     if isinstance(error, CnnfastError):
         text = " ".join(lines)
     elif isinstance(error, OSError) and error.strerror:
         text = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    elif first and (isinstance(error, OSError) or not name):
+        text = first
     else:
-        first = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
-        first = first if len(first) <= _LONGEST else f"{first[:_LONGEST]} ..."
-        name = "out of memory" if _is_out_of_memory(error) else type(error).__name__
-        text = f"{name}: {first}" if first else name
-        if first and isinstance(error, OSError):
-            text = first
+        kind = "out of memory" if _is_out_of_memory(error) else type(error).__name__
+        text = f"{kind}: {first}" if first else kind
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -269,10 +269,7 @@ def _check(options: Options) -> None:
     unknown = [name for name in options.models if name not in list_models()]
     if unknown:
         raise UsageError(f"unknown model {', '.join(unknown)}: expected some of {', '.join(list_models())}")
-    try:
-        device = torch.device(options.device)
-    except RuntimeError as error:
-        raise UsageError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+    device = env.device_of(options.device)
     if device.type != "cuda":
         raise UsageError(f"--device {options.device}: plans are of CUDA devices")
     problem = env.triton_off(device.index) or (None if guard.enabled() else UNCHECKED)

@@ -345,6 +345,8 @@ def test_other_images_are_refused() -> None:
         ({"seed": -1}, "--seed -1: expected at least 0"),
         ({"seed": 2**63}, "--seed 9223372036854775808: expected less than"),
         ({"lr": 0.0}, "--lr 0.0: expected a positive number"),
+        ({"lr": 1e39}, r"--lr 1e\+39: expected a positive number"),
+        ({"instance_noise": float("inf")}, "--instance-noise inf: expected at least 0"),
         ({"lr": float("nan")}, "--lr nan: expected a positive number"),
         ({"instance_noise": -0.1}, "--instance-noise -0.1: expected at least 0"),
         ({"image_size": 48}, "image_size=48 must be a power of two"),

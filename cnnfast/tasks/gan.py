@@ -68,9 +68,10 @@ class Options:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
         if self.seed >= 2**63:
             raise ValueError(f"--seed {self.seed}: expected less than 2**63")
-        if self.lr is not None and not 0 < self.lr < float("inf"):
+        largest = torch.finfo(torch.float32).max
+        if self.lr is not None and not 0 < self.lr <= largest:
             raise ValueError(f"--lr {self.lr}: expected a positive number")
-        if self.instance_noise is not None and not 0 <= self.instance_noise < float("inf"):
+        if self.instance_noise is not None and not 0 <= self.instance_noise <= largest:
             raise ValueError(f"--instance-noise {self.instance_noise}: expected at least 0")
         DCGANConfig(nz=self.nz, ngf=self.width, image_size=self.image_size)  # its own errors
 

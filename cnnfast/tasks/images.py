@@ -40,6 +40,7 @@ def read_rgb(file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
 
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF data, which says nothing then
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(file) as picture:
                 ends = _black_and_white(picture)  # of the file: what is turned knows its format no more

@@ -30,27 +30,24 @@ def choose_device(device: str | None) -> torch.device:
 
     UsageError for one that torch does not know or cannot compute on (``meta`` among them).
     """
-    if device is not None:
-        _check(device)
+    chosen = None if device is None else _usable(device)
     problem = env.nvidia_problem()
     if problem is not None:
         print(f"WARNING: {problem}\nThe CPU is used instead.\n")
-    if device is None:
-        return torch.device("cuda" if env.cuda_error() is None else "cpu")
-    chosen = torch.device(device)
-    return torch.device("cpu") if chosen.type == "cpu" else chosen  # there is one, whatever its number
+    return chosen or torch.device("cuda" if env.cuda_error() is None else "cpu")
 
 
-def _check(device: str) -> None:
+def _usable(text: str) -> torch.device:
+    device = env.device_of(text)
+    problem = env.cuda_error() if device.type == "cuda" else None
     try:
-        kind = torch.device(device).type
-        problem = env.cuda_error() if kind == "cuda" else None
         if problem is None and torch.ones(2, device=device).sum().item() != 2:
             problem = "a sum on it is wrong"
     except Exception as error:  # each kind of device fails in its own way
-        problem = one_line(error).partition(": ")[2] or one_line(error)
+        problem = one_line(error, name=False)
     if problem is not None:
-        raise UsageError(f"--device {device}: {problem}")
+        raise UsageError(f"--device {text}: {problem}")
+    return torch.device("cpu") if device.type == "cpu" else device  # there is one, whatever its number
 
 
 def require_memory(need: int, what: str) -> None:

@@ -29,7 +29,7 @@ from .plots import draw_curves, save_grid
 
 __all__ = ["CHECKPOINT", "run", "sample"]
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, SAMPLES = "checkpoint.pt", "samples"
 _SAMPLES = 64
 # Values stay on a GPU for this many steps: reading them waits for it.
 _CHECK_EVERY = {"cpu": 1, "cuda": 10}
@@ -67,6 +67,7 @@ def run(*, resume: bool = False, **given: Any) -> int:
         if left == 0:
             print(f"nothing to do: {path} is {_where(trainer)}; more with --epochs {options.epochs + 1} or above")
             return 0
+    make_output_dir(options.output / SAMPLES)
     print(f"cnnfast {__version__}, torch {torch.__version__}, {device_text(device)}")
     print(_about(trainer))
     try:
@@ -238,7 +239,7 @@ def _finish_epoch(trainer: Trainer, checked: int) -> None:
     _save(trainer, checked)
     output = trainer.options.output
     epoch = trainer.steps // trainer.steps_per_epoch
-    save_grid(output / "samples" / f"epoch_{epoch:04d}.png", trainer.sample(trainer.fixed_noise(_SAMPLES)))
+    save_grid(output / SAMPLES / f"epoch_{epoch:04d}.png", trainer.sample(trainer.fixed_noise(_SAMPLES)))
     history = trainer.history().numpy()
     curve = dict(zip(CURVES, history.T, strict=True))
     unit = trainer.loss.unit
