@@ -398,6 +398,15 @@ def test_nothing_to_tune() -> None:
         cnnfast.tune(lambda x: x, torch.randn(1, 2))
 
 
+def test_what_is_found_is_logged_and_not_printed(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level("INFO", "cnnfast"):
+        assert tuning.tune_steps([None], seconds=0) == []  # type: ignore[list-item]
+    assert caplog.messages == ["out of time: 1 of 1 steps keep the plans they have"]
+    assert capfd.readouterr() == ("", "")
+
+
 def test_tuning_needs_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CNNFAST_GUARD", "0")
     with pytest.raises(RuntimeError, match="tuning needs the check of kernels: unset CNNFAST_GUARD"):
