@@ -1,8 +1,8 @@
 """``python -m benchmarks.house``: the plan of the code in numbers.
 
 What `tests/test_house.py` and a reader want to know: circles of imports, imports inside functions, where a device is
-asked for, how many files and functions a warm call passes on its way to the launch. ``--check`` exits 1 where a limit of
-`LIMITS` is passed.
+asked for, how many files and functions a warm call passes on its way to the launch. ``--check`` exits 1 where a limit
+of `LIMITS` is passed.
 """
 
 from __future__ import annotations
@@ -170,8 +170,7 @@ def trip(call: Callable[[], object], root: Path = ROOT) -> Trip:
 
 
 def trips() -> dict[str, Trip]:
-    """Of a warm ConvTranspose2d + BatchNorm2d + ReLU on the Triton path, the launch stubbed, in one thread: a backward's
-    functions run in the caller's."""
+    """Of a warm ConvTranspose2d + BatchNorm2d + ReLU on the Triton path, the launch stubbed."""
     import torch
     from torch import nn
 

@@ -19,6 +19,7 @@ from . import env
 from .dispatch import tf32_convolutions
 from .files import make_output_dir, write_atomically
 from .generators import create_model
+from .guard import warmup
 from .layers import Sequential
 from .messages import UsageError
 from .tasks.machine import REQUIRES, choose_device, device_text, require
@@ -113,9 +114,10 @@ def _compare(build: Builder, z: torch.Tensor, device: torch.device) -> tuple[dic
     with tf32_convolutions(False):  # PyTorch's default for convolutions on a GPU would hide differences
         for name, container in (("plain PyTorch", nn.Sequential), ("cnnfast", Sequential)):
             for dtype in DTYPES:
-                model = build(container).to(device, dtype)
-                with torch.inference_mode():  # not around the models: parameters made in it have no version
-                    images[name, dtype] = model(z.to(device, dtype)).float().cpu()
+                model, x = build(container).to(device, dtype), z.to(device, dtype)
+                warmup(model, x)  # what is compared are packed weights
+                with torch.inference_mode():
+                    images[name, dtype] = model(x).float().cpu()
     expected = images["plain PyTorch", torch.float32]
     largest, error = difference(images["cnnfast", torch.float32], expected)
     print(f"\n{len(z)} faces, the same weights and noise, cnnfast against plain PyTorch:")

@@ -72,7 +72,7 @@ def load_generator(path: str | os.PathLike[str]) -> DCGANGenerator:
 
 
 def difference(module: torch.nn.Module, state: object) -> str | None:
-    """What of ``state`` does not fit ``module`` (keys, shapes, dtypes), or None where `load_state_dict` takes it."""
+    """What of ``state`` does not fit ``module`` (keys, shapes, dtypes), or None where ``load_state_dict`` takes it."""
     if not isinstance(state, Mapping):
         return f"expected a state_dict, found {type(state).__name__}"
     own = module.state_dict()

@@ -251,7 +251,7 @@ class Trainer:
 
 
 def _same_shapes(optimiser: torch.optim.Optimizer, state: Any, begun: bool) -> bool:
-    """Whether `load_state_dict` takes ``state`` and Adam can go on from it."""
+    """Whether ``load_state_dict`` takes ``state`` and Adam can go on from it."""
     groups = optimiser.param_groups
     if [len(g["params"]) for g in groups] != [len(g["params"]) for g in state["param_groups"]]:
         return False
