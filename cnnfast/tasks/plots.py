@@ -11,20 +11,46 @@ import numpy as np
 import torch
 
 from ..files import write_atomically
+from ..messages import UsageError
 
-__all__ = ["draw_curves", "grid", "save_grid"]
+__all__ = ["WRITTEN", "draw_curves", "grid", "is_picture", "pixels", "save_grid", "save_pixels"]
+
+WRITTEN = (".jpeg", ".jpg", ".png", ".webp")
+
+
+def is_picture(path: Path) -> bool:
+    """Whether ``path`` names a picture of a kind that is written, and no folder. UsageError for another kind."""
+    if not path.suffix or path.is_dir():
+        return False
+    if path.suffix.lower() not in WRITTEN:
+        raise UsageError(f"--output {path}: expected a name that ends in {', '.join(WRITTEN)}, or a folder")
+    return True
+
+
+def save_pixels(path: Path, values: np.ndarray) -> None:
+    """uint8 (H, W, 3) as a picture of the kind that the name says. OSError where it cannot be written."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, format=Image.registered_extensions()[path.suffix.lower()], quality=95)
+    write_atomically(path, buffer.getvalue())
+
+
+def pixels(images: torch.Tensor) -> np.ndarray:
+    """(N, 1 or 3, H, W) in [-1, 1] -> uint8 (N, H, W, 3)."""
+    colours = images.expand(len(images), 3, *images.shape[2:])
+    return ((colours.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def grid(images: torch.Tensor, columns: int = 8, gap: int = 2) -> np.ndarray:
     """(N, 1 or 3, H, W) in [-1, 1] -> one uint8 picture (rows*(H+gap)+gap, columns*(W+gap)+gap, 3) on white."""
     n, _, h, w = images.shape
     rows = -(-n // columns)
-    colours = images.expand(n, 3, h, w)
-    pixels = ((colours.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    values = pixels(images)
     picture = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 255, np.uint8)
     for i, (row, column) in zip(range(n), itertools.product(range(rows), range(columns)), strict=False):
         top, left = gap + row * (h + gap), gap + column * (w + gap)
-        picture[top : top + h, left : left + w] = pixels[i]
+        picture[top : top + h, left : left + w] = values[i]
     return picture
 
 
