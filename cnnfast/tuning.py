@@ -257,8 +257,9 @@ def run(options: Options) -> int:
             model: Any = create_model(name).eval().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
             left = None if end is None else max(0.0, end - time.monotonic())
             print(f"{name}, {str(dtype).removeprefix('torch.')}, batch {', '.join(map(str, options.batches))}")
-            z = model.example_input(options.batches[0])
-            found += tune(model, z, batch_sizes=options.batches[1:], seconds=left, tell=print)
+            example = model.example_input(options.batches[0])
+            inputs = example if isinstance(example, tuple) else (example,)
+            found += tune(model, *inputs, batch_sizes=options.batches[1:], seconds=left, tell=print)
     gains = sorted(r.gain for r in found)
     if gains:
         print(f"{len(found)} steps tuned, median gain {gains[len(gains) // 2]:.2f}x; kept in {store.where(tuned.KIND)}")

@@ -21,6 +21,9 @@ from ..arguments import positive, seed
 from ..files import make_output_dir
 from ..memory_format import channels_last
 from ..messages import CnnfastWarning, UsageError
+from ..packing import freeze
+from . import evaluation
+from .emoji import load_emoji
 from .machine import REQUIRES, choose_device, require
 from .plots import is_picture, pixels, save_pixels
 from .sampling import Sampler
@@ -31,8 +34,6 @@ if TYPE_CHECKING:
     import os
 
     from PIL import Image
-
-    from .evaluation import Row
 
 __all__ = ["Drawer", "Drawing", "add_command", "colour_of_eyes", "draw", "evaluate"]
 
@@ -74,6 +75,7 @@ class Drawer:
         network, self.vocabulary, self.made_by = load_weights(weights_file)
         network = network.to(self.device)
         self.network = channels_last(network) if self.device.type == "cuda" else network
+        freeze(self.network)
         self._samplers: dict[tuple[str, int], Sampler] = {}
 
     def images(self, texts: Sequence[str]) -> Tensor:
@@ -148,12 +150,9 @@ def evaluate(
     weights_file: str | os.PathLike[str] | None = None,
     font: str | os.PathLike[str] | None = None,
     device: str | None = None,
-) -> list[Row]:
+) -> list[evaluation.Row]:
     """How well what the training did not see is drawn, as `evaluation.evaluate` says. Needs the font and the names that
     the training needs. UsageError without a font, WeightsError where names or weights cannot be had."""
-    from . import evaluation
-    from .emoji import load_emoji
-
     drawer = Drawer(weights_file, device=device)
     data = load_emoji(drawer.network.config.image_size, font)
     return evaluation.evaluate(data, drawer.vocabulary, drawer.images)

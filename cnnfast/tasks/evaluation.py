@@ -69,7 +69,7 @@ def nearest_description(texts: Tensor, known: Tensor) -> Tensor:
 
 
 def evaluate(data: EmojiSet, vocabulary: Vocabulary, draw: Callable[[Sequence[str]], Tensor]) -> list[Row]:
-    """A row for every split that the training did not see, by English and by German names, and for a part of what it saw.
+    """A row for every split that the training did not see, by English and by German names, and rows for what it saw.
 
     ``draw``: texts -> images (N, 3, size, size) in [-1, 1], float32 on the CPU. Every picture of ``data`` can be
     retrieved. The order of the words is changed in the last row: reversed.

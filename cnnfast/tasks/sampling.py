@@ -18,6 +18,7 @@ from ..generators import DCGANGenerator, create_model
 from ..layers import Sequential
 from ..memory_format import channels_last
 from ..messages import UsageError
+from ..packing import freeze
 from .machine import REQUIRES, choose_device, require, require_memory
 from .plots import grid, is_picture, pixels, save_pixels
 
@@ -67,6 +68,7 @@ class Sampler:
         assert isinstance(network, DCGANGenerator)
         network = network.to(self.device)
         self.network = channels_last(network) if self.device.type == "cuda" else network
+        freeze(self.network)  # packed at once: the first call gives the bits of every other
 
     def images(self, first: int, count: int) -> Tensor:
         """Images number ``first`` to ``first + count``: (count, 3, H, W) in [-1, 1], float32 on the CPU."""
