@@ -83,12 +83,17 @@ def test_it_agrees_with_plain_pytorch(batch: int) -> None:
 
 
 def test_it_trains_as_plain_pytorch() -> None:
-    ours, exact = pair()
-    rows, letters = example()
-    for model in (ours, exact.double()):
+    ours, plain = pair()
+    exact = pair()[1].double()
+    rows, letters = example(seed=5)  # no pre-activation so near 0 that its sign is a matter of rounding
+    for model in (ours, plain, exact):
         model.train()(rows, letters).square().sum().backward()
-    for (name, a), b in zip(ours.named_parameters(), exact.parameters(), strict=True):
-        assert (a.grad - b.grad).abs().max() <= 1e-5 * b.grad.abs().max(), name
+
+    def error(model: nn.Module) -> float:
+        pairs = zip(model.parameters(), exact.parameters(), strict=True)
+        return max(((p.grad - q.grad).abs().max() / q.grad.abs().max()).item() for p, q in pairs)
+
+    assert error(ours) <= 2 * error(plain) + 1e-5
 
 
 def test_every_block_is_fused() -> None:
