@@ -95,14 +95,20 @@ class Drawer:
         """
         from PIL import Image
 
-        colour, unknown = colour_of_eyes(text, self.vocabulary)
+        colour, reading = self.read(text)
+        made = self.images([text]) if colour is None else self._sampler(colour, seed).images(0, 1)
+        what = "emoji" if colour is None else f"{colour} eye"
+        return Drawing(Image.fromarray(pixels(made)[0]), what, tuple(reading.remarks()))
+
+    def read(self, text: str) -> tuple[str | None, Reading]:
+        """(colour of the eye that the text is about, or None, what else it says). UsageError as `draw`."""
+        colour, rest = colour_of_eyes(text, self.vocabulary)
         if colour is not None:
-            image = self._sampler(colour, seed).images(0, 1)
-            return Drawing(Image.fromarray(pixels(image)[0]), f"{colour} eye", tuple(unknown.remarks()))
+            return colour, rest
         reading = self.vocabulary.read(text)
         if not reading.words:
             raise UsageError(_refusal(reading))
-        return Drawing(Image.fromarray(pixels(self.images([text]))[0]), "emoji", tuple(reading.remarks()))
+        return None, reading
 
     def _sampler(self, colour: str, seed: int) -> Sampler:
         key = colour, seed
@@ -184,6 +190,7 @@ def _work(arguments: argparse.Namespace) -> int:
     if not is_picture(arguments.output):
         raise UsageError(f"--output {arguments.output}: expected the name of a picture, such as drawing.png")
     drawer = Drawer(arguments.weights_file, device=arguments.device)
+    drawer.read(text)  # refused before anything is written
     make_output_dir(arguments.output.parent)
     drawing = drawer.draw(text, arguments.seed)
     image = drawing.image
