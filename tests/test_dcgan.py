@@ -15,6 +15,7 @@ from torch import nn
 import cnnfast
 from cnnfast import weights
 from cnnfast.generators import DCGANConfig, DCGANGenerator, create_model, list_models
+from cnnfast.trained import SHIPPED
 from cnnfast.weights import PRETRAINED, WeightsError
 
 # The generator of pytorch/examples with its default arguments.
@@ -116,14 +117,48 @@ def test_impossible_widths() -> None:
         DCGANConfig(ngf=0)
 
 
+def test_a_conditional_generator() -> None:
+    config = DCGANConfig(nz=5, ngf=4, image_size=16, classes=3, dropout=0.5)
+    ours, plain = pair(config)
+    assert isinstance(ours.main[3], nn.Dropout) and ours.main[0].in_channels == 8
+    noise = torch.randn(4, 5, 1, 1)
+    z = ours.latent(noise, torch.tensor([0, 2, 1, 1]))
+    assert torch.equal(z[:, :5], noise) and z[:, 5:, 0, 0].tolist() == [[1, 0, 0], [0, 0, 1], [0, 1, 0], [0, 1, 0]]
+    between = torch.tensor([[0.5, 0.5, 0.0]]).expand(4, 3)
+    assert torch.equal(ours.latent(noise, between)[:, 5:, 0, 0], between)
+    with torch.inference_mode():
+        assert relative_error(ours(z), plain(z)) <= 1e-5
+    assert ours.example_input(4).shape == (4, 8, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: DCGANConfig(classes=-1), "classes=-1 must not be negative"),
+        (lambda: DCGANConfig(dropout=1.0), "dropout=1.0 must be at least 0 and less than 1"),
+        (
+            lambda: DCGANGenerator(DCGANConfig(ngf=4)).latent(torch.zeros(1, 100, 1, 1), torch.zeros(1).long()),
+            "this generator has no classes",
+        ),
+        (
+            lambda: DCGANGenerator(DCGANConfig(ngf=4, classes=2)).latent(torch.zeros(3, 100, 1, 1), torch.zeros(3, 1)),
+            r"labels must be \(3,\) or \(3, 2\), got shape \(3, 1\)",
+        ),
+    ],
+    ids=["classes", "dropout", "none", "shape"],
+)
+def test_impossible_conditions(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
 # --- by name ----------------------------------------------------------------------------------------------------------
 
 
 def test_list_models() -> None:
-    assert list_models() == ["dcgan", "dcgan_faces"]
-    assert list_models(pretrained=True) == ["dcgan_faces"]
-    assert list_models(pretrained=False) == ["dcgan"]
-    assert set(PRETRAINED) == set(list_models(pretrained=True))
+    assert list_models()[:2] == ["dcgan", "dcgan_faces"] and {"dcgan_eyes", "text_image"} <= set(list_models())
+    assert "dcgan" in list_models(pretrained=False)
+    assert {*PRETRAINED, *SHIPPED} == set(list_models(pretrained=True))
 
 
 def test_create_model_passes_the_configuration_on() -> None:
