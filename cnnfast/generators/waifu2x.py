@@ -1,6 +1,6 @@
-"""waifu2x's networks (nagadomi): ``upconv_7``, which doubles a picture, and ``cunet``, which takes noise and JPEG's traces
-out of it. No convolution pads: a result is smaller than the input by ``2*margin`` (in pixels of the input), and each of
-its pixels is the same in every cut-out that holds its surroundings. `cunet` alone has global means besides, its gates.
+"""waifu2x's networks (nagadomi): ``upconv_7``, which doubles a picture, and ``cunet``, which takes noise and JPEG's
+traces out of it. No convolution pads: a result is smaller than the input by ``2*margin`` (in pixels of the input), and
+each of its pixels is the same in every cut-out that holds its surroundings. `CUNet` alone has global means besides.
 """
 
 from __future__ import annotations

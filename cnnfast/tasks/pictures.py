@@ -39,8 +39,8 @@ _SRGB_SPACES = ("CMYK", "YCbCr", "LAB", "HSV")
 
 @dataclass(frozen=True)
 class Picture:
-    """``pixels`` (H, W, C) uint8 or uint16: grey, grey and alpha, RGB or RGBA. ``info``: what Pillow calls so, as far as
-    it goes along: ``icc_profile``, ``exif``, ``xmp`` (bytes), ``dpi``, ``text`` (PNG's)."""
+    """``pixels`` (H, W, C) uint8 or uint16: grey, grey and alpha, RGB or RGBA. ``info``: what Pillow calls so, as far
+    as it goes along: ``icc_profile``, ``exif``, ``xmp`` (bytes), ``dpi``, ``text`` (PNG's)."""
 
     pixels: np.ndarray
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -91,8 +91,8 @@ def read(path: str | os.PathLike[str]) -> Picture:
 
     Palettes become colours, a key colour alpha; CMYK and other spaces become RGB, by their profile where they have one.
     ImageError for an animation and a file of several pages, for 32-bit pixels (what is white is not said in the file),
-    more pixels than Pillow takes for safe, and a file that is no picture, damaged or cut off. OSError where it cannot be
-    opened.
+    more pixels than Pillow takes for safe, and a file that is no picture, damaged or cut off. OSError where it cannot
+    be opened.
     """
     from PIL import Image
 
@@ -205,7 +205,8 @@ def _by_profile(image: Image.Image, profile: bytes) -> Image.Image | None:
 
 
 def to_pil(picture: Picture) -> Image.Image:
-    """As a picture of Pillow's. 16-bit grey keeps its bits (I;16); Pillow has no colours or alpha of 16 bits: ValueError."""
+    """As a picture of Pillow's. 16-bit grey keeps its bits (I;16). Pillow has no colours or alpha of 16 bits:
+    ValueError."""
     from PIL import Image
 
     pixels = picture.pixels

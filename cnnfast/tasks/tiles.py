@@ -109,7 +109,8 @@ def run(
     CnnfastError where even a small tile does not fit, or a result is not finite.
     """
     target = np.dtype(pixels.dtype if result is None else result)
-    return _Run(job, pixels, torch.device(device), dtype, target, on_progress).all(memory, side)
+    with torch.inference_mode():
+        return _Run(job, pixels, torch.device(device), dtype, target, on_progress).all(memory, side)
 
 
 class _Run:
@@ -204,8 +205,7 @@ class _Run:
         return x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
 
     def _network(self, x: Tensor, means: Sequence[Tensor]) -> Tensor:
-        with torch.inference_mode():
-            return self.job.network(x) if self.job.means is None else self.job.network(x, means)
+        return self.job.network(x) if self.job.means is None else self.job.network(x, means)
 
     def _store(self, tile: _Tile, y: Tensor) -> None:
         job, s = self.job, self.job.scale
@@ -235,13 +235,12 @@ class _Run:
 
         def add(tile: _Tile) -> None:
             nonlocal count
-            with torch.inference_mode():
-                part = take(self._input(tile), means)
-                rows = None if tile.bottom == whole.bottom else (tile.bottom - tile.top) // stride
-                columns = None if tile.right == whole.right else (tile.right - tile.left) // stride
-                part = part[0, :, :rows, :columns]
-                total.append(part.sum((1, 2), dtype=torch.float64))
-                count += part.shape[1] * part.shape[2]
+            part = take(self._input(tile), means)
+            rows = None if tile.bottom == whole.bottom else (tile.bottom - tile.top) // stride
+            columns = None if tile.right == whole.right else (tile.right - tile.left) // stride
+            part = part[0, :, :rows, :columns]
+            total.append(part.sum((1, 2), dtype=torch.float64))
+            count += part.shape[1] * part.shape[2]
 
         self._each(whole, add)
         return (torch.stack(total).sum(0) / count).view(1, -1, 1, 1)
