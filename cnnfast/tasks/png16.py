@@ -116,7 +116,7 @@ def _unfiltered(rows: np.ndarray, filters: np.ndarray) -> np.ndarray:
 
 
 def encode(pixels: np.ndarray, level: int, parts: Sequence[tuple[bytes, bytes]] = ()) -> bytes:
-    """A PNG of ``pixels`` (H, W, C) uint16, C from 1 to 4, by zlib's ``level``; ``parts`` (kind, body) go ahead of them."""
+    """A PNG of ``pixels`` (H, W, 1 to 4) uint16 by zlib's ``level``; ``parts`` (kind, body) go ahead of them."""
     height, width, channels = pixels.shape
     rows = pixels.astype(">u2").reshape(height, -1).view(np.uint8)
     above = np.vstack([np.zeros_like(rows[:1]), rows[:-1]])

@@ -46,7 +46,7 @@ class ImageJob:
     ``pads``: True for a network that keeps the size, padding at the picture's edge in its own way. False for one that
     does not pad: its result is smaller by ``2 * halo``, and it is given the picture's edge repeated as often.
     ``multiple``: tiles begin and end at multiples of it (strides inside the network); at the end the edge is repeated.
-    ``floats``: the numbers that the network holds at its peak for a pixel of the input, from which sizes of tiles follow.
+    ``floats``: the numbers that it holds at its peak for a pixel of the input, from which sizes of tiles follow.
     ``differs``: why tiles do not give what the whole would, None where they do.
     ``tiled``: False for a network that only takes whole pictures.
     """

@@ -53,7 +53,7 @@ def _spandrel() -> Any:
             ) from error
         raise CnnfastError(f"spandrel cannot be imported: {one_line(error)}") from error
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        # torchvision's compiled part is for one release of torch only; where it does not load, its operators are missing.
+        # torchvision's compiled part is for one release of torch; where it does not load, its operators are missing.
         hint = (
             f"; torchvision has to be the release that fits torch {torch.__version__}" if _is_torchvision(error) else ""
         )
@@ -119,8 +119,8 @@ def reach(
     share: float = 1e-6,
     largest: int = _LARGEST_HALO,
 ) -> int:
-    """How far a pixel of the result sees: the radius, in pixels of the input, outside of which less than ``share`` of the
-    gradient lies (of the sum of absolute values, for the result's middle, on noise); ``largest`` at most.
+    """How far a pixel of the result sees: the radius, in pixels of the input, outside of which less than ``share`` of
+    the gradient lies (of the sum of absolute values, for the result's middle, on noise); ``largest`` at most.
 
     0 takes every weight into account; the far ones of a deep network count for nothing in the result.
     """
