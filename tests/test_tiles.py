@@ -19,33 +19,39 @@ from cnnfast.tasks.tiles import ImageJob, Means
 from cnnfast.tasks.user_models import reach
 
 
+class Lively(nn.Module):
+    """A network with weights as large as trained ones have, its results between 0 and 1 (nothing is clipped)."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network.eval()
+        with torch.no_grad():
+            for name, layer in network.named_modules():
+                if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                    nn.init.kaiming_normal_(layer.weight)
+                    layer.weight *= 10 if "seblock" in name else 0.01 if name == "conv_1.eval_conv" else 1
+
+    def forward(self, *args: object) -> Tensor:
+        return torch.sigmoid(self.network(*args))
+
+
 def job(name: str) -> ImageJob:
     torch.manual_seed(1)
     if name == "span":
-        network = SPAN(SPANConfig(2, 8)).eval()
-        with torch.no_grad():  # as they are drawn, the gates let nothing through
-            for parameter in network.parameters():
-                parameter *= 1.5
-            network.conv_1.eval_conv.weight /= 100
-        return ImageJob(name, network, halo=21, scale=2)
+        return ImageJob(name, Lively(SPAN(SPANConfig(2, 8))), halo=21, scale=2)
     if name == "srvgg":
-        return ImageJob(name, SRVGG(SRVGGConfig(3, 8, 4)).eval(), halo=6, scale=3)
+        return ImageJob(name, Lively(SRVGG(SRVGGConfig(3, 8, 4))), halo=6, scale=3)
     if name == "rrdb":
-        return ImageJob(name, RRDB(RRDBConfig(1, 8, 4)).eval(), halo=20, scale=4)
+        return ImageJob(name, Lively(RRDB(RRDBConfig(1, 8, 4))), halo=20, scale=4)
     if name == "upconv7":
-        return ImageJob(name, UpConv7(UpConv7Config(4)).eval(), halo=7, scale=2, pads=False)
+        return ImageJob(name, Lively(UpConv7(UpConv7Config(4))), halo=7, scale=2, pads=False)
     if name == "cunet":
-        network = CUNet(CUNetConfig(16)).eval()
-        with torch.no_grad():  # as they are drawn, the gates are all 0.5
-            for part in network.modules():
-                if hasattr(part, "seblock"):
-                    part.seblock.conv1.weight *= 20
-                    part.seblock.conv2.weight *= 20
+        network = CUNet(CUNetConfig(16))
         means = Means(network.strides, network.mean_map)
-        return ImageJob(name, network, halo=28, pads=False, multiple=4, means=means)
+        return ImageJob(name, Lively(network), halo=28, pads=False, multiple=4, means=means)
     # Stride 4 inside, and it pads: tiles must begin at multiples, the picture's end is padded to one.
     strided = nn.Sequential(nn.Conv2d(3, 8, 5, 4, 2), nn.ReLU(), nn.ConvTranspose2d(8, 3, 4, 4))
-    return ImageJob(name, strided, halo=5, multiple=4)
+    return ImageJob(name, Lively(strided), halo=5, multiple=4)
 
 
 JOBS = ["span", "srvgg", "rrdb", "upconv7", "cunet", "strided"]
@@ -67,16 +73,16 @@ def test_tiles_are_the_whole(name: str, size: tuple[int, int]) -> None:
         assert np.abs(tiles.run(one, pixels, side=side) - whole).max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["span", "cunet"])
+@pytest.mark.parametrize("name", ["srvgg", "cunet"])
 def test_with_less_around_them_they_are_not(name: str) -> None:
     """The test above can fail: half the halo, or means of each tile's own."""
     one = job(name)
     pixels = noise(70, 45)
     pixels[40:] *= 0.1
     whole = tiles.run(one, pixels, side=1000)
-    less = {"span": {"halo": 6}, "cunet": {"means": None}}[name]
+    less = {"srvgg": {"halo": 2}, "cunet": {"means": None}}[name]
     network = one.network
-    wrong = ImageJob(**{**vars(one), **less, "network": network if name == "span" else lambda x: network(x)})
+    wrong = ImageJob(**{**vars(one), **less, "network": network if name == "srvgg" else lambda x: network(x)})
     assert np.abs(tiles.run(wrong, pixels, side=16) - whole).max() > 1e-4
 
 
@@ -156,7 +162,7 @@ def test_means_are_right_when_a_tile_was_cut_on_the_way() -> None:
         if len(means) == 1 and not failed and x.shape[-1] > 80:  # type: ignore[arg-type]
             failed.append(1)
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return one.network.mean_map(x, means)  # type: ignore[union-attr, operator]
+        return one.means.map(x, means)  # type: ignore[union-attr, arg-type]
 
     assert one.means is not None
     cut = ImageJob(**{**vars(one), "means": Means(one.means.strides, map_of)})
