@@ -87,9 +87,8 @@ def test_key_colours_become_alpha(tmp_path: Path) -> None:
     found = pictures.read(tmp_path / "b.png").pixels
     np.testing.assert_array_equal(found[..., :3], deep)
     assert found[2, 1, 3] == 0 and (found[..., 3] == 0).sum() == 1
-    (tmp_path / "c.png").write_bytes(
-        png16.encode(deep[..., :1], 1, [(b"tRNS", deep[2, 1, :1].astype(">u2").tobytes())])
-    )
+    key = (b"tRNS", deep[2, 1, :1].astype(">u2").tobytes())
+    (tmp_path / "c.png").write_bytes(png16.encode(deep[..., :1], 1, [key]))
     found = pictures.read(tmp_path / "c.png").pixels
     np.testing.assert_array_equal(found[..., :1], deep[..., :1])
     assert found.shape[2] == 2 and found[2, 1, 1] == 0
@@ -111,9 +110,8 @@ def test_turned_as_exif_says(tmp_path: Path, orientation: int, kind: str) -> Non
         small, expected = small[..., 0], expected[..., 0]
         Image.fromarray(small.astype(np.uint16) * 257).save(path, exif=exif)
     else:
-        path.write_bytes(
-            png16.encode(small.astype(np.uint16) * 257, 1, [(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))])
-        )
+        part = (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))
+        path.write_bytes(png16.encode(small.astype(np.uint16) * 257, 1, [part]))
     found = pictures.read(path)
     np.testing.assert_array_equal(found.pixels.squeeze(), expected.astype(int) * (1 if kind == "8 bits" else 257))
     pictures.write(path, found)

@@ -106,17 +106,14 @@ def _pictures(path: Path, output: Path, recursive: bool) -> Iterator[tuple[Path,
         return
     files = sorted(path.rglob("*") if recursive else path.iterdir())
     inside = [p.relative_to(path) for p in files if p.suffix.lower() in READ and p.is_file()]
-    beyond = os.path.realpath(output)
-    kept = [
-        p
-        for p in inside
-        if not any(part.startswith(".") for part in p.parts)
-        and not os.path.realpath(path / p).startswith(os.path.join(beyond, ""))
-    ]
-    if not kept:
+    inside = [p for p in inside if not any(part.startswith(".") for part in p.parts)]
+    results = os.path.realpath(output)
+    if results != os.path.realpath(path):
+        inside = [p for p in inside if not os.path.realpath(path / p).startswith(os.path.join(results, ""))]
+    if not inside:
         more = "" if recursive else "; folders within it: --recursive"
         raise UsageError(f"{path} has no pictures ({', '.join(READ)}){more}")
-    yield from ((path / p, p) for p in kept)
+    yield from ((path / p, p) for p in inside)
 
 
 # --- work -------------------------------------------------------------------------------------------------------------
