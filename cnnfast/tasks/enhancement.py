@@ -316,7 +316,9 @@ def _work(arguments: argparse.Namespace) -> int:
 
     def work(source: Path, target: Path, told: Callable[[float], object]) -> None:
         try:
-            pictures.write(target, enhancer.picture(pictures.read(source), told), arguments.png_level)
+            picture = pictures.read(source)
+            pictures.check_target(target, picture)  # before the work
+            pictures.write(target, enhancer.picture(picture, told), arguments.png_level)
         except pictures.ImageError as error:
             raise pictures.ImageError(f"{source} {error}") from error
 

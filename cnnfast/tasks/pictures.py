@@ -217,10 +217,12 @@ def to_pil(picture: Picture) -> Image.Image:
     return image
 
 
-def check_target(path: Path) -> None:
-    """UsageError where a picture cannot be written under this name."""
+def check_target(path: Path, picture: Picture | None = None) -> None:
+    """UsageError where a picture, or this one, cannot be written under this name."""
     if path.suffix.lower() not in WRITTEN:
         raise UsageError(f"{path}: pictures are written as {', '.join(WRITTEN)}")
+    if picture is not None and picture.has_alpha and path.suffix.lower() in (".jpg", ".jpeg"):
+        raise UsageError(f"{path}: JPEG has no transparency: write a .png or .webp")
 
 
 def write(path: Path, picture: Picture, png_level: int = 1) -> None:
@@ -230,13 +232,11 @@ def write(path: Path, picture: Picture, png_level: int = 1) -> None:
     UsageError for another kind, and for transparency in a JPEG; CnnfastError for more pixels than the kind has; OSError
     where it cannot be written.
     """
-    check_target(path)
+    check_target(path, picture)
     kind = {".png": "PNG", ".webp": "WEBP"}.get(path.suffix.lower(), "JPEG")
     height, width, channels = picture.pixels.shape
     if max(height, width) > _LARGEST_SIDE.get(kind, 2**31 - 1):
         raise CnnfastError(f"{path}: {width}x{height} is too large for {kind}: write a .png")
-    if kind == "JPEG" and picture.has_alpha:
-        raise UsageError(f"{path}: JPEG has no transparency: write a .png or .webp")
     info, deep = picture.info, picture.pixels.dtype == np.uint16
     if deep and kind == "PNG" and channels > 1:
         write_atomically(path, png16.encode(picture.pixels, png_level, _chunks(info)))
