@@ -8,6 +8,7 @@ standard error; ``--debug`` shows where it came from.
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import logging
 import os
@@ -111,8 +112,15 @@ def _seed(text: str) -> int:
     return value
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line; every subcommand sets ``work``, which returns the exit status."""
+# The image tasks: name -> (module of `tasks`, whose add_command makes the subcommand; what it is for).
+_TASKS = {
+    "enhance": ("enhancement", "make pictures larger, take noise out of them"),
+}
+
+
+def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
+    """The command line; every subcommand sets ``work``, which returns the exit status. Only the tasks that ``argv``
+    (default: `sys.argv`) names have their options."""
     name = "cnnfast" if Path(sys.argv[0]).stem == "cnnfast" else "python -m cnnfast"
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--debug", action="store_true", help="show where an error came from")
@@ -184,6 +192,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--count", type=_positive, default=64, help="images (%(default)s)")
     command.add_argument("--seed", type=_seed, default=0, help="of the noise (%(default)s)")
     command.set_defaults(work=_sample)
+
+    given = sys.argv[1:] if argv is None else argv
+    for name, (module, about) in _TASKS.items():
+        if name in given:  # its module, and torch, are imported for its own options only
+            task = importlib.import_module(f".tasks.{module}", __package__ or "cnnfast")
+            task.add_command(commands, name, help=about, parents=[common])
+        else:
+            commands.add_parser(name, help=about, parents=[common])
     return top
 
 
@@ -192,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     debug = False
     try:
         try:
-            arguments = parser().parse_args(argv)
+            arguments = parser(argv).parse_args(argv)
             debug = "debug" in arguments
             with _told():
                 return int(arguments.work(arguments))
