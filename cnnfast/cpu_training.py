@@ -17,10 +17,12 @@ from torch import Tensor
 
 from . import cpu, reference
 from .activations import IN_PLACE
-from .block import Operands, Step
+from .block import Operands, Step, run_reference
 from .cpu import products_dtype
-from .cpu_convolution import convolution
+from .cpu_convolution import by_aten, convolution
 from .dispatch import is_batched
+from .gradients import enter, keep_strides, plain
+from .memory_format import is_channels_last
 from .norms import Norm, NormCall
 from .onednn import instruction_set, lowered_products
 from .spec import Activation, summed_taps
@@ -36,8 +38,18 @@ def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> 
     if torch.is_autocast_enabled("cpu"):  # it would round what is done in float32 on purpose
         with torch.autocast("cpu", enabled=False):
             return run(step, o, norm, channels_last)
-    x = cpu.convert(o.x, o.x.dtype, True)
-    o = o._replace(x=x)
+    x = o.x
+    of_gradient = is_channels_last(x) or is_channels_last(o.weight)  # as of torch's convolution
+    if norm is None and not (channels_last or of_gradient) and _gains_nothing(step, x):
+        return run_reference(step, o._replace(weight=keep_strides(o.weight, False)))
+    if torch.is_grad_enabled() and x.requires_grad and not (of_gradient and is_channels_last(x)):
+        x = enter(x, x.dtype, True, of_gradient)
+    else:
+        x = cpu.convert(x, x.dtype, True)
+    residual = o.residual
+    if residual is not None and residual.requires_grad and torch.is_grad_enabled() and not channels_last:
+        residual = enter(residual, residual.dtype, None, False)
+    o = o._replace(x=x, residual=residual)
     if o.mean is not None or o.scale is not None or o.shift is not None:
         y = _convolved(step, x, o)
         if o.mean is not None:
@@ -46,7 +58,7 @@ def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> 
         y = reference.epilogue(y, o.scale, o.shift, o.residual, step.activation, o.slope)
     else:
         y = cpu.run(*_bare(step, o), True) if packs(step, o, norm) else _convolved(step, x, o)
-        y = _finish(y, norm, step.activation, o)
+        y = _finish(y if norm is not None else plain(y, channels_last), norm, step.activation, o)
     return cpu.convert(y, y.dtype, channels_last)
 
 
@@ -65,14 +77,24 @@ def packs(step: Step, o: Operands, norm: NormCall | None) -> bool:
     return cpu.why_not(*_bare(step, o)) is None
 
 
+def _gains_nothing(step: Step, x: Tensor) -> bool:
+    """Whether the convolution is ATen's in any case, and no faster channels-last than the conversions cost. (Small
+    images with odd kernels are safer as they are, too: oneDNN's convolutions read past the end of some in channels-last,
+    torch 2.13.)"""
+    if step.upsample is not None:
+        return lowered_products() or not collapses(step, x.shape, x.dtype)
+    return by_aten(step.spec, (*x.shape[:2], *(n + 2 * p for n, p in zip(x.shape[2:], step.pad, strict=True))), x.dtype)
+
+
 def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
     """The convolution of ``step`` and its bias."""
     u = step.upsample
     if u is None:
         return convolution(step.pad_input(x), o.weight, o.bias, step.spec)
     if lowered_products() or not collapses(step, x.shape, x.dtype):
-        return reference.upsample_conv(x, o.weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
-    weight = _summed_weight(o.weight, u.scale, step.spec.groups)
+        weight = keep_strides(o.weight, True)
+        return reference.upsample_conv(x, weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
+    weight = _summed_weight(keep_strides(o.weight, None), u.scale, step.spec.groups)
     return convolution(step.pad_input(x), weight, o.bias, step.spec)
 
 

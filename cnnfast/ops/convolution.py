@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .. import dispatch, reference
 from ..block import Operands, Step
+from ..gradients import enter, plain, squeezed
+from ..memory_format import is_channels_last
 from ..spec import Activation, ConvSpec
-from .arguments import ActivationParam, autocast, check_residual, check_slope, check_vectors, parse_activation
-from .core import run_step
+from .arguments import (
+    Epilogue,
+    Ints,
+    as_ints,
+    autocast,
+    check_devices,
+    check_reach,
+    check_residual,
+    check_slope,
+    check_tensor,
+    check_vectors,
+    epilogue,
+    mixes,
+    parse_activation,
+)
+from .core import run_step, watched
 
-__all__ = ["DOC", "Epilogue", "Ints", "convolve"]
+__all__ = ["DOC", "convolve", "finish", "fused", "takes"]
 
-Ints = int | Sequence[int]
-
-_TORCH: dict[tuple[int, bool], Callable[..., torch.Tensor]] = {
+_TORCH: dict[tuple[int, bool], Callable[..., Tensor]] = {
     (1, True): F.conv_transpose1d,
     (2, True): F.conv_transpose2d,
     (1, False): F.conv1d,
@@ -55,40 +72,22 @@ DOC = """{ndim}-D {kind}, then ``act(scale * (conv + bias) + shift + residual)``
     """
 
 
-class Epilogue(NamedTuple):
-    """The keyword arguments that all of them have."""
-
-    scale: torch.Tensor | None
-    shift: torch.Tensor | None
-    residual: torch.Tensor | None
-    activation: Activation | str | None
-    activation_param: ActivationParam
-    backend: str | None
-
-
-class _Call(NamedTuple):
-    step: Step
-    size: tuple[int, ...]  # of the output
-
-
 @lru_cache(maxsize=4096)
 def _resolve(
     ndim: int,
     transposed: bool,
     input_shape: tuple[int, ...],
     weight_shape: tuple[int, ...],
-    stride: Ints | None,
-    padding: Ints | str | None,
-    output_padding: Ints | None,
-    groups: int | None,
-    dilation: Ints | None,
+    stride: Ints,
+    padding: Ints | str,
+    output_padding: Ints,
+    groups: int,
+    dilation: Ints,
     activation: Activation,
-) -> _Call | None:
-    """The step of these arguments and its output size; None where they describe no convolution of a non-empty image:
-    torch's own function then decides, and raises its own error."""
+) -> Step | None:
+    """The step of these arguments; None where they describe no convolution of a non-empty image: torch's own function
+    then decides, and raises its own error."""
     if len(weight_shape) != ndim + 2 or len(input_shape) not in (ndim + 1, ndim + 2):
-        return None
-    if stride is None or padding is None or output_padding is None or groups is None or dilation is None:
         return None
     if isinstance(padding, str):
         if transposed:
@@ -109,12 +108,14 @@ def _resolve(
             transposed=transposed,
             ndim=ndim,
         )
-        spec.output_size(input_shape[-ndim:])
+        size = spec.output_size(input_shape[-ndim:])
     except ValueError:
         return None
     if input_shape[-ndim - 1] != spec.in_channels or min(input_shape[-ndim:]) < 1:
         return None
-    return _Call(Step(spec.as_2d(), activation), spec.output_size(input_shape[-ndim:]))
+    if not torch.compiler.is_compiling() and math.prod((*size, spec.out_channels, *input_shape[: -ndim - 1])) >= 2**60:
+        return None
+    return Step(spec.as_2d(), activation)
 
 
 def _named_padding(name: str, kernel: Sequence[int], stride: Ints, dilation: Ints) -> tuple[int, ...] | None:
@@ -129,103 +130,135 @@ def _named_padding(name: str, kernel: Sequence[int], stride: Ints, dilation: Int
     return tuple(r // 2 for r in reach)
 
 
-def _hashable(value: Any) -> Ints | None:
-    """An int or a tuple of ints; None for anything else, which torch's own function judges (and which a cache
-    would confuse with an int that equals it)."""
-    if type(value) is int:
-        return value
-    if isinstance(value, list | tuple) and all(type(v) is int for v in value):
-        return tuple(value)
+# --- what all convolutions end in -------------------------------------------------------------------------------------
+
+
+def takes(x: Tensor, w: Tensor, b: Tensor | None, channels: int) -> str | None:
+    """Why torch's own function is to judge these tensors of one device (or to run them: meta tensors), or None."""
+    dtype = x.dtype
+    if x.device.type == "meta":
+        return "its tensors are on meta"
+    if not dtype.is_floating_point or w.dtype != dtype:
+        return f"dtype {dtype}" if w.dtype == dtype else f"the input is {dtype}, the weight {w.dtype}"
+    if b is not None and (b.shape != (channels,) or b.dtype != dtype):
+        return f"a bias of shape {tuple(b.shape)} and {b.dtype}"
+    if any(t.layout is not torch.strided or t.is_neg() for t in (x, w)):
+        return "an operand is not a plain dense tensor"
     return None
 
 
-def _by_torch(y: torch.Tensor, ndim: int, e: Epilogue, activation: Activation, slope: Any) -> torch.Tensor:
+def finish(y: Tensor, ndim: int, e: Epilogue, activation: Activation, slope: Tensor | None) -> Tensor:
     """The epilogue on what torch's own convolution gave, with the checks of a fused step."""
-    unbatched = y.dim() == ndim + 1
-    residual = e.residual
+    unbatched, residual = y.dim() == ndim + 1, e.residual
     check_vectors(y, y.shape[-ndim - 1], scale=e.scale, shift=e.shift)
     check_slope(y, slope)
     if residual is not None:
         check_residual(y, residual, y.shape)
         residual = residual.unsqueeze(0) if unbatched else residual
-    y = reference.epilogue(y.unsqueeze(0) if unbatched else y, e.scale, e.shift, residual, activation, slope)
+    apply = epilogue if mixes(y, residual) else reference.epilogue
+    y = apply(y.unsqueeze(0) if unbatched else y, e.scale, e.shift, residual, activation, slope)
     return y.squeeze(0) if unbatched else y
+
+
+def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epilogue, slope: Tensor | None) -> Tensor:
+    """``step`` on tensors that `takes` accepts and that fit it: x (N, C, *size) or (C, *size)."""
+    unbatched = x.dim() == ndim + 1
+    if unbatched:
+        x = x.unsqueeze(0)
+    channels_last = ndim == 2 and is_channels_last(x)  # of one dimension, ATen makes the input contiguous first
+    if ndim == 1:
+        x, w = x.unsqueeze(-2), w.unsqueeze(-2)
+    channels_last = channels_last or is_channels_last(w)
+    if ndim == 1 and not channels_last and not torch.compiler.is_compiling() and is_channels_last(x):
+        x = enter(x, x.dtype, None, False) if torch.is_grad_enabled() and x.requires_grad else x
+    residual = e.residual
+    if e.scale is not None or e.shift is not None:
+        check_vectors(x, step.spec.out_channels, scale=e.scale, shift=e.shift)
+    if slope is not None:
+        check_slope(x, slope)
+    apart = None
+    if residual is not None:
+        size = step.output_size((x.shape[2], x.shape[3]))[2 - ndim :]
+        check_residual(x, residual, (*(() if unbatched else x.shape[:1]), step.spec.out_channels, *size))
+        residual = residual.unsqueeze(0) if unbatched else residual
+        residual = residual.unsqueeze(-2) if ndim == 1 else residual
+        if mixes(x, residual):
+            apart = Epilogue(e.scale, e.shift, residual, None, None, None)
+    activation = step.activation
+    o = Operands(x, w, b, None, None, 0.0, e.scale, e.shift, residual, slope)
+    if apart is not None:
+        o, step = Operands(x, w, b), replace(step, activation=Activation())
+    y = run_step(step, o, channels_last=channels_last, backend=e.backend)
+    if apart is not None:
+        y = epilogue(y, *apart[:3], activation, slope)
+    elif not (y.requires_grad or torch.compiler.is_compiling() or watched(y)):
+        y = plain(y, channels_last)
+    if ndim == 1:
+        y = y.squeeze(-2) if torch.compiler.is_compiling() or watched(y) else squeezed(y, 2)
+    return y.squeeze(0) if unbatched else y
+
+
+# --- plain and transposed convolutions --------------------------------------------------------------------------------
 
 
 def convolve(
     ndim: int,
     transposed: bool,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     stride: Ints,
     padding: Ints | str,
     output_padding: Ints,
     groups: int,
     dilation: Ints,
     e: Epilogue,
-) -> torch.Tensor:
+) -> Tensor:
     """``act(scale * (conv(input) + bias) + shift + residual)``; ``output_padding`` is 0 for a plain convolution."""
     dispatch.check_backend(e.backend)
     geometry = (
         (stride, padding, output_padding, groups, dilation) if transposed else (stride, padding, dilation, groups)
     )
     function = _TORCH[ndim, transposed]
-    if not isinstance(input, torch.Tensor) or not isinstance(weight, torch.Tensor):
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
         function(input, weight, bias, *geometry)
         raise TypeError(f"input and weight must be tensors, got {type(input).__name__} and {type(weight).__name__}")
+    if bias is not None:
+        check_tensor("bias", bias, "a tensor")
+    if e.residual is not None:
+        check_tensor("residual", e.residual, "a tensor of the output's shape")
+    ints = (as_ints(stride), as_ints(output_padding), as_ints(groups), as_ints(dilation))
+    pads = padding if type(padding) is str else as_ints(padding)
+    known = pads is not None and None not in ints and type(ints[2]) is int
     weight_shape, channels = weight.shape, 0
-    if len(weight_shape) > 1 and type(groups) is int:
-        channels = weight_shape[1] * groups if transposed else weight_shape[0]
+    if len(weight_shape) > 1 and known:
+        channels = weight_shape[1] * ints[2] if transposed else weight_shape[0]  # type: ignore[operator]
     act, slope = parse_activation(e.activation, e.activation_param, channels)
     x, w, b = autocast(input, weight, bias)
-    resolve = _resolve.__wrapped__ if torch.compiler.is_compiling() else _resolve  # symbolic sizes have no hash
-    call = resolve(
-        ndim,
-        transposed,
-        x.shape,
-        weight_shape,
-        _hashable(stride),
-        padding if type(padding) is str else _hashable(padding),
-        _hashable(output_padding),
-        groups if type(groups) is int else None,
-        _hashable(dilation),
-        act,
-    )
-    dtype, device = x.dtype, x.device
-    if (
-        call is None
-        or not dtype.is_floating_point
-        or w.dtype != dtype
-        or w.device != device
-        or (b is not None and (b.shape != (channels,) or b.dtype != dtype or b.device != device))
-    ):
-        if w.device != device:  # torch's own words, which its meta kernels forget to say
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, "
-                f"{device} and {w.device}!"
-            )
-        y = function(x, w, b, *geometry)
-        if dispatch.resolve_backend(e.backend) == "triton":
-            raise RuntimeError(
-                f'backend="triton" cannot run this: dtype {dtype}, an empty input or an uneven padding={padding!r}'
-            )
-        return _by_torch(y, ndim, e, act, slope)
-    residual = e.residual
-    if e.scale is not None or e.shift is not None:
-        check_vectors(x, channels, scale=e.scale, shift=e.shift)
-    if slope is not None:
-        check_slope(x, slope)
-    if residual is not None:
-        check_residual(x, residual, (*x.shape[: -ndim - 1], channels, *call.size))
-    unbatched = x.dim() == ndim + 1
-    if unbatched:
-        x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
-    if ndim == 1:
-        x, w = x.unsqueeze(-2), w.unsqueeze(-2)
-        residual = None if residual is None else residual.unsqueeze(-2)
-    o = Operands(x, w, b, None, None, 0.0, e.scale, e.shift, residual, slope)
-    y = run_step(call.step, o, backend=e.backend)
-    if ndim == 1:
-        y = y.squeeze(-2)
-    return y.squeeze(0) if unbatched else y
+    check_devices(x, w, b)
+    step, reason = None, f"an empty input, or sizes such as padding={padding!r} that no kernel has"
+    if known:
+        resolve = _resolve.__wrapped__ if torch.compiler.is_compiling() else _resolve  # symbolic sizes have no hash
+        step = resolve(ndim, transposed, x.shape, weight_shape, ints[0], pads, *ints[1:], act)  # type: ignore[arg-type]
+    if step is not None:
+        reason = takes(x, w, b, channels)
+        if reason is None:
+            return fused(step, ndim, x, w, b, e, slope)
+    elif known:
+        _check_sizes(transposed, x.shape, weight_shape, ints[0], pads, ints[1], ints[3])
+    y = function(x, w, b, *geometry)
+    if dispatch.resolve_backend(e.backend) == "triton":
+        raise RuntimeError(f'backend="triton" cannot run this: {reason}')
+    return finish(y, ndim, e, act, slope)
+
+
+def _check_sizes(transposed: bool, shape: Sequence[int], weight_shape: Sequence[int], *given: Any) -> None:
+    """`check_reach` of arguments of whatever lengths; where these do not fit, torch says so."""
+    ndim = len(weight_shape) - 2
+    if ndim < 1 or len(shape) < ndim + 1:
+        return
+    values = (0 if isinstance(v, str) else v for v in given)
+    sizes = [(v,) * ndim if type(v) is int else v * (ndim if len(v) == 1 else 1) for v in values]
+    if all(len(v) == ndim for v in sizes):
+        stride, padding, output_padding, dilation = sizes
+        check_reach(transposed, shape[-ndim:], weight_shape[2:], stride, padding, output_padding, dilation)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
+from ..memory_format import is_channels_last
 from ..norms import Norm, NormCall
 from ..spec import Activation
 from .arguments import ActivationParam, check_residual, check_slope, check_vectors, parse_activation
-from .core import is_channels_last
 from .norm_aten import run as run_by_torch
 from .normalise import check_sizes, normalise
 

@@ -20,10 +20,11 @@ from torch import Tensor
 from .. import dispatch, reference
 from ..activations import activation_derivative
 from ..block import Operands, Step
+from ..memory_format import is_channels_last
 from ..norms import Norm, NormCall, Partials
 from ..spec import Activation, ConvSpec
 from . import launch, wgrad
-from .core import is_channels_last, to_format
+from .core import to_format
 from .normalise import activation_backward, normalise
 from .weights import summed_weight
 
@@ -82,6 +83,8 @@ def _how_of_input(spec: ConvSpec, size: tuple[int, int], channels_last: bool, re
 def _launches(x: Tensor, weight: Tensor, how: How) -> bool:
     """Whether the kernel is to run. Few channels are no obstacle to it where it is required."""
     reason = dispatch.why_not(how.bare, Operands(x, weight), few_channels=how.required)
+    if reason is None and how.required:
+        reason = dispatch.launch_why_not(x.device)
     if reason is not None and how.required:
         raise RuntimeError(f'backend="triton" cannot run this: {reason}')
     return reason is None
