@@ -67,12 +67,14 @@ def _pads(module: nn.Module) -> bool:
 _PADS = (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d)
 
 
-def _no_gain_in_training(step: FusedStep) -> str | None:
+def _no_gain_in_training(step: FusedStep, channels_last: bool) -> str | None:
     """Why a step that needs a gradient gains nothing on a CPU: a plain convolution is ATen's in any case. (An
-    InstanceNorm module would convert to NCHW, a SyncBatchNorm's wants a GPU.)"""
-    rule = step.rule
+    InstanceNorm module would convert to NCHW, a SyncBatchNorm's wants a GPU. And of an input that is
+    ``channels_last``, a module's weight that is contiguous as well would get a gradient in other strides.)"""
+    spec, rule = step.step.spec, step.rule
     better = rule is not None and (rule.synchronised or rule.norm.kind == "instance" and step.ndim == 2)
-    if step.step.spec.transposed or step.step.upsample is not None or better:
+    both = channels_last and has_both(spec.in_channels // spec.groups, spec.kernel_size)
+    if spec.transposed or step.step.upsample is not None or better or both and not step.weight_channels_last:
         return None
     return "in training, PyTorch's modules of a plain convolution are as fast on a CPU"
 
@@ -178,7 +180,7 @@ class Chain:
                 how = reads[i : i + 2]
                 if s.measured and any(how) and not eager[i + 1] and s.rule.norm.kind != "instance":  # type: ignore[union-attr]
                     continue  # ATen's statistics are less exact in channels-last, cpu_training's are not
-                why[i] = _no_gain_in_training(s) if gradient else self._no_gain(s, shapes[i], how, reading, low)
+                why[i] = _no_gain_in_training(s, how[0]) if gradient else self._no_gain(s, shapes[i], how, reading, low)
             if why[0] is not None and None not in why and (inside == eager[1:] or gradient and first.ndim == 1):
                 return why[0]
             if first.ndim == 1:  # modules would convert on the way in and out
@@ -193,7 +195,7 @@ class Chain:
             for s, run in zip(self.steps, runs, strict=True)
         ]
         padded = any(_pads(reading.modules[k]) for k in first.slots)
-        of_gradient = first.ndim == 2 and (eager[0] or first.weight_channels_last and not padded)
+        of_gradient = eager[0] or first.weight_channels_last and not padded
         return Bound(tuple(runs), low, convert, of_gradient)
 
     def _last(self, run: Run, device: str, backend: str, low: torch.dtype | None, gradient: bool) -> Run:

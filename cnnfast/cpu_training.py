@@ -39,17 +39,15 @@ def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> 
         with torch.autocast("cpu", enabled=False):
             return run(step, o, norm, channels_last)
     x = o.x
-    of_gradient = is_channels_last(x) or is_channels_last(o.weight)  # as of torch's convolution
+    # Of x's gradient: as torch's convolution has it, and its padding.
+    of_gradient = is_channels_last(x) or is_channels_last(o.weight) and not any(step.pad)
     if norm is None and not (channels_last or of_gradient) and _gains_nothing(step, x):
         return run_reference(step, o._replace(weight=keep_strides(o.weight, False)))
     if torch.is_grad_enabled() and x.requires_grad and not (of_gradient and is_channels_last(x)):
         x = enter(x, x.dtype, True, of_gradient)
     else:
         x = cpu.convert(x, x.dtype, True)
-    residual = o.residual
-    if residual is not None and residual.requires_grad and torch.is_grad_enabled() and not channels_last:
-        residual = enter(residual, residual.dtype, None, False)
-    o = o._replace(x=x, residual=residual)
+    o = o._replace(x=x)
     if o.mean is not None or o.scale is not None or o.shift is not None:
         y = _convolved(step, x, o)
         if o.mean is not None:

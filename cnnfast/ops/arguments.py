@@ -65,16 +65,15 @@ def _index(value: Any) -> int | None:
 
 def as_ints(value: Any) -> Ints | None:
     """An int or a tuple of ints from what torch takes for one (NumPy's integers, integer tensors of one element, in a
-    sequence whatever has ``__index__``); None for anything else, which torch's own function judges: booleans and
-    floats, which a cache would confuse with an int that equals them."""
+    sequence whatever has ``__index__``); None for anything else, which torch's own function judges: numbers beyond 64
+    bits, booleans and floats, which a cache would confuse with an int that equals them."""
     if type(value) is int:
-        return value
+        return value if value < INT64 else None
     if isinstance(value, list | tuple):
-        if all(type(v) is int for v in value):
-            return tuple(value)
         ints = tuple(_index(v) for v in value)
-        return None if None in ints else ints  # type: ignore[return-value]
-    return _index(value) if isinstance(value, Integral | Tensor) else None
+        return None if any(v is None or v >= INT64 for v in ints) else ints  # type: ignore[return-value]
+    whole = _index(value) if isinstance(value, Integral | Tensor) else None
+    return None if whole is None or whole >= INT64 else whole
 
 
 def check_reach(
@@ -124,10 +123,10 @@ def _numbers(name: str, param: Any) -> tuple[float, ...]:
 
 
 def parse_activation(
-    activation: Activation | str | None, param: ActivationParam, out_channels: int
+    activation: Activation | str | None, param: ActivationParam, out_channels: int | None
 ) -> tuple[Activation, Tensor | None]:
-    """(activation, PReLU's slope or None). ValueError for an unknown name or parameters that do not fit it, TypeError
-    for what is neither a name nor a parameter."""
+    """(activation, PReLU's slope or None); ``out_channels`` None: not known. ValueError for an unknown name or
+    parameters that do not fit it, TypeError for what is neither a name nor a parameter."""
     if activation is None:
         activation = "identity"
     if not isinstance(activation, str | Activation):
@@ -141,12 +140,12 @@ def parse_activation(
         )
     if activation.name != "prelu":
         return activation, None
-    wanted = f"a tensor of 1 or {out_channels} elements"
+    wanted = f"a tensor of 1 or {'C_out' if out_channels is None else out_channels} elements"
     if param is None:
         raise ValueError(f"prelu needs activation_param, {wanted}, got None")
     if not isinstance(param, Tensor):
         raise TypeError(f"prelu needs activation_param, {wanted}, got {type(param).__name__}")
-    if param.dim() > 1 or param.numel() not in (1, out_channels):
+    if param.dim() > 1 or out_channels is not None and param.numel() not in (1, out_channels):
         raise ValueError(
             f"prelu's activation_param must have 1 or {out_channels} elements, got shape {tuple(param.shape)}"
         )

@@ -16,7 +16,7 @@ from .. import dispatch, reference
 from ..block import Operands, Step
 from ..gradients import enter, plain, squeezed
 from ..memory_format import is_channels_last
-from ..spec import Activation, ConvSpec
+from ..spec import MAX_STRIDE, Activation, ConvSpec
 from .arguments import (
     Epilogue,
     Ints,
@@ -36,6 +36,7 @@ from .core import run_step, watched
 
 __all__ = ["DOC", "convolve", "finish", "fused", "takes"]
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TORCH: dict[tuple[int, bool], Callable[..., Tensor]] = {
     (1, True): F.conv_transpose1d,
     (2, True): F.conv_transpose2d,
@@ -133,7 +134,7 @@ def _named_padding(name: str, kernel: Sequence[int], stride: Ints, dilation: Int
 # --- what all convolutions end in -------------------------------------------------------------------------------------
 
 
-def takes(x: Tensor, w: Tensor, b: Tensor | None, channels: int) -> str | None:
+def takes(x: Tensor, w: Tensor, b: Tensor | None, channels: int | None) -> str | None:
     """Why torch's own function is to judge these tensors of one device (or to run them: meta tensors), or None."""
     dtype = x.dtype
     if x.device.type == "meta":
@@ -142,8 +143,10 @@ def takes(x: Tensor, w: Tensor, b: Tensor | None, channels: int) -> str | None:
         return f"dtype {dtype}" if w.dtype == dtype else f"the input is {dtype}, the weight {w.dtype}"
     if b is not None and (b.shape != (channels,) or b.dtype != dtype):
         return f"a bias of shape {tuple(b.shape)} and {b.dtype}"
-    if any(t.layout is not torch.strided or t.is_neg() for t in (x, w)):
-        return "an operand is not a plain dense tensor"
+    if x.layout is not torch.strided or w.layout is not torch.strided:
+        return "an operand is not a dense tensor"
+    if not torch.compiler.is_compiling() and (x.is_neg() or w.is_neg()):  # whose memory holds other numbers
+        return "an operand is a lazy negation"
     return None
 
 
@@ -230,7 +233,7 @@ def convolve(
     ints = (as_ints(stride), as_ints(output_padding), as_ints(groups), as_ints(dilation))
     pads = padding if type(padding) is str else as_ints(padding)
     known = pads is not None and None not in ints and type(ints[2]) is int
-    weight_shape, channels = weight.shape, 0
+    weight_shape, channels = weight.shape, None
     if len(weight_shape) > 1 and known:
         channels = weight_shape[1] * ints[2] if transposed else weight_shape[0]  # type: ignore[operator]
     act, slope = parse_activation(e.activation, e.activation_param, channels)
@@ -246,10 +249,18 @@ def convolve(
             return fused(step, ndim, x, w, b, e, slope)
     elif known:
         _check_sizes(transposed, x.shape, weight_shape, ints[0], pads, ints[1], ints[3])
-    y = function(x, w, b, *geometry)
+    if transposed and known and _is_huge(ints[0]) and x.device.type == "cpu" and x.dtype in DTYPES:
+        y = function(x.double(), w.double(), None if b is None else b.double(), *geometry).to(x.dtype)
+    else:
+        y = function(x, w, b, *geometry)
     if dispatch.resolve_backend(e.backend) == "triton":
         raise RuntimeError(f'backend="triton" cannot run this: {reason}')
     return finish(y, ndim, e, act, slope)
+
+
+def _is_huge(stride: Ints) -> bool:
+    """Whether oneDNN's deconvolution may end the process (seen for 100,000, torch 2.13). It takes no float64."""
+    return (stride if type(stride) is int else max(stride)) > MAX_STRIDE  # type: ignore[arg-type]
 
 
 def _check_sizes(transposed: bool, shape: Sequence[int], weight_shape: Sequence[int], *given: Any) -> None:

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from .. import cpu, cpu_training, dispatch
 from ..block import Operands, Step, run_reference
+from ..gradients import enter
 from ..memory_format import is_channels_last
 from ..norms import NormCall
 from ..spec import Activation
@@ -67,6 +68,8 @@ def run_step(
         return traced_step(step, o, norm, channels_last, backend)
     name = dispatch.resolve_backend(backend)
     unseen = watched(o.x)
+    if gradient and not (channels_last or unseen) and o.residual is not None and o.residual.requires_grad:
+        o = o._replace(residual=enter(o.residual, o.residual.dtype, None, False))  # gradients inside are channels-last
     if name == "triton" or (name == "auto" and o.x.is_cuda and not unseen):
         if unseen:
             reason: str | None = "a tensor subclass, transform, tracer, dispatch mode or forward-mode AD is active"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -34,8 +35,9 @@ def _pair(name: str, value: Any) -> tuple[int, int]:
     ints = as_ints(value)
     pair = (ints, ints) if type(ints) is int else ints
     if not isinstance(pair, tuple) or len(pair) != 2:
-        kind = ValueError if isinstance(value, list | tuple) and ints is not None else TypeError
-        raise kind(f"{name} must be an int or two ints, got {value!r}")
+        several = value if isinstance(value, list | tuple) else (value,)
+        kind = ValueError if all(isinstance(v, Integral) and type(v) is not bool for v in several) else TypeError
+        raise kind(f"{name} must be an int or two ints, of 64 bits, got {value!r}")
     return pair[0], pair[1]
 
 
