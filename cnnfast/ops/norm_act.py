@@ -127,8 +127,8 @@ def _arranged(x: Tensor, last: bool, norm: Norm) -> Tensor:
     """x as PyTorch's operators bear it, its gradient channels-last if ``last``."""
     # Where sizes of one have strides that say otherwise, the gradient of ATen's batch norm is wrong.
     odd = not x.is_contiguous() and x.is_contiguous(memory_format=CL) and x.stride() != new_strides(x.shape, True)
-    # Gradients inside may come in the other format: a group norm's on a CPU are contiguous.
-    if odd or is_channels_last(x) != last or last and norm.kind == "group":
+    # Gradients inside may come in the other format: those of group and instance norms on a CPU are contiguous.
+    if odd or is_channels_last(x) != last or last and norm.kind in ("group", "instance"):
         x = _entered(x, last)
     return restrided(x, new_strides(x.shape, True)) if odd else x
 
