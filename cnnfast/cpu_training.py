@@ -76,12 +76,12 @@ def packs(step: Step, o: Operands, norm: NormCall | None) -> bool:
 
 
 def _gains_nothing(step: Step, x: Tensor) -> bool:
-    """Whether the convolution is ATen's in any case, and no faster channels-last than the conversions cost. (Small
-    images with odd kernels are safer as they are, too: oneDNN's convolutions read past the end of some in channels-last,
-    torch 2.13.)"""
+    """Whether the convolution is ATen's in any case, and no faster channels-last than the conversions cost. (Tiny
+    images are safer as they are, too: channels-last, oneDNN's convolutions read past the end of some, torch 2.13.)"""
     if step.upsample is not None:
         return lowered_products() or not collapses(step, x.shape, x.dtype)
-    return by_aten(step.spec, (*x.shape[:2], *(n + 2 * p for n, p in zip(x.shape[2:], step.pad, strict=True))), x.dtype)
+    n, c, h, w = x.shape
+    return by_aten(step.spec, (n, c, h + 2 * step.pad[0], w + 2 * step.pad[1]), x.dtype)
 
 
 def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:

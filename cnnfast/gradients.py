@@ -78,7 +78,11 @@ def keep_strides(weight: Tensor, channels_last: bool | None) -> Tensor:
     strides = weight.stride()
     formats = {last: new_strides(weight.shape, last) for last in (False, True)}
     # Where the memory fits both, a second derivative may come in the other one.
-    if channels_last is not None and strides == formats[channels_last] and not has_both(weight.shape[1], weight.shape[2:]):
+    if (
+        channels_last is not None
+        and strides == formats[channels_last]
+        and not has_both(weight.shape[1], weight.shape[2:])
+    ):
         return weight
     if torch.is_grad_enabled() and weight.requires_grad:
         weight = _Kept.apply(weight, torch.empty_like(weight, device="meta").stride())

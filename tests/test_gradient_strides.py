@@ -251,7 +251,7 @@ def test_a_residual_that_needs_a_gradient_alone() -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "permuted"])
 @pytest.mark.parametrize("size", [(), (8,), (8, 4), (8, 1)], ids=str)
 def test_norms(kind: str, layout: str, size: tuple[int, ...]) -> None:
-    """Results and gradients have torch's strides; of an instance norm those of its input, where torch's are contiguous."""
+    """Results and gradients have torch's strides; an instance norm's have its input's, where torch's are contiguous."""
     if kind == "instance_norm" and not size:
         pytest.skip("takes no (N, C)")
     for batch in (1, 2):
@@ -306,11 +306,15 @@ def models(draw: st.DrawFn) -> tuple[nn.Sequential, Tensor]:
         kernel, bias = draw(st.sampled_from([1, 3, 4])), draw(st.booleans())
         if kind == "transposed":
             stride = draw(st.integers(1, 2))
-            modules.append(of("ConvTranspose")(channels, out, kernel, stride, (kernel - 1) // 2, groups=groups, bias=bias))
+            modules.append(
+                of("ConvTranspose")(channels, out, kernel, stride, (kernel - 1) // 2, groups=groups, bias=bias)
+            )
         elif kind == "conv":
             mode = draw(st.sampled_from(["zeros", "zeros", "reflect"]))
             kernel = min(kernel, 3)
-            modules.append(of("Conv")(channels, out, kernel, 1, kernel // 2, groups=groups, bias=bias, padding_mode=mode))
+            modules.append(
+                of("Conv")(channels, out, kernel, 1, kernel // 2, groups=groups, bias=bias, padding_mode=mode)
+            )
         else:
             modules += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, out, 3, 1, 1, groups=groups, bias=bias)]
         channels = out

@@ -25,6 +25,7 @@ __all__ = [
     "check_residual",
     "check_slope",
     "check_tensor",
+    "check_types",
     "check_vectors",
     "epilogue",
     "mixes",
@@ -161,6 +162,18 @@ def check_tensor(name: str, value: Any, wanted: str) -> None:
         raise TypeError(f"{name} must be {wanted} or None, got {type(value).__name__}")
 
 
+def check_types(bias: Any, e: Epilogue) -> None:
+    """TypeError where a convolution's optional tensors are none."""
+    if bias is not None:
+        check_tensor("bias", bias, "a tensor of one value per output channel")
+    if e.scale is not None:
+        check_tensor("scale", e.scale, "a tensor of one value per output channel")
+    if e.shift is not None:
+        check_tensor("shift", e.shift, "a tensor of one value per output channel")
+    if e.residual is not None:
+        check_tensor("residual", e.residual, "a tensor of the output's shape")
+
+
 def check_devices(x: Tensor, *others: Tensor | None) -> None:
     """torch's own error where tensors are on several devices, which its kernels for meta tensors forget to say."""
     for t in others:
@@ -176,7 +189,7 @@ def check_vectors(x: Tensor, out_channels: int, **vectors: Tensor | None) -> Non
     for name, v in vectors.items():
         if v is None:
             continue
-        check_tensor(name, v, f"a tensor of shape ({out_channels},)")
+        check_tensor(name, v, "a tensor of one value per output channel")
         if v.shape != (out_channels,):
             raise ValueError(
                 f"{name} must have shape ({out_channels},), one value per output channel, got {tuple(v.shape)}"
@@ -206,7 +219,9 @@ def check_residual(x: Tensor, residual: Tensor, shape: Sequence[int]) -> None:
     """The output's shape, x's device and x's dtype, or, under autocast, any floating one."""
     if residual.shape != tuple(shape):
         raise ValueError(f"residual must have the output's shape {tuple(shape)}, got {tuple(residual.shape)}")
-    if residual.device == x.device and (residual.dtype == x.dtype or mixes(x, residual) and residual.is_floating_point()):
+    if residual.device == x.device and (
+        residual.dtype == x.dtype or mixes(x, residual) and residual.is_floating_point()
+    ):
         return
     wanted = "floating point" if _autocasts(x) else str(x.dtype)
     raise ValueError(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from .arguments import (
     check_reach,
     check_residual,
     check_slope,
-    check_tensor,
+    check_types,
     check_vectors,
     epilogue,
     mixes,
@@ -36,7 +36,6 @@ from .core import run_step, watched
 
 __all__ = ["DOC", "convolve", "finish", "fused", "takes"]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _TORCH: dict[tuple[int, bool], Callable[..., Tensor]] = {
     (1, True): F.conv_transpose1d,
     (2, True): F.conv_transpose2d,
@@ -56,21 +55,43 @@ DOC = """{ndim}-D {kind}, then ``act(scale * (conv + bias) + shift + residual)``
         bias: (C_out,) or None.
         {geometry}
         scale, shift: (C_out,), any floating dtype, or None.
-        residual: the output's shape and the input's dtype, or None.
+        residual: the output's shape and the input's dtype, or None. Under autocast any floating dtype: the result then
+            has the wider one of the two, as of ``conv(input) + residual``.
         activation: an `Activation`, or its name in `cnnfast.spec.ACTIVATIONS`, or None.
         activation_param: a number (slope of leaky_relu, alpha of elu), two (bounds of hardtanh), or prelu's weight, a
             tensor of 1 or C_out elements.
         backend: "auto", "triton", "aten", or None for the context's (`cnnfast.backend`).
 
     Returns:
-        The output in the input's dtype, channels_last where input or weight is (as torch's).
+        The output in the input's dtype, channels_last where input or weight is (as torch's). The input's gradient is
+        in that memory format, too; a weight's has the weight's strides.
 
     Raises:
         RuntimeError: what torch raises; ``backend="triton"`` where the kernel cannot run this, with the reason.
+        TypeError: an argument of a wrong type.
         ValueError: an unknown activation or backend; scale, shift, residual or activation_param of a wrong shape.
 
     Differentiable any number of times.
     """
+
+
+class Geometry(NamedTuple):
+    """The arguments that say how; a plain convolution's output padding is 0."""
+
+    stride: Ints
+    padding: Ints | str
+    output_padding: Ints
+    groups: int
+    dilation: Ints
+
+    @classmethod
+    def of(cls, stride: Any, padding: Any, output_padding: Any, groups: Any, dilation: Any) -> Geometry | None:
+        """In ints and tuples of ints; None where torch's own function is to judge."""
+        p = padding if type(padding) is str else as_ints(padding)
+        s, op, g, d = as_ints(stride), as_ints(output_padding), as_ints(groups), as_ints(dilation)
+        if s is None or p is None or op is None or d is None or not isinstance(g, int):
+            return None
+        return cls(s, p, op, g, d)
 
 
 @lru_cache(maxsize=4096)
@@ -79,33 +100,29 @@ def _resolve(
     transposed: bool,
     input_shape: tuple[int, ...],
     weight_shape: tuple[int, ...],
-    stride: Ints,
-    padding: Ints | str,
-    output_padding: Ints,
-    groups: int,
-    dilation: Ints,
+    given: Geometry,
     activation: Activation,
 ) -> Step | None:
     """The step of these arguments; None where they describe no convolution of a non-empty image: torch's own function
     then decides, and raises its own error."""
     if len(weight_shape) != ndim + 2 or len(input_shape) not in (ndim + 1, ndim + 2):
         return None
-    if isinstance(padding, str):
-        if transposed:
+    pads = given.padding
+    if isinstance(pads, str):
+        named = None if transposed else _named_padding(pads, weight_shape[2:], given.stride, given.dilation)
+        if named is None:
             return None
-        padding = _named_padding(padding, weight_shape[2:], stride, dilation)
-        if padding is None:
-            return None
-    first, second = weight_shape[0], weight_shape[1] * groups
+        pads = named
+    first, second = weight_shape[0], weight_shape[1] * given.groups
     try:
         spec = ConvSpec.make(
             *((first, second) if transposed else (second, first)),
             weight_shape[2:],
-            stride,
-            padding,
-            output_padding,
-            groups,
-            dilation,
+            given.stride,
+            pads,
+            given.output_padding,
+            given.groups,
+            given.dilation,
             transposed=transposed,
             ndim=ndim,
         )
@@ -226,30 +243,24 @@ def convolve(
     if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
         function(input, weight, bias, *geometry)
         raise TypeError(f"input and weight must be tensors, got {type(input).__name__} and {type(weight).__name__}")
-    if bias is not None:
-        check_tensor("bias", bias, "a tensor")
-    if e.residual is not None:
-        check_tensor("residual", e.residual, "a tensor of the output's shape")
-    ints = (as_ints(stride), as_ints(output_padding), as_ints(groups), as_ints(dilation))
-    pads = padding if type(padding) is str else as_ints(padding)
-    known = pads is not None and None not in ints and type(ints[2]) is int
-    weight_shape, channels = weight.shape, None
-    if len(weight_shape) > 1 and known:
-        channels = weight_shape[1] * ints[2] if transposed else weight_shape[0]  # type: ignore[operator]
+    check_types(bias, e)
+    given, channels = Geometry.of(stride, padding, output_padding, groups, dilation), None
+    if given is not None and weight.dim() > 1:
+        channels = weight.shape[1] * given.groups if transposed else weight.shape[0]
     act, slope = parse_activation(e.activation, e.activation_param, channels)
     x, w, b = autocast(input, weight, bias)
     check_devices(x, w, b)
-    step, reason = None, f"an empty input, or sizes such as padding={padding!r} that no kernel has"
-    if known:
+    reason: str | None = f"an empty input, or sizes such as padding={padding!r} that no kernel has"
+    if given is not None:
         resolve = _resolve.__wrapped__ if torch.compiler.is_compiling() else _resolve  # symbolic sizes have no hash
-        step = resolve(ndim, transposed, x.shape, weight_shape, ints[0], pads, *ints[1:], act)  # type: ignore[arg-type]
-    if step is not None:
-        reason = takes(x, w, b, channels)
-        if reason is None:
-            return fused(step, ndim, x, w, b, e, slope)
-    elif known:
-        _check_sizes(transposed, x.shape, weight_shape, ints[0], pads, ints[1], ints[3])
-    if transposed and known and _is_huge(ints[0]) and x.device.type == "cpu" and x.dtype in DTYPES:
+        step = resolve(ndim, transposed, x.shape, w.shape, given, act)
+        if step is not None:
+            reason = takes(x, w, b, channels)
+            if reason is None:
+                return fused(step, ndim, x, w, b, e, slope)
+        elif not torch.compiler.is_compiling():
+            _check_sizes(transposed, x.shape, w.shape, given)
+    if transposed and given is not None and _crashes(x, given.stride):
         y = function(x.double(), w.double(), None if b is None else b.double(), *geometry).to(x.dtype)
     else:
         y = function(x, w, b, *geometry)
@@ -258,18 +269,21 @@ def convolve(
     return finish(y, ndim, e, act, slope)
 
 
-def _is_huge(stride: Ints) -> bool:
-    """Whether oneDNN's deconvolution may end the process (seen for 100,000, torch 2.13). It takes no float64."""
-    return (stride if type(stride) is int else max(stride)) > MAX_STRIDE  # type: ignore[arg-type]
+def _crashes(x: Tensor, stride: Ints) -> bool:
+    """Whether oneDNN's deconvolution may end the process (seen for strides of 100,000, torch 2.13); it takes no
+    float64."""
+    huge = max((stride,) if isinstance(stride, int) else stride, default=1) > MAX_STRIDE
+    return huge and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
 
 
-def _check_sizes(transposed: bool, shape: Sequence[int], weight_shape: Sequence[int], *given: Any) -> None:
+def _check_sizes(transposed: bool, shape: Sequence[int], weight_shape: Sequence[int], given: Geometry) -> None:
     """`check_reach` of arguments of whatever lengths; where these do not fit, torch says so."""
     ndim = len(weight_shape) - 2
     if ndim < 1 or len(shape) < ndim + 1:
         return
-    values = (0 if isinstance(v, str) else v for v in given)
-    sizes = [(v,) * ndim if type(v) is int else v * (ndim if len(v) == 1 else 1) for v in values]
+    sizes = []
+    for v in (given.stride, given.padding, given.output_padding, given.dilation):
+        each = (0,) if isinstance(v, str) else (v,) if isinstance(v, int) else tuple(v)
+        sizes.append(each * ndim if len(each) == 1 else each)
     if all(len(v) == ndim for v in sizes):
-        stride, padding, output_padding, dilation = sizes
-        check_reach(transposed, shape[-ndim:], weight_shape[2:], stride, padding, output_padding, dilation)
+        check_reach(transposed, shape[-ndim:], weight_shape[2:], *sizes)

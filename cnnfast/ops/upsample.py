@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Integral
@@ -23,7 +24,7 @@ from .arguments import (
     autocast,
     check_devices,
     check_reach,
-    check_tensor,
+    check_types,
     parse_activation,
 )
 from .convolution import finish, fused, takes
@@ -105,8 +106,8 @@ def upsample_conv2d(
     dispatch.check_backend(backend)
     if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
         raise TypeError(f"input and weight must be tensors, got {type(input).__name__} and {type(weight).__name__}")
-    check_tensor("bias", bias, "a tensor")
-    check_tensor("residual", residual, "a tensor of the output's shape")
+    e = Epilogue(scale, shift, residual, activation, activation_param, backend)
+    check_types(bias, e)
     if weight.dim() != 4:
         raise ValueError(f"weight must be (C_out, C_in/groups, kh, kw), got shape {tuple(weight.shape)}")
     kh, kw = weight.shape[2:]
@@ -118,7 +119,6 @@ def upsample_conv2d(
         raise ValueError(f"padding must not be negative, got {pad}")
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode={padding_mode!r} must be one of {PADDING_MODES}")
-    e = Epilogue(scale, shift, residual, activation, activation_param, backend)
     act, slope = parse_activation(activation, activation_param, weight.shape[0])
     x, w, b = autocast(input, weight, bias)
     check_devices(x, w, b)
@@ -137,11 +137,11 @@ def upsample_conv2d(
         reason = takes(x, w, b, w.shape[0]) or _unfit(x, step)
     except ValueError as error:
         reason = str(error)
+    if not torch.compiler.is_compiling() and (reason is not None or max(pad) > 2**16):
+        _check_sizes(x, w, factor, pad)
     if step is not None and reason is None:
         return fused(step, 2, x, w, b, e, slope)
     # torch's operators run it, or say what is wrong.
-    if not torch.compiler.is_compiling():
-        _check_sizes(x, w, factor, pad)
     four = x if x.dim() == 4 else x.unsqueeze(0)
     y = reference.upsample_conv(four, w, b, factor, pad, padding_mode, whole_groups)
     if dispatch.resolve_backend(backend) == "triton":
@@ -164,5 +164,5 @@ def _check_sizes(x: Tensor, w: Tensor, factor: Sequence[int], pad: Sequence[int]
     size = [n * r for n, r in zip(x.shape[-2:], factor, strict=True)]
     check_reach(False, size, w.shape[2:], (1, 1), pad, (0, 0), (1, 1))
     padded = [n + 2 * p for n, p in zip(size, pad, strict=True)]
-    if x.numel() and x.shape[-3] * padded[0] * padded[1] * x.element_size() >= INT64:
+    if math.prod((*x.shape[:-2], *padded, x.element_size())) >= INT64:
         raise RuntimeError(f"an input upsampled to {tuple(size)} and padded by {tuple(pad)} is larger than any memory")
