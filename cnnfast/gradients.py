@@ -49,9 +49,7 @@ class _Entry(torch.autograd.Function):
         if is_batched(grad):  # in no memory format
             return grad.to(ctx.dtype), None, None, None
         grad = _converted(grad, ctx.dtype, ctx.of_gradient)
-        if has_both(grad.shape[1], grad.shape[2:]):
-            grad = restrided(grad, new_strides(grad.shape, ctx.of_gradient))
-        return grad, None, None, None
+        return restrided(grad, new_strides(grad.shape, ctx.of_gradient)), None, None, None
 
 
 def enter(x: Tensor, dtype: torch.dtype, channels_last: bool | None, of_gradient: bool) -> Tensor:

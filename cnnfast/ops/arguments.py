@@ -230,6 +230,8 @@ def check_residual(x: Tensor, residual: Tensor, shape: Sequence[int]) -> None:
 
 
 def _autocasts(x: Tensor) -> bool:
+    if not torch._C._is_any_autocast_enabled():
+        return False
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 

@@ -180,6 +180,10 @@ def finish(y: Tensor, ndim: int, e: Epilogue, activation: Activation, slope: Ten
     return y.squeeze(0) if unbatched else y
 
 
+def _bare(step: Step) -> Step:
+    return replace(step, activation=Activation())
+
+
 def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epilogue, slope: Tensor | None) -> Tensor:
     """``step`` on tensors that `takes` accepts and that fit it: x (N, C, *size) or (C, *size)."""
     unbatched = x.dim() == ndim + 1
@@ -189,32 +193,31 @@ def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epil
     if ndim == 1:
         x, w = x.unsqueeze(-2), w.unsqueeze(-2)
     channels_last = channels_last or is_channels_last(w)
-    if ndim == 1 and not channels_last and not torch.compiler.is_compiling() and is_channels_last(x):
+    compiling = torch.compiler.is_compiling()
+    if ndim == 1 and not (channels_last or compiling) and is_channels_last(x):
         x = enter(x, x.dtype, None, False) if torch.is_grad_enabled() and x.requires_grad else x
     residual = e.residual
     if e.scale is not None or e.shift is not None:
         check_vectors(x, step.spec.out_channels, scale=e.scale, shift=e.shift)
     if slope is not None:
         check_slope(x, slope)
-    apart = None
+    mixed = False
     if residual is not None:
         size = step.output_size((x.shape[2], x.shape[3]))[2 - ndim :]
         check_residual(x, residual, (*(() if unbatched else x.shape[:1]), step.spec.out_channels, *size))
         residual = residual.unsqueeze(0) if unbatched else residual
         residual = residual.unsqueeze(-2) if ndim == 1 else residual
-        if mixes(x, residual):
-            apart = Epilogue(e.scale, e.shift, residual, None, None, None)
-    activation = step.activation
-    o = Operands(x, w, b, None, None, 0.0, e.scale, e.shift, residual, slope)
-    if apart is not None:
-        o, step = Operands(x, w, b), replace(step, activation=Activation())
-    y = run_step(step, o, channels_last=channels_last, backend=e.backend)
-    if apart is not None:
-        y = epilogue(y, *apart[:3], activation, slope)
-    elif not (y.requires_grad or torch.compiler.is_compiling() or watched(y)):
-        y = plain(y, channels_last)
+        mixed = mixes(x, residual)
+    if mixed:
+        y = run_step(_bare(step), Operands(x, w, b), channels_last=channels_last, backend=e.backend)
+        y = epilogue(y, e.scale, e.shift, residual, step.activation, slope)
+    else:
+        o = Operands(x, w, b, None, None, 0.0, e.scale, e.shift, residual, slope)
+        y = run_step(step, o, channels_last=channels_last, backend=e.backend)
+        if not (compiling or y.requires_grad) and (y.shape[1] == 1 or y.shape[2] == y.shape[3] == 1):
+            y = y if watched(y) else plain(y, channels_last)
     if ndim == 1:
-        y = y.squeeze(-2) if torch.compiler.is_compiling() or watched(y) else squeezed(y, 2)
+        y = y.squeeze(-2) if compiling or watched(y) else squeezed(y, 2)
     return y.squeeze(0) if unbatched else y
 
 
@@ -249,16 +252,18 @@ def convolve(
         channels = weight.shape[1] * given.groups if transposed else weight.shape[0]
     act, slope = parse_activation(e.activation, e.activation_param, channels)
     x, w, b = autocast(input, weight, bias)
-    check_devices(x, w, b)
+    if w.device != x.device or b is not None and b.device != x.device:
+        check_devices(x, w, b)
+    compiling = torch.compiler.is_compiling()
     reason: str | None = f"an empty input, or sizes such as padding={padding!r} that no kernel has"
     if given is not None:
-        resolve = _resolve.__wrapped__ if torch.compiler.is_compiling() else _resolve  # symbolic sizes have no hash
+        resolve = _resolve.__wrapped__ if compiling else _resolve  # symbolic sizes have no hash
         step = resolve(ndim, transposed, x.shape, w.shape, given, act)
         if step is not None:
             reason = takes(x, w, b, channels)
             if reason is None:
                 return fused(step, ndim, x, w, b, e, slope)
-        elif not torch.compiler.is_compiling():
+        elif not compiling:
             _check_sizes(transposed, x.shape, w.shape, given)
     if transposed and given is not None and _crashes(x, given.stride):
         y = function(x.double(), w.double(), None if b is None else b.double(), *geometry).to(x.dtype)
