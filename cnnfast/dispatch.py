@@ -104,7 +104,7 @@ NO_DEVICE = "no CUDA device"
 def launch_why_not(device: torch.device) -> str | None:
     """Why an explicit ``backend="triton"`` can launch nothing on tensors of ``device``, or None where it can: on a CUDA
     device, under Triton's interpreter, and on whatever Triton's active driver takes (one that emulates or records says
-    so by its `get_active_torch_device`)."""
+    so by its ``get_active_torch_device``)."""
     reason = triton_why_not()
     if reason is not None:
         return reason
