@@ -16,7 +16,7 @@ from .block import Operands
 from .convolutions import DTYPES
 from .dispatch import resolve_backend
 from .fusion import FusedStep
-from .gradients import enter, squeezed
+from .gradients import enter, plain, squeezed
 from .memory_format import has_both, is_channels_last, new_strides
 from .modules import Reading
 from .ops import core
@@ -260,7 +260,9 @@ class Chain:
             x = cpu.convert(x, x.dtype, run.channels_last)
         if has_both(x.shape[1], x.shape[2:]):
             last = bound.runs[-1].channels_last
-            if x.stride() != new_strides(x.shape, last):
+            if not x.requires_grad:
+                x = plain(x, last)
+            elif x.stride() != new_strides(x.shape, last):  # a copy: a backward may have saved x
                 x = x.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
         return squeezed(x, 2) if ndim == 1 else x
 

@@ -151,7 +151,7 @@ def _unfit(x: Tensor, call: NormCall) -> str | None:
         check_vectors(x, x.shape[1] if x.dim() > 1 else 1, weight=call.weight, bias=call.bias)
         return None
     plain = x.dtype in _DTYPES and x.layout is torch.strided and x.device.type != "meta" and x.dim() > 1
-    if not plain or (x.numel() == 0 and call.process_group is None):
+    if not plain:
         return f"the input has shape {tuple(x.shape)} and dtype {x.dtype} on {x.device}"
     c, eps = x.shape[1], call.norm.eps
     for name in ("weight", "bias", "running_mean", "running_var"):
