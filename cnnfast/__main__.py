@@ -109,6 +109,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 _TASKS = {
     "generate": ("sampling", "images from noise: faces, eyes"),
     "draw": ("drawing", "an image from a text: emoji, eyes"),
+    "enhance": ("enhancement", "make pictures larger, take noise out of them"),
 }
 
 

