@@ -263,7 +263,14 @@ def test_the_learning_rate_rises_and_falls() -> None:
         trainer.steps = step
         rates.append(trainer._schedule())
     assert rates[0] == pytest.approx(0.01, rel=0.1) and rates[0] < rates[1] < rates[2] < rates[3]
-    assert rates[4:] == sorted(rates[4:], reverse=True) and 0 < rates[-1] < 0.01
+    assert rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] == 0 < rates[-2]
+
+
+def test_a_shorter_training_is_a_longer_one_that_cools_down_earlier() -> None:
+    """Of four and six epochs, the last two of which cool down."""
+    for steps, same in ((7, True), (8, False)):
+        short, long = (run_steps(replace(TINY, epochs=epochs), steps).generator.state_dict() for epochs in (4, 6))
+        assert all(torch.equal(short[name], long[name]) for name in short) == same
 
 
 def test_damaged_checkpoints_are_refused() -> None:

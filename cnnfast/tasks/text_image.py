@@ -31,6 +31,9 @@ CHANGEABLE = ("layers", "device", "output", "font")
 
 STEPS_PER_EPOCH = 500
 _WARM_UP = 100  # steps
+# The learning rate follows half a cosine over so many epochs (or over more, for more), and in the last ones a line to
+# nothing: a shorter training is a longer one that cools down earlier, the same bits until there.
+_COSINE, _COOLING = 18, 2
 # Of a text's three kinds of names, how often each is taken: English, an alias, German.
 _NAMES = (0.5, 0.2, 0.3)
 _SHUFFLED = 0.2  # texts whose words are put in another order
@@ -244,9 +247,12 @@ class Trainer:
         self.curves = list(curves)
 
     def _schedule(self) -> float:
-        """The learning rate's part at this step: a short rise, then half a cosine down to almost nothing."""
-        done = self.steps / (self.options.epochs * STEPS_PER_EPOCH)
-        return min(1.0, (self.steps + 1) / _WARM_UP) * (0.5 * (1 + math.cos(math.pi * min(done, 1.0))) + 0.005)
+        """The learning rate's part at this step."""
+        epochs = self.options.epochs
+        done = self.steps / (max(epochs, _COSINE) * STEPS_PER_EPOCH)
+        left = (epochs * STEPS_PER_EPOCH - self.steps) / (min(epochs, _COOLING) * STEPS_PER_EPOCH)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(done, 1.0))) + 0.005
+        return min(1.0, (self.steps + 1) / _WARM_UP) * cosine * min(1.0, left)
 
     def _batch(self, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         """Indices of images (B,), and of each the rows of one of its texts (B, L)."""
