@@ -185,7 +185,7 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         help="a text-to-image network on emoji and their names: drawings, loss curve, checkpoints, weights",
         argument_default=argparse.SUPPRESS,
     )
-    command.add_argument("--epochs", type=positive, help="of 500 steps (18)")
+    command.add_argument("--epochs", type=positive, help="of 500 steps (12)")
     command.add_argument("--batch-size", type=positive, help="images of a step (64)")
     command.add_argument("--lr", type=float, help="AdamW's, at its highest (3e-3)")
     command.add_argument("--seed", type=seed, help="of weights, and of the order of images and texts (0)")

@@ -51,7 +51,7 @@ class Options:
     resumed run cannot change their number. ``font``: Noto Color Emoji, None: where systems keep it.
     """
 
-    epochs: int = 18
+    epochs: int = 12
     batch_size: int = 64
     lr: float = 3e-3
     seed: int = 0
