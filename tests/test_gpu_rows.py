@@ -13,17 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import (
-    cases,
-    gpu_compare,
-    gpu_peers,
-    gpu_predict,
-    gpu_report,
-    gpu_rows,
-    gpu_stages,
-    gpu_timing,
-    workload,
-)
+from benchmarks import cases, workload
+from benchmarks.gpu import compare as gpu_compare
+from benchmarks.gpu import peers as gpu_peers
+from benchmarks.gpu import predict as gpu_predict
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import rows as gpu_rows
+from benchmarks.gpu import stages as gpu_stages
+from benchmarks.gpu import timing as gpu_timing
 from cnnfast import guard
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,11 +10,11 @@ import torch
 
 from cnnfast.timing import Timing
 
-from . import memory
-from .gpu_rows import Failed, Steps
-from .gpu_timing import Calls
-from .limits import Ceilings, bound, copy_bandwidth, yardstick
-from .workload import Implementation, NotAvailable, Prepared, Workload
+from .. import memory
+from ..limits import Ceilings, bound, copy_bandwidth, yardstick
+from ..workload import Implementation, NotAvailable, Prepared, Workload
+from .rows import Failed, Steps
+from .timing import Calls
 
 __all__ = ["Measure", "ceilings", "compare", "least_us", "set_tf32", "timing_values"]
 

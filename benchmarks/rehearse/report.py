@@ -13,11 +13,10 @@ from typing import Any
 from cnnfast.choice import FULL_WAVE
 from cnnfast.files import write_atomically
 
-from .rehearsal import Analysis
-from .rehearsal_model import BOUNDS, PARTS
-from .rehearsal_rules import PRESSURE
-from .rehearse import Passes, Rehearsal, Row
-from .report import environment
+from ..report import environment
+from .analysis import Analysis, Passes, Rehearsal, Row
+from .model import BOUNDS, PARTS
+from .rules import PRESSURE
 
 __all__ = ["summary", "write"]
 
@@ -187,7 +186,7 @@ def _markdown(result: Rehearsal, about: dict[str, str]) -> Iterator[str]:
     yield "# What the benchmark cases are on GPUs that are not here"
     yield ""
     yield "Written by `python -m benchmarks.rehearse`. Do not edit. Counts from compiled code and arithmetic: nothing"
-    yield "was run or timed on a GPU. What is assumed stands at the top of `benchmarks/rehearsal_model.py`."
+    yield "was run or timed on a GPU. What is assumed stands at the top of `benchmarks/rehearse/model.py`."
     yield ""
     yield from (f"- {k}: {v}" for k, v in about.items())
     yield ""

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .gpu_peers import BASELINES, COMPILED, GRAPH
+from .peers import BASELINES, COMPILED, GRAPH
 
 __all__ = ["Outcome", "digest", "page", "scrub", "summary"]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 Data = Mapping[str, Any]
 Row = Mapping[str, Any]
 

@@ -14,9 +14,9 @@ from torch import nn
 
 import cnnfast
 
-from .gpu_timing import captured
-from .peers import named, path_of
-from .workload import Implementation, NotAvailable, Prepared, Workload
+from ..peers import named, path_of
+from ..workload import Implementation, NotAvailable, Prepared, Workload
+from .timing import captured
 
 __all__ = ["BASELINES", "COMPILED", "GPU_IMPLEMENTATIONS", "GRAPH", "OURS", "backend", "find", "fused"]
 
