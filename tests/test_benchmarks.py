@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import cases, compare, limits, memory, peers, report, timers
-from benchmarks.markdown import markdown
+from benchmarks.report import markdown
 from benchmarks.workload import TOLERANCES, Implementation, NotAvailable, Prepared, Workload
 from cnnfast.timing import Timing
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cases
+from benchmarks import cases, peers
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import peers as gpu_peers
 from benchmarks.gpu import process as gpu_process
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import rows as gpu_rows
@@ -256,4 +255,4 @@ def test_wrong_arguments(capsys):
         gpu.main(["--minutes", "0"])
     assert "--minutes 0 must be more than 0" in capsys.readouterr().err
     with pytest.raises(ValueError, match="unknown implementation TensorRT: expected some of eager"):
-        gpu_peers.find("TensorRT")
+        peers.named("TensorRT", among=peers.GPU_IMPLEMENTATIONS)

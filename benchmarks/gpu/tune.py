@@ -16,10 +16,10 @@ import cnnfast
 from cnnfast import dispatch, tuning
 from cnnfast.choice import candidates, modelled_clocks
 
+from .. import timers
+from ..peers import backend, fused
 from ..workload import NotAvailable, Workload
-from . import timing
 from .compare import set_tf32
-from .peers import backend, fused
 from .rows import Item, Steps, read
 
 __all__ = ["PLANS", "candidate_items", "tune_items", "tuned_workloads"]
@@ -112,7 +112,7 @@ def candidate_items(found: list[Workload], dry_run: bool) -> Iterator[Item]:
 
 def tune_items(found: list[Workload], dry_run: bool) -> Iterator[Item]:
     """The plans of each step, timed."""
-    timer = timing.stubbed if dry_run else tuning.cuda_timer
+    timer = timers.stubbed if dry_run else tuning.cuda_timer
     return (_item(w, timer, DRY_PLANS if dry_run else PLANS, 20.0, True) for w in found)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from cnnfast.choice import FULL_WAVE
 from cnnfast.files import write_atomically
 
-from ..report import environment
+from ..report import environment, table
 from .analysis import Analysis, Passes, Rehearsal, Row
 from .model import BOUNDS, PARTS
 from .rules import PRESSURE
@@ -125,8 +125,8 @@ def _json(result: Rehearsal, about: dict[str, str]) -> str:
         "layers": [[list(key[0]), *key[1:]] for key in layers],
     }
     columns = {"passes": [f.name for f in fields(Passes)], "layers": _LAYER_COLUMNS}
-    for name, table in tables.items():
-        lines += [f'"{name}_columns": {json.dumps(columns[name])}', f'"{name}": {_lines(map(_line, table))}']
+    for name, found in tables.items():
+        lines += [f'"{name}_columns": {json.dumps(columns[name])}', f'"{name}": {_lines(map(_line, found))}']
     lines += [f'"columns": {json.dumps(_COLUMNS)}', f'"rows": {_lines(rows)}']
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
@@ -140,13 +140,6 @@ def _lines(rows: Iterable[str]) -> str:
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
-
-
-def table(head: list[str], body: Iterable[list[str]]) -> Iterator[str]:
-    yield "| " + " | ".join(head) + " |"
-    yield "|" + "|".join("---" if i == 0 else "---:" for i in range(len(head))) + "|"
-    for line in body:
-        yield "| " + " | ".join(line) + " |"
 
 
 def _worst(values: Iterable[float], pick: Any = max) -> str:

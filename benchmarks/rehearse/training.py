@@ -24,11 +24,11 @@ from cnnfast.files import write_atomically
 
 from .. import cases
 from ..case import Case
+from ..report import table
 from .inspections import Failed, Inspections
 from .inspector import ARCHS, Call, Report
 from .launches import NUMERICS, precision
 from .model import rate
-from .report import table
 from .rules import grids, limits
 from .training_launches import Cost, eager_cost, inductor_cost, record
 
