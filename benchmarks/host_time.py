@@ -30,7 +30,7 @@ from cnnfast.spec import Activation, ConvSpec
 from cnnfast.timing import Timing, measure
 
 from . import cases
-from .inspector import target
+from .rehearse.inspector import target
 from .report import environment, machine_name
 
 LIMIT_US = 40.0

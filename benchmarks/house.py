@@ -176,7 +176,7 @@ def trips() -> dict[str, Trip]:
 
     import cnnfast
 
-    from .inspector import target
+    from .rehearse.inspector import target
 
     def block() -> nn.Sequential:
         layers = nn.ConvTranspose2d(32, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(True)

@@ -25,7 +25,7 @@ from triton import knobs  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import jit  # noqa: E402
 
-from benchmarks.inspector import StubDriver, recording, target  # noqa: E402
+from benchmarks.rehearse.inspector import StubDriver, recording, target  # noqa: E402
 from cnnfast.ops import launch, norm_plan, training, weights, wgrad  # noqa: E402
 from cnnfast.ops.binary import Binary  # noqa: E402
 

@@ -24,8 +24,9 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import cases  # noqa: E402
-from benchmarks.inspections import Inspections  # noqa: E402
-from benchmarks.rehearse import Row, rehearse  # noqa: E402
+from benchmarks.rehearse.__main__ import rehearse  # noqa: E402
+from benchmarks.rehearse.analysis import Row  # noqa: E402
+from benchmarks.rehearse.inspections import Inspections  # noqa: E402
 from cnnfast.ops import launch  # noqa: E402
 
 from .cases import check, conv  # noqa: E402

@@ -18,7 +18,7 @@ from cnnfast.spec import Activation, ConvSpec
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks.inspector import ARCHS, Call, recording  # noqa: E402
+from benchmarks.rehearse.inspector import ARCHS, Call, recording  # noqa: E402
 from cnnfast.ops import launch  # noqa: E402
 
 RELU = Activation("relu")

@@ -21,12 +21,12 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 import triton.language as tl  # noqa: E402
 
 from benchmarks import cases  # noqa: E402
-from benchmarks import rehearse_training as train  # noqa: E402
-from benchmarks.inspections import Inspections  # noqa: E402
-from benchmarks.inspector import ARCHS, Report, inspect, recording, target  # noqa: E402
-from benchmarks.launches import NUMERICS  # noqa: E402
-from benchmarks.rehearsal import Analysis  # noqa: E402
-from benchmarks.rehearse import Rehearsal, rehearse  # noqa: E402
+from benchmarks.rehearse import training as train  # noqa: E402
+from benchmarks.rehearse.__main__ import rehearse  # noqa: E402
+from benchmarks.rehearse.analysis import Analysis, Rehearsal  # noqa: E402
+from benchmarks.rehearse.inspections import Inspections  # noqa: E402
+from benchmarks.rehearse.inspector import ARCHS, Report, inspect, recording, target  # noqa: E402
+from benchmarks.rehearse.launches import NUMERICS  # noqa: E402
 from cnnfast.ops import launch  # noqa: E402
 
 FAST = (80, 90)

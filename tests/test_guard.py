@@ -516,7 +516,7 @@ def no_ttsem() -> None:
 @pytest.fixture
 def pretended(no_ttsem: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An RTX 3090 for which launches are compiled and do nothing, and CPU tensors that count as its."""
-    from benchmarks.inspector import target
+    from benchmarks.rehearse.inspector import target
     from cnnfast import dispatch
     from cnnfast.devices import DEVICES
 

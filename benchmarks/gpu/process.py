@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from .gpu_rows import RESTART, blame, read
+from .rows import RESTART, blame, read
 
 __all__ = ["Ending", "supervise", "supervise_all"]
 
@@ -45,7 +45,7 @@ def supervise(
     """Run ``command(seconds left)``; its output goes to ``NAME.log``.
 
     A process that dies, or stays longer than ``stall`` seconds in one step of its rows, is started again without that
-    step, as long as there is time; what it finished is kept (`gpu_rows.Rows`). ``stop`` ends it at once.
+    step, as long as there is time; what it finished is kept (`rows.Rows`). ``stop`` ends it at once.
     """
     log, marker, deadline = folder / f"{name}.log", folder / f"{name}.at.json", time.monotonic() + seconds
     marker.unlink(missing_ok=True)

@@ -13,11 +13,10 @@ from typing import Any
 from cnnfast.choice import FULL_WAVE
 from cnnfast.files import write_atomically
 
-from .rehearsal import Analysis
-from .rehearsal_model import BOUNDS, PARTS
-from .rehearsal_rules import PRESSURE
-from .rehearse import Passes, Rehearsal, Row
-from .report import environment
+from ..report import environment, table
+from .analysis import Analysis, Passes, Rehearsal, Row
+from .model import BOUNDS, PARTS
+from .rules import PRESSURE
 
 __all__ = ["summary", "write"]
 
@@ -126,8 +125,8 @@ def _json(result: Rehearsal, about: dict[str, str]) -> str:
         "layers": [[list(key[0]), *key[1:]] for key in layers],
     }
     columns = {"passes": [f.name for f in fields(Passes)], "layers": _LAYER_COLUMNS}
-    for name, table in tables.items():
-        lines += [f'"{name}_columns": {json.dumps(columns[name])}', f'"{name}": {_lines(map(_line, table))}']
+    for name, found in tables.items():
+        lines += [f'"{name}_columns": {json.dumps(columns[name])}', f'"{name}": {_lines(map(_line, found))}']
     lines += [f'"columns": {json.dumps(_COLUMNS)}', f'"rows": {_lines(rows)}']
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
@@ -141,13 +140,6 @@ def _lines(rows: Iterable[str]) -> str:
 
 
 # --- Markdown ---------------------------------------------------------------------------------------------------------
-
-
-def table(head: list[str], body: Iterable[list[str]]) -> Iterator[str]:
-    yield "| " + " | ".join(head) + " |"
-    yield "|" + "|".join("---" if i == 0 else "---:" for i in range(len(head))) + "|"
-    for line in body:
-        yield "| " + " | ".join(line) + " |"
 
 
 def _worst(values: Iterable[float], pick: Any = max) -> str:
@@ -187,7 +179,7 @@ def _markdown(result: Rehearsal, about: dict[str, str]) -> Iterator[str]:
     yield "# What the benchmark cases are on GPUs that are not here"
     yield ""
     yield "Written by `python -m benchmarks.rehearse`. Do not edit. Counts from compiled code and arithmetic: nothing"
-    yield "was run or timed on a GPU. What is assumed stands at the top of `benchmarks/rehearsal_model.py`."
+    yield "was run or timed on a GPU. What is assumed stands at the top of `benchmarks/rehearse/model.py`."
     yield ""
     yield from (f"- {k}: {v}" for k, v in about.items())
     yield ""

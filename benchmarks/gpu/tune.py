@@ -16,11 +16,11 @@ import cnnfast
 from cnnfast import dispatch, tuning
 from cnnfast.choice import candidates, modelled_clocks
 
-from . import gpu_timing
-from .gpu_compare import set_tf32
-from .gpu_peers import backend, fused
-from .gpu_rows import Item, Steps, read
-from .workload import NotAvailable, Workload
+from .. import timers
+from ..peers import backend, fused
+from ..workload import NotAvailable, Workload
+from .compare import set_tf32
+from .rows import Item, Steps, read
 
 __all__ = ["PLANS", "candidate_items", "tune_items", "tuned_workloads"]
 
@@ -112,7 +112,7 @@ def candidate_items(found: list[Workload], dry_run: bool) -> Iterator[Item]:
 
 def tune_items(found: list[Workload], dry_run: bool) -> Iterator[Item]:
     """The plans of each step, timed."""
-    timer = gpu_timing.stubbed if dry_run else tuning.cuda_timer
+    timer = timers.stubbed if dry_run else tuning.cuda_timer
     return (_item(w, timer, DRY_PLANS if dry_run else PLANS, 20.0, True) for w in found)
 
 

@@ -26,7 +26,7 @@ from cnnfast.spec import Precision
 
 from .inspector import Call, Report
 from .launches import StepRun
-from .rehearsal_model import Traffic, Work, loop_macs, occupancy
+from .model import Traffic, Work, loop_macs, occupancy
 
 __all__ = [
     "PRESSURE",

@@ -1,23 +1,23 @@
-"""All that the rehearsal says of one fused step: the arithmetic of `rehearsal_model` judged by `rehearsal_rules`."""
+"""All that the rehearsal says of one fused step: the arithmetic of `model` judged by `rules`."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from cnnfast.devices import Device
 from cnnfast.spec import Precision
 
-from . import rehearsal_rules as rules
+from . import rules
 from .inspections import Failed
 from .inspector import Report
 from .launches import StepRun
-from .rehearsal_model import bounds as bounds_of
-from .rehearsal_model import occupancy, pressure, rate, tiles, traffic, work
+from .model import bounds as bounds_of
+from .model import occupancy, pressure, rate, tiles, traffic, work
 
-__all__ = ["Analysis", "analyse"]
+__all__ = ["Analysis", "Passes", "Rehearsal", "Row", "analyse"]
 
 
 @dataclass(frozen=True)
@@ -108,3 +108,56 @@ def analyse(run: StepRun, reports: list[Report | Failed], precision: Precision, 
         failures=tuple(itertools.chain.from_iterable(failures)),
         exceptions=() if better else tuple(f"{text}; {other or 'no tile'} keeps the rules" for text in soft),
     )
+
+
+@dataclass
+class Row:
+    """A fused step on one device: of several cases where they share it."""
+
+    cases: list[str]
+    modules: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    numerics: str
+    arch: int
+    binaries: tuple[str, ...] = ()
+    result: Analysis | Failed | None = None
+    why_not: str = ""  # PyTorch's operators run it
+
+    @property
+    def title(self) -> str:
+        shapes = ("x".join(map(str, s[1:])) for s in (self.input_shape, self.output_shape))
+        return f"{' -> '.join(shapes)}, batch {self.input_shape[0]}"
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        if isinstance(self.result, Failed):
+            return (f"does not compile: {self.result.message}",)
+        return () if self.result is None else self.result.failures
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Launches and bytes of one forward of a case (fp16, sm_90, the largest batch)."""
+
+    case: str
+    batch: int
+    ours: int
+    eager: int
+    inductor: int
+    ours_bytes: int
+    eager_bytes: int
+
+
+@dataclass
+class Rehearsal:
+    rows: list[Row] = field(default_factory=list)
+    passes: list[Passes] = field(default_factory=list)
+    unrun: dict[str, dict[str, str]] = field(default_factory=dict)  # case -> module -> why PyTorch runs it
+    binaries: int = 0
+    compiled: int = 0
+    seconds: float = 0.0
+
+    @property
+    def failing(self) -> list[Row]:
+        return [r for r in self.rows if r.failures]

@@ -1,4 +1,4 @@
-"""The work of one stage of `benchmarks.gpu`: ``python benchmarks/gpu_stages.py STAGE --output DIR --seconds S``.
+"""The work of one stage of `benchmarks.gpu`: ``python benchmarks/gpu/stages.py STAGE --output DIR --seconds S``.
 
 A script that `benchmarks.gpu` runs in a process of its own. In a dry run ttsem runs it: device "cuda" is then the CPU,
 every launch is executed by an interpreter of Triton's intermediate language, and times are stubbed.
@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import cases, gpu_predict, gpu_timing, gpu_tune
-from benchmarks.gpu_compare import Measure, ceilings, compare, least_us
-from benchmarks.gpu_peers import GRAPH, find
-from benchmarks.gpu_rows import Item, Rows, Steps, work_through
+from benchmarks import cases, timers
+from benchmarks.gpu import predict
+from benchmarks.gpu.compare import Measure, ceilings, compare, least_us
+from benchmarks.gpu.rows import Item, Rows, Steps, work_through
+from benchmarks.gpu.tune import candidate_items, tune_items, tuned_workloads
+from benchmarks.peers import GPU_IMPLEMENTATIONS, GRAPH, named
 from benchmarks.report import environment
 from benchmarks.workload import TrainingWorkload, Workload
 
@@ -45,12 +47,12 @@ class Context:
     part: int = 0
     parts: int = 1
 
-    def measure(self, timer: Callable[[gpu_timing.Calls], Any] | None) -> Measure:
-        return Measure(gpu_timing.stubbed if self.dry_run and timer is not None else timer, self.dry_run)
+    def measure(self, timer: Callable[[timers.Calls], Any] | None) -> Measure:
+        return Measure(timers.stubbed if self.dry_run and timer is not None else timer, self.dry_run)
 
     def row(self, w: Workload, names: tuple[str, ...], timer: Any, seconds: float = 3.0, suffix: str = "") -> Item:
         """The item of a workload; ``suffix`` tells it from the same one with other implementations."""
-        chosen = find(*(names if not self.dry_run else tuple(n for n in DRY if n in names)))
+        chosen = named(*(n for n in names if not self.dry_run or n in DRY), among=GPU_IMPLEMENTATIONS)
         limits = self.rows.data.get("ceilings")
 
         def work(steps: Steps) -> Mapping[str, Any]:
@@ -98,7 +100,7 @@ def table(c: Context) -> Iterator[Item]:
     """Layers, blocks and whole generators against cuDNN."""
     found = workloads(cases.MINI[1:2]) if c.dry_run else workloads(cases.CASES)
     names = ("eager", *GRAPHS)
-    return (c.row(w, names, gpu_timing.cold) for w in found)
+    return (c.row(w, names, timers.cold) for w in found)
 
 
 def single_steps(c: Context) -> list[Workload]:
@@ -110,25 +112,25 @@ def single_steps(c: Context) -> list[Workload]:
 
 def candidates(c: Context) -> Iterator[Item]:
     """The plans that `tune` will time, compiled and proven side by side."""
-    return gpu_tune.candidate_items(single_steps(c)[c.part :: c.parts], c.dry_run)
+    return candidate_items(single_steps(c)[c.part :: c.parts], c.dry_run)
 
 
 def tune(c: Context) -> Iterator[Item]:
     """The fastest plan of each step."""
-    return gpu_tune.tune_items(single_steps(c), c.dry_run)
+    return tune_items(single_steps(c), c.dry_run)
 
 
 def tuned(c: Context) -> Iterator[Item]:
     """The rows of the table whose steps were tuned, with the tuned plans."""
     names = GRAPHS[1::2] if not c.dry_run else DRY
     found = workloads(cases.MINI[1:2]) if c.dry_run else workloads(cases.CASES)
-    return (c.row(w, names, gpu_timing.cold) for w in gpu_tune.tuned_workloads(c.folder, found))
+    return (c.row(w, names, timers.cold) for w in tuned_workloads(c.folder, found))
 
 
 def back_to_back(c: Context) -> Iterator[Item]:
     """Whole generators with the host's time: what a user sees who calls them in a loop."""
     found = workloads(cases.MINI[1:2]) if c.dry_run else workloads(WHOLE)
-    return (c.row(w, GRAPHS, gpu_timing.warm) for w in found)
+    return (c.row(w, GRAPHS, timers.warm) for w in found)
 
 
 def compiled(c: Context) -> Iterator[Item]:
@@ -137,29 +139,29 @@ def compiled(c: Context) -> Iterator[Item]:
     default = ("eager channels_last", "torch.compile", "cnnfast", "cnnfast under torch.compile")
     longest = (*GRAPHS[1::2], "torch.compile max-autotune")  # which captures a graph itself
     for w in found:
-        yield c.row(w, default, gpu_timing.cold, 20.0)
+        yield c.row(w, default, timers.cold, 20.0)
     if not c.dry_run:
         for w in found:
-            yield c.row(w, longest, gpu_timing.cold, 60.0, " (max-autotune)")
+            yield c.row(w, longest, timers.cold, 60.0, " (max-autotune)")
 
 
 def training(c: Context) -> Iterator[Item]:
     """Training steps, calls in a row, with the host's time; in a CUDA graph without it."""
     found = workloads(cases.MINI[1:2] if c.dry_run else cases.TRAINING, kind=TrainingWorkload)
     for w in found:
-        yield c.row(w, ("eager", *GRAPHS), gpu_timing.warm, 5.0)
+        yield c.row(w, ("eager", *GRAPHS), timers.warm, 5.0)
     if not c.dry_run:
         names = ("eager channels_last", "torch.compile", "cnnfast")
         for w in found:
             if w.case.suite == "generator":
-                yield c.row(w, names, gpu_timing.warm, 30.0, " (compiled)")
+                yield c.row(w, names, timers.warm, 30.0, " (compiled)")
 
 
 def host_time(c: Context) -> Iterator[Item]:
     """What a call costs the host, whose device work is small."""
     found = workloads(cases.MINI[1:2])[:1] if c.dry_run else workloads(WHOLE)
     least = [w for w in found if w.batch == min(w.case.batches)]
-    return (c.row(w, GRAPHS, gpu_timing.host) for w in least)
+    return (c.row(w, GRAPHS, timers.host) for w in least)
 
 
 Stage = Callable[[Context], Iterator[Item]]
@@ -172,7 +174,7 @@ STAGES: dict[str, Stage] = {
     "back_to_back": back_to_back,
     "training": training,
     "compiled": compiled,
-    "prediction": lambda c: gpu_predict.prediction_items(c.folder),
+    "prediction": lambda c: predict.prediction_items(c.folder),
     "host_time": host_time,
 }
 MEASURED_LIMITS = ("table", "tuned")  # stages that give the least time beside each row
@@ -210,7 +212,7 @@ def work(argv: list[str]) -> int:
         rows.clear()
     c = Context(a.output, rows, a.dry_run, part, parts)
     if a.stage in MEASURED_LIMITS and "ceilings" not in rows.data:
-        rows.data["ceilings"] = ceilings(NUMERICS, c.measure(gpu_timing.cold))
+        rows.data["ceilings"] = ceilings(NUMERICS, c.measure(timers.cold))
     return 1 if work_through(rows, STAGES[a.stage](c), a.seconds, show) else 0
 
 

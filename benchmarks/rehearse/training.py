@@ -1,4 +1,4 @@
-"""``python -m benchmarks.rehearse_training``: training steps of the benchmark cases on GPUs that are not here.
+"""``python -m benchmarks.rehearse.training``: training steps of the benchmark cases on GPUs that are not here.
 
 For every case, precision and architecture the real path is driven up to the launches (`training_launches.py`), each
 distinct binary compiled and its machine code read, and judged: no spill, shared memory and registers within the chip,
@@ -22,14 +22,14 @@ import torch
 from cnnfast.devices import DEVICES
 from cnnfast.files import write_atomically
 
-from . import cases
-from .case import Case
+from .. import cases
+from ..case import Case
+from ..report import table
 from .inspections import Failed, Inspections
 from .inspector import ARCHS, Call, Report
 from .launches import NUMERICS, precision
-from .rehearsal_model import rate
-from .rehearsal_rules import grids, limits
-from .rehearse_report import table
+from .model import rate
+from .rules import grids, limits
 from .training_launches import Cost, eager_cost, inductor_cost, record
 
 __all__ = ["Finding", "Result", "rehearse"]
@@ -146,7 +146,7 @@ def markdown(result: Result) -> str:
     lines = [
         "# Training steps, rehearsed\n",
         f"{result.launches} launches, {result.binaries} binaries, {len(result.findings)} findings. "
-        "Written by `python -m benchmarks.rehearse_training`; nothing here was measured on a GPU.\n",
+        "Written by `python -m benchmarks.rehearse.training`; nothing here was measured on a GPU.\n",
     ]
     if result.findings:
         rows = [[f.case, f.numerics, f"sm_{f.arch}", f.function, f.text] for f in result.findings]
@@ -177,7 +177,7 @@ def markdown(result: Result) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.rehearse_training", description=__doc__)
+    p = argparse.ArgumentParser(prog="python -m benchmarks.rehearse.training", description=__doc__)
     p.add_argument("--case", action="append", metavar="NAME", help="a case, suite or pattern; may be repeated")
     p.add_argument("--arch", action="append", type=int, choices=ARCHS, help="may be repeated")
     p.add_argument("--dtype", action="append", choices=tuple(NUMERICS), help="may be repeated")
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     text = markdown(result)
     print(text)
     part = bool(a.case or a.arch or a.dtype)
-    output = a.output or (None if part else Path(__file__).resolve().parent / "results" / "rehearsal")
+    output = a.output or (None if part else Path(__file__).resolve().parents[1] / "results" / "rehearsal")
     if output is not None:
         write_atomically(output / "training.md", text)
         found = [vars(f) for f in result.findings]

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .gpu_report import fraction, mean, own
-from .gpu_rows import Item, read
+from .report import fraction, mean, own
+from .rows import Item, read
 
 __all__ = ["prediction_items", "rank_correlation"]
 

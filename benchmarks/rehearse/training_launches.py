@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 import cnnfast
 from cnnfast import dispatch
 
-from .cases import Case
+from ..cases import Case
 from .inspector import Call, recording
 from .launches import NUMERICS, Op, counting
 

@@ -19,7 +19,7 @@ import torch
 
 from cnnfast.files import write_atomically
 
-from .workload import NotAvailable
+from ..workload import NotAvailable
 
 __all__ = [
     "RESTART",

@@ -27,7 +27,7 @@ from cnnfast.ops import core, launch
 from cnnfast.plan import Plan
 from cnnfast.spec import Precision
 
-from .cases import Case
+from ..cases import Case
 from .inspector import Call, recording
 
 __all__ = ["NUMERICS", "Op", "Recorder", "StepRun", "Unrun", "counting", "eager_ops", "inductor_passes", "precision"]

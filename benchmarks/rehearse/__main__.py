@@ -2,7 +2,7 @@
 
 For every case, batch, dtype and architecture the real path is driven up to the launch (`launches.py`), each distinct
 binary compiled and its machine code read (`inspections.py`), and plan, occupancy, issue pressure, bytes and the bound
-worked out and judged (`rehearsal.py`). Writes a table, JSON and plots; ends with status 1 where a plan fails.
+worked out and judged (`analysis.py`). Writes a table, JSON and plots; ends with status 1 where a plan fails.
 """
 
 from __future__ import annotations
@@ -12,74 +12,21 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from cnnfast.devices import DEVICES
 
-from . import cases
-from .cases import Case
-from .inspections import Failed, Inspections
+from .. import cases
+from ..cases import Case
+from .analysis import Passes, Rehearsal, Row, analyse
+from .inspections import Inspections
 from .inspector import ARCHS
 from .launches import NUMERICS, Op, Recorder, StepRun, Unrun, eager_ops, inductor_passes, precision
-from .rehearsal import Analysis, analyse
 
-__all__ = ["Passes", "Row", "Rehearsal", "rehearse"]
+__all__ = ["rehearse"]
+
 
 QUICK = dict(archs=(80, 90), numerics=("fp16",))
-
-
-@dataclass
-class Row:
-    """A fused step on one device: of several cases where they share it."""
-
-    cases: list[str]
-    modules: str
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    numerics: str
-    arch: int
-    binaries: tuple[str, ...] = ()
-    result: Analysis | Failed | None = None
-    why_not: str = ""  # PyTorch's operators run it
-
-    @property
-    def title(self) -> str:
-        shapes = ("x".join(map(str, s[1:])) for s in (self.input_shape, self.output_shape))
-        return f"{' -> '.join(shapes)}, batch {self.input_shape[0]}"
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        if isinstance(self.result, Failed):
-            return (f"does not compile: {self.result.message}",)
-        return () if self.result is None else self.result.failures
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Launches and bytes of one forward of a case (fp16, sm_90, the largest batch)."""
-
-    case: str
-    batch: int
-    ours: int
-    eager: int
-    inductor: int
-    ours_bytes: int
-    eager_bytes: int
-
-
-@dataclass
-class Rehearsal:
-    rows: list[Row] = field(default_factory=list)
-    passes: list[Passes] = field(default_factory=list)
-    unrun: dict[str, dict[str, str]] = field(default_factory=dict)  # case -> module -> why PyTorch runs it
-    binaries: int = 0
-    compiled: int = 0
-    seconds: float = 0.0
-
-    @property
-    def failing(self) -> list[Row]:
-        return [r for r in self.rows if r.failures]
 
 
 Progress = Callable[[str, int, int], None]
@@ -206,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
         which = cases.find(a.case)
     except ValueError as error:
         p.error(str(error))
-    from .rehearse_report import summary, write
+    from .report import summary, write
 
     archs = tuple(a.arch or (QUICK["archs"] if a.quick else ARCHS))
     numerics = tuple(a.dtype or (QUICK["numerics"] if a.quick else NUMERICS))
@@ -215,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         p.error("no case has such a batch size")
     print(summary(result))
     part = bool(a.case or a.arch or a.dtype or a.batch or a.quick)
-    output = a.output or (None if part else Path(__file__).resolve().parent / "results" / "rehearsal")
+    output = a.output or (None if part else Path(__file__).resolve().parents[1] / "results" / "rehearsal")
     if output is None:
         print("(a part of the rehearsal: written only with --output)")
     else:

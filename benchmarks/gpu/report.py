@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .gpu_peers import BASELINES, COMPILED, GRAPH
+from ..peers import COMPILED, EAGER, GRAPH
+from ..report import table
 
 __all__ = ["Outcome", "digest", "page", "scrub", "summary"]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 Data = Mapping[str, Any]
 Row = Mapping[str, Any]
 
@@ -71,14 +72,6 @@ def scrub(text: str) -> str:
     return text
 
 
-def _table(head: Sequence[str], body: Iterable[Sequence[str]], texts: Sequence[int] = (0,)) -> Iterator[str]:
-    """``texts``: the columns that hold no figures."""
-    yield "| " + " | ".join(head) + " |"
-    yield "|" + "|".join("---" if i in texts else "---:" for i in range(len(head))) + "|"
-    for line in body:
-        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
-
-
 # --- rows of times ----------------------------------------------------------------------------------------------------
 
 
@@ -99,7 +92,7 @@ def ratio(row: Row, ours: str, *others: str) -> float | None:
 
 
 PAIRS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
-    ("eager", "cnnfast", BASELINES),
+    ("eager", "cnnfast", EAGER),
     ("eager, both in CUDA graphs", "cnnfast" + GRAPH, ("eager channels_last" + GRAPH,)),
     ("torch.compile", "cnnfast", COMPILED[:1]),
     ("torch.compile max-autotune, both in CUDA graphs", "cnnfast" + GRAPH, COMPILED[1:]),
@@ -122,7 +115,7 @@ def _means(rows: Sequence[Row]) -> Iterator[str]:
                 body.append([f"{dtype}, over {over}", str(len(found)), f"{mean(found):.2f}x",
                              f"{min(found):.2f}x", f"{max(found):.2f}x", str(below)])  # fmt: skip
     if body:
-        yield from _table(["cnnfast", "rows", "geometric mean", "least", "most", "slower in"], body)
+        yield from table(["cnnfast", "rows", "geometric mean", "least", "most", "slower in"], body)
         yield ""
 
 
@@ -161,7 +154,7 @@ def _timed(data: Data) -> Iterator[str]:
                 entry(row, "cnnfast").get("path", ""),
             ]
         )
-    yield from _table(head, body, (0, len(head) - 1))
+    yield from table(head, body, (0, len(head) - 1))
     if "ceilings" in data and not data.get("stubbed"):
         c = data["ceilings"]
         rates = ", ".join(f"{dtype} {flops / 1e12:.0f} TFLOP/s" for dtype, flops in c["flops"].items())
@@ -194,7 +187,7 @@ def _checked(data: Data) -> Iterator[str]:
         worst = f"{max(errors):.2f}" if errors else ""
         body.append([dtype, str(len(errors)), *map(str, count.values()), worst])
     head = ["", "right", "wrong", "failed", "no kernel", "worst error, in tolerances"]
-    yield from _table(head, body)
+    yield from table(head, body)
 
 
 def _tested(data: Data) -> Iterator[str]:
@@ -216,7 +209,7 @@ def _tuned(data: Data) -> Iterator[str]:
             tried = f"{len(step.get('plans', ()))} of {step.get('valid', '?')}"
             body.append([row["key"], tried, step["heuristic"], step.get("best", ""), *times, gain])
     head = ["step", "plans timed", "the heuristic's", "the best", "us", "us", "heuristic over best"]
-    yield from _table(head, body, (0, 2, 3))
+    yield from table(head, body, (0, 2, 3))
     yield from _refused(data)
 
 
@@ -239,7 +232,7 @@ def _predicted(data: Data) -> Iterator[str]:
         for row in data["rows"]
         if "count" in row
     ]
-    yield from _table(["", "cases", "mean", "least", "most"], body)
+    yield from table(["", "cases", "mean", "least", "most"], body)
 
 
 TABLES: dict[str, Callable[[Data], Iterator[str]]] = {
@@ -320,7 +313,7 @@ def summary(
     for o in outcomes:
         link = f"[{o.stage}]({o.stage}.md)" if (folder / f"{o.stage}.md").exists() else o.stage
         body.append([link, o.about, o.status, f"{o.seconds:.0f}", o.detail])
-    lines += _table(["stage", "what", "result", "seconds", ""], body, (0, 1, 2, 4))
+    lines += table(["stage", "what", "result", "seconds", ""], body, (0, 1, 2, 4))
     for o in outcomes:
         if o.crashes:
             lines += ["", f"{o.stage}: steps that ended the process:", "", *(f"- {line}" for line in o.crashes)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,11 +11,11 @@ import torch
 
 from cnnfast.timing import Timing
 
-from . import memory
-from .gpu_rows import Failed, Steps
-from .gpu_timing import Calls
-from .limits import Ceilings, bound, copy_bandwidth, yardstick
-from .workload import Implementation, NotAvailable, Prepared, Workload
+from .. import memory
+from ..limits import Ceilings, bound, copy_bandwidth, yardstick
+from ..timers import Calls
+from ..workload import Implementation, NotAvailable, Prepared, Workload
+from .rows import Failed, Steps
 
 __all__ = ["Measure", "ceilings", "compare", "least_us", "set_tf32", "timing_values"]
 
@@ -72,6 +73,8 @@ def compare(
     ``row["failures"]`` counts entries of cnnfast that failed or are wrong.
     """
     set_tf32(workload.tf32)
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()  # else each row's modules count as recompilations of one function
     w = replace(workload)  # its tensors are cached in it and go with it
     try:
         steps.attempt("float64", lambda: _reference(w))

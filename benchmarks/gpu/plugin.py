@@ -1,6 +1,6 @@
 """A pytest plugin for the stage of the kernel tests: bounded in time, resumed after a crash, its results in JSON.
 
-``-p benchmarks.gpu_pytest --gpu-output DIR --gpu-seconds S [--gpu-part I/N] [--gpu-limit N]``. Tests of different
+``-p benchmarks.gpu.plugin --gpu-output DIR --gpu-seconds S [--gpu-part I/N] [--gpu-limit N]``. Tests of different
 files take turns, slow ones at the end, so that whatever time there is covers something of everything.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from .gpu_rows import RESTART, Rows, device_problem
+from .rows import RESTART, Rows, device_problem
 
 KEY = pytest.StashKey["Recorder"]()
 

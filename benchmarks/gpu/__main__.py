@@ -31,15 +31,15 @@ import torch
 from cnnfast import env
 from cnnfast.files import write_atomically
 
-from .gpu_process import Ending, supervise, supervise_all
-from .gpu_report import Outcome, digest, page, scrub, summary
-from .gpu_rows import collect, part_name, read
-from .report import environment, machine_name
+from ..report import environment, machine_name
+from .process import Ending, supervise, supervise_all
+from .report import Outcome, digest, page, scrub, summary
+from .rows import collect, part_name, read
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DRY_RUN = Path("out") / "gpu-dry-run"
-WORKER = ROOT / "benchmarks" / "gpu_stages.py"
+WORKER = ROOT / "benchmarks" / "gpu" / "stages.py"
 TTSEM = "pip install --no-deps --ignore-requires-python ttsem==0.1.0"
 MINUTES = 10.0
 
@@ -150,7 +150,7 @@ def _command(stage: Stage, folder: Path, dry_run: bool, part: int, of: int, seco
         dry = ["--gpu-limit", "6", "--gpu-stubbed"] if dry_run else []
         marks = "kernel and not slow" if dry_run else "kernel"
         plain = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-m", marks, "tests"]
-        return [sys.executable, *(ttsem or ["-m"]), "pytest", "-p", "benchmarks.gpu_pytest", *plain, *mine, *dry]
+        return [sys.executable, *(ttsem or ["-m"]), "pytest", "-p", "benchmarks.gpu.plugin", *plain, *mine, *dry]
     runner = [*ttsem, str(WORKER), "--"] if dry_run else [str(WORKER)]
     return [sys.executable, *runner, stage.name, *ours, *(["--dry-run"] if dry_run else [])]
 
