@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from . import cpu, cpu_training
 from .block import Operands
 from .convolutions import DTYPES
-from .dispatch import resolve_backend
+from .dispatch import needs_gradient, resolve_backend
 from .fusion import FusedStep
 from .gradients import enter, plain, squeezed
 from .memory_format import has_both, is_channels_last, new_strides
@@ -304,7 +304,7 @@ def _packs(s: FusedStep, o: Operands, call: Any, run: Run) -> bool:
         return False
     if call is not None:
         return cpu_training.packs(s.step, o, call)
-    return not core.needs_gradient(o) and cpu.why_not(s.step, o, run.channels_last) is None
+    return not needs_gradient(o) and cpu.why_not(s.step, o, run.channels_last) is None
 
 
 def _step(s: FusedStep, o: Operands, call: Any, run: Run) -> Tensor:

@@ -28,11 +28,11 @@ from .block import Step, Upsample
 from .chain import _eager_layout, _operands
 from .dispatch import cuda_why_not, spec_why_not, triton_why_not
 from .fusion import FusedStep, Unfused, plan_modules
-from .memory_format import has_both, is_channels_last, new_strides
+from .memory_format import has_both, is_channels_last, new_strides, to_format
 from .modules import HOOKS, KINDS, read
 from .norm_modules import NormRule
 from .norms import Norm
-from .ops import core, library
+from .ops import library
 from .spec import Activation, ConvSpec
 
 __all__ = ["PLANS", "forward"]
@@ -266,13 +266,13 @@ def _run(seq: nn.Sequential, steps: tuple[FusedStep, ...], plan: Traced, x: Any,
             x = _step(seq, bare, plan, x, tensors, s.rule.norm.kind == "batch", low)
             x = _modules(seq, range(s.conv + 1, s.slots[-1] + 1), plan, x)
             if last and ndim == 2:
-                x = core.to_format(x, channels_last)
+                x = to_format(x, channels_last)
         elif plan.kernel[s.slots[0]] and not (low is not None and s.rule is not None and s.rule.norm.kind == "group"):
             x = _step(seq, s, plan, x, tensors, channels_last or not last, low)
         else:
             x = _modules(seq, own_slots, plan, x)
             if last and ndim == 2:
-                x = core.to_format(x, channels_last)
+                x = to_format(x, channels_last)
         if last and has_both(s.step.spec.out_channels, out):
             strides = new_strides((x.shape[0], s.step.spec.out_channels, *out), channels_last)
             x = x.as_strided(x.shape, strides if ndim == 2 else (*strides[:2], strides[3]))

@@ -10,9 +10,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from .block import Operands, Step
 from .devices import Device, device_for
+from .norms import NormCall
 from .plan import lower
 from .spec import ConvSpec, Precision
 
@@ -26,6 +28,7 @@ __all__ = [
     "cuda_why_not",
     "is_batched",
     "launch_why_not",
+    "needs_gradient",
     "on_device",
     "precision_of",
     "resolve_backend",
@@ -33,8 +36,10 @@ __all__ = [
     "target_device",
     "tf32_convolutions",
     "triton_why_not",
+    "watched",
     "why_not",
 ]
+
 
 BACKENDS = ("auto", "triton", "aten")
 _current: contextvars.ContextVar[str] = contextvars.ContextVar("cnnfast_backend", default="auto")
@@ -250,3 +255,24 @@ def allocate(
     """The one allocator of outputs: uninitialised, on ``like``'s device, in the memory format asked for."""
     fmt = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=fmt)
+
+
+def needs_gradient(o: Operands | NormCall) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in o)
+
+
+def watched(x: torch.Tensor) -> bool:
+    """Whether functorch, a tensor subclass, a tracer, a dispatch mode (fake tensors) or forward-mode differentiation
+    takes part.
+
+    They know the rules of PyTorch's own operators; a kernel launched from Python would pass them by.
+    """
+    return (
+        type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )

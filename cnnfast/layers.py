@@ -19,10 +19,9 @@ from torch.utils._device import DeviceContext
 
 from . import guard
 from .chain import Chain
-from .dispatch import launch_why_not, resolve_backend, spec_why_not
+from .dispatch import launch_why_not, resolve_backend, spec_why_not, watched
 from .fusion import FusedStep, Unfused, plan_modules
 from .modules import Reading, read
-from .ops import core
 from .packing import PACKS
 
 __all__ = ["ConvTranspose2dNormActivation", "Sequential"]
@@ -59,7 +58,7 @@ def why_not_now(x: Any) -> str | None:
     """Why nothing at all is fused at this moment with this input, or None."""
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is active"
-    if core.watched(x):
+    if watched(x):
         return "a subclass of Tensor, tracing, compiling, a dispatch mode or a functorch transform is at work"
     if torch._C._len_torch_function_stack() and not _only_device_contexts() and resolve_backend(None) != "triton":
         return 'a torch function mode is active (only an explicit backend="triton" passes it by)'

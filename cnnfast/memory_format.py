@@ -9,7 +9,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-__all__ = ["channels_last", "has_both", "is_channels_last", "new_strides"]
+__all__ = ["channels_last", "has_both", "is_channels_last", "new_strides", "to_format"]
+
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -57,3 +58,7 @@ def channels_last(module: M) -> M:
             weight = m.weight
             weight.data = weight.data.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2)
     return module
+
+
+def to_format(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

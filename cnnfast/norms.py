@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["KINDS", "Norm", "NormCall", "Partials"]
+__all__ = ["KINDS", "Norm", "NormCall", "Partials", "per_channel"]
+
 
 KINDS = ("batch", "instance", "group", "affine")
 
@@ -64,3 +65,8 @@ class Partials(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # (S, P)
     mean: Tensor  # (S, P, C)
     m2: Tensor  # (S, P, C): the sum of squares about the part's own mean
+
+
+def per_channel(v: Tensor, like: Tensor) -> Tensor:
+    """(C,) as (C, 1, ...): broadcast against ``like``."""
+    return v.reshape(-1, *(1,) * (like.dim() - 2))

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 import cnnfast
 from cnnfast.block import Operands, Step, Upsample, plain_step, upsample_step
-from cnnfast.ops import core, library
+from cnnfast.dispatch import watched
+from cnnfast.ops import library
 from cnnfast.spec import Activation, ConvSpec
 
 from .tolerance import assert_close
@@ -111,4 +112,4 @@ def test_vmap_and_fake_tensors_take_torch_operators() -> None:
     with torch._subclasses.FakeTensorMode():
         fake = function(torch.empty(2, 16, 5, 6), torch.empty(16, 8, 4, 4))
     assert fake.shape == (2, 8, 10, 12)
-    assert core.watched(fake)
+    assert watched(fake)

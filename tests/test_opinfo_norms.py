@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import cnnfast
-from cnnfast.norms import Norm, NormCall
-from cnnfast.ops.norm_aten import composition, per_channel
+from cnnfast.norms import Norm, NormCall, per_channel
+from cnnfast.ops.norm_aten import composition
 
 from .tolerance import assert_close
 

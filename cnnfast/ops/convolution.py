@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from ..block import Operands, Step
+from ..dispatch import watched
 from ..gradients import enter, plain, squeezed
 from ..memory_format import is_channels_last
 from ..spec import MAX_STRIDE, Activation, ConvSpec
@@ -32,7 +33,7 @@ from .arguments import (
     mixes,
     parse_activation,
 )
-from .core import run_step, watched
+from .core import run_step
 
 __all__ = ["DOC", "convolve", "finish", "fused", "takes"]
 
@@ -209,16 +210,24 @@ def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epil
         residual = residual.unsqueeze(-2) if ndim == 1 else residual
         mixed = mixes(x, residual)
     if mixed:
-        y = run_step(_bare(step), Operands(x, w, b), channels_last=channels_last, backend=e.backend)
+        y = _run(_bare(step), Operands(x, w, b), channels_last, e.backend)
         y = epilogue(y, e.scale, e.shift, residual, step.activation, slope)
     else:
         o = Operands(x, w, b, None, None, 0.0, e.scale, e.shift, residual, slope)
-        y = run_step(step, o, channels_last=channels_last, backend=e.backend)
+        y = _run(step, o, channels_last, e.backend)
         if not (compiling or y.requires_grad) and (y.shape[1] == 1 or y.shape[2] == y.shape[3] == 1):
             y = y if watched(y) else plain(y, channels_last)
     if ndim == 1:
         y = y.squeeze(-2) if compiling or watched(y) else squeezed(y, 2)
     return y.squeeze(0) if unbatched else y
+
+
+def _run(step: Step, o: Operands, channels_last: bool, backend: str | None) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return run_step(step, o, channels_last=channels_last, backend=backend)
+    from .library import traced_step  # here: it loads torch._dynamo
+
+    return traced_step(step, o, None, channels_last, backend)
 
 
 # --- plain and transposed convolutions --------------------------------------------------------------------------------

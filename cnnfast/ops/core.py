@@ -5,41 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch.autograd import forward_ad
 
 from .. import cpu, cpu_training, dispatch
 from ..block import Operands, Step, run_reference
+from ..dispatch import needs_gradient, watched
 from ..gradients import enter
-from ..memory_format import is_channels_last
+from ..memory_format import is_channels_last, to_format
 from ..norms import NormCall
 from ..spec import Activation
+from . import norm_aten
+from .normalise import check_sizes
 
-__all__ = ["by_torch", "needs_gradient", "run_step", "to_format", "watched"]
-
-
-def to_format(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def needs_gradient(o: Operands | NormCall) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in o)
-
-
-def watched(x: torch.Tensor) -> bool:
-    """Whether functorch, a tensor subclass, a tracer, a dispatch mode (fake tensors) or forward-mode differentiation
-    takes part.
-
-    They know the rules of PyTorch's own operators; a kernel launched from Python would pass them by.
-    """
-    return (
-        type(x) not in (torch.Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    )
+__all__ = ["by_torch", "run_step"]
 
 
 def run_step(
@@ -54,18 +31,14 @@ def run_step(
 
     ``norm`` comes after the convolution and its bias (``o`` has no mean, var, scale and shift then), ahead of residual
     and activation. ``channels_last`` forces the result's memory format; None takes eager's (channels_last where x or
-    the weight is). Where something watches, PyTorch's operators run; what `torch.compile` and `torch.export` trace
-    is `library.traced_step`'s to say. RuntimeError where an explicit ``backend="triton"`` cannot
-    run the step, with the reason.
+    the weight is). Where something watches, PyTorch's operators run. Not for code that `torch.compile` or
+    `torch.export` trace (`library.traced_step`). RuntimeError where an explicit ``backend="triton"`` cannot run the
+    step, with the reason.
     """
     if channels_last is None:
         channels_last = is_channels_last(o.x) or is_channels_last(o.weight)
     gradient = needs_gradient(o) or norm is not None and needs_gradient(norm)
     training = gradient or norm is not None
-    if torch.compiler.is_compiling():
-        from .library import traced_step
-
-        return traced_step(step, o, norm, channels_last, backend)
     name = dispatch.resolve_backend(backend)
     unseen = watched(o.x)
     if gradient and not (channels_last or unseen) and o.residual is not None and o.residual.requires_grad:
@@ -107,9 +80,6 @@ def by_torch(step: Step, o: Operands, norm: NormCall | None, channels_last: bool
     """The step by PyTorch's operators, which differentiate it."""
     if norm is None:
         return to_format(run_reference(step, o), channels_last)
-    from .normalise import normalise
-
     u = run_reference(replace(step, activation=Activation()), o._replace(residual=None, slope=None))
-    return normalise(
-        u, norm, o.residual, step.activation, o.slope, partials=None, channels_last=channels_last, backend="aten"
-    )
+    check_sizes(u, norm)
+    return to_format(norm_aten.run(u, norm, o.residual, step.activation, o.slope), channels_last)

@@ -16,11 +16,11 @@ from ..block import Operands, Step
 from ..choice import choose_plan
 from ..devices import Device
 from ..kernels import conv_transpose as kernels
+from ..memory_format import to_format
 from ..norms import Partials
 from ..plan import Plan
 from ..spec import Precision, tap_inverse
 from .binary import Binary
-from .core import to_format
 from .weights import kernel_weight, weight_layout
 
 __all__ = ["LAUNCHES", "OBSERVER", "aligned", "lookup", "prepare", "run", "run_with_statistics"]

@@ -18,6 +18,7 @@ from .. import dispatch
 from ..block import Operands, Step, Upsample, plain_step, upsample_step
 from ..norms import NormCall
 from ..spec import Activation, ConvSpec
+from .core import by_torch, run_step
 
 __all__ = ["conv_block", "conv_block_op", "traced_step"]
 
@@ -79,8 +80,6 @@ def conv_block_op(
     channels_last: bool,
     backend: str | None,  # None: the context's at run time
 ) -> Tensor:
-    from .core import run_step
-
     weight = _as_4d(weight)
     sizes = (tuple(v) for v in (weight.shape, stride, padding, output_padding, dilation, upsample, params))
     step = _known_step(transposed, groups, padding_mode, activation, *sizes)
@@ -169,7 +168,7 @@ def traced_step(step: Step, o: Operands, norm: NormCall | None, channels_last: b
     """`core.run_step` in traced code: an operator, or PyTorch's own operators where there is none (a gradient on a CPU,
     a functorch transform), where it does not pay, or where none is wanted: an exported program is to run without
     cnnfast."""
-    from .core import by_torch, needs_gradient
+    from ..dispatch import needs_gradient
 
     if not torch.compiler.is_dynamo_compiling() or exporting() or transformed():
         return by_torch(step, o._replace(weight=_as_4d(o.weight)), norm, channels_last)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, reference
+from ..dispatch import watched
+from ..memory_format import to_format
 from ..spec import Activation, ConvSpec
-from .core import to_format, watched
 
 if TYPE_CHECKING:
     from .training import How

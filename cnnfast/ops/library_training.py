@@ -17,9 +17,10 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from ..block import Operands, Step
+from ..dispatch import watched
+from ..memory_format import to_format
 from ..norms import Norm, NormCall
 from ..spec import Activation, ConvSpec
-from .core import to_format, watched
 from .library_convolution import by_kernels, conv, conv_backward, empty_of, geometry_of, how_of, own, spec_of
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
+from ..dispatch import watched
 from ..gradients import enter, restrided
 from ..memory_format import is_channels_last, new_strides
 from ..norms import Norm, NormCall
@@ -24,7 +25,6 @@ from .arguments import (
     mixes,
     parse_activation,
 )
-from .core import watched
 from .norm_aten import run as run_by_torch
 from .normalise import check_sizes, normalise
 

@@ -11,26 +11,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import Activation
-from ..norms import NormCall
+from ..norms import NormCall, per_channel
+from .norm_sync import shared, synchronised
 
-__all__ = ["composition", "per_channel", "run"]
+__all__ = ["composition", "run"]
+
 
 # These save their result in either form. In place, other activations would keep a copy of their input, or save their
 # result where eager's saves the input: a caller's own in-place operation on the result would then be an error.
 _IN_PLACE = {"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_}
 
 
-def per_channel(v: Tensor, like: Tensor) -> Tensor:
-    """(C,) as (C, 1, ...): broadcast against ``like``."""
-    return v.reshape(-1, *(1,) * (like.dim() - 2))
-
-
 def run(
     x: Tensor, call: NormCall | None, residual: Tensor | None, activation: Activation, slope: Tensor | None
 ) -> Tensor:
     """``act(norm(x) + residual)`` as an unfused model computes it, in place where autograd allows that."""
-    from .norm_sync import shared, synchronised  # built on this file
-
     if call is None:
         y = x
     else:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..activations import activation_derivative
-from .norm_aten import per_channel
+from ..norms import per_channel
 from .norm_how import NormHow
 from .norm_launch import Grads, Saved
 

@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..norms import NormCall, Partials
-from .norm_aten import per_channel
+from ..norms import NormCall, Partials, per_channel
 
 __all__ = ["gather", "merged", "no_second_derivative", "shared", "synchronised"]
 

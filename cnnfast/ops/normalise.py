@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .. import dispatch, guard
 from ..activations import Activation, activation_derivative
+from ..dispatch import watched
+from ..memory_format import to_format
 from ..norms import NormCall, Partials
 from . import norm_aten
-from .core import to_format, watched
 
 __all__ = ["activation_backward", "normalise", "why_not"]
 

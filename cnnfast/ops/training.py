@@ -21,11 +21,10 @@ from .. import dispatch, reference
 from ..activations import activation_derivative
 from ..block import Operands, Step
 from ..gradients import enter, restrided
-from ..memory_format import has_both, is_channels_last, new_strides
+from ..memory_format import has_both, is_channels_last, new_strides, to_format
 from ..norms import Norm, NormCall, Partials
 from ..spec import Activation, ConvSpec
 from . import launch, wgrad
-from .core import to_format
 from .normalise import activation_backward, normalise
 from .weights import summed_weight
 
