@@ -22,11 +22,12 @@ import triton
 from torch import nn
 
 import cnnfast
+from cnnfast.activations import Activation
 from cnnfast.block import Operands, Step
 from cnnfast.files import write_atomically
 from cnnfast.ops import launch
 from cnnfast.ops.core import run_step
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.spec import ConvSpec
 from cnnfast.timing import Timing, measure
 
 from . import cases

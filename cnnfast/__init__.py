@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from . import guard as guard
     from . import ops as ops
+    from .activations import Activation as Activation
     from .dispatch import backend as backend
     from .generators import create_model as create_model
     from .generators import list_models as list_models
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from .packing import freeze as freeze
     from .packing import invalidate as invalidate
     from .packing import unfreeze as unfreeze
-    from .spec import Activation as Activation
     from .spec import ConvSpec as ConvSpec
     from .tuning import tune as tune
 
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 
 # Public name -> the module that holds it; a module's own name is the module.
 _EXPORTS = {
-    "Activation": "spec",
+    "Activation": "activations",
     "CnnfastWarning": "messages",
     "ConvSpec": "spec",
     "ConvTranspose2dNormActivation": "layers",

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from . import reference
-from .spec import Activation, ConvSpec, collapse_upsample
+from .activations import Activation
+from .spec import ConvSpec, collapse_upsample
 
 __all__ = ["PADDING_MODES", "Operands", "Step", "Upsample", "plain_step", "run_reference", "upsample_step"]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cpu, cpu_training
+from .activations import Activation
 from .block import Operands
 from .convolutions import DTYPES
 from .dispatch import needs_gradient, resolve_backend
@@ -21,7 +22,6 @@ from .memory_format import has_both, is_channels_last, new_strides
 from .modules import Reading
 from .ops import core
 from .ops.normalise import normalise
-from .spec import Activation
 
 __all__ = ["Bound", "Chain", "Run"]
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .activations import Activation
 from .block import Step, Upsample
 from .chain import _eager_layout, _operands
 from .dispatch import cuda_why_not, spec_why_not, triton_why_not
@@ -33,7 +34,7 @@ from .modules import HOOKS, KINDS, read
 from .norm_modules import NormRule
 from .norms import Norm
 from .ops import library
-from .spec import Activation, ConvSpec
+from .spec import ConvSpec
 
 __all__ = ["PLANS", "forward"]
 

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .activations import Activation
 from .block import PADDING_MODES, Step, Upsample, plain_step, upsample_step
 from .dispatch import spec_why_not
 from .modules import Refused
-from .spec import MAX_SCALE, Activation, ConvSpec
+from .spec import MAX_SCALE, ConvSpec
 
 __all__ = [
     "MAX_SCALE",

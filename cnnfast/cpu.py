@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .activations import IN_PLACE
+from .activations import IN_PLACE, Activation
 from .block import Operands, Step
 from .onednn import (
     Convolution,
@@ -37,7 +37,7 @@ from .onednn import (
     why_missing,
 )
 from .packing import PACKS, why_not_cacheable
-from .spec import Activation, ConvSpec
+from .spec import ConvSpec
 from .summed_weight import summed_weight
 
 __all__ = [

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu, reference
-from .activations import IN_PLACE
+from .activations import IN_PLACE, Activation
 from .block import Operands, Step, run_reference
 from .cpu import products_dtype
 from .cpu_convolution import by_aten, convolution, suited
@@ -25,7 +25,6 @@ from .gradients import enter, keep_strides, plain
 from .memory_format import is_channels_last
 from .norms import Norm, NormCall
 from .onednn import instruction_set, lowered_products
-from .spec import Activation
 from .summed_weight import summed_weight
 
 __all__ = ["collapses", "packs", "run"]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .activations import Activation
 from .block import Step
 from .convolutions import (
     Part,
@@ -30,7 +31,6 @@ from .convolutions import (
 from .memory_format import is_channels_last
 from .modules import HOOKS, KINDS, SHADOWS, Reading, Refused, is_patched, read
 from .norm_modules import NormRule, norm_rule
-from .spec import Activation
 
 __all__ = ["FusedStep", "Unfused", "plan_modules"]
 

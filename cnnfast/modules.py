@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .spec import Activation
+from .activations import Activation
 
 __all__ = ["HOOKS", "KINDS", "SHADOWS", "Kind", "Reading", "Refused", "is_patched", "read"]
 

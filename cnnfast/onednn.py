@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from .spec import Activation, ConvSpec, Phase
+from .activations import Activation
+from .spec import ConvSpec, Phase
 
 __all__ = [
     "Convolution",

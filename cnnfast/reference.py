@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from .spec import Activation, ConvSpec, summed_taps
+from .activations import Activation
+from .spec import ConvSpec, summed_taps
 
 __all__ = ["collapse_weight", "conv", "conv_block", "epilogue", "gather_conv", "upsample_conv"]
 

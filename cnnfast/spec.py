@@ -19,20 +19,15 @@ from functools import cache, cached_property
 
 import torch
 
-from .activations import ACTIVATIONS, Activation, ActivationRow
-
 __all__ = [
-    "ACTIVATIONS",
+    "ConvSpec",
     "MAX_SCALE",
     "MAX_STRIDE",
-    "Activation",
-    "ActivationRow",
-    "ConvSpec",
     "Phase",
     "Precision",
     "collapse_upsample",
-    "summed_taps",
     "phases_1d",
+    "summed_taps",
     "tap_inverse",
 ]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from .activations import Activation
 from .block import Operands, Step, run_reference
-from .spec import Activation
 
 __all__ = ["expected", "round_tf32", "verdict"]
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from cnnfast import dispatch
+from cnnfast.activations import Activation
 from cnnfast.block import Operands, Step, Upsample, plain_step, upsample_step
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.spec import ConvSpec
 from cnnfast.tolerance import expected
 
 from .tolerance import assert_close

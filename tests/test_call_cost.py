@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 import cnnfast
+from cnnfast.activations import Activation
 from cnnfast.block import Operands, Step, Upsample, upsample_step
 from cnnfast.choice import BINARIES
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.spec import ConvSpec
 
 pytest.importorskip("triton", reason="triton is not installed")
 

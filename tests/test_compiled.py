@@ -9,11 +9,12 @@ from functools import cache
 import pytest
 import torch
 
+from cnnfast.activations import Activation
 from cnnfast.block import Operands, Step
 from cnnfast.choice import choose_plan
 from cnnfast.devices import DEVICES
 from cnnfast.plan import Plan, lower
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.spec import ConvSpec
 
 from .test_plan import BATCHES, HALF, LAYERS
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cnnfast.activations import ACTIVATIONS, Activation
 from cnnfast.block import Step, run_reference
 from cnnfast.ops.core import run_step
-from cnnfast.spec import ACTIVATIONS, Activation
 
 from .cases import CONTIGUOUS, PRECISIONS, Case, cast, check, conv, upsample
 from .conftest import conv_precision

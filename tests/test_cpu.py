@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from cnnfast import cpu, onednn
+from cnnfast.activations import ACTIVATIONS, Activation
 from cnnfast.block import Operands, Step, run_reference
 from cnnfast.onednn import InstructionSet
 from cnnfast.packing import PACKS
-from cnnfast.spec import ACTIVATIONS, Activation, ConvSpec
+from cnnfast.spec import ConvSpec
 
 from .cases import CHANNELS_LAST, CONTIGUOUS, Case, cast, conv, reference, upsample
 from .tolerance import assert_close

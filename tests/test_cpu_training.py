@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
 from cnnfast import cpu, cpu_convolution, cpu_training, onednn, reference
+from cnnfast.activations import Activation
 from cnnfast.block import Operands, Step, Upsample, plain_step, run_reference, upsample_step
 from cnnfast.cpu_convolution import Ways, ways
 from cnnfast.norms import Norm, NormCall
 from cnnfast.onednn import InstructionSet
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.spec import ConvSpec
 
 from .tolerance import assert_close
 

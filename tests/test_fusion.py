@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import cnnfast
+from cnnfast.activations import Activation
 from cnnfast.convolutions import MAX_SCALE
 from cnnfast.fusion import FusedStep, Unfused, plan_modules
 from cnnfast.modules import read
 from cnnfast.norm_modules import NormRule
 from cnnfast.norms import Norm
-from cnnfast.spec import Activation
 
 from .test_sequential import check, randomized
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import cnnfast
 from cnnfast import cpu_convolution, cpu_training, ops
-from cnnfast.spec import Activation
+from cnnfast.activations import Activation
 
 from .test_sequential import stack_profile
 from .tolerance import assert_close

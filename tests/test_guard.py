@@ -20,10 +20,11 @@ from torch import nn
 
 import cnnfast
 from cnnfast import cpu, guard, onednn, store, trial
+from cnnfast.activations import Activation
 from cnnfast.block import Operands, Step, run_reference
 from cnnfast.ops.core import run_step
 from cnnfast.packing import PACKS
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.spec import ConvSpec
 
 from .cases import PRECISIONS, Case, reference
 from .conftest import conv_precision

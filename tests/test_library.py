@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import cnnfast
+from cnnfast.activations import Activation
 from cnnfast.block import Operands, Step, Upsample, plain_step, upsample_step
 from cnnfast.dispatch import watched
 from cnnfast.ops import library
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.spec import ConvSpec
 
 from .tolerance import assert_close
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from cnnfast.activations import Activation
 from cnnfast.block import Operands, Step
 from cnnfast.norms import Norm, NormCall
 from cnnfast.ops import core, library_training
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.spec import ConvSpec
 
 UP = ConvSpec.make(16, 8, 4, 2, 1)
 ODD = ConvSpec.make(8, 6, (3, 2), (2, 1), 1, (1, 0), 2, 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cnnfast
 from cnnfast import ops, reference
-from cnnfast.spec import ACTIVATIONS, Activation
+from cnnfast.activations import ACTIVATIONS, Activation
 
 from .tolerance import assert_close
 

@@ -15,8 +15,9 @@ import torch
 
 import cnnfast
 from cnnfast import dispatch
+from cnnfast.activations import ACTIVATIONS, Activation
 from cnnfast.block import Operands, Step
-from cnnfast.spec import ACTIVATIONS, Activation, ConvSpec
+from cnnfast.spec import ConvSpec
 
 from .cases import PRECISIONS, reference
 from .conftest import conv_precision

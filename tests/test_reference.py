@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from cnnfast import reference
+from cnnfast.activations import ACTIVATIONS, Activation
 from cnnfast.block import Operands, Step, Upsample, run_reference, upsample_step
-from cnnfast.spec import ACTIVATIONS, Activation, ConvSpec
+from cnnfast.spec import ConvSpec
 
 from .test_spec import random_specs, torch_conv
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cnnfast.spec import ACTIVATIONS, Activation, ConvSpec, Precision, collapse_upsample, phases_1d
+from cnnfast.activations import ACTIVATIONS, Activation
+from cnnfast.spec import ConvSpec, Precision, collapse_upsample, phases_1d
 
 # --- phases -----------------------------------------------------------------------------------------------------------
 

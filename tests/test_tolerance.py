@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cnnfast.activations import Activation
 from cnnfast.block import Operands, Step, Upsample, run_reference, upsample_step
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.spec import ConvSpec
 from cnnfast.tolerance import expected, round_tf32, verdict
 
 from .tolerance import assert_close

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cnnfast.activations import Activation
 from cnnfast.block import Operands, Step, Upsample, upsample_step
 from cnnfast.norms import Norm, NormCall
 from cnnfast.ops.core import run_step
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.spec import ConvSpec
 
 from .cases import PRECISIONS
 from .conftest import conv_precision

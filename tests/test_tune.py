@@ -17,11 +17,12 @@ from torch import nn
 import cnnfast
 from cnnfast import env, guard, store, tuned, tuning
 from cnnfast.__main__ import main
+from cnnfast.activations import Activation
 from cnnfast.block import Step
 from cnnfast.choice import candidates, choose_plan
 from cnnfast.devices import DEVICES
 from cnnfast.plan import Plan
-from cnnfast.spec import Activation, ConvSpec, Precision
+from cnnfast.spec import ConvSpec, Precision
 from cnnfast.timing import Timing
 
 from .cases import reference

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec import Activation
+from ..activations import Activation
 
 __all__ = [
     "ActivationParam",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..spec import Activation
+from ..activations import Activation
 from .arguments import ActivationParam, Epilogue, Ints
 from .convolution import DOC, convolve
 

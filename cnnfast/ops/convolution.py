@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, reference
+from ..activations import Activation
 from ..block import Operands, Step
 from ..dispatch import watched
 from ..gradients import enter, plain, squeezed
 from ..memory_format import is_channels_last
-from ..spec import MAX_STRIDE, Activation, ConvSpec
+from ..spec import MAX_STRIDE, ConvSpec
 from .arguments import (
     Epilogue,
     Ints,
@@ -58,7 +59,7 @@ DOC = """{ndim}-D {kind}, then ``act(scale * (conv + bias) + shift + residual)``
         scale, shift: (C_out,), any floating dtype, or None.
         residual: the output's shape and the input's dtype, or None. Under autocast any floating dtype: the result then
             has the wider one of the two, as of ``conv(input) + residual``.
-        activation: an `Activation`, or its name in `cnnfast.spec.ACTIVATIONS`, or None.
+        activation: an `Activation`, or its name in `cnnfast.activations.ACTIVATIONS`, or None.
         activation_param: a number (slope of leaky_relu, alpha of elu), two (bounds of hardtanh), or prelu's weight, a
             tensor of 1 or C_out elements.
         backend: "auto", "triton", "aten", or None for the context's (`cnnfast.backend`).

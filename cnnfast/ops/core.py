@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 
 from .. import cpu, cpu_training, dispatch
+from ..activations import Activation
 from ..block import Operands, Step, run_reference
 from ..dispatch import needs_gradient, watched
 from ..gradients import enter
 from ..memory_format import is_channels_last, to_format
 from ..norms import NormCall
-from ..spec import Activation
 from . import norm_aten
 from .normalise import check_sizes
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..activations import Activation
 from ..block import Operands, Step, Upsample, plain_step, upsample_step
 from ..norms import NormCall
-from ..spec import Activation, ConvSpec
+from ..spec import ConvSpec
 from .core import by_torch, run_step
 
 __all__ = ["conv_block", "conv_block_op", "traced_step"]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, reference
+from ..activations import Activation
 from ..dispatch import watched
 from ..memory_format import to_format
-from ..spec import Activation, ConvSpec
+from ..spec import ConvSpec
 
 if TYPE_CHECKING:
     from .training import How

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, reference
+from ..activations import Activation
 from ..block import Operands, Step
 from ..dispatch import watched
 from ..memory_format import to_format
 from ..norms import Norm, NormCall
-from ..spec import Activation, ConvSpec
+from ..spec import ConvSpec
 from .library_convolution import by_kernels, conv, conv_backward, empty_of, geometry_of, how_of, own, spec_of
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
+from ..activations import Activation
 from ..dispatch import watched
 from ..gradients import enter, restrided
 from ..memory_format import is_channels_last, new_strides
 from ..norms import Norm, NormCall
-from ..spec import Activation
 from .arguments import (
     ActivationParam,
     as_ints,

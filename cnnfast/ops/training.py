@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, reference
-from ..activations import activation_derivative
+from ..activations import Activation, activation_derivative
 from ..block import Operands, Step
 from ..gradients import enter, restrided
 from ..memory_format import has_both, is_channels_last, new_strides, to_format
 from ..norms import Norm, NormCall, Partials
-from ..spec import Activation, ConvSpec
+from ..spec import ConvSpec
 from . import launch, wgrad
 from .normalise import activation_backward, normalise
 from .weights import summed_weight

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, reference
+from ..activations import Activation
 from ..block import PADDING_MODES, Step, Upsample, upsample_step
-from ..spec import Activation
 from .arguments import (
     INT64,
     ActivationParam,

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from .. import dispatch, guard, trial
+from ..activations import Activation
 from ..block import Step
 from ..gradients import restrided
 from ..kernels.weight import gather_weight_kernel
 from ..plan import Lowering, tap_map
-from ..spec import Activation, summed_taps
+from ..spec import summed_taps
 from .binary import Binary
 
 __all__ = ["WeightLayout", "kernel_weight", "summed_weight", "weight_layout"]
