@@ -15,7 +15,7 @@ from .activations import Activation
 from .block import PADDING_MODES, Step, Upsample, plain_step, upsample_step
 from .dispatch import spec_why_not
 from .modules import Refused
-from .spec import MAX_SCALE, ConvSpec
+from .spec import DTYPES, MAX_SCALE, ConvSpec
 
 __all__ = [
     "MAX_SCALE",
@@ -30,7 +30,6 @@ __all__ = [
     "upsampled_step",
 ]
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
 
 

@@ -37,7 +37,7 @@ from .onednn import (
     why_missing,
 )
 from .packing import PACKS, why_not_cacheable
-from .spec import ConvSpec
+from .spec import DTYPES, ConvSpec
 from .summed_weight import summed_weight
 
 __all__ = [
@@ -201,7 +201,7 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=4096)
 def _plan(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) -> _Plan | str:
     """How to run ``step`` on an x of this shape and dtype, or why not; ``lowered``: what `lowered_products` says."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in DTYPES:
         return f"{dtype} has no packed operators"
     if len(shape) != 4 or not all(shape) or shape[1] != step.spec.in_channels:
         return f"an input of shape {tuple(shape)} is empty or does not fit"

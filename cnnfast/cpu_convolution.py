@@ -34,7 +34,7 @@ from .onednn import (
     lowered_products,
     why_missing,
 )
-from .spec import ConvSpec
+from .spec import DTYPES, ConvSpec
 
 __all__ = ["Ways", "by_aten", "convolution", "suited", "ways"]
 
@@ -61,7 +61,7 @@ def _macs(spec: ConvSpec, shape: tuple[int, ...]) -> int:
 @lru_cache(maxsize=4096)
 def ways(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool = False) -> Ways:
     """How to run ``spec`` on an x of this shape (N, C_in, H, W) and dtype; ``lowered``: what `lowered_products` is."""
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or not all(shape):
+    if dtype not in DTYPES or not all(shape):
         return Ways("aten", "aten", dtype)
     isa = instruction_set()
     compute = products_dtype(dtype, isa)

@@ -25,6 +25,7 @@ from .gradients import enter, keep_strides, plain
 from .memory_format import is_channels_last
 from .norms import Norm, NormCall
 from .onednn import instruction_set, lowered_products
+from .spec import DTYPES
 from .summed_weight import summed_weight
 
 __all__ = ["collapses", "packs", "run"]
@@ -107,7 +108,7 @@ def collapses(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     step: where the maps have so many positions that the arithmetic saved outweighs that."""
     positions = shape[0] * math.prod(shape[2:])
     fast = products_dtype(dtype, instruction_set()) != torch.float32
-    return dtype in (torch.float32, torch.bfloat16, torch.float16) and positions >= (2048 if fast else 256)
+    return dtype in DTYPES and positions >= (2048 if fast else 256)
 
 
 # --- norm, residual, activation ---------------------------------------------------------------------------------------
@@ -236,4 +237,4 @@ def _finish(y: Tensor, norm: NormCall | None, activation: Activation, o: Operand
     function = IN_PLACE.get(activation.name) if activation.saves() == "y" else None
     if norm is None and o.residual is None and function is not None:
         return function(y, *activation.params)
-    return norm_aten.run(y, norm, o.residual, activation, o.slope)
+    return norm_aten.norm_by_torch(y, norm, o.residual, activation, o.slope)

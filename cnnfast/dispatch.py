@@ -16,7 +16,7 @@ from .block import Operands, Step
 from .devices import Device, device_for
 from .norms import NormCall
 from .plan import lower
-from .spec import ConvSpec, Precision
+from .spec import DTYPES, INT32, ConvSpec, Precision
 
 __all__ = [
     "BACKENDS",
@@ -129,8 +129,6 @@ def launch_why_not(device: torch.device) -> str | None:
 
 
 MIN_CHANNELS = 16  # of a group: one tensor-core fragment
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_LIMIT = 2**31
 
 
 def spec_why_not(spec: ConvSpec) -> str | None:
@@ -151,18 +149,18 @@ def _step_why_not(
     step: Step, batch: int, input_size: tuple[int, int], dtype: torch.dtype, few_channels: bool
 ) -> str | None:
     s = step.spec
-    if dtype not in _DTYPES:
-        return f"dtype {dtype} is not one of {', '.join(str(d) for d in _DTYPES)}"
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(str(d) for d in DTYPES)}"
     reason = spec_why_not(s)
     if reason is not None and not few_channels:
         return reason
     padded = [n + 2 * p for n, p in zip(input_size, step.pad, strict=True)]
     out = s.output_size(padded)
     for what, channels, size in (("input", s.in_channels, padded), ("output", s.out_channels, out)):
-        if channels * size[0] * size[1] >= _LIMIT:
+        if channels * size[0] * size[1] >= INT32:
             return f"one {what} image has 2^31 elements or more"
     low = lower(s, tuple(padded))
-    if low.rows(batch, out) >= _LIMIT - 1024:
+    if low.rows(batch, out) >= INT32 - 1024:
         return "2^31 output positions or more in a phase"
     return None
 

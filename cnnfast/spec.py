@@ -20,6 +20,8 @@ from functools import cache, cached_property
 import torch
 
 __all__ = [
+    "DTYPES",
+    "INT32",
     "ConvSpec",
     "MAX_SCALE",
     "MAX_STRIDE",
@@ -309,6 +311,13 @@ def collapse_upsample(
 
 
 # --- precision --------------------------------------------------------------------------------------------------------
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Of what any fast path runs: kernels, and oneDNN's packed operators."""
+
+INT32 = 2**31
+"""Elements of a tensor from which on its offsets do not fit 32 bits."""
 
 
 @dataclass(frozen=True)

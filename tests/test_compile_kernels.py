@@ -185,7 +185,7 @@ def test_gradients_on_the_kernels(device: torch.device, launches: list[str], nam
     by_torch = []
     for dtype in (torch.float64, torch.float32):
         step, o, norm = operands(name, dtype=dtype)
-        y = core.by_torch(step, o, norm, True)
+        y = core.step_by_torch(step, o, norm, True)
         by_torch.append([y, *torch.autograd.grad(y, leaves(o, norm), grad.to(dtype))])
     for k, (got, want, yardstick) in enumerate(zip(found, *by_torch, strict=True)):
         assert got.shape == yardstick.shape and got.dtype == yardstick.dtype

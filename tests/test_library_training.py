@@ -124,7 +124,7 @@ def test_values_and_gradients_equal_pytorch(name: str) -> None:
     given = leaves(o, norm)
     running = [] if norm is None else [norm.running_mean, norm.running_var]
     before = [None if t is None else t.clone() for t in running]
-    want = core.by_torch(step, o, norm, True)
+    want = core.step_by_torch(step, o, norm, True)
     grad = torch.randn(want.shape)
     expected = torch.autograd.grad(want, given, grad)
     moved = [None if t is None else t.clone() for t in running]

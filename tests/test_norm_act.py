@@ -253,7 +253,7 @@ def test_triton_says_why_not(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("kind", ["batch", "instance", "group"])
-def test_five_dimensions_run_by_torch(kind: str) -> None:
+def test_five_dimensions_norm_by_torch(kind: str) -> None:
     ours, theirs, args = calls()[kind]
     x = torch.randn(2, 4, 3, 3, 3)
     torch.testing.assert_close(ours(x, *args, activation="relu"), theirs(x, *args).relu())

@@ -18,7 +18,7 @@ from ..block import Operands, Step
 from ..dispatch import watched
 from ..gradients import enter, plain, squeezed
 from ..memory_format import is_channels_last
-from ..spec import MAX_STRIDE, ConvSpec
+from ..spec import DTYPES, MAX_STRIDE, ConvSpec
 from .arguments import (
     Epilogue,
     Ints,
@@ -288,7 +288,7 @@ def _crashes(x: Tensor, stride: Ints) -> bool:
     """Whether oneDNN's deconvolution may end the process (seen for strides of 100,000, torch 2.13); it takes no
     float64."""
     huge = max((stride,) if isinstance(stride, int) else stride, default=1) > MAX_STRIDE
-    return huge and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return huge and x.device.type == "cpu" and x.dtype in DTYPES
 
 
 def _check_sizes(transposed: bool, shape: Sequence[int], weight_shape: Sequence[int], given: Geometry) -> None:

@@ -16,7 +16,7 @@ from ..norms import NormCall
 from . import norm_aten
 from .normalise import check_sizes
 
-__all__ = ["by_torch", "run_step"]
+__all__ = ["step_by_torch", "run_step"]
 
 
 def run_step(
@@ -66,7 +66,7 @@ def run_step(
     if training:
         if o.x.device.type == "cpu" and not unseen:
             return cpu_training.run(step, o, norm, channels_last)
-        return by_torch(step, o, norm, channels_last)
+        return step_by_torch(step, o, norm, channels_last)
     if not unseen and o.x.device.type == "cpu" and cpu.why_not(step, o, channels_last) is None:
         packed = cpu.run(step, o, channels_last)
         return cpu_training.run(step, o, None, channels_last, new=True) if packed is None else packed
@@ -76,10 +76,10 @@ def run_step(
     return cpu.convert(y, y.dtype, channels_last)
 
 
-def by_torch(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> torch.Tensor:
+def step_by_torch(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> torch.Tensor:
     """The step by PyTorch's operators, which differentiate it."""
     if norm is None:
         return to_format(run_reference(step, o), channels_last)
     u = run_reference(replace(step, activation=Activation()), o._replace(residual=None, slope=None))
     check_sizes(u, norm)
-    return to_format(norm_aten.run(u, norm, o.residual, step.activation, o.slope), channels_last)
+    return to_format(norm_aten.norm_by_torch(u, norm, o.residual, step.activation, o.slope), channels_last)

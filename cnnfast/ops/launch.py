@@ -19,7 +19,7 @@ from ..kernels import conv_transpose as kernels
 from ..memory_format import to_format
 from ..norms import Partials
 from ..plan import Plan
-from ..spec import Precision, tap_inverse
+from ..spec import INT32, Precision, tap_inverse
 from .binary import Binary
 from .weights import kernel_weight, weight_layout
 
@@ -108,7 +108,7 @@ def prepare(
         plan = tuned.stored(s, batch, input_size, precision, device, index, channels_last)
     plan = plan or choose_plan(s, batch, input_size, precision, device, channels_last)
     out = s.output_size(input_size)
-    big = batch * max(s.in_channels * math.prod(input_size), s.out_channels * math.prod(out)) >= 2**31
+    big = batch * max(s.in_channels * math.prod(input_size), s.out_channels * math.prod(out)) >= INT32
     consts = constants(plan, precision, step, channels_last, slopes, big)
     reduce, reduce_grid = None, (0, 0, 0)
     if plan.split_k > 1:

@@ -19,7 +19,7 @@ from ..activations import Activation
 from ..block import Operands, Step, Upsample, plain_step, upsample_step
 from ..norms import NormCall
 from ..spec import ConvSpec
-from .core import by_torch, run_step
+from .core import run_step, step_by_torch
 
 __all__ = ["conv_block", "conv_block_op", "traced_step"]
 
@@ -172,7 +172,7 @@ def traced_step(step: Step, o: Operands, norm: NormCall | None, channels_last: b
     from ..dispatch import needs_gradient
 
     if not torch.compiler.is_dynamo_compiling() or exporting() or transformed():
-        return by_torch(step, o._replace(weight=_as_4d(o.weight)), norm, channels_last)
+        return step_by_torch(step, o._replace(weight=_as_4d(o.weight)), norm, channels_last)
     backend = chosen_backend() if backend is None else backend
     on_cpu = o.x.device.type == "cpu" and backend != "triton"
     if norm is None and not needs_gradient(o) and (not on_cpu or pays_on_cpu(step)):
@@ -183,4 +183,4 @@ def traced_step(step: Step, o: Operands, norm: NormCall | None, channels_last: b
 
         if library_training.takes(o, norm):
             return library_training.run(step, o, norm, channels_last, backend)
-    return by_torch(step, o, norm, channels_last)
+    return step_by_torch(step, o, norm, channels_last)

@@ -21,7 +21,7 @@ from ..block import Operands, Step
 from ..dispatch import watched
 from ..memory_format import to_format
 from ..norms import Norm, NormCall
-from ..spec import ConvSpec
+from ..spec import DTYPES, ConvSpec
 from .library_convolution import by_kernels, conv, conv_backward, empty_of, geometry_of, how_of, own, spec_of
 
 if TYPE_CHECKING:
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from .norm_launch import Grads
 
 __all__ = ["run", "takes"]
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def _norm_how(
@@ -127,7 +125,7 @@ def _launched(
     u, parts = conv_forward(x, weight, bias, how_of(spec, Activation(), True, backend), statistics)
     vectors = () if call is None else (call.weight, call.bias, call.running_mean, call.running_var)
     required = dispatch.resolve_backend(backend) == "triton"
-    reason = normalise.why_not(u, *vectors, residual, slope)
+    reason = normalise.norm_why_not(u, *vectors, residual, slope)
     if reason is not None:
         if required:
             raise RuntimeError(f'backend="triton" cannot run this: {reason}')
@@ -142,7 +140,7 @@ def _by_torch(
     """(y, mean, rstd) by PyTorch's operators."""
     from . import norm_aten
 
-    y = to_format(norm_aten.run(u, call, residual, how.activation, slope), how.channels_last)
+    y = to_format(norm_aten.norm_by_torch(u, call, residual, how.activation, slope), how.channels_last)
     if not how.measured or how.norm is None:
         return y, None, None
     n, c = u.shape[:2]
@@ -317,7 +315,7 @@ conv_norm_act.register_autograd(_conv_norm_act_backward, setup_context=_conv_nor
 
 def takes(o: Operands, norm: NormCall | None) -> bool:
     """Whether operators stand for a step with gradients of these operands."""
-    return o.x.dtype in _DTYPES and (norm is None or norm.process_group is None)
+    return o.x.dtype in DTYPES and (norm is None or norm.process_group is None)
 
 
 def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool, backend: str | None) -> Tensor:

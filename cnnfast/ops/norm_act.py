@@ -25,7 +25,7 @@ from .arguments import (
     mixes,
     parse_activation,
 )
-from .norm_aten import run as run_by_torch
+from .norm_aten import norm_by_torch
 from .normalise import check_sizes, normalise
 
 CL = torch.channels_last
@@ -94,8 +94,8 @@ def norm_act(
             what = unfit or f"the input has shape {tuple(input.shape)}"
             raise RuntimeError(f'backend="triton" cannot run this: {what}')
         if unfit is None and not mixes(input, residual):
-            return run_by_torch(input, call, residual, act, slope)
-        y = run_by_torch(input, call, None, Activation(), None) if unfit is None else _by_torch_itself(input, call)
+            return norm_by_torch(input, call, residual, act, slope)
+        y = norm_by_torch(input, call, None, Activation(), None) if unfit is None else _by_torch_itself(input, call)
         return epilogue(y, None, None, residual, act, slope)
     check_sizes(input, call)  # which names the shape as the caller has it
     missing = 4 - input.dim()

@@ -14,7 +14,7 @@ from ..activations import Activation
 from ..norms import NormCall, per_channel
 from .norm_sync import shared, synchronised
 
-__all__ = ["composition", "run"]
+__all__ = ["composition", "norm_by_torch"]
 
 
 # These save their result in either form. In place, other activations would keep a copy of their input, or save their
@@ -22,7 +22,7 @@ __all__ = ["composition", "run"]
 _IN_PLACE = {"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_}
 
 
-def run(
+def norm_by_torch(
     x: Tensor, call: NormCall | None, residual: Tensor | None, activation: Activation, slope: Tensor | None
 ) -> Tensor:
     """``act(norm(x) + residual)`` as an unfused model computes it, in place where autograd allows that."""
@@ -49,11 +49,11 @@ def _norm(x: Tensor, call: NormCall) -> Tensor:
     running = [t for t in (call.running_mean, call.running_var) if t is not None]
     vectors = {t.dtype for t in (*running, call.weight, call.bias) if t is not None}
     if vectors <= {x.dtype} or (x.dtype.itemsize == 2 and vectors == {torch.float32}):
-        return _by_torch(x, call)
+        return _unfused(x, call)
     # Dtypes that PyTorch does not combine: everything in the widest, running tensors written back.
     wide = torch.float64 if torch.float64 in {x.dtype, *vectors} else torch.float32
     tensors: dict[str, Any] = {k: v.to(wide) for k, v in call._asdict().items() if isinstance(v, Tensor)}
-    y = _by_torch(x.to(wide), call._replace(**tensors)).to(x.dtype)
+    y = _unfused(x.to(wide), call._replace(**tensors)).to(x.dtype)
     if call.use_input_stats:
         for name in ("running_mean", "running_var"):
             given = getattr(call, name)
@@ -62,7 +62,7 @@ def _norm(x: Tensor, call: NormCall) -> Tensor:
     return y
 
 
-def _by_torch(x: Tensor, call: NormCall) -> Tensor:
+def _unfused(x: Tensor, call: NormCall) -> Tensor:
     norm, weight, bias, mean, var, measured, momentum, _ = call
     if norm.kind == "group":
         # Of channels-last tensors, PyTorch's CPU kernel computes E[x^2] - E[x]^2.

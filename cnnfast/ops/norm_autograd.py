@@ -257,7 +257,7 @@ def run(
     dtype: torch.dtype,
     required: bool,
 ) -> Tensor | None:
-    """`normalise` on the kernels; the caller asked `normalise.why_not`. None where `guard` finds that they must not
+    """`normalise` on the kernels; the caller asked `norm_why_not`. None where `guard` finds that they must not
     run; RuntimeError then if ``required``."""
     measured = call is not None and call.measured
     how = how_of(None if call is None else call.norm, measured, activation, channels_last, dtype, residual is not None)

@@ -1,6 +1,6 @@
 """The passes of a norm on the Triton kernels: layouts, workspaces, launches.
 
-What is launched is a plan's to say (`norm_plan`). The callers asked `normalise.why_not`.
+What is launched is a plan's to say (`norm_plan`). The callers asked `normalise.norm_why_not`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .norm_plan import (
 __all__ = [
     "Grads",
     "Saved",
-    "activation_backward",
+    "activation_pass",
     "apply",
     "arrange",
     "backward",
@@ -239,7 +239,7 @@ def plan_of_activation(grad: Tensor, saved: Tensor | None, activation: Activatio
     return activation_plan(grad, saved, _activation_last(grad, saved), activation, bias)
 
 
-def activation_backward(
+def activation_pass(
     grad: Tensor, saved: Tensor | None, activation: Activation, bias: bool, plan: ActivationPlan | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """`normalise.activation_backward` in one pass. ``plan``: where it is at hand."""

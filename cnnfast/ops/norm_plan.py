@@ -341,7 +341,7 @@ class ActivationPlan:
 def activation_plan(
     grad: Tensor, saved: Tensor | None, last: bool, activation: Activation, bias: bool
 ) -> ActivationPlan:
-    """Of `norm_launch.activation_backward` on these tensors, which are channels-last, once arranged, or not."""
+    """Of `norm_launch.activation_pass` on these tensors, which are channels-last, once arranged, or not."""
     return _activation(activation, grad.shape, last, _types(grad, saved), bias, *_where(grad))
 
 

@@ -165,11 +165,11 @@ def backward_problem(grad: Tensor, s: Saved, how: NormHow, need: Grads | tuple[b
 
 
 def activation_problem(grad: Tensor, saved: Tensor | None, activation: Activation, bias: bool) -> str | None:
-    """What is wrong with `norm_launch.activation_backward` on tensors like these."""
+    """What is wrong with `norm_launch.activation_pass` on tensors like these."""
     few = _Few.of(NormHow(None, False, activation, True, grad.dtype), grad.shape[1], False)
 
     def run(grad: Tensor, saved: Tensor | None) -> dict[str, Tensor]:
-        dz, db = norm_launch.activation_backward(grad, saved, activation, bias)
+        dz, db = norm_launch.activation_pass(grad, saved, activation, bias)
         return {"gradient": dz} if db is None else {"gradient": dz, "sum": db}
 
     def reference(grad: Tensor, saved: Tensor | None) -> dict[str, Tensor]:

@@ -10,15 +10,13 @@ from ..activations import Activation, activation_derivative
 from ..dispatch import watched
 from ..memory_format import to_format
 from ..norms import NormCall, Partials
+from ..spec import DTYPES, INT32
 from . import norm_aten
 
-__all__ = ["activation_backward", "normalise", "why_not"]
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_LIMIT = 2**31
+__all__ = ["activation_backward", "normalise", "norm_why_not"]
 
 
-def why_not(x: Tensor, *vectors: Tensor | None) -> str | None:
+def norm_why_not(x: Tensor, *vectors: Tensor | None) -> str | None:
     """Why the kernels cannot take x (N, C, H, W) with these other tensors, or None."""
     reason = dispatch.triton_why_not()
     if reason is None and x.is_cuda:
@@ -26,15 +24,15 @@ def why_not(x: Tensor, *vectors: Tensor | None) -> str | None:
     if reason is not None:
         return reason
     n, c, h, w = x.shape
-    if x.dtype not in _DTYPES:
-        return f"dtype {x.dtype} is not one of {', '.join(str(d) for d in _DTYPES)}"
-    if c * h * w >= _LIMIT:
+    if x.dtype not in DTYPES:
+        return f"dtype {x.dtype} is not one of {', '.join(str(d) for d in DTYPES)}"
+    if c * h * w >= INT32:
         return "one image has 2^31 elements or more"
-    if n * h * w >= _LIMIT - 1024:
+    if n * h * w >= INT32 - 1024:
         return "2^31 positions or more"
     for v in vectors:
-        if v is not None and v.dtype not in _DTYPES:
-            return f"a vector's dtype {v.dtype} is not one of {', '.join(str(d) for d in _DTYPES)}"
+        if v is not None and v.dtype not in DTYPES:
+            return f"a vector's dtype {v.dtype} is not one of {', '.join(str(d) for d in DTYPES)}"
     return None
 
 
@@ -70,7 +68,7 @@ def normalise(
         vectors = () if call is None else (call.weight, call.bias, call.running_mean, call.running_var)
         unseen = watched(x)
         reason = "a tensor subclass, transform, tracer, dispatch mode or forward-mode AD is active" if unseen else None
-        reason = reason or why_not(x, *vectors, residual, slope)
+        reason = reason or norm_why_not(x, *vectors, residual, slope)
         if reason is None and name == "triton":
             reason = dispatch.launch_why_not(x.device)
         if reason is None:
@@ -82,7 +80,7 @@ def normalise(
                 return y
         elif name == "triton":
             raise RuntimeError(f'backend="triton" cannot run this: {reason}')
-    return to_format(norm_aten.run(x, call, residual, activation, slope), channels_last)
+    return to_format(norm_aten.norm_by_torch(x, call, residual, activation, slope), channels_last)
 
 
 def check_sizes(x: Tensor, call: NormCall | None) -> None:
@@ -112,16 +110,16 @@ def activation_backward(
         return grad, None
     name = dispatch.resolve_backend(backend)
     if name == "triton" or (name == "auto" and grad.is_cuda):
-        reason = why_not(grad, saved)
+        reason = norm_why_not(grad, saved)
         if reason is None and grad.numel():
             from . import norm_launch, norm_proof  # import triton
 
             plan = norm_launch.plan_of_activation(grad, saved, activation, bias)
             if plan.proof.ready:
-                return norm_launch.activation_backward(grad, saved, activation, bias, plan)
+                return norm_launch.activation_pass(grad, saved, activation, bias, plan)
             found = guard.first_use(
                 plan.proof,
-                lambda: norm_launch.activation_backward(grad, saved, activation, bias, plan),
+                lambda: norm_launch.activation_pass(grad, saved, activation, bias, plan),
                 lambda: norm_proof.activation_problem(grad, saved, activation, bias),
                 name == "triton",
             )

@@ -14,7 +14,7 @@ from ..block import Step
 from ..devices import Device
 from ..kernels import conv_wgrad as kernels
 from ..kernels.conv_transpose import unused
-from ..spec import ConvSpec, Precision
+from ..spec import INT32, ConvSpec, Precision
 from ..wgrad import WgradPlan, choose_wgrad_plan
 from . import launch as block
 from .binary import Binary
@@ -78,7 +78,7 @@ def prepare(
     s = spec
     plan = plan or choose_wgrad_plan(s, batch, grid, precision, device)
     (ca, cb), (kh, kw) = plan.channels, s.kernel_size
-    big = batch * s.groups * max(ca * math.prod(grid), cb * math.prod(other)) >= 2**31
+    big = batch * s.groups * max(ca * math.prod(grid), cb * math.prod(other)) >= INT32
     out = dict(OUT_A=strides[0], OUT_B=strides[1], OUT_H=strides[2], OUT_W=strides[3])
     consts = dict(
         GROUPS=s.groups, CA=ca, CB=cb, KH=kh, KW=kw, SH=s.stride[0], SW=s.stride[1], PAD_H=s.padding[0],
