@@ -23,11 +23,11 @@ from torch import nn
 
 import cnnfast
 from cnnfast.activations import Activation
-from cnnfast.block import Operands, Step
 from cnnfast.files import write_atomically
-from cnnfast.ops import launch
-from cnnfast.ops.core import run_step
+from cnnfast.gpu import conv
+from cnnfast.ops.run import run_step
 from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step
 from cnnfast.timing import Timing, measure
 
 from . import cases
@@ -100,12 +100,12 @@ def triton_calls(dtype: torch.dtype = torch.float16) -> list[HostCall]:
 
 def launches(call: Callable[[], object]) -> list[str]:
     """The plans that one call launches."""
-    before, launch.LAUNCHES = launch.LAUNCHES, []
+    before, conv.LAUNCHES = conv.LAUNCHES, []
     try:
         call()
-        return launch.LAUNCHES
+        return conv.LAUNCHES
     finally:
-        launch.LAUNCHES = before
+        conv.LAUNCHES = before
 
 
 BLOCKS: dict[str, Callable[[int, int], list[nn.Module]]] = {

@@ -103,18 +103,18 @@ def path_of(call: Callable[[], object], gradients: bool = False) -> str:
     """What ran in a call: Triton launches by plan, operators by name, as observed (not as planned). In inference mode,
     unless it takes ``gradients``."""
     launches: list[str] = []
-    launch = None
+    conv = None
     if importlib.util.find_spec("triton") is not None:
-        from cnnfast.ops import launch  # type: ignore[no-redef]
+        from cnnfast.gpu import conv  # type: ignore[no-redef]
 
-        before, launch.LAUNCHES = launch.LAUNCHES, launches
+        before, conv.LAUNCHES = conv.LAUNCHES, launches
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports to stderr that it starts and stops
     try:
         with torch.inference_mode(not gradients), profile(activities=[ProfilerActivity.CPU]) as trace:
             call()
     finally:
-        if launch is not None:
-            launch.LAUNCHES = before
+        if conv is not None:
+            conv.LAUNCHES = before
     seen = Counter({f"Triton {name}": n for name, n in Counter(launches).items()})
     for event in trace.events() or ():
         if event.name in _PATHS:
@@ -271,7 +271,7 @@ def fused(w: Workload) -> cnnfast.Sequential:
 
 def _on_gpu(w: Workload) -> Prepared:
     """`cnnfast.Sequential`. NotAvailable where no step of it runs as a Triton kernel; RuntimeError where one that could
-    was given up at its first use (`cnnfast.guard`)."""
+    was given up at its first use (`cnnfast.gpu.guard`)."""
     model = fused(w)
     plain = w.call(model, True)
 

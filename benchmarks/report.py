@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from cnnfast import cpu, env
+from cnnfast.cpu.inference import inference
 from cnnfast.files import write_atomically
+from cnnfast.tasks import env
 from cnnfast.timing import Timing
 
 from .peers import EAGER
@@ -114,7 +115,7 @@ def environment(device: str = "cpu") -> dict[str, str]:
         for k in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
         if k in os.environ
     }
-    isa = f"{cpu.instruction_set().name} (oneDNN), {torch.backends.cpu.get_cpu_capability()} (ATen)"
+    isa = f"{inference.instruction_set().name} (oneDNN), {torch.backends.cpu.get_cpu_capability()} (ATen)"
     if limits:
         isa += ", limited by " + " ".join(f"{k}={v}" for k, v in limits.items())
     found = {
@@ -138,7 +139,7 @@ def machine_name(device: str = "cpu") -> str:
     if device == "cuda":
         text = torch.cuda.get_device_name()
     else:
-        text = f"{re.sub(r'@.*', '', env.cpu_name())} {cpu.instruction_set().name}"
+        text = f"{re.sub(r'@.*', '', env.cpu_name())} {inference.instruction_set().name}"
     text = re.sub(r"\((R|TM)\)|\bCPU\b", " ", text, flags=re.IGNORECASE)
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 

@@ -23,17 +23,18 @@ from typing import TextIO
 
 from . import __version__
 from .messages import LOGGER, CnnfastError, CnnfastWarning, UsageError, one_line
+from .tasks.tune import Options, run
 
 
 def _env(arguments: argparse.Namespace) -> int:
-    from . import env
+    from .tasks import env
 
     print(env.report())
     return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from . import demo
+    from .tasks import demo
 
     return demo.run(
         demo.Options(
@@ -50,7 +51,7 @@ def _models(arguments: argparse.Namespace) -> int:
     from tabulate import tabulate
 
     from .generators import list_models
-    from .weights import PRETRAINED
+    from .generators.weights import PRETRAINED
 
     rows = []
     for name in list_models():
@@ -64,10 +65,8 @@ def _models(arguments: argparse.Namespace) -> int:
 def _tune(arguments: argparse.Namespace) -> int:
     import torch
 
-    from . import tuning
-
-    return tuning.run(
-        tuning.Options(
+    return run(
+        Options(
             models=tuple(arguments.models),
             batches=tuple(arguments.batch),
             dtypes=tuple(getattr(torch, name) for name in arguments.dtype),

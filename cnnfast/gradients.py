@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu
 from .dispatch import is_batched
-from .memory_format import has_both, is_channels_last, new_strides
+from .memory_format import convert, has_both, is_channels_last, new_strides
 
 __all__ = ["enter", "keep_strides", "plain", "restrided", "squeezed"]
 
@@ -33,7 +32,7 @@ def restrided(t: Tensor, strides: Sequence[int], dtype: torch.dtype | None = Non
 
 def _converted(t: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     if t.device.type == "cpu":
-        return cpu.convert(t, dtype, channels_last)
+        return convert(t, dtype, channels_last)
     return t.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 

@@ -70,3 +70,21 @@ class Partials(NamedTuple):
 def per_channel(v: Tensor, like: Tensor) -> Tensor:
     """(C,) as (C, 1, ...): broadcast against ``like``."""
     return v.reshape(-1, *(1,) * (like.dim() - 2))
+
+
+def check_sizes(x: Tensor, call: NormCall | None) -> None:
+    """torch's own errors where statistics are of one value."""
+    if call is None or not call.measured:
+        return
+    n, c, *size = x.shape
+    values = 1
+    for s in size:
+        values *= s
+    kind = call.norm.kind
+    if kind == "instance" and values == 1:
+        raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
+    if kind == "batch" and values * n == 1 and call.process_group is None:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    if kind == "group" and values * n * (c // call.norm.groups) == 1:
+        shape = [n * c // call.norm.groups, call.norm.groups, *size]
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from cnnfast import dispatch
 from cnnfast.activations import Activation
-from cnnfast.block import Operands, Step, Upsample, plain_step, upsample_step
+from cnnfast.gpu.devices import precision_of, target_device
 from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step, Upsample, plain_step, upsample_step
 from cnnfast.tolerance import expected
 
 from .tolerance import assert_close
@@ -142,8 +142,8 @@ def reference(step: Step, o: Operands, tf32: bool) -> tuple[torch.Tensor, torch.
 
 def check(case: Case, precision: str, device: torch.device, launches: list[str]) -> torch.Tensor:
     """Launch the case and hold it against float64; assert what was launched and the result's memory format."""
-    from cnnfast.ops import launch
-    from cnnfast.ops.core import run_step
+    from cnnfast.gpu import conv as launch
+    from cnnfast.ops.run import run_step
 
     from .conftest import conv_precision
 
@@ -153,7 +153,7 @@ def check(case: Case, precision: str, device: torch.device, launches: list[str])
     with conv_precision(switch), torch.no_grad():
         if case.plan:
             padded = tuple(n + 2 * p for n, p in zip(case.size, case.step.pad, strict=True))
-            numerics, target = dispatch.precision_of(dtype), dispatch.target_device(o.x)
+            numerics, target = precision_of(dtype), target_device(o.x)
             chosen = launch.choose_plan(case.step.spec, case.batch, padded, numerics, target)
             y = launch.run(case.step, o, case.channels_last, replace(chosen, **dict(case.plan)))
         else:

@@ -70,7 +70,7 @@ def interpreter() -> None:
 @pytest.fixture
 def launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The plans of the Triton launches of the test, in order."""
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv as launch
 
     record: list[str] = []
     monkeypatch.setattr(launch, "LAUNCHES", record)
@@ -115,7 +115,7 @@ def binaries_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from cnnfast.ops.binary import Binary
+    from cnnfast.gpu.binary import Binary
 
     real = Binary.__call__
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import cnnfast
-from cnnfast import chain
+from cnnfast.nn import chain
 from cnnfast.norms import Norm
 
 from .test_training_features import CL, Models, Outcome, everything

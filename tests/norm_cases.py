@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cnnfast.activations import Activation, activation_derivative
 from cnnfast.norms import Norm, NormCall
-from cnnfast.ops.norm_aten import composition
-from cnnfast.ops.normalise import normalise
+from cnnfast.ops.run import normalise
+from cnnfast.reference import composition
 
 from .tolerance import assert_close
 

@@ -153,7 +153,7 @@ def test_least_time_is_the_larger_of_two(macs, least, seconds, by):
 
 
 def test_a_data_sheet_says_that_it_is_one():
-    from cnnfast.devices import DEVICES
+    from cnnfast.gpu.devices import DEVICES
 
     found = limits.datasheet(DEVICES[80], torch.float16)
     assert found.source == "data sheet of A100" and found.flops == pytest.approx(312e12, rel=0.01)

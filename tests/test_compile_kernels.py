@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.compiled import PLANS
-from cnnfast.ops import core, library_convolution, library_training
+from cnnfast.gpu import traced_conv, traced_step
+from cnnfast.nn.traced import PLANS
+from cnnfast.reference import step_by_torch
 from cnnfast.tolerance import verdict
 
 from .conftest import conv_precision
@@ -165,7 +166,7 @@ def test_fakes_on_the_kernels(device: torch.device, launches: list[str], name: s
     assert launches
     for func, args in found:
         name = func._schema.name.split("::")[1]
-        module = library_training if "norm" in name else library_convolution
+        module = traced_step if "norm" in name else traced_conv
         fake_of = getattr(module, name + "_fake")
         outs, fakes = ([o] if isinstance(o, Tensor) else list(o) for o in (func(*args), fake_of(*args)))
         for out, fake in zip(outs, fakes, strict=True):
@@ -178,14 +179,14 @@ def test_gradients_on_the_kernels(device: torch.device, launches: list[str], nam
     """Values and gradients of the operators, called outside of compiled code, equal the composition's."""
     step, o, norm = operands(name, device)
     with conv_precision("ieee"):
-        y = library_training.run(step, o, norm, True, "triton")
+        y = traced_step.run(step, o, norm, True, "triton")
         assert launches
         grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
         found = [y, *torch.autograd.grad(y, leaves(o, norm), grad.to(device))]
     by_torch = []
     for dtype in (torch.float64, torch.float32):
         step, o, norm = operands(name, dtype=dtype)
-        y = core.step_by_torch(step, o, norm, True)
+        y = step_by_torch(step, o, norm, True)
         by_torch.append([y, *torch.autograd.grad(y, leaves(o, norm), grad.to(dtype))])
     for k, (got, want, yardstick) in enumerate(zip(found, *by_torch, strict=True)):
         assert got.shape == yardstick.shape and got.dtype == yardstick.dtype

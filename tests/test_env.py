@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import cnnfast
-from cnnfast import dispatch, env, guard, onednn, store
+from cnnfast import dispatch, store
+from cnnfast.cpu.inference import methods
+from cnnfast.gpu import guard
+from cnnfast.tasks import env
 
 
 def backend_off(name: str) -> str | None:
@@ -126,7 +129,7 @@ def test_triton_on_an_old_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_onednn_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "why_missing", lambda: "no oneDNN here")
+    monkeypatch.setattr(methods, "why_missing", lambda: "no oneDNN here")
     assert backend_off("aten, oneDNN packed") == "no oneDNN here"
     assert backend_off("aten") is None
 

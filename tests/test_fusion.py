@@ -11,10 +11,10 @@ from torch import nn
 
 import cnnfast
 from cnnfast.activations import Activation
-from cnnfast.convolutions import MAX_SCALE
-from cnnfast.fusion import FusedStep, Unfused, plan_modules
-from cnnfast.modules import read
-from cnnfast.norm_modules import NormRule
+from cnnfast.nn.fusion import FusedStep, Unfused, plan_modules
+from cnnfast.nn.fusion_conv import MAX_SCALE
+from cnnfast.nn.fusion_norm import NormRule
+from cnnfast.nn.modules import read
 from cnnfast.norms import Norm
 
 from .test_sequential import check, randomized

@@ -17,7 +17,7 @@ from benchmarks.gpu import process as gpu_process
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import rows as gpu_rows
 from benchmarks.gpu import stages as gpu_stages
-from cnnfast import env
+from cnnfast.tasks import env
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = {"code": "abc"}
@@ -75,7 +75,7 @@ def test_every_stage_command_exists():
 @pytest.mark.parametrize("on", [True, False])
 def test_tf32_is_what_torch_and_cnnfast_read(on):
     from benchmarks.gpu.compare import set_tf32
-    from cnnfast.dispatch import conv_tf32
+    from cnnfast.gpu.devices import conv_tf32
 
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:

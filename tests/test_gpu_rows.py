@@ -19,7 +19,7 @@ from benchmarks.gpu import predict as gpu_predict
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import rows as gpu_rows
 from benchmarks.gpu import stages as gpu_stages
-from cnnfast import guard
+from cnnfast.gpu import guard
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = {"code": "abc"}

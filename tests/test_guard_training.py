@@ -13,13 +13,14 @@ import torch
 from torch import nn
 
 import cnnfast
-from cnnfast import guard
 from cnnfast.activations import Activation
-from cnnfast.block import Operands, Step, Upsample, upsample_step
+from cnnfast.gpu import guard, norm_act_backward
+from cnnfast.gpu.norm_act_autograd import activation_backward
 from cnnfast.norms import Norm
-from cnnfast.ops.core import run_step
-from cnnfast.ops.normalise import activation_backward
+from cnnfast.ops.run import run_step
+from cnnfast.reference import Saved
 from cnnfast.spec import ConvSpec, Precision
+from cnnfast.step import Operands, Step, Upsample, upsample_step
 
 from . import test_conv_wgrad as cases
 from . import test_norm_act_kernels as norms
@@ -39,12 +40,12 @@ def fresh(cache: Any) -> Any:  # noqa: F811
 
 
 def a_new_process() -> None:
-    from cnnfast.ops import norm_plan, weights, wgrad
+    from cnnfast.gpu import conv_wgrad, weight
 
-    for cached in (wgrad.prepare, weights._sum):
+    for cached in (conv_wgrad.prepare, weight._sum):
         cached.cache_clear()
-    norm_plan.forget()
     forget()
+    norm_act_backward.forget()
 
 
 Spoil = Callable[..., None]
@@ -54,16 +55,16 @@ Spoil = Callable[..., None]
 def spoil(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Spoil:
     """Launch a kernel (the weight gradient's where no other is named) with other compile-time constants than the right
     ones."""
-    from cnnfast.ops import norm_plan, wgrad
+    from cnnfast.gpu import conv_wgrad, norm_act
 
     def change(kernel: str = "conv_wgrad_kernel", **constants: Any) -> None:
-        real = wgrad.Binary
+        real = conv_wgrad.Binary
 
         def binary(function: Any, values: dict[str, Any], **options: int) -> Any:
             other = constants if function.__name__ == kernel else {}
             return real(function, {**values, **other}, **options)
 
-        for module in (norm_plan, wgrad):
+        for module in (norm_act, conv_wgrad):
             monkeypatch.setattr(module, "Binary", binary)
 
     return change
@@ -72,11 +73,11 @@ def spoil(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Spoil:
 @pytest.fixture
 def starts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The batch of every launch of the weight gradient, trials included."""
-    from cnnfast.ops import wgrad
+    from cnnfast.gpu import conv_wgrad
 
     record: list[int] = []
-    real = wgrad._launch
-    monkeypatch.setattr(wgrad, "_launch", lambda a, *rest: (record.append(a.shape[0]), real(a, *rest))[1])
+    real = conv_wgrad._launch
+    monkeypatch.setattr(conv_wgrad, "_launch", lambda a, *rest: (record.append(a.shape[0]), real(a, *rest))[1])
     return record
 
 
@@ -166,11 +167,11 @@ def test_a_weight_gradient_that_does_not_compile(device: torch.device, spoil: Sp
 
 def test_many_positions_are_a_short_sum(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The noise of a trial is at few positions, of which none is at the edge by chance alone."""
-    from cnnfast.ops import wgrad
+    from cnnfast.gpu import conv_wgrad
 
     seen = []
-    real = wgrad._launch
-    monkeypatch.setattr(wgrad, "_launch", lambda a, b, *rest: (seen.append(b.cpu()), real(a, b, *rest))[1])
+    real = conv_wgrad._launch
+    monkeypatch.setattr(conv_wgrad, "_launch", lambda a, b, *rest: (seen.append(b.cpu()), real(a, b, *rest))[1])
     c = cases.case("many", 32, 32, 4, 2, 1, size=(24, 20), batch=9)
     cases.check(c, cases.PRECISIONS["fp16"], device)
     trial, call = (b.permute(0, 2, 3, 1).ne(0).any(-1) for b in seen)
@@ -291,14 +292,16 @@ def test_trials_of_known_and_of_shared_statistics(
     others."""
     if processes and norm.kind != "batch":
         pytest.skip("only a batch norm is synchronised")
+    from cnnfast import norm_sync
+    from cnnfast import step as block
+    from cnnfast.gpu import norm_act_autograd, norm_act_trial
     from cnnfast.norms import Partials
-    from cnnfast.ops import norm_autograd, norm_how, norm_launch, norm_proof, norm_sync
 
     monkeypatch.setattr(norm_sync, "shared", lambda call: call is not None and call.process_group is not None)
-    monkeypatch.setattr(norm_proof.dist, "get_world_size", lambda group: processes)
+    monkeypatch.setattr(norm_act_trial.dist, "get_world_size", lambda group: processes)
     case = replace(NORM, norm=norm)
     t = case.tensors(torch.float32, device)
-    how = norm_how.NormHow(norm, True, NORM.activation, True, torch.float32)
+    how = block.NormHow(norm, True, NORM.activation, True, torch.float32)
     running = [None, None] if norm.kind == "group" else [torch.zeros(32).to(device), torch.ones(32).to(device)]
     call = case.call(t)
     assert call is not None
@@ -306,14 +309,17 @@ def test_trials_of_known_and_of_shared_statistics(
     segments = 1 if norm.kind == "batch" else 3
     shape = (segments, given or 0, 32)
     parts = None if given is None else Partials(*(torch.empty(s).to(device) for s in (shape[:2], shape, shape)))
-    for forward, right in ((norm_autograd.forward, True), (lambda *args: scaled(norm_autograd.forward(*args)), False)):
-        found = norm_proof.forward_problem(forward, t.x, call, None, None, parts, how)
+    for forward, right in (
+        (norm_act_autograd.forward, True),
+        (lambda *args: scaled(norm_act_autograd.forward(*args)), False),
+    ):
+        found = norm_act_trial.forward_problem(forward, t.x, call, None, None, parts, how)
         assert (found is None) is right, found
     assert all(v is None or torch.equal(v.cpu(), torch.full((32,), float(k))) for k, v in enumerate(running))
-    done = norm_autograd.forward(t.x, call._replace(process_group=None), None, None, None, how)
-    saved = norm_launch.Saved(t.x, t.weight, t.bias, None, done.mean, done.rstd, None)
+    done = norm_act_autograd.forward(t.x, call._replace(process_group=None), None, None, None, how)
+    saved = Saved(t.x, t.weight, t.bias, None, done.mean, done.rstd, None)
     need = (True, True, True, False, False)
-    assert norm_proof.backward_problem(t.grad, saved, how, need, processes is not None) is None
+    assert norm_act_trial.backward_problem(t.grad, saved, how, need, processes is not None) is None
 
 
 def scaled(done: Any) -> Any:
@@ -375,9 +381,9 @@ def test_right_sums_of_weights_are_checked_once(device: torch.device) -> None:
 
 @pytest.mark.parametrize("back", [False, True])
 def test_a_wrong_sum_of_weights(back: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cnnfast.ops import weights
+    from cnnfast.gpu import weight
 
-    real = weights._sum
+    real = weight._sum
 
     @functools.lru_cache
     def first_term_only(*args: Any) -> Any:
@@ -386,7 +392,7 @@ def test_a_wrong_sum_of_weights(back: bool, device: torch.device, monkeypatch: p
         table[:, 1:] = -1
         return replace(g, table=table) if args[-1] is back else g
 
-    monkeypatch.setattr(weights, "_sum", first_term_only)
+    monkeypatch.setattr(weight, "_sum", first_term_only)
     with pytest.warns(RuntimeWarning, match="summed weight of .* gave wrong results") as caught:
         for _ in range(2):
             weight_gradient_of_upsampled(device)
@@ -420,8 +426,8 @@ def test_explain_names_failures_of_gradients(what: str, device: torch.device, sp
 
 
 def test_which_kernels_concern_a_step() -> None:
-    from cnnfast.ops.norm_how import NormPass
-    from cnnfast.ops.wgrad import WeightGradient
+    from cnnfast.gpu.conv_wgrad import WeightGradient
+    from cnnfast.gpu.guard import NormPass
 
     step = replace(STEP, activation=Activation("relu"))
     other = Step(ConvSpec.make(32, 32, 3, 2, 1))

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from cnnfast import reference
-from cnnfast.block import Step, Upsample, upsample_step
-from cnnfast.plan import Lowering, lower, tap_map
+from cnnfast.gpu.conv_plan import Lowering, lower, tap_map
 from cnnfast.spec import ConvSpec
+from cnnfast.step import Step, Upsample, upsample_step
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -64,7 +64,7 @@ def expected(step: Step, low: Lowering, weight: torch.Tensor, packed: bool) -> t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_kernel_weight(layer: str, dtype: torch.dtype, device: torch.device) -> None:
-    from cnnfast.ops.weights import kernel_weight, weight_layout
+    from cnnfast.gpu.weight import kernel_weight, weight_layout
 
     step, size, packed = LAYERS[layer]
     low, s = lower(step.spec, size), step.spec
@@ -94,7 +94,7 @@ UPSAMPLED = [name for name, (step, _, _) in LAYERS.items() if step.upsample is n
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("layer", UPSAMPLED)
 def test_summed_weight_and_its_derivatives(layer: str, channels_last: bool, device: torch.device) -> None:
-    from cnnfast.ops.weights import summed_weight
+    from cnnfast.gpu.weight import summed_weight
 
     step, s = LAYERS[layer][0], LAYERS[layer][0].spec
     assert step.upsample is not None

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 
 import cnnfast
 from cnnfast.activations import Activation
-from cnnfast.block import Operands, Step, Upsample, plain_step, upsample_step
 from cnnfast.dispatch import watched
-from cnnfast.ops import library
+from cnnfast.ops import traced
 from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step, Upsample, plain_step, upsample_step
 
 from .tolerance import assert_close
 
@@ -55,8 +55,8 @@ def operands(step: Step, shape: tuple[int, ...], requires_grad: bool = False) ->
 def arguments(step: Step, o: Operands, channels_last: bool) -> tuple[object, ...]:
     recorded: list[tuple[object, ...]] = []
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(library, "conv_block_op", lambda *args: recorded.append(args))
-        library.conv_block(step, o, channels_last, "auto")
+        m.setattr(traced, "conv_block_op", lambda *args: recorded.append(args))
+        traced.conv_block(step, o, channels_last, "auto")
     return recorded[0]
 
 

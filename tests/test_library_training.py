@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from cnnfast.activations import Activation
-from cnnfast.block import Operands, Step
+from cnnfast.gpu import traced_step
 from cnnfast.norms import Norm, NormCall
-from cnnfast.ops import core, library_training
+from cnnfast.reference import step_by_torch
 from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step
 
 UP = ConvSpec.make(16, 8, 4, 2, 1)
 ODD = ConvSpec.make(8, 6, (3, 2), (2, 1), 1, (1, 0), 2, 1)
@@ -79,7 +80,7 @@ def calls(name: str, device: torch.device | str, backend: str | None, dtype: tor
             return func(*args, **(kwargs or {}))
 
     with Record():
-        y = library_training.run(step, o, norm, True, backend)
+        y = traced_step.run(step, o, norm, True, backend)
         torch.autograd.grad(y, leaves(o, norm), torch.ones_like(y), allow_unused=True)
     return found
 
@@ -124,14 +125,14 @@ def test_values_and_gradients_equal_pytorch(name: str) -> None:
     given = leaves(o, norm)
     running = [] if norm is None else [norm.running_mean, norm.running_var]
     before = [None if t is None else t.clone() for t in running]
-    want = core.step_by_torch(step, o, norm, True)
+    want = step_by_torch(step, o, norm, True)
     grad = torch.randn(want.shape)
     expected = torch.autograd.grad(want, given, grad)
     moved = [None if t is None else t.clone() for t in running]
     for t, old in zip(running, before, strict=True):
         if t is not None:
             t.copy_(old)
-    got = library_training.run(step, o, norm, True, None)
+    got = traced_step.run(step, o, norm, True, None)
     torch.testing.assert_close(got, want)
     assert got.stride() == want.stride()
     for g, e in zip(torch.autograd.grad(got, given, grad), expected, strict=True):

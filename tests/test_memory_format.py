@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import cnnfast
-from cnnfast.fusion import FusedStep, plan_modules
+from cnnfast.nn.fusion import FusedStep, plan_modules
 
 
 def model() -> nn.Sequential:
@@ -43,8 +43,8 @@ def test_four_dimensions_as_torch() -> None:
 
 
 def test_kernels_read_it_in_place(device: torch.device) -> None:
-    from cnnfast.ops.weights import kernel_weight
-    from cnnfast.plan import lower
+    from cnnfast.gpu.conv_plan import lower
+    from cnnfast.gpu.weight import kernel_weight
 
     modules = list(cnnfast.channels_last(model().to(device)))
     for step in plan_modules(modules):

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from cnnfast import dispatch, ops
 from cnnfast.activations import ACTIVATIONS, Activation
+from cnnfast.gpu.norm_act_autograd import activation_backward
 from cnnfast.norms import Norm, NormCall
-from cnnfast.ops.norm_aten import composition
-from cnnfast.ops.normalise import activation_backward, normalise
+from cnnfast.ops.run import normalise
+from cnnfast.reference import composition
 
 from .norm_cases import NormCase, expect, spread
 from .tolerance import assert_close

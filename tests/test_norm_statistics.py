@@ -8,16 +8,16 @@ import torch.nn.functional as F
 
 from cnnfast import dispatch
 from cnnfast.activations import Activation
-from cnnfast.devices import device_for
+from cnnfast.gpu.backend import normalise
+from cnnfast.gpu.devices import device_for
+from cnnfast.norm_sync import merged
 from cnnfast.norms import Norm, NormCall, Partials
-from cnnfast.ops.norm_sync import merged
-from cnnfast.ops.normalise import normalise
 
 from .norm_cases import NormCase, check, compute, expect, magnitudes, spread
 from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="triton is not installed")
-from cnnfast.ops import norm_launch, norm_plan, norm_tiles  # noqa: E402
+from cnnfast.gpu import norm_act, norm_act_plan  # noqa: E402
 
 RELU = Activation("relu")
 KINDS = [Norm("batch"), Norm("instance"), Norm("group", 5)]
@@ -74,7 +74,7 @@ def random_parts(segments: int, parts: int, channels: int, device: torch.device)
 )
 def test_merge(segments: int, parts: int, channels: int, join: int, device: torch.device, launches: list[str]) -> None:
     p = random_parts(segments, parts, channels, device)
-    mean, rstd, var = norm_launch.merge(p, norm_plan.merge_of(p.mean.shape, join, 1e-5, True, (None, None)))
+    mean, rstd, var = norm_act.merge(p, norm_act.merge_of(p.mean.shape, join, 1e-5, True, (None, None)))
     assert launches == ["norm-merge"] and var is not None
     count, center, m2 = (v.cpu().double() for v in p)
     groups = channels // join
@@ -99,7 +99,7 @@ def test_parts_are_those_of_the_tensor(each: bool, last: bool, device: torch.dev
     g = torch.Generator().manual_seed(0)
     x = (torch.randn(3, 10, 17, 9, generator=g) + 5).to(device)
     x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    p = norm_launch.partials(x, each)
+    p = norm_act.partials(x, each)
     assert launches == ["norm-statistics"]
     assert p.mean.shape == p.m2.shape == (*p.count.shape, 10) and p.count.shape[0] == (3 if each else 1)
     one = merged(Partials(*(v.cpu() for v in p)))
@@ -131,7 +131,7 @@ def test_programs_that_walk_several_tiles(
     n, c, h, w = case.shape
     inside = not case.x_last
     each = case.norm is not None and case.norm.per_image
-    assert norm_tiles.tiling(n, c, h * w, each or inside, inside, 2).tiles > 1
+    assert norm_act_plan.tiling(n, c, h * w, each or inside, inside, 2).tiles > 1
 
 
 def test_tiling_covers_every_row_once() -> None:
@@ -140,9 +140,9 @@ def test_tiling_covers_every_row_once() -> None:
         (1000, 40, 49, True, True), (2, 5000, 7, False, False),
     ]:  # fmt: skip
         for sms in (2, 108, 132):
-            t = norm_tiles.tiling(n, c, size, images, inside, sms)
+            t = norm_act_plan.tiling(n, c, size, images, inside, sms)
             m, block_c = t.constants["BLOCK_M"], t.constants["BLOCK_C"]
-            assert t.segments * t.rows == n * size and m * block_c <= norm_tiles.TILE
+            assert t.segments * t.rows == n * size and m * block_c <= norm_act_plan.TILE
             assert (t.parts - 1) * t.tiles * m < t.rows <= t.parts * t.tiles * m  # no part is empty
             assert t.grid[0] == t.segments * t.parts and (t.grid[1] - 1) * block_c < c <= t.grid[1] * block_c
             assert t.rows % t.constants["ROWS_BY"] == 0
@@ -158,9 +158,9 @@ def test_the_same_bits_from_run_to_run(norm: Norm, device: torch.device) -> None
 def test_given_partials_are_taken(device: torch.device, launches: list[str]) -> None:
     case = NormCase("given", Norm("batch"), RELU)
     t = case.tensors(torch.float32, device)
-    parts = norm_launch.partials(t.x, False)
+    parts = norm_act.partials(t.x, False)
     launches.clear()
-    y = normalise(t.x, case.call(t), None, RELU, None, partials=parts, channels_last=True, backend="triton")
+    y = backend.normalise(t.x, case.call(t), None, RELU, None, parts, True, True)
     assert launches == ["norm-merge", "norm-apply"]
     exact, yardstick = compute(case, t, torch.float64), compute(case, t, torch.float32)
     assert_close(y, exact["y"], yardstick["y"], before=magnitudes(case, t)["y"])

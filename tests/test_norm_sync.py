@@ -11,11 +11,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from cnnfast import ops
+from cnnfast import norm_sync, ops
 from cnnfast.activations import Activation
 from cnnfast.norms import Norm, NormCall, Partials
-from cnnfast.ops import norm_sync
-from cnnfast.ops.normalise import normalise
+from cnnfast.ops.run import normalise
 
 from .tolerance import assert_close
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import cnnfast
 from cnnfast.norms import Norm, NormCall, per_channel
-from cnnfast.ops.norm_aten import composition
+from cnnfast.reference import composition
 
 from .tolerance import assert_close
 

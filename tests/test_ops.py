@@ -473,7 +473,7 @@ def test_autocast_mixes_dtypes_as_torch_does() -> None:
 @pytest.mark.parametrize("backend", ["auto", "aten"])
 def test_cpu_tensors_never_reach_triton(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = rand(2, 32, 4, 4), rand(32, 32, 4, 4)
-    launch = pytest.importorskip("cnnfast.ops.launch", reason="triton is not installed", exc_type=ImportError)
+    launch = pytest.importorskip("cnnfast.gpu.conv", reason="triton is not installed", exc_type=ImportError)
     monkeypatch.setattr(launch, "run", lambda *a, **k: pytest.fail("launched"))
     ops.conv_transpose2d(x, w, None, 2, 1, backend=backend)
 

@@ -11,8 +11,9 @@ from torch.autograd import gradcheck
 
 from cnnfast import reference
 from cnnfast.activations import ACTIVATIONS, Activation
-from cnnfast.block import Operands, Step, Upsample, run_reference, upsample_step
+from cnnfast.reference import run_reference
 from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step, Upsample, upsample_step
 
 from .test_spec import random_specs, torch_conv
 
@@ -48,7 +49,7 @@ def test_a_phase_without_taps_is_the_bias() -> None:
 def reference_collapse(x: torch.Tensor, w: torch.Tensor, step: Step) -> torch.Tensor:
     """The step as backends run it: padded input, summed weight, transposed convolution."""
     assert step.upsample is not None
-    return reference.conv(step.pad_input(x), step.conv_weight(w), None, step.spec)
+    return reference.conv(step.pad_input(x), reference.conv_weight(step, w), None, step.spec)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -23,8 +23,8 @@ from benchmarks.rehearse.inspector import Call, Report, _main_loop, recording  #
 from benchmarks.rehearse.launches import Op, Recorder, StepRun, Unrun, eager_ops, inductor_passes, precision  # noqa: E402
 from benchmarks.rehearse.model import occupancy, pressure, traffic, work  # noqa: E402
 from benchmarks.rehearse.rules import overflows  # noqa: E402
-from cnnfast.devices import DEVICES  # noqa: E402
-from cnnfast.plan import Plan, lower  # noqa: E402
+from cnnfast.gpu.conv_plan import Plan, lower  # noqa: E402
+from cnnfast.gpu.devices import DEVICES  # noqa: E402
 from cnnfast.spec import ConvSpec  # noqa: E402
 
 A100, H100, B200, RTX3090 = (DEVICES[a] for a in (80, 90, 100, 86))

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import cnnfast
-from cnnfast import cpu, layers
+from cnnfast.cpu.inference import inference
+from cnnfast.nn import layers
 
 from .conftest import conv_precision
 from .tolerance import assert_close
@@ -220,11 +221,11 @@ def stack_profile(examples: int) -> settings:
 @pytest.fixture
 def everything_packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No step is too small for the packed operators."""
-    cpu._plan.cache_clear()
-    monkeypatch.setattr(cpu, "_why_slower", lambda *args: None)
-    monkeypatch.setattr(cpu, "why_slower_plain", lambda *args, **kwargs: None)
+    inference._plan.cache_clear()
+    monkeypatch.setattr(inference, "_why_slower", lambda *args: None)
+    monkeypatch.setattr(inference, "why_slower_plain", lambda *args, **kwargs: None)
     yield
-    cpu._plan.cache_clear()
+    inference._plan.cache_clear()
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["", "packed"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import cnnfast
-from cnnfast import chain
+from cnnfast.nn import chain
 
 from .test_sequential_training import NORMS, generator, loss_of, randomized, x2d
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast import chain, cpu
+from cnnfast.cpu.inference import inference
+from cnnfast.nn import chain
 
 from .test_sequential import stack_profile, stacks
 from .tolerance import assert_close
@@ -355,8 +356,10 @@ def test_autocast_without_gradients(steps: list[str]) -> None:
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_autocast_without_gradients_packs_the_parameters(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[torch.dtype] = []
-    pack = cpu._pack
-    monkeypatch.setattr(cpu, "_pack", lambda method, step, o: packed.append(o.weight.dtype) or pack(method, step, o))
+    pack = inference._pack
+    monkeypatch.setattr(
+        inference, "_pack", lambda method, step, o: packed.append(o.weight.dtype) or pack(method, step, o)
+    )
     plain = nn.Sequential(nn.ConvTranspose2d(64, 32, 4, 2, 1), NORMS[norm][0](32), nn.ReLU()).eval()
     ours = cnnfast.Sequential(*copy.deepcopy(plain))
     x = torch.randn(2, 64, 12, 10)

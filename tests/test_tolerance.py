@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from cnnfast.activations import Activation
-from cnnfast.block import Operands, Step, Upsample, run_reference, upsample_step
+from cnnfast.reference import run_reference
 from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step, Upsample, upsample_step
 from cnnfast.tolerance import expected, round_tf32, verdict
 
 from .tolerance import assert_close

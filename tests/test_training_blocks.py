@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from cnnfast.activations import Activation
-from cnnfast.block import Operands, Step, Upsample, upsample_step
 from cnnfast.norms import Norm, NormCall
-from cnnfast.ops.core import run_step
+from cnnfast.ops.run import run_step
 from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step, Upsample, upsample_step
 
 from .cases import PRECISIONS
 from .conftest import conv_precision

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import cnnfast
-from cnnfast import chain
+from cnnfast.nn import chain
 
 from .tolerance import assert_close
 

@@ -28,8 +28,8 @@ from typing import Any
 
 import torch
 
-from cnnfast import env
 from cnnfast.files import write_atomically
+from cnnfast.tasks import env
 
 from ..report import environment, machine_name
 from .process import Ending, supervise, supervise_all
@@ -50,7 +50,7 @@ class Stage:
 
     ``command``: arguments of Python, or None for the worker's stage of that name. ``parallel``: rows may be made side
     by side (compiling takes most of the time, and nothing is timed). ``plain``: without plans tuned earlier.
-    ``proves``: needs `cnnfast.guard`, whatever the environment says. ``follows``: is of what other stages found, so
+    ``proves``: needs `cnnfast.gpu.guard`, whatever the environment says. ``follows``: is of what other stages found, so
     that ``--resume`` runs it again.
     """
 

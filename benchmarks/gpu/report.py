@@ -38,7 +38,7 @@ NOTES = {
     "compiled": "As the table, beside `torch.compile`.",
     "host_time": "Time on the host of handing over one call, which is not waited for.",
     "candidates": "The plans that are to be timed: the heuristic's, and the best by the model. Each is compared with "
-    "float64 at its first launch (`cnnfast.guard`).",
+    "float64 at its first launch (`cnnfast.gpu.guard`).",
     "tune": "Plans of each fused step, timed in turn on noise, calls in a row; the best are kept in cnnfast's cache.",
     "prediction": "The model that chooses plans, against what was measured.",
 }

@@ -1,6 +1,6 @@
 """The GPU run's tuning: candidates compiled and proven side by side, then timed one step after the other.
 
-The work is `cnnfast.tuning`'s; best plans end up in its cache on disk, where later calls of cnnfast find them.
+The work is `cnnfast.gpu.tuning`'s; best plans end up in its cache on disk, where later calls of cnnfast find them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 import cnnfast
-from cnnfast import dispatch, tuning
-from cnnfast.choice import candidates, modelled_clocks
+from cnnfast.gpu import tuning
+from cnnfast.gpu.conv_choice import candidates, modelled_clocks
+from cnnfast.gpu.devices import precision_of, target_device, tf32_convolutions
 
 from .. import timers
 from ..peers import backend, fused
@@ -49,9 +50,9 @@ def modelled(task: tuning.Task) -> dict[str, float]:
     x = dict(task.likes)["x"]
     spec = task.step.spec
     size = tuple(n + 2 * p for n, p in zip(x.shape[2:], task.step.pad, strict=True))
-    with dispatch.tf32_convolutions(task.tf32):
-        precision = dispatch.precision_of(x.dtype)
-    device = dispatch.target_device(torch.empty(0, device=task.device))
+    with tf32_convolutions(task.tf32):
+        precision = precision_of(x.dtype)
+    device = target_device(torch.empty(0, device=task.device))
     plans = candidates(spec, x.shape[0], size, precision, device, task.channels_last)
     rows = [p.lowering.rows(x.shape[0], spec.output_size(size)) for p in plans]
     return {p.name: modelled_clocks(p, n, precision, device) for p, n in zip(plans, rows, strict=True)}

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from cnnfast.devices import DEVICES
+from cnnfast.gpu.devices import DEVICES
 
 from .. import cases
 from ..cases import Case

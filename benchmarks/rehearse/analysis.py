@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cnnfast.devices import Device
+from cnnfast.gpu.devices import Device
 from cnnfast.spec import Precision
 
 from . import rules

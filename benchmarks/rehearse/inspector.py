@@ -108,7 +108,7 @@ class _Utils:
         self.arch = arch
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        from cnnfast.devices import DEVICES, REGISTERS
+        from cnnfast.gpu.devices import DEVICES, REGISTERS
 
         d = DEVICES[self.arch]
         return {

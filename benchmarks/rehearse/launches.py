@@ -21,11 +21,13 @@ from torch.utils._pytree import tree_leaves
 
 import cnnfast
 from cnnfast import dispatch
-from cnnfast.block import Operands, Step
-from cnnfast.fusion import FusedStep, Unfused, plan_modules
-from cnnfast.ops import core, launch
-from cnnfast.plan import Plan
+from cnnfast.gpu import conv, why_not
+from cnnfast.gpu.conv_plan import Plan
+from cnnfast.gpu.devices import allocate, tf32_convolutions
+from cnnfast.nn.fusion import FusedStep, Unfused, plan_modules
+from cnnfast.ops import run as core
 from cnnfast.spec import Precision
+from cnnfast.step import Operands, Step
 
 from ..cases import Case
 from .inspector import Call, recording
@@ -204,7 +206,7 @@ class Recorder:
         """The steps and modules of one forward in order, as they are on every call but the first."""
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
-            stack.enter_context(dispatch.tf32_convolutions(self.tf32))
+            stack.enter_context(tf32_convolutions(self.tf32))
             stack.enter_context(dispatch.backend("triton"))
             calls = stack.enter_context(recording(arch))
             for name, replacement in _hooks(self.found, self.meta, self.steps, calls).items():
@@ -221,7 +223,7 @@ def _hooks(
     found: list[StepRun | Unrun], meta: nn.Sequential, steps: list[FusedStep], calls: list[Call]
 ) -> dict[str, Any]:
     """Wrappers of `run_step`, of the launch and of the kernels' launcher that write to ``found``."""
-    run_step, run, start = core.run_step, launch.run, launch.kernels.launch
+    run_step, run, start = core.run_step, conv.run, conv.kernels.launch
 
     def step_seen(step: Step, o: Operands, *, channels_last: bool | None = None, **rest: Any) -> torch.Tensor:
         shape = (o.x.shape[0], step.spec.out_channels, *step.output_size(tuple(o.x.shape[2:])))
@@ -229,7 +231,7 @@ def _hooks(
         fused = steps[sum(isinstance(f, StepRun) for f in found)]
         modules = [meta[k] for k in fused.slots]
         name = " + ".join(type(m).__name__ for m in modules)
-        reason = dispatch.why_not(step, o)
+        reason = why_not.why_not(step, o)
         seen = StepRun(step, name, tuple(o.x.shape), shape, o.x.element_size(), vectors, _bytes(o.weight))
         found.append(seen)
         if reason is not None:
@@ -237,7 +239,7 @@ def _hooks(
             x = torch.empty(o.x.shape, dtype=o.x.dtype, device="meta")
             with counting(seen.ops):
                 nn.Sequential(*modules)(x.squeeze(2) if fused.ndim == 1 else x)
-            return dispatch.allocate(o.x, shape, bool(channels_last))
+            return allocate(o.x, shape, bool(channels_last))
         before = len(calls)
         y = run_step(step, o, channels_last=channels_last, **rest)
         seen.calls.extend(calls[before:])
@@ -256,7 +258,7 @@ def _hooks(
         start(*args, **kwargs)
 
     return {
-        "cnnfast.ops.core.run_step": step_seen,
-        "cnnfast.ops.launch.run": run_seen,
-        "cnnfast.ops.launch.kernels.launch": started,
+        "cnnfast.ops.run.run_step": step_seen,
+        "cnnfast.gpu.conv.run": run_seen,
+        "cnnfast.gpu.conv.kernels.launch": started,
     }

@@ -3,7 +3,7 @@ ratios only: nothing was measured on a GPU.
 
 Assumptions, in one place:
 
-- Rates are those of `cnnfast.devices.DEVICES`. mma.sync runs at half wgmma's rate on sm_90 and at a
+- Rates are those of `cnnfast.gpu.devices.DEVICES`. mma.sync runs at half wgmma's rate on sm_90 and at a
   quarter of tcgen05's on sm_100. TF32 runs at half float16's rate. Four schedulers issue one instruction per clock.
 - Bytes: every pass over device memory counts, as if L2 kept nothing between two launches: copies and packing of
   weights, the workspace of a split K written and read. Inside a launch, x and the weight are read once where what the
@@ -19,9 +19,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cnnfast.choice import PROLOGUE, TRIP
-from cnnfast.devices import KIB, REGISTERS, Device
-from cnnfast.plan import Plan, tap_map
+from cnnfast.gpu.conv_choice import PROLOGUE, TRIP
+from cnnfast.gpu.conv_plan import Plan, tap_map
+from cnnfast.gpu.devices import KIB, REGISTERS, Device
 from cnnfast.spec import Precision
 
 from .inspector import Call, Report

@@ -10,8 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from cnnfast.choice import FULL_WAVE
 from cnnfast.files import write_atomically
+from cnnfast.gpu.conv_choice import FULL_WAVE
 
 from ..report import environment, table
 from .analysis import Analysis, Passes, Rehearsal, Row

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from cnnfast.choice import (
+from cnnfast.gpu.conv_choice import (
     FULL_WAVE,
     PENALTY,
     WORKSPACE,
@@ -19,9 +19,9 @@ from cnnfast.choice import (
     modelled_clocks,
     modelled_pressure,
 )
-from cnnfast.choice import PRESSURE as FREE
-from cnnfast.devices import Device
-from cnnfast.plan import Plan
+from cnnfast.gpu.conv_choice import PRESSURE as FREE
+from cnnfast.gpu.conv_plan import Plan
+from cnnfast.gpu.devices import Device
 from cnnfast.spec import Precision
 
 from .inspector import Call, Report

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from cnnfast.devices import DEVICES
 from cnnfast.files import write_atomically
+from cnnfast.gpu.devices import DEVICES
 
 from .. import cases
 from ..case import Case

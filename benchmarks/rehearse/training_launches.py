@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import cnnfast
 from cnnfast import dispatch
+from cnnfast.gpu.devices import tf32_convolutions
 
 from ..cases import Case
 from .inspector import Call, recording
@@ -85,16 +86,16 @@ _FREE = {
 
 def record(case: Case, batch: int, numerics: str, arch: int) -> TrainingRun:
     """The second step of a model (the first one makes tables that later ones find)."""
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
     dtype, tf32 = NUMERICS[numerics]
     model, x = _model(case, dtype, cnnfast.Sequential), _input(case, batch, dtype)
     run = TrainingRun()
     with ExitStack() as stack:
-        stack.enter_context(dispatch.tf32_convolutions(tf32))
+        stack.enter_context(tf32_convolutions(tf32))
         calls = stack.enter_context(recording(arch))
-        stack.callback(setattr, launch, "LAUNCHES", launch.LAUNCHES)
-        launch.LAUNCHES = run.plans
+        stack.callback(setattr, conv, "LAUNCHES", conv.LAUNCHES)
+        conv.LAUNCHES = run.plans
         for _ in range(2):
             calls.clear(), run.plans.clear()
             model.zero_grad(set_to_none=True)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from ..activations import Activation
-from ..block import Operands, Step
 from ..dispatch import watched
 from ..gradients import enter, plain, squeezed
 from ..memory_format import is_channels_last
 from ..spec import DTYPES, MAX_STRIDE, ConvSpec
+from ..step import Operands, Step
 from .arguments import (
     Epilogue,
     Ints,
@@ -34,7 +34,7 @@ from .arguments import (
     mixes,
     parse_activation,
 )
-from .core import run_step
+from .run import run_step
 
 __all__ = ["DOC", "convolve", "finish", "fused", "takes"]
 
@@ -226,7 +226,7 @@ def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epil
 def _run(step: Step, o: Operands, channels_last: bool, backend: str | None) -> Tensor:
     if not torch.compiler.is_compiling():
         return run_step(step, o, channels_last=channels_last, backend=backend)
-    from .library import traced_step  # here: it loads torch._dynamo
+    from .traced import traced_step  # here: it loads torch._dynamo
 
     return traced_step(step, o, None, channels_last, backend)
 

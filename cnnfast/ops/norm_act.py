@@ -13,7 +13,8 @@ from ..activations import Activation
 from ..dispatch import watched
 from ..gradients import enter, restrided
 from ..memory_format import is_channels_last, new_strides
-from ..norms import Norm, NormCall
+from ..norms import Norm, NormCall, check_sizes
+from ..reference import norm_by_torch
 from .arguments import (
     ActivationParam,
     as_ints,
@@ -25,8 +26,7 @@ from .arguments import (
     mixes,
     parse_activation,
 )
-from .norm_aten import norm_by_torch
-from .normalise import check_sizes, normalise
+from .run import normalise
 
 CL = torch.channels_last
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from ..activations import Activation
-from ..block import PADDING_MODES, Step, Upsample, upsample_step
+from ..step import PADDING_MODES, Step, Upsample, upsample_step
 from .arguments import (
     INT64,
     ActivationParam,

@@ -1,0 +1,118 @@
+"""The norms of a fused step: from a module's attributes to what it computes and what it does beside, or why not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..norms import Norm, NormCall
+from .fusion_conv import Part, check_vector
+from .modules import Refused
+
+__all__ = ["NormRule", "norm_rule"]
+
+
+@dataclass(frozen=True)
+class NormRule:
+    """A norm module in its present mode. ``measured``: it normalises by the statistics of its input, otherwise by
+    running ones; ``dtype``: of its vectors, None where it has none.
+
+    Of a measured one: ``updates``: running statistics move, by ``momentum`` (None: to the average of all batches, for
+    which ``counts``, num_batches_tracked goes up, is needed); ``synchronised``: statistics are of all processes.
+    """
+
+    norm: Norm
+    measured: bool
+    dtype: torch.dtype | None
+    updates: bool = False
+    counts: bool = False
+    momentum: float | None = None
+    synchronised: bool = False
+
+    def call(self, module: nn.Module, tensors: tuple[Tensor | None, ...]) -> NormCall:
+        """The application that this call of the module is, from its present ``tensors``. Counts the batch, as the
+        module's forward does."""
+        mean, var, weight, bias = tensors
+        if not self.updates:
+            mean = var = None
+        momentum = self.momentum
+        if self.counts:
+            count: Tensor | None = module.num_batches_tracked  # type: ignore[assignment]
+            if count is not None:
+                count.add_(1)
+                if momentum is None:
+                    momentum = 1.0 / float(count)
+            elif self.synchronised:
+                raise AssertionError("num_batches_tracked must not be None")  # SyncBatchNorm's own
+        group = _process_group(module) if self.synchronised else None
+        return NormCall(self.norm, weight, bias, mean, var, True, 0.0 if momentum is None else momentum, group)
+
+
+def _process_group(module: nn.Module) -> Any:
+    """The processes over which a SyncBatchNorm in training mode takes its statistics; None where it is one."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group: Any = module.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None
+
+
+def norm_rule(part: Part, ndim: int, channels: int, weight: Tensor) -> NormRule:
+    """Of the norm that follows an ``ndim``-dimensional convolution with this weight to ``channels``. `Refused` where
+    it cannot be taken in."""
+    kind = part.role.removeprefix("norm ")
+    if part.ndim not in (0, ndim):
+        name = "BatchNorm" if kind == "batch" else "InstanceNorm"
+        raise Refused(f"{name}{part.ndim}d after a {ndim}-D convolution")
+    mean, var, *affine = part.tensors
+    vectors = [t for t in part.tensors if t is not None]
+    dtype = vectors[0].dtype if vectors else None
+    if dtype is not None:
+        for t in vectors:
+            check_vector(t, channels, (dtype,), weight)
+        if dtype not in (weight.dtype, torch.float32):
+            raise Refused(f"a {dtype} norm after a {weight.dtype} convolution")
+    eps = part.attributes[0]
+    if type(eps) not in (int, float):
+        raise Refused(f"eps={eps!r} is not a number")
+    if kind == "group":
+        groups = part.attributes[1]
+        if type(groups) is not int or groups < 1 or channels % groups:
+            raise Refused(f"num_groups={groups!r} does not divide {channels} channels")
+        return NormRule(Norm("group", groups, float(eps)), True, dtype)
+    return _tracking_rule(kind, part, float(eps), dtype, channels)
+
+
+def _tracking_rule(kind: str, part: Part, eps: float, dtype: torch.dtype | None, channels: int) -> NormRule:
+    """Of a module that may keep running statistics."""
+    _, momentum, tracks, *features = part.attributes
+    if momentum is not None and type(momentum) not in (int, float):
+        raise Refused(f"momentum={momentum!r} is not a number")
+    if features and features[0] != channels:
+        raise Refused(f"num_features={features[0]} is not the {channels} channels that the convolution gives")
+    mean, var = part.tensors[:2]
+    if (mean is None) != (var is None):
+        raise Refused("it has one of running_mean and running_var only")
+    norm = Norm("instance" if kind == "instance" else "batch", eps=eps)
+    if kind == "instance":
+        measured, updates = part.training or not tracks, mean is not None
+        if not measured and mean is None:
+            raise Refused("it has no running statistics to normalise by")
+    else:
+        measured, updates = part.training or mean is None, part.training and bool(tracks) and mean is not None
+    if kind != "instance" and (eps < 0 or measured and eps == 0):
+        raise Refused(f"eps={eps} must be positive in training")
+    if not measured:
+        return NormRule(norm, False, dtype)
+    return NormRule(
+        norm,
+        True,
+        dtype,
+        updates,
+        counts=kind != "instance" and part.training and bool(tracks),
+        momentum=None if momentum is None else float(momentum),
+        synchronised=kind == "sync" and part.training,
+    )
