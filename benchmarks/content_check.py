@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import cnnfast
-from cnnfast.cpu.inference.packing import _content
+from cnnfast.cpu.packing import _content
 from cnnfast.generators import create_model
 from cnnfast.timing import Timing, measure
 

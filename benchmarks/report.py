@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cnnfast.cpu.inference import inference
+from cnnfast.cpu import inference
 from cnnfast.files import write_atomically
 from cnnfast.tasks import env
 from cnnfast.timing import Timing

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.cpu.inference import packing
+from cnnfast.cpu import packing
 from cnnfast.nn.traced import PLANS
 
 from .tolerance import assert_close

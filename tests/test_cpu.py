@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from cnnfast.activations import ACTIVATIONS, Activation
-from cnnfast.cpu.inference import inference
-from cnnfast.cpu.inference import methods as onednn
-from cnnfast.cpu.inference.isa import InstructionSet, instruction_set
-from cnnfast.cpu.inference.packing import PACKS
+from cnnfast.cpu import inference
+from cnnfast.cpu import methods as onednn
+from cnnfast.cpu.isa import InstructionSet, instruction_set
+from cnnfast.cpu.packing import PACKS
 from cnnfast.reference import run_reference
 from cnnfast.spec import ConvSpec
 from cnnfast.step import Operands, Step

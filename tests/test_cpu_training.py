@@ -17,9 +17,9 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from cnnfast import reference
 from cnnfast.activations import Activation
-from cnnfast.cpu.inference import conv_autograd, inference, methods, training
-from cnnfast.cpu.inference.conv_autograd import Ways, ways
-from cnnfast.cpu.inference.isa import InstructionSet
+from cnnfast.cpu import conv_autograd, inference, methods, training
+from cnnfast.cpu.conv_autograd import Ways, ways
+from cnnfast.cpu.isa import InstructionSet
 from cnnfast.norms import Norm, NormCall
 from cnnfast.reference import run_reference
 from cnnfast.spec import ConvSpec

@@ -11,7 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.cpu.inference import inference, weight
+from cnnfast.cpu import inference, weight
 
 from .test_sequential_training import loss_of, randomized, x2d
 from .tolerance import assert_close

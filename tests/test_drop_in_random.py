@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import cnnfast
-from cnnfast.cpu.inference import conv_autograd, training
+from cnnfast.cpu import conv_autograd, training
 
 from .test_sequential_training import loss_of, randomized, real_strides
 from .test_training_features import CL, Outcome, compare

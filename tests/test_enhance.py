@@ -252,7 +252,7 @@ def test_what_cannot_be_asked_for(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from cnnfast.cpu.inference.isa import InstructionSet
+    from cnnfast.cpu.isa import InstructionSet
     from cnnfast.tasks import machine
 
     monkeypatch.setattr(machine.onednn, "instruction_set", lambda: InstructionSet.AVX2)

@@ -12,7 +12,7 @@ import torch
 
 import cnnfast
 from cnnfast import dispatch, store
-from cnnfast.cpu.inference import methods
+from cnnfast.cpu import methods
 from cnnfast.gpu import guard
 from cnnfast.tasks import env
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import cnnfast
 from cnnfast import ops
 from cnnfast.activations import Activation
-from cnnfast.cpu.inference import conv_autograd, training
+from cnnfast.cpu import conv_autograd, training
 
 from .test_sequential import stack_profile
 from .tolerance import assert_close

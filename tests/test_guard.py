@@ -21,8 +21,8 @@ from torch import nn
 import cnnfast
 from cnnfast import store
 from cnnfast.activations import Activation
-from cnnfast.cpu.inference import inference, methods
-from cnnfast.cpu.inference.packing import PACKS
+from cnnfast.cpu import inference, methods
+from cnnfast.cpu.packing import PACKS
 from cnnfast.gpu import guard, trial
 from cnnfast.ops.run import run_step
 from cnnfast.reference import run_reference

@@ -10,7 +10,7 @@ from torch import nn
 
 import cnnfast
 from cnnfast import ConvTranspose2dNormActivation, Sequential
-from cnnfast.cpu.inference import methods
+from cnnfast.cpu import methods
 from cnnfast.nn.chain import Chain
 from cnnfast.nn.layers import Plan
 from cnnfast.nn.modules import read

@@ -8,16 +8,16 @@ import torch.nn.functional as F
 
 from cnnfast import dispatch
 from cnnfast.activations import Activation
-from cnnfast.gpu.backend import normalise
 from cnnfast.gpu.devices import device_for
 from cnnfast.norm_sync import merged
 from cnnfast.norms import Norm, NormCall, Partials
+from cnnfast.ops.run import normalise
 
 from .norm_cases import NormCase, check, compute, expect, magnitudes, spread
 from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="triton is not installed")
-from cnnfast.gpu import norm_act, norm_act_plan  # noqa: E402
+from cnnfast.gpu import backend, norm_act, norm_act_plan  # noqa: E402
 
 RELU = Activation("relu")
 KINDS = [Norm("batch"), Norm("instance"), Norm("group", 5)]

@@ -16,7 +16,7 @@ from torch import nn
 import cnnfast
 import cnnfast.cpu.packing
 import cnnfast.nn.layers
-from cnnfast.cpu.inference.packing import PackCache, invalidate, why_not_cacheable
+from cnnfast.cpu.packing import PackCache, invalidate, why_not_cacheable
 
 
 class Counted:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import cnnfast
-from cnnfast.cpu.inference import inference
+from cnnfast.cpu import inference
 from cnnfast.nn import layers
 
 from .conftest import conv_precision

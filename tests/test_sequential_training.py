@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.cpu.inference import inference
+from cnnfast.cpu import inference
 from cnnfast.nn import chain
 
 from .test_sequential import stack_profile, stacks
