@@ -80,7 +80,7 @@ def test_equals_torch(call: str, dtype: torch.dtype, bias: bool) -> None:
     assert y.dtype == expected.dtype and y.shape == expected.shape
     if dtype in (torch.float64, torch.complex64):
         torch.testing.assert_close(y, expected)
-    else:
+    elif not torch.equal(y, expected):  # where it runs, ATen's result to the bit: in bfloat16 it may round partial sums
         exact = theirs(x.double(), w.double(), None if b is None else b.double(), *args)
         yardstick = theirs(x.float(), w.float(), None if b is None else b.float(), *args).to(dtype)
         assert_close(y, exact, yardstick, call)
