@@ -71,15 +71,18 @@ class Limits:
 def limits(expected64: torch.Tensor, yardstick: torch.Tensor, before: torch.Tensor | float = 0.0) -> Limits:
     """The limits of results in ``yardstick``'s dtype; finite tensors of at least one element, any device.
 
-    ``before``: what was rounded on the way, of the result's shape, or its largest magnitude: the values before the
-    activation (tanh of 5 forgets the size of the sum, and so does a channel that ReLU leaves a few values of).
+    ``before``: the values before the activation, of the result's shape, where they may have been rounded on the way
+    (tanh of 5 forgets the size of the sum, and so does a channel that ReLU leaves a few values of); or a number, the
+    largest magnitude that float32 rounded on the way.
     """
     ref, yard = (t.detach().type(torch.float64) for t in (expected64, yardstick))
     kind, eps32 = torch.finfo(yardstick.dtype), torch.finfo(torch.float32).eps
     eps, n, magnitude, signed = kind.eps, ref.numel(), ref.abs(), yard - ref
-    hidden = before.detach().type(torch.float64).abs() if isinstance(before, torch.Tensor) else before
-    inner = magnitude.clamp_min(hidden)
-    largest = inner.max().item()
+    if isinstance(before, torch.Tensor):
+        inner = magnitude.maximum(before.detach().type(torch.float64).abs())
+        largest, way = magnitude.max().item(), inner.max().item()
+    else:
+        inner, largest, way = magnitude, magnitude.max().item(), before
     error, last_place = signed.abs(), eps * magnitude.clamp_min(kind.smallest_normal)
     earlier = (error - last_place / 2).clamp_min(0)  # what was wrong ahead of the last rounding, as far as it shows
     rms, size = _rms(error), _rms(inner)
@@ -92,11 +95,13 @@ def limits(expected64: torch.Tensor, yardstick: torch.Tensor, before: torch.Tens
     gauss = math.sqrt(2 * math.log(2 * n / ALARM))
     sums = yardstick.dtype == torch.float32 and rms <= FLOAT32 * size
     tail = unsure * (4 * worst if sums else gauss * worst / _worst_of(n))
-    each = torch.maximum(torch.maximum(last_place, 2 * gauss * scale), tail * grown) + min(eps, eps32) * largest
+    each = torch.maximum(torch.maximum(last_place, 2 * gauss * scale), tail * grown) + min(eps, eps32) * max(
+        largest, way
+    )
 
     rounded = 2 * ROUNDING * eps * size * (1 + SIGMA / math.sqrt(2 * n))
     whole = max(2 * rms + (unsure - 2) * _rms(earlier), rounded)
-    return Limits(each, whole + (eps * magnitude.max().item() + eps32 * largest) / 2)
+    return Limits(each, whole + (eps * largest + eps32 * way) / 2)
 
 
 def _rms(t: torch.Tensor) -> float:

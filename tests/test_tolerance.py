@@ -34,9 +34,9 @@ def test_twice_the_yardstick_and_the_floor_are_the_limit_of_the_root_mean_square
     exact = torch.full((1000,), 1.0, dtype=torch.float64)
     yardstick = exact.float() + 1e-3
     twice = 2 * (yardstick.double() - exact)[0].item()
-    floor = torch.finfo(torch.float32).eps  # half of it for the largest value, half for the largest on the way
-    assert limits(exact, yardstick).rms == pytest.approx(twice + floor, rel=1e-9)
-    assert limits(exact, yardstick, before=3.0).rms == pytest.approx(twice + 2 * floor, rel=1e-9)
+    half = torch.finfo(torch.float32).eps / 2
+    assert limits(exact, yardstick).rms == pytest.approx(twice + half, rel=1e-9)
+    assert limits(exact, yardstick, before=3.0).rms == pytest.approx(twice + 4 * half, rel=1e-9)
     assert verdict(exact.float() + 2e-3 - 1e-6, exact, yardstick) is None
     assert "RMS 0.002 (allowed 0.002)" in str(verdict(exact.float() + 2e-3 + 1e-6, exact, yardstick))
 
