@@ -17,7 +17,7 @@ endif
 # Never installs: the environment where there is one, else PYTHON.
 RUN_AS_IS := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: help demo train test test-all check bench rehearse gpu clean
+.PHONY: help demo train test test-all check docs bench rehearse gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -38,6 +38,9 @@ check: $(call installed,dev) ## ruff and mypy
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy cnnfast
+
+docs: $(call installed,dev) ## the API reference, made from the docstrings: out/docs/cnnfast.html
+	$(RUN) -m pdoc -o out/docs cnnfast
 
 bench: $(call installed,bench) ## benchmarks against eager, torch.compile, onnxruntime and OpenVINO
 	$(RUN) -m benchmarks

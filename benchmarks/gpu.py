@@ -29,11 +29,12 @@ from typing import Any
 import torch
 
 from cnnfast import env
+from cnnfast.files import write_atomically
 
 from .gpu_process import Ending, supervise, supervise_all
 from .gpu_report import Outcome, digest, page, scrub, summary
 from .gpu_rows import collect, part_name, read
-from .report import environment, machine_name, write_atomically
+from .report import environment, machine_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

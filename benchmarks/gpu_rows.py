@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from .report import write_atomically
+from cnnfast.files import write_atomically
+
 from .workload import NotAvailable
 
 __all__ = [

@@ -23,6 +23,7 @@ from torch import nn
 
 import cnnfast
 from cnnfast.block import Operands, Step
+from cnnfast.files import write_atomically
 from cnnfast.ops import launch
 from cnnfast.ops.core import run_step
 from cnnfast.spec import Activation, ConvSpec
@@ -30,7 +31,7 @@ from cnnfast.timing import Timing, measure
 
 from . import cases
 from .inspector import target
-from .report import environment, machine_name, write_atomically
+from .report import environment, machine_name
 
 LIMIT_US = 40.0
 ARCH = 90

@@ -17,11 +17,10 @@ from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 
-from cnnfast.fetch import cache_dir
+from cnnfast.files import cache_dir, make_cache_dir, write_atomically
 
 from . import inspector
 from .inspector import Job, Report, compile_job, inspect
-from .report import write_atomically
 
 __all__ = ["Failed", "Inspections", "folder"]
 
@@ -100,6 +99,7 @@ def _one_thread() -> None:
 
 def _keep(path: Path, report: Report) -> None:
     try:
+        make_cache_dir()
         write_atomically(path, json.dumps(asdict(report)))
     except OSError:  # a read-only or full disk costs time at the next run, nothing else
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from .rows import OTHERS, OURS, UNSTEADY, Entry, Row
+from .rows import FROZEN, OTHERS, OURS, RUNTIMES, UNSTEADY, Entry, Row
 
 if TYPE_CHECKING:
     from .report import Report
@@ -111,17 +111,34 @@ def _number(value: float | None, digits: int = 2) -> str:
 def _summary(rows: tuple[Row, ...]) -> Iterator[str]:
     ours, body = _ours(rows), []
     others = {label: names for label, names in OTHERS.items() if any(row.entry(name) for row in rows for name in names)}
+    with_frozen = ours == "cnnfast" and any(row.entry(FROZEN) for row in rows)
     for row in rows:
         entry = row.entry(ours)
         if entry is None:
             continue
-        ms = entry.status if entry.timing is None else f"{1e3 * entry.timing.median:.3f}"
-        ratios = [row.speedup(entry, names) for names in others.values()]
-        cells = ["" if ratio is None else str(ratio) for ratio in ratios]
-        body.append([row.name, ms, *cells, _number(row.of_limit(entry)), entry.path])
-    yield from _table(
-        ["", f"{ours}, ms", *(f"over {label}" for label in others), "of the limit", "path"], body, (0, len(others) + 3)
-    )
+        frozen = row.entry(FROZEN) if ours == "cnnfast" else None
+        cells = [_median(entry)]
+        cells += [_ratio(row, frozen if label in RUNTIMES and frozen else entry, to) for label, to in others.items()]
+        if with_frozen:
+            cells += [_median(frozen), _ratio(row, frozen, OTHERS["best eager"])]
+        body.append([row.name, *cells, _number(row.of_limit(entry)), entry.path])
+    if with_frozen:
+        head = [f"frozen over {label}" if label in RUNTIMES else f"over {label}" for label in others]
+        head += ["frozen, ms", "frozen over best eager"]
+    else:
+        head = [f"over {label}" for label in others]
+    yield from _table(["", f"{ours}, ms", *head, "of the limit", "path"], body, (0, len(head) + 3))
+
+
+def _median(entry: Entry | None) -> str:
+    if entry is None:
+        return ""
+    return entry.status if entry.timing is None else f"{1e3 * entry.timing.median:.3f}"
+
+
+def _ratio(row: Row, entry: Entry | None, over: tuple[str, ...]) -> str:
+    ratio = None if entry is None else row.speedup(entry, over)
+    return "" if ratio is None else str(ratio)
 
 
 def _limits(rows: tuple[Row, ...]) -> Iterator[str]:

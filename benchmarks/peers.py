@@ -100,11 +100,21 @@ def path_of(call: Callable[[], object], gradients: bool = False) -> str:
     return ", ".join(name if n == 1 else f"{n} {name}" for name, n in seen.items())
 
 
-def _cnnfast(channels_last: bool) -> Callable[[Workload], Prepared]:
+def _cnnfast(channels_last: bool, frozen: bool = False) -> Callable[[Workload], Prepared]:
+    """``frozen``: by `cnnfast.freeze` weights count as constant, as they do for the two runtimes."""
+
     def prepare(w: Workload) -> Prepared:
         if not channels_last and not w.has_formats:
             raise NotAvailable("a 1-D input has one format: the same as cnnfast")
-        call = w.call(w.modules(cnnfast.Sequential, channels_last), channels_last)
+        if frozen and (w.gradients or w.device != "cpu"):
+            raise NotAvailable("weights are kept in inference on a CPU only: the same as cnnfast")
+        modules = w.modules(cnnfast.Sequential, channels_last)
+        if frozen:
+            cnnfast.freeze(modules)
+        call = w.call(modules, channels_last)
+        if not w.gradients and w.device == "cpu":
+            with torch.inference_mode():  # what is checked and timed are packed weights
+                call(), call()
         return Prepared(call, path=lambda: path_of(call, w.gradients))
 
     return prepare
@@ -187,6 +197,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("onnxruntime", _onnxruntime),
     Implementation("OpenVINO", _openvino),
     Implementation("cnnfast", _cnnfast(True)),
+    Implementation("cnnfast frozen", _cnnfast(True, frozen=True)),
     Implementation("cnnfast NCHW", _cnnfast(False)),
     Implementation("cnnfast torch.compile", _compiled(None, container=cnnfast.Sequential)),
 )
@@ -205,5 +216,13 @@ def named(*names: str, among: tuple[Implementation, ...] = IMPLEMENTATIONS) -> t
 SUITE_IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
     "generator": tuple(i.name for i in IMPLEMENTATIONS),
     "upsample": tuple(i.name for i in IMPLEMENTATIONS if i.name != "torch.compile max-autotune"),
-    "layers": ("eager", "eager channels_last", "torch.compile channels_last", "onnxruntime", "OpenVINO", "cnnfast"),
+    "layers": (
+        "eager",
+        "eager channels_last",
+        "torch.compile channels_last",
+        "onnxruntime",
+        "OpenVINO",
+        "cnnfast",
+        "cnnfast frozen",
+    ),
 }

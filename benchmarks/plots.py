@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .report import write_atomically
+from cnnfast.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

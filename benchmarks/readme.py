@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .report import write_atomically
+from cnnfast.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = ROOT / "benchmarks" / "results" / "intel-xeon-processor-amx" / "bench.json"
@@ -40,7 +40,9 @@ COLUMNS = {
     "OpenVINO": "OpenVINO",
     "cnnfast torch.compile": "cnnfast under compile",
     "cnnfast": "**cnnfast**",
+    "cnnfast frozen": "**frozen**",
 }
+OWN = ("cnnfast", "cnnfast frozen")
 _BLOCK = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.S)
 
 
@@ -71,17 +73,25 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
         f"onnxruntime {env['onnxruntime']}, OpenVINO {env['openvino']}; {env['date']}. Median ms:"
     )
     yield ""
-    yield "| | " + " | ".join((*(COLUMNS[c] for c in columns), "over the best eager")) + " |"
-    yield "|---|" + "---:|" * (len(columns) + 1)
+    own = [name for name in OWN if name in columns]
+    over = ["over the best eager" if name == "cnnfast" else "frozen over the best eager" for name in own]
+    yield "| | " + " | ".join((*(COLUMNS[c] for c in columns), *over)) + " |"
+    yield "|---|" + "---:|" * (len(columns) + len(own))
     for row in rows:
         entries = {e["name"]: e for e in row["entries"]}
-        cells = [f"**{_cell(entries.get(c))}**" if c == "cnnfast" else _cell(entries.get(c)) for c in columns]
+        cells = [f"**{_cell(entries.get(c))}**" if c in OWN else _cell(entries.get(c)) for c in columns]
         name = f"{NAMES.get(row['case'], row['case'])}, {row['dtype']}, batch {row['batch']}"
-        yield f"| {name} | " + " | ".join((*cells, _ratio(entries.get("cnnfast")))) + " |"
+        yield f"| {name} | " + " | ".join((*cells, *(_ratio(entries.get(c)) for c in own))) + " |"
     yield ""
+    if "cnnfast frozen" in own:
+        yield (
+            'All in channels-last for cnnfast. "Frozen": with `cnnfast.freeze(model)` weights count as constant, as '
+            "they do for onnxruntime and OpenVINO; without, every bit of them is compared on every call."
+        )
+        yield ""
     yield (
-        "All in channels-last for cnnfast; in brackets the 10th and 90th percentile of ratios within one turn. Layers, "
-        "NCHW, quartiles, limits, memory and plots: [the results](benchmarks/results)."
+        "In brackets the 10th and 90th percentile of ratios within one turn. Layers, NCHW, quartiles, limits, memory "
+        "and plots: [the results](benchmarks/results)."
     )
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from cnnfast.choice import FULL_WAVE
+from cnnfast.files import write_atomically
 
 from .rehearsal import Analysis
 from .rehearsal_model import BOUNDS, PARTS
 from .rehearsal_rules import PRESSURE
 from .rehearse import Passes, Rehearsal, Row
-from .report import environment, write_atomically
+from .report import environment
 
 __all__ = ["summary", "write"]
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from cnnfast.devices import DEVICES
+from cnnfast.files import write_atomically
 
 from . import cases
 from .case import Case
@@ -29,7 +30,6 @@ from .launches import NUMERICS, precision
 from .rehearsal_model import rate
 from .rehearsal_rules import grids, limits
 from .rehearse_report import table
-from .report import write_atomically
 from .training_launches import Cost, eager_cost, inductor_cost, record
 
 __all__ = ["Finding", "Result", "rehearse"]

@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
@@ -17,13 +16,14 @@ from typing import Any
 import torch
 
 from cnnfast import cpu, env
+from cnnfast.files import write_atomically
 from cnnfast.timing import Timing
 
 from .markdown import markdown
 from .peers import EAGER
 from .rows import OTHERS, OURS, Entry, Row
 
-__all__ = ["Entry", "Report", "Row", "environment", "machine_name", "write_atomically"]
+__all__ = ["Entry", "Report", "Row", "environment", "machine_name"]
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,6 @@ def _timing(t: Timing | None) -> dict[str, Any] | None:
         return None
     times = {"median": t.median, "low": t.low, "high": t.high}
     return {f"{k}_ms": 1e3 * v for k, v in times.items()} | {"repeats": len(t.seconds), "calls": t.calls}
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write under a temporary name beside ``path``, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as f:
-        f.write(data)
-    os.chmod(f.name, 0o644)
-    os.replace(f.name, path)
 
 
 # --- the machine ------------------------------------------------------------------------------------------------------

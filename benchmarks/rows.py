@@ -11,11 +11,12 @@ from .limits import Bound, Ceilings, bound
 from .peers import EAGER
 from .timers import Ratio, paired
 
-__all__ = ["OTHERS", "OURS", "UNSTEADY", "Entry", "Row", "show"]
+__all__ = ["FROZEN", "OTHERS", "OURS", "RUNTIMES", "UNSTEADY", "Entry", "Row", "show"]
 
 # Ours, and the eager implementations that each must not be slower than: those a user of its memory format would have.
 OURS: dict[str, tuple[str, ...]] = {
     "cnnfast": EAGER,
+    "cnnfast frozen": EAGER,
     "cnnfast NCHW": EAGER[:1],
     "cnnfast torch.compile": EAGER,
 }
@@ -26,6 +27,9 @@ OTHERS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime",),
     "OpenVINO": ("OpenVINO",),
 }
+# Those that take weights for constant: compared with ours where they are.
+RUNTIMES = ("onnxruntime", "OpenVINO")
+FROZEN = "cnnfast frozen"
 UNSTEADY = 0.25  # quartiles apart by this part of the median: other work ran
 
 

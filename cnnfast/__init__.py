@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from .layers import ConvTranspose2dNormActivation as ConvTranspose2dNormActivation
     from .layers import Sequential as Sequential
     from .memory_format import channels_last as channels_last
+    from .messages import CnnfastWarning as CnnfastWarning
+    from .packing import freeze as freeze
     from .packing import invalidate as invalidate
+    from .packing import unfreeze as unfreeze
     from .spec import Activation as Activation
     from .spec import ConvSpec as ConvSpec
     from .tuning import tune as tune
@@ -29,17 +32,20 @@ __version__ = "0.1.0"
 # Public name -> the module that holds it; a module's own name is the module.
 _EXPORTS = {
     "Activation": "spec",
+    "CnnfastWarning": "messages",
     "ConvSpec": "spec",
     "ConvTranspose2dNormActivation": "layers",
     "Sequential": "layers",
     "backend": "dispatch",
     "channels_last": "memory_format",
     "create_model": "generators",
+    "freeze": "packing",
     "guard": "guard",
     "invalidate": "packing",
     "list_models": "generators",
     "ops": "ops",
     "tune": "tuning",
+    "unfreeze": "packing",
     "warmup": "guard",
 }
 

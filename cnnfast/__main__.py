@@ -1,12 +1,28 @@
-"""``python -m cnnfast``: parses arguments; the work is done elsewhere."""
+"""``python -m cnnfast``, or ``cnnfast``: parses arguments; the work is done elsewhere.
+
+Exit status: 0; 1 what was asked for failed; 2 it cannot be asked for; 130 after Ctrl-C, 143 after SIGTERM in a
+training; 141 where nobody reads the output any more (as of a program that SIGPIPE ends). A failure is one line on
+standard error; ``--debug`` shows where it came from.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import io
+import logging
+import os
+import reprlib
 import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from . import __version__
+from .messages import LOGGER, CnnfastError, CnnfastWarning, UsageError, one_line
 
 
 def _env(arguments: argparse.Namespace) -> int:
@@ -31,13 +47,17 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _models(arguments: argparse.Namespace) -> int:
+    from tabulate import tabulate
+
     from .generators import list_models
     from .weights import PRETRAINED
 
+    rows = []
     for name in list_models():
         entry = PRETRAINED.get(name)
         about = "no trained weights" if entry is None else f"{entry.about}; {entry.licence}; {entry.file.requirement}"
-        print(f"{name:<16}{about}")
+        rows.append((name, about))
+    print(tabulate(rows, tablefmt="plain", disable_numparse=True))
     return 0
 
 
@@ -61,7 +81,7 @@ def _train_gan(arguments: argparse.Namespace) -> int:
     from .tasks import train
 
     # Only what was given is there: a resumed run takes the rest from its checkpoint.
-    return train.run(**{k: v for k, v in vars(arguments).items() if k != "work"})
+    return train.run(**{k: v for k, v in vars(arguments).items() if k not in ("work", "debug")})
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -70,25 +90,52 @@ def _sample(arguments: argparse.Namespace) -> int:
     return train.sample(arguments.checkpoint, arguments.output, arguments.count, arguments.seed)
 
 
+def _number(text: str) -> int | None:
+    try:
+        return int(text)
+    except ValueError:
+        return None
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    value = _number(text)
+    if value is None or not 0 < value < 2**31:
+        limit = " below 2**31" if value is not None and value > 0 else ""
+        raise argparse.ArgumentTypeError(f"expected a positive whole number{limit}, got {reprlib.repr(text)}")
     return value
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line; every subcommand sets ``work``, which returns the exit status."""
-    top = argparse.ArgumentParser(prog="python -m cnnfast", description="Fused blocks for image generators.")
+def _seed(text: str) -> int:
+    value = _number(text)
+    if value is None or not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**63 - 1, got {reprlib.repr(text)}")
+    return value
+
+
+# The image tasks: name -> (module of `tasks`, whose add_command makes the subcommand; what it is for).
+_TASKS = {
+    "enhance": ("enhancement", "make pictures larger, take noise out of them"),
+}
+
+
+def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
+    """The command line; every subcommand sets ``work``, which returns the exit status. Only the tasks that ``argv``
+    (default: `sys.argv`) names have their options."""
+    name = "cnnfast" if Path(sys.argv[0]).stem == "cnnfast" else "python -m cnnfast"
+    common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--debug", action="store_true", help="show where an error came from")
+    top = argparse.ArgumentParser(prog=name, description="Fused blocks for image generators.", parents=[common])
     top.add_argument("--version", action="version", version=__version__)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    command = commands.add_parser("env", help="versions, devices, backends and why one is off")
+    command = commands.add_parser("env", parents=[common], help="versions, devices, backends and why one is off")
     command.set_defaults(work=_env)
 
-    command = commands.add_parser("demo", help="faces by plain PyTorch and by cnnfast, compared and timed")
+    command = commands.add_parser(
+        "demo", parents=[common], help="faces by plain PyTorch and by cnnfast, compared and timed"
+    )
     command.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="for the PNGs (%(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    command.add_argument("--seed", type=_seed, default=0, help="of the noise (%(default)s)")
     command.add_argument("--repeats", type=_positive, default=20, help="timings of each candidate (%(default)s)")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where torch can use it)")
     command.add_argument(
@@ -96,10 +143,12 @@ def parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(work=_demo)
 
-    command = commands.add_parser("models", help="generators by name, and which have trained weights")
+    command = commands.add_parser("models", parents=[common], help="generators by name, and which have trained weights")
     command.set_defaults(work=_models)
 
-    command = commands.add_parser("tune", help="on a GPU: time every plan of a generator's layers, keep the best")
+    command = commands.add_parser(
+        "tune", parents=[common], help="on a GPU: time every plan of a generator's layers, keep the best"
+    )
     command.add_argument("models", nargs="*", metavar="MODEL", help="generators by name (default: all)")
     command.add_argument("--batch", type=_positive, nargs="+", default=[1, 16], help="batch sizes (1 16)")
     dtypes = ["float16", "bfloat16", "float32"]
@@ -108,9 +157,11 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--seconds", type=_positive, help="stop after about this time (default: when done)")
     command.set_defaults(work=_tune)
 
-    train = commands.add_parser("train", help="train a generator").add_subparsers(required=True, metavar="MODEL")
-    command = train.add_parser(
+    command = commands.add_parser("train", parents=[common], help="train a generator")
+    models = command.add_subparsers(required=True, metavar="MODEL")
+    command = models.add_parser(
         "gan",
+        parents=[common],
         help="a DCGAN and its discriminator on real images: samples, loss curve, checkpoints",
         argument_default=argparse.SUPPRESS,
     )
@@ -122,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--instance-noise", type=float, metavar="STD", help="on what the discriminator sees (bce 0.3, others 0)"
     )
-    command.add_argument("--seed", type=int, help="of weights, noise and the order of images (0)")
+    command.add_argument("--seed", type=_seed, help="of weights, noise and the order of images (0)")
     command.add_argument("--width", type=_positive, help="channels ahead of the image, DCGAN's ngf and ndf (64)")
     command.add_argument("--nz", type=_positive, help="channels of noise (100)")
     command.add_argument("--image-size", type=_positive, metavar="PIXELS", help="8, 16, 32, ... (64)")
@@ -133,25 +184,103 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
     command.set_defaults(work=_train_gan)
 
-    command = commands.add_parser("sample", help="a PNG of images by a generator that `train gan` trained")
+    command = commands.add_parser(
+        "sample", parents=[common], help="a PNG of images by a generator that `train gan` trained"
+    )
     command.add_argument("checkpoint", type=Path)
     command.add_argument("--output", type=Path, default=Path("samples.png"), metavar="PNG", help="(%(default)s)")
     command.add_argument("--count", type=_positive, default=64, help="images (%(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of the noise (%(default)s)")
+    command.add_argument("--seed", type=_seed, default=0, help="of the noise (%(default)s)")
     command.set_defaults(work=_sample)
+
+    given = sys.argv[1:] if argv is None else argv
+    for name, (module, about) in _TASKS.items():
+        if name in given:  # its module, and torch, are imported for its own options only
+            task = importlib.import_module(f".tasks.{module}", __package__ or "cnnfast")
+            task.add_command(commands, name, help=about, parents=[common])
+        else:
+            commands.add_parser(name, help=about, parents=[common])
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one subcommand. Errors that a user can act on end with their message, not with a traceback."""
-    arguments = parser().parse_args(argv)
-    from .fetch import WeightsError
-
+    """Runs one subcommand; the exit status, as above. argparse's own errors are SystemExit."""
+    debug = False
     try:
-        return int(arguments.work(arguments))
-    except WeightsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        try:
+            arguments = parser(argv).parse_args(argv)
+            debug = "debug" in arguments
+            with _told():
+                return int(arguments.work(arguments))
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # what cannot be written is said here; at Python's exit it is a traceback
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        return _failed(error)
+
+
+def _failed(error: BaseException) -> int:
+    """Says what failed; the exit status."""
+    _settle_stdout()
+    if isinstance(error, BrokenPipeError):
+        return 141
+    if isinstance(error, KeyboardInterrupt):
+        text, status = "interrupted", 130
+    else:
+        told = one_line(error)
+        known = isinstance(error, (CnnfastError, OSError)) or told.startswith("out of memory")
+        text = f"error: {told}{'' if known else ' (--debug shows where)'}"
+        status = 2 if isinstance(error, UsageError) else 1
+    if sys.stderr is not None:
+        print(text, file=sys.stderr)
+    return status
+
+
+def _settle_stdout() -> None:
+    """What cannot be written is dropped: Python would try it again at its exit, and fail."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What the library says goes to standard error, a line each; no file's name can break the output."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, CnnfastWarning):
+            LOGGER.warning("%s", str(message).removeprefix("cnnfast: "))
+        else:
+            usual(message, category, filename, lineno, file, line)
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("cnnfast: %(message)s"))
+    level, stdout = LOGGER.level, sys.stdout
+    errors = stdout.errors if isinstance(stdout, io.TextIOWrapper) else None
+    usual, warnings.showwarning = warnings.showwarning, show
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    try:
+        if errors is not None:
+            stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+        yield
+    finally:
+        warnings.showwarning = usual
+        LOGGER.removeHandler(handler)
+        LOGGER.setLevel(level)
+        if errors is not None:
+            stdout.reconfigure(errors=errors)  # type: ignore[union-attr]
 
 
 if __name__ == "__main__":

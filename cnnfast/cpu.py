@@ -38,6 +38,7 @@ from .onednn import (
 )
 from .packing import PACKS, why_not_cacheable
 from .spec import Activation, ConvSpec
+from .summed_weight import summed_weight
 
 __all__ = [
     "InstructionSet",
@@ -101,7 +102,7 @@ def _method(
 
 def _too_few(s: ConvSpec, shape: tuple[int, ...], least: float) -> str | None:
     """Whether the step is too little work for packed operators; ``least`` where ATen leaves oneDNN for a matrix product
-    and col2im (or im2col) with little overhead. The condition is ATen's own (`use_mkldnn`)."""
+    and col2im (or im2col) with little overhead. The condition is ATen's own (``use_mkldnn``)."""
     macs = s.macs(shape[0], shape[2:])
     small = shape[0] == 1 and math.prod(shape) <= 20480 and min(s.kernel_size) <= 3
     few = macs < (least if small else 2e6)
@@ -193,7 +194,6 @@ def why_slower_plain(
 class _Plan(NamedTuple):
     method: Method
     post: PostOp
-    key: tuple[Any, ...]  # of the packed weight
     slower: str | None
     check_pays: bool
 
@@ -215,11 +215,18 @@ def _plan(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool)
     if kind is Deconvolution and any(p >= s for p, s in zip(step.spec.output_padding, step.spec.stride, strict=True)):
         return "oneDNN has no deconvolution whose output padding reaches the stride"
     method = kind(step.spec, padded, compute)  # type: ignore[call-arg]
-    # Device and dtype are named: a default may be set (`torch.set_default_device`).
-    sample = method.pack(torch.zeros(step.spec.weight_shape, dtype=torch.float32, device="cpu"), None)
-    key = (step, compute, type(method), layout(sample))
     slower = _why_slower(step, padded, method, isa)
-    return _Plan(method, post_op(step.activation), key, slower, _check_pays(step, shape, dtype))
+    return _Plan(method, post_op(step.activation), slower, _check_pays(step, shape, dtype))
+
+
+@lru_cache(maxsize=4096)
+def _key(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) -> tuple[Any, ...]:
+    """What a packed weight depends on beside the tensors. (Knowing costs a packing: not asked ahead of the first.)"""
+    plan = _plan(step, shape, dtype, lowered)
+    assert isinstance(plan, _Plan)
+    # Device and dtype are named: a default may be set (`torch.set_default_device`).
+    sample = plan.method.pack(torch.zeros(step.spec.weight_shape, dtype=torch.float32, device="cpu"), None)
+    return step, plan.method.dtype, type(plan.method), layout(sample)
 
 
 def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str | None:
@@ -261,7 +268,9 @@ def method_name(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> str:
 
 def _pack(method: Method, step: Step, o: Operands) -> tuple[Any, bool]:
     """The packed weight of one step, and whether all of it is finite."""
-    weight = step.conv_weight(o.weight.detach().float())
+    weight, u = o.weight.detach().float(), step.upsample
+    if u is not None:
+        weight = summed_weight(weight, u.scale, step.spec.groups, lowered=lowered_products())
     scale, shift = o.folded()
     if scale is not None:
         s = step.spec
@@ -270,7 +279,7 @@ def _pack(method: Method, step: Step, o: Operands) -> tuple[Any, bool]:
             weight = weight * rows.reshape(s.in_channels, -1)[:, :, None, None]
         else:
             weight = weight * scale[:, None, None, None]
-    finite = bool(torch.isfinite(weight).all()) and (shift is None or bool(torch.isfinite(shift).all()))
+    finite = math.isfinite(weight.sum().item()) and (shift is None or math.isfinite(shift.sum().item()))
     return method.pack(weight, shift), finite
 
 
@@ -347,20 +356,29 @@ def convert(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.T
     return t.to(dtype, memory_format=memory_format)
 
 
-def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor:
+def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor | None:
     """The step, for operands that `why_not` accepts. No gradient flows.
 
-    Returns (N, C_out, H_out, W_out) in x's dtype and the memory format asked for. ValueError where there is no way to
-    run it here (what `why_not` says beyond that is about speed, and is not asked again).
+    Returns (N, C_out, H_out, W_out) in x's dtype and the memory format asked for; None where weight and vectors are met
+    for the first time, or hold something else than at the call before: packing them pays if they are met again.
+    ValueError where there is no way to run it here (what `why_not` says beyond that is about speed, and is not asked
+    again).
     """
     o = operands
     x = o.x
-    plan = _plan(step, x.shape, x.dtype, lowered_products())
+    lowered = lowered_products()
+    plan = _plan(step, x.shape, x.dtype, lowered)
     if isinstance(plan, str):
         raise ValueError(f"the packed CPU path cannot take this step: {plan}")
-    method, post, key, _, check_pays = plan
+    method, post, _, check_pays = plan
     vectors = (o.bias, o.mean, o.var, o.scale, o.shift)
-    packed, finite = PACKS.get(o.weight, (key, o.eps), vectors, lambda: _pack(method, step, o))
+    shape, dtype = x.shape, x.dtype
+    found = PACKS.get(
+        o.weight, lambda: (*_key(step, shape, dtype, lowered), o.eps), vectors, lambda: _pack(method, step, o)
+    )
+    if found is None:
+        return None
+    packed, finite = found
     x = convert(step.pad_input(x), method.dtype, True)
     post = _post(step, post, o)
     fused = post.fused

@@ -17,26 +17,37 @@ from torch import Tensor
 
 from . import cpu, reference
 from .activations import IN_PLACE
-from .block import Operands, Step
+from .block import Operands, Step, run_reference
 from .cpu import products_dtype
-from .cpu_convolution import convolution
+from .cpu_convolution import by_aten, convolution, suited
 from .dispatch import is_batched
+from .gradients import enter, keep_strides, plain
+from .memory_format import is_channels_last
 from .norms import Norm, NormCall
 from .onednn import instruction_set, lowered_products
-from .spec import Activation, summed_taps
+from .spec import Activation
+from .summed_weight import summed_weight
 
 __all__ = ["collapses", "packs", "run"]
 
 
-def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> Tensor:
+def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool, *, new: bool = False) -> Tensor:
     """``step`` with ``norm`` after its convolution and ahead of residual and activation; differentiable any number of
     times. Dense CPU tensors, x, weight and bias of one floating dtype (a weight that `packs` may be float32):
     (N, C_in, H, W) -> (N, C_out, OH, OW) in x's dtype and the memory format asked for. Whoever calls it has cast for
-    autocast."""
+    autocast. ``new``: the weight has just been met for the first time (`cpu.run`), and is not packed."""
     if torch.is_autocast_enabled("cpu"):  # it would round what is done in float32 on purpose
         with torch.autocast("cpu", enabled=False):
-            return run(step, o, norm, channels_last)
-    x = cpu.convert(o.x, o.x.dtype, True)
+            return run(step, o, norm, channels_last, new=new)
+    x = o.x
+    # Of x's gradient: as torch's convolution has it, and its padding.
+    of_gradient = is_channels_last(x) or is_channels_last(o.weight) and not any(step.pad)
+    if norm is None and not (channels_last or of_gradient) and _gains_nothing(step, x):
+        return run_reference(step, o._replace(weight=keep_strides(o.weight.to(x.dtype), False)))
+    if torch.is_grad_enabled() and x.requires_grad and not (of_gradient and is_channels_last(x)):
+        x = enter(x, x.dtype, True, of_gradient)
+    else:
+        x = cpu.convert(x, x.dtype, True)
     o = o._replace(x=x)
     if o.mean is not None or o.scale is not None or o.shift is not None:
         y = _convolved(step, x, o)
@@ -45,8 +56,9 @@ def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> 
             o = o._replace(scale=None, shift=None)
         y = reference.epilogue(y, o.scale, o.shift, o.residual, step.activation, o.slope)
     else:
-        y = cpu.run(*_bare(step, o), True) if packs(step, o, norm) else _convolved(step, x, o)
-        y = _finish(y, norm, step.activation, o)
+        packed = cpu.run(*_bare(step, o), True) if not new and packs(step, o, norm) else None
+        y = _convolved(step, x, o) if packed is None else packed
+        y = _finish(y if norm is not None else plain(y, channels_last), norm, step.activation, o)
     return cpu.convert(y, y.dtype, channels_last)
 
 
@@ -65,14 +77,25 @@ def packs(step: Step, o: Operands, norm: NormCall | None) -> bool:
     return cpu.why_not(*_bare(step, o)) is None
 
 
+def _gains_nothing(step: Step, x: Tensor) -> bool:
+    """Whether the convolution is ATen's in any case, and no faster channels-last than the conversions cost. (Tiny
+    images are safer as they are, too: channels-last, oneDNN's convolutions read past the end of some, torch 2.13.)"""
+    if step.upsample is not None:
+        return lowered_products() or not collapses(step, x.shape, x.dtype)
+    n, c, h, w = x.shape
+    return by_aten(step.spec, (n, c, h + 2 * step.pad[0], w + 2 * step.pad[1]), x.dtype)
+
+
 def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
     """The convolution of ``step`` and its bias."""
-    u = step.upsample
+    u, weight = step.upsample, o.weight.to(x.dtype)
     if u is None:
-        return convolution(step.pad_input(x), o.weight, o.bias, step.spec)
+        return convolution(step.pad_input(x), weight, o.bias, step.spec)
     if lowered_products() or not collapses(step, x.shape, x.dtype):
-        return reference.upsample_conv(x, o.weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
-    weight = _summed_weight(o.weight, u.scale, step.spec.groups)
+        nchw = suited(x, weight, math.prod(u.scale))
+        weight = keep_strides(weight, True if nchw is x else None)
+        return reference.upsample_conv(nchw, weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
+    weight = summed_weight(keep_strides(weight, None), u.scale, step.spec.groups)
     return convolution(step.pad_input(x), weight, o.bias, step.spec)
 
 
@@ -86,43 +109,6 @@ def collapses(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     positions = shape[0] * math.prod(shape[2:])
     fast = products_dtype(dtype, instruction_set()) != torch.float32
     return dtype in (torch.float32, torch.bfloat16, torch.float16) and positions >= (2048 if fast else 256)
-
-
-@lru_cache(maxsize=64)
-def _sums(kernel: tuple[int, ...], scale: tuple[int, ...]) -> Tensor:
-    """(kh*kw, kh'*kw') zeros and ones: which taps each tap of the collapsed weight sums."""
-    with torch.inference_mode(False):  # kept for later calls, whatever mode or default device this one is in
-        rows, columns = (
-            torch.tensor(
-                [[float(t in taps) for t in range(k)] for taps in summed_taps(k, r)], dtype=torch.float32, device="cpu"
-            )
-            for k, r in zip(kernel, scale, strict=True)
-        )
-        return torch.kron(rows, columns).t().contiguous()
-
-
-class _Product(torch.autograd.Function):
-    """``a @ b`` for a constant b. (A product's own derivative is lowered by autocast, where the backward runs under it;
-    a convolution's is not.)"""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.b = b
-        return torch.mm(a, b)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        with torch._C._DisableAutocast():
-            return torch.mm(grad, ctx.b.t()), None
-
-
-def _summed_weight(weight: Tensor, scale: tuple[int, ...], groups: int) -> Tensor:
-    """`reference.collapse_weight` as one matrix product, in float32 and rounded once."""
-    c_out, c_in, kh, kw = weight.shape
-    size = kh + scale[0] - 1, kw + scale[1] - 1
-    w = weight.reshape(groups, c_out // groups, c_in, kh * kw).transpose(1, 2).float()
-    w = _Product.apply(w.reshape(-1, kh * kw), _sums((kh, kw), tuple(scale)))
-    return w.to(weight.dtype).view(groups * c_in, c_out // groups, *size)
 
 
 # --- norm, residual, activation ---------------------------------------------------------------------------------------

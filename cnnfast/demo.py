@@ -5,9 +5,8 @@ Needs the extra ``demo`` (matplotlib, pillow, tqdm), imported where it is used.
 
 from __future__ import annotations
 
-import os
+import io
 import sys
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,12 @@ from torch import nn
 
 from . import env
 from .dispatch import tf32_convolutions
+from .files import make_output_dir, write_atomically
 from .generators import create_model
+from .guard import warmup
 from .layers import Sequential
-from .tasks.machine import REQUIRES, choose_device, device_text, obstacle
+from .messages import UsageError
+from .tasks.machine import REQUIRES, choose_device, device_text, require
 from .tasks.plots import grid
 from .timing import Timing, measure
 
@@ -35,6 +37,7 @@ BATCHES = (1, 16)
 CANDIDATES = ("eager", "eager channels_last", "cnnfast")
 
 UNSTEADY = 0.25  # quartiles apart by this part of the median: neighbours, not the network
+FEW = 5  # repeats below this show no spread
 
 # Builds the generator in eval mode, out of the given container of layers.
 Builder = Callable[[type[nn.Sequential]], nn.Module]
@@ -73,14 +76,16 @@ class Row:
 def run(options: Options, build: Builder | None = None) -> int:
     """The whole demonstration; prints to standard output and writes ``faces.png`` and ``timing.png``.
 
-    Returns the exit status: 1 where float32 differs from plain PyTorch by more than `FLOAT32_TOLERANCE`, 2 where it
-    cannot run here (a message says why).
+    Returns the exit status: 1 where float32 differs from plain PyTorch by more than `FLOAT32_TOLERANCE`. CnnfastError
+    (of it UsageError) and OSError where it cannot run here, before anything is computed.
     """
-    reason = obstacle("the demo", REQUIRES, options.device)
-    if reason is not None:
-        print(f"error: {reason}", file=sys.stderr)
-        return 2
+    require("the demo", REQUIRES)
     device = choose_device(options.device)
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {device}: times are taken on the CPU and on CUDA devices")
+    if options.weights_file is not None and not options.weights_file.expanduser().is_file():
+        raise UsageError(f"--weights-file: {options.weights_file} is not a file")
+    make_output_dir(options.output)
     print(f"cnnfast {env.__version__}, torch {torch.__version__}, {device_text(device)}")
     if build is None:
 
@@ -91,9 +96,8 @@ def run(options: Options, build: Builder | None = None) -> int:
     pictures, error = _compare(build, z, device)
     rows = _measure(build, z, device, options.repeats)
     print("\n" + table(rows))
-    options.output.mkdir(parents=True, exist_ok=True)
-    _write(options.output / "faces.png", lambda path: draw_faces(path, pictures))
-    _write(options.output / "timing.png", lambda path: draw_times(path, rows, device_text(device)))
+    draw_faces(options.output / "faces.png", pictures)
+    draw_times(options.output / "timing.png", rows, device_text(device))
     print(f"\nwrote {options.output / 'faces.png'} and {options.output / 'timing.png'}")
     if not error <= FLOAT32_TOLERANCE:
         print(f"FAILED: float32 relative error {error:.3g} is above {FLOAT32_TOLERANCE:g}", file=sys.stderr)
@@ -110,9 +114,10 @@ def _compare(build: Builder, z: torch.Tensor, device: torch.device) -> tuple[dic
     with tf32_convolutions(False):  # PyTorch's default for convolutions on a GPU would hide differences
         for name, container in (("plain PyTorch", nn.Sequential), ("cnnfast", Sequential)):
             for dtype in DTYPES:
-                model = build(container).to(device, dtype)
-                with torch.inference_mode():  # not around the models: parameters made in it have no version
-                    images[name, dtype] = model(z.to(device, dtype)).float().cpu()
+                model, x = build(container).to(device, dtype), z.to(device, dtype)
+                warmup(model, x)  # what is compared are packed weights
+                with torch.inference_mode():
+                    images[name, dtype] = model(x).float().cpu()
     expected = images["plain PyTorch", torch.float32]
     largest, error = difference(images["cnnfast", torch.float32], expected)
     print(f"\n{len(z)} faces, the same weights and noise, cnnfast against plain PyTorch:")
@@ -160,16 +165,16 @@ def _channels_last(model: nn.Module) -> nn.Module:
 
 def table(rows: list[Row]) -> str:
     """The times as text: milliseconds per batch, medians with quartiles."""
+    from tabulate import tabulate  # here: it is slow to import
+
     head = ["", *CANDIDATES, "cnnfast against the best eager"]
     body = [[row.title, *(_cell(row.times[name]) for name in CANDIDATES), f"{row.ratio:.2f}x"] for row in rows]
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    lines = [
-        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
-        for line in [head, *body]
-    ]
+    lines = [tabulate(body, head, tablefmt="plain", disable_numparse=True)]
     repeats = len(next(iter(rows[0].times.values())).seconds)
     lines.append(f"ms per batch: median [quartiles] of {repeats} interleaved repeats; above 1x cnnfast is faster")
     spread = max((t.high - t.low) / t.median for row in rows for t in row.times.values())
+    if repeats < FEW:
+        lines.append(f"NOTE: too few repeats ({repeats}) to know the spread: take ratios from --repeats {FEW} or more")
     if spread > UNSTEADY:
         lines.append("NOTE: the spread is large: other work runs on this machine; repeat when it is quiet")
     return "\n".join(lines)
@@ -196,7 +201,7 @@ def draw_faces(path: Path, pictures: Mapping[str, torch.Tensor]) -> None:
         pen.text((left + pixels.shape[1] // 2, title // 2), name, fill="black", font=font, anchor="mm")
         sheet.paste(Image.fromarray(pixels), (left, title))
         left += pixels.shape[1] + margin
-    sheet.save(path, format="PNG")
+    _write(path, lambda buffer: sheet.save(buffer, format="PNG"))
 
 
 def draw_times(path: Path, rows: list[Row], device: str) -> None:
@@ -217,17 +222,10 @@ def draw_times(path: Path, rows: list[Row], device: str) -> None:
         axes.set_ylabel("ms per batch")
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"DCGAN 64x64 on {device} (lower is better; medians, quartiles)", fontsize=10)
-    figure.savefig(path, format="png", dpi=120)
+    _write(path, lambda buffer: figure.savefig(buffer, format="png", dpi=120))
 
 
-def _write(path: Path, draw: Callable[[Path], None]) -> None:
-    """``draw`` to a temporary name beside ``path``, then move it into place."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    try:
-        draw(Path(temporary))
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+def _write(path: Path, save: Callable[[io.BytesIO], object]) -> None:
+    buffer = io.BytesIO()
+    save(buffer)
+    write_atomically(path, buffer.getvalue())

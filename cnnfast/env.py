@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 
 from . import __version__, dispatch, guard, onednn, store
+from .messages import UsageError, one_line
 
-__all__ = ["Backend", "backends", "cpu_name", "nvidia_problem", "report", "triton_off"]
+__all__ = ["Backend", "backends", "cpu_name", "device_of", "nvidia_problem", "report", "triton_off"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,16 @@ def _said(caught: list[warnings.WarningMessage]) -> str:
     return f" [{'; '.join(texts)}]" if texts else ""
 
 
+def device_of(text: str) -> torch.device:
+    """`torch.device` of a command line's ``--device``. UsageError for what is none; torch warns of old names there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.device(text)
+        except Exception as error:  # of some kinds of device its module is looked for
+            raise UsageError(f"--device {text}: {one_line(error, name=False)}") from error
+
+
 def nvidia_problem() -> str | None:
     """A sentence about a visible NVIDIA device that torch cannot use, with the cause; None where there is none."""
     devices = visible_nvidia_devices()
@@ -135,7 +146,7 @@ def triton_off(index: int | None = None) -> str | None:
     if problem is not None:
         return problem
     if cuda_error() is not None:
-        return "no CUDA device"
+        return dispatch.NO_DEVICE
     if index is not None and index >= torch.cuda.device_count():
         return f"cuda:{index} does not exist: there are {torch.cuda.device_count()} CUDA devices"
     return dispatch.cuda_why_not(torch.cuda.current_device() if index is None else index)
@@ -167,7 +178,7 @@ def _lines() -> Iterator[tuple[str, str]]:
     yield "instruction sets", isa + (f", limited by ONEDNN_MAX_CPU_ISA={limit}" if limit else "")
     for line in cuda_devices() or [nvidia_problem() or "no NVIDIA device visible"]:
         yield "device", line
-    checked = "on" if guard.enabled() else "off: CNNFAST_GUARD=0"
+    checked = "on" if guard.enabled() else f"off: CNNFAST_GUARD={os.environ['CNNFAST_GUARD']}"
     yield "check of kernels", f"{checked}; {store.count(guard.KIND)} passed, kept in {store.where(guard.KIND)}"
     yield "tuned plans", f"{store.count('plans')}, kept in {store.where('plans')}"
     for backend in backends():
@@ -176,6 +187,6 @@ def _lines() -> Iterator[tuple[str, str]]:
 
 def report() -> str:
     """The text of ``python -m cnnfast env``: what to paste into a bug report."""
-    rows = list(_lines())
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    from tabulate import tabulate  # here: it is slow to import
+
+    return tabulate(list(_lines()), tablefmt="plain", disable_numparse=True)

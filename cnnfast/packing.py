@@ -1,36 +1,43 @@
-"""The cache of packed weights. It must never serve an old weight.
+"""The cache of packed weights. It never serves an old weight, and packs none that is used once.
 
-Inference repacks a layer's weight once (other memory order, BatchNorm folded in) and uses it many times. What makes
-that dangerous: a pointer and ``Tensor._version`` are no identity (a second model is often loaded to the same address
-with the same version), writes through ``.data`` (EMA code) don't change ``_version``, nor does BatchNorm in train mode
-when it updates its running statistics. So an entry
+Inference repacks a layer's weight (other memory order, BatchNorm folded in) and uses it many times. What makes that
+dangerous: a pointer and ``Tensor._version`` are no identity (a second model is often loaded to the same address with
+the same version), and writes through ``.data``, NumPy, DLPack, another Parameter over the same memory or another
+process change no version. So the content decides: on every call a hash of every bit of the weight, in the order of its
+memory, and of the small vectors that were folded into it is compared with that of the call before (XXH3 of 128 bits:
+no edit of a weight meets the same by chance). It runs at the speed of memory; docs/facts.md has its cost. `freeze` is
+for who knows that weights are constant.
 
-- belongs to one ``nn.Parameter``, by a weak reference, and dies with it; a view of one counts as it, any other
-  temporary is never cached;
-- is served only while the parameter's version, pointer, shape, strides and dtype, a strided sample of its content, and
-  the whole content of the small vectors that were folded in are what they were.
+A weight is packed when it is met for the second time: one that changes between any two calls (a generator whose
+optimiser steps between them) would be packed for a single use, which costs several times what it saves.
 
-A write through ``.data`` to a few elements of the weight that the sample misses is not seen: call `invalidate`.
-The cache lives outside the modules' state, so models still deep-copy and pickle.
+A pack belongs to one ``nn.Parameter``, by a weak reference, and dies with it; a view of one counts as it, any other
+temporary is never cached. The cache lives outside the modules' state, so models still deep-copy and pickle.
 """
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-__all__ = ["PACKS", "PackCache", "invalidate", "why_not_cacheable"]
+try:
+    from xxhash import xxh3_128_digest
+except ImportError:  # a machine where nothing can be installed: `why_not_cacheable` says it
+    xxh3_128_digest = None  # type: ignore[assignment]
+
+__all__ = ["PACKS", "Frozen", "PackCache", "freeze", "invalidate", "unfreeze", "why_not_cacheable"]
 
 T = TypeVar("T")
-# What is compared of a weight on every call. Few places, because each is a miss in cache and page table where the
-# weight is large; runs of neighbours, because they cost nothing more.
-_PLACES, _RUN = 32, 4
+_NO_HASH = "xxhash is not installed (pip install xxhash): a change of the weight could not be seen"
 
 
 def _owner(weight: torch.Tensor) -> torch.Tensor:
@@ -43,57 +50,67 @@ def why_not_cacheable(weight: torch.Tensor) -> str | None:
     """Why no pack of ``weight`` may be kept, or None where it may: for a Parameter or a view of one."""
     if type(_owner(weight)) is not nn.Parameter:
         return "the weight is not an nn.Parameter (a temporary has no identity to cache by)"
-    if weight.is_inference():
-        return "the weight was created in inference_mode (it has no version to check)"
-    return None
+    return None if xxh3_128_digest is not None else _NO_HASH
 
 
-def _dense(t: torch.Tensor) -> bool:
-    """Whether the strides of ``t`` are a permutation of a contiguous tensor's."""
+# --- the content of a tensor ------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the strides are a permutation of a contiguous tensor's: its elements are one run of memory."""
     expected = 1
-    for stride, size in sorted((st, n) for st, n in zip(t.stride(), t.shape, strict=True) if n != 1):
+    for stride, size in sorted((st, n) for st, n in zip(strides, shape, strict=True) if n != 1):
         if stride != expected:
             return False
         expected *= size
     return True
 
 
-def _sample(weight: torch.Tensor) -> torch.Tensor:
-    """A view of `_PLACES` times `_RUN` elements, spread over the memory of ``weight`` in any memory format."""
-    w, n = weight.detach(), weight.numel()
-    if n <= _PLACES * _RUN or not _dense(w):
-        return w  # little, or overlapping or padded in memory: compare all of it
-    step = (n - _RUN) // (_PLACES - 1)
-    step -= 1 - step % 2  # odd: does not stay in one channel where sizes are powers of two
-    return w.as_strided((_PLACES, _RUN), (step, 1), w.storage_offset())
+def _content(t: torch.Tensor | None) -> bytes | None:
+    """The hash of every bit of t in the order of its memory; of its dtype, shape and strides `_form` tells."""
+    if t is None:
+        return None
+    if not _dense(t.shape, t.stride()):
+        t = t.detach().contiguous()
+    size = t.numel() * t.element_size()
+    return xxh3_128_digest((ctypes.c_ubyte * size).from_address(t.data_ptr())) if size else b""
 
 
-def _state(weight: torch.Tensor) -> tuple[object, ...]:
-    return (weight._version, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+def _form(t: torch.Tensor) -> tuple[Hashable, ...]:
+    return t.storage_offset(), t.shape, t.stride(), t.dtype
 
 
-class _Entry(NamedTuple):
-    state: tuple[object, ...]
-    view: torch.Tensor  # of the weight, live
-    sample: torch.Tensor  # what ``view`` held
-    vectors: tuple[torch.Tensor | None, ...]  # copies
-    value: object
-
-    def is_current(self, state: tuple[object, ...], vectors: Sequence[torch.Tensor | None]) -> bool:
-        if self.state != state or not torch.equal(self.view, self.sample):
-            return False
-        for new, old in zip(vectors, self.vectors, strict=True):
-            if new is None or old is None:
-                if new is not old:
-                    return False
-            elif new.dtype != old.dtype or not torch.equal(new, old):
-                return False
-        return True
+def _vector(t: torch.Tensor | None) -> Hashable:
+    return None if t is None else (t.shape, t.stride(), t.dtype, _content(t))
 
 
-class _Slot(NamedTuple):
+def _version(t: torch.Tensor | None) -> Hashable:
+    """What tells most writes to a frozen tensor without reading it: not those through ``.data`` and the like."""
+    return None if t is None else (t.data_ptr(), *_form(t), None if t.is_inference() else t._version)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+class _Pack(NamedTuple):
+    vectors: Hashable  # their content
+    versions: tuple[Hashable, ...] | None  # of all tensors where the weight is frozen
+    value: object  # None: these vectors were met once
+
+
+@dataclass
+class _Slot:
+    """What is known of one Parameter and of views of it, each by its `_form`."""
+
     ref: weakref.ref[torch.Tensor]
-    packs: OrderedDict[Hashable, _Entry]
+    memory: tuple[Hashable, ...]  # where and in which form the Parameter is
+    contents: dict[Hashable, bytes | None] = field(default_factory=dict)  # at the last call
+    frozen: Hashable = None  # the version for which the Parameter counts as constant
+    packs: OrderedDict[tuple[Hashable, Hashable], _Pack] = field(default_factory=OrderedDict)  # by form and key
+
+
+_MAX_VIEWS = 16  # of one Parameter
 
 
 class PackCache:
@@ -108,36 +125,79 @@ class PackCache:
         self._lock = threading.RLock()  # re-entrant: a garbage collection inside may run `forget` below
 
     def get(
-        self, weight: torch.Tensor, key: Hashable, vectors: Sequence[torch.Tensor | None], build: Callable[[], T]
-    ) -> T:
-        """The value for (weight, key), from the cache while weight and vectors are unchanged, else from ``build()``.
+        self,
+        weight: torch.Tensor,
+        key: Callable[[], Hashable],
+        vectors: Sequence[torch.Tensor | None],
+        build: Callable[[], T],
+    ) -> T | None:
+        """The value for what weight and vectors hold: kept, or from ``build()`` where they hold it for the second time
+        or are frozen; None where it is the first.
 
-        ``key`` says everything else that the value depends on; the number of vectors is the same for the same key. A
-        weight that `why_not_cacheable` rejects is built every time.
+        ``key()`` says everything else that the value depends on; it is asked where there is a value, or is to be one.
+        The number of vectors is the same for the same key. The weight is one that `why_not_cacheable` accepts.
         """
         owner = _owner(weight)
-        slot = self._slots.get(id(owner))
-        if slot is not None and slot.ref() is owner:
-            state = _state(weight)
+        slot = self._slot(owner)
+        versions: tuple[Hashable, ...] | None = None
+        if slot.frozen is not None:
+            versions = (_version(owner), *map(_version, vectors))
+            pack = slot.packs.get((_form(weight), key()))
+            if pack is not None and pack.versions == versions:
+                return pack.value  # type: ignore[return-value]
+            written = pack is not None and pack.versions is not None and pack.versions[0] == slot.frozen
+            if written or versions[0] != slot.frozen:  # to a vector, or to the weight
+                slot.frozen = versions = None
+        return self._checked(slot, weight, key, vectors, versions, build)
+
+    def _checked(
+        self,
+        slot: _Slot,
+        weight: torch.Tensor,
+        key: Callable[[], Hashable],
+        vectors: Sequence[torch.Tensor | None],
+        versions: tuple[Hashable, ...] | None,
+        build: Callable[[], T],
+    ) -> T | None:
+        """As `get`, by content; ``versions`` where the weight is frozen."""
+        form, content = _form(weight), _content(weight)
+        if slot.contents.get(form) != content:
             with self._lock:
-                entry = slot.packs.get(key)
-                if entry is not None:
-                    slot.packs.move_to_end(key)
-            if entry is not None and entry.is_current(state, vectors):
-                return entry.value  # type: ignore[return-value]
-        if why_not_cacheable(weight) is not None:
-            return build()
-        # The state is read before the content: a write in between makes the entry stale, not wrong.
-        with torch.no_grad():
-            state, view = _state(weight), _sample(weight)
-            copies = tuple(None if v is None else v.detach().clone() for v in vectors)
-            sample = view.clone()
-            value = build()
-        self._put(owner, key, _Entry(state, view, sample, copies, value))
+                for name in [name for name in slot.packs if name[0] == form]:
+                    del slot.packs[name]  # stale for ever
+                if len(slot.contents) >= _MAX_VIEWS:
+                    slot.contents.clear()
+                slot.contents[form] = content
+            if versions is None:
+                return None
+        name, others = (form, key()), tuple(map(_vector, vectors))
+        with self._lock:
+            pack = slot.packs.get(name)
+            if pack is not None:
+                slot.packs.move_to_end(name)
+        met = pack is None or pack.vectors == others  # under a new key, the weight is what was met
+        value: T | None = pack.value if pack is not None and met else None  # type: ignore[assignment]
+        if value is not None and pack is not None and pack.versions == versions:
+            return value
+        if value is None and (met or versions is not None):
+            with torch.no_grad():
+                value = build()
+            if content != _content(weight) or others != tuple(map(_vector, vectors)):
+                return value  # written to in between
+        with self._lock:
+            if slot.contents.get(form) == content:  # else another thread has met another content since
+                slot.packs[name] = _Pack(others, versions, value)
+                slot.packs.move_to_end(name)
+                while len(slot.packs) > self.limit:
+                    slot.packs.popitem(last=False)
         return value
 
-    def _put(self, weight: torch.Tensor, key: Hashable, entry: _Entry) -> None:
-        ident = id(weight)
+    def _slot(self, owner: torch.Tensor) -> _Slot:
+        """That of a Parameter; a new one where it got other memory."""
+        ident, memory = id(owner), (owner.data_ptr(), *_form(owner))
+        slot = self._slots.get(ident)
+        if slot is not None and slot.ref() is owner and slot.memory == memory:
+            return slot
 
         def forget(ref: weakref.ref[torch.Tensor]) -> None:
             with self._lock:
@@ -147,37 +207,52 @@ class PackCache:
 
         with self._lock:
             slot = self._slots.get(ident)
-            if slot is None or slot.ref() is not weight:
-                slot = self._slots[ident] = _Slot(weakref.ref(weight, forget), OrderedDict())
-            packs = slot.packs
-            for old in [k for k, e in packs.items() if e.state != entry.state]:
-                del packs[old]  # stale for ever: free them, and the old storage that their views hold
-            packs[key] = entry
-            packs.move_to_end(key)
-            while len(packs) > self.limit:
-                packs.popitem(last=False)
+            if slot is None or slot.ref() is not owner or slot.memory != memory:
+                slot = self._slots[ident] = _Slot(weakref.ref(owner, forget), memory)
+            return slot
 
     def invalidate(self, target: nn.Module | torch.Tensor) -> int:
-        """Drop the values made from ``target`` (a Parameter, or all Parameters of a module); returns how many."""
-        if isinstance(target, nn.Module):
-            tensors: list[torch.Tensor] = [*target.parameters()]
-        elif isinstance(target, torch.Tensor):
-            tensors = [_owner(target)]
-        else:
-            raise TypeError(f"invalidate() takes an nn.Module or a Tensor, got {type(target).__name__}")
+        """Drop the values made from ``target`` (a Parameter, or all Parameters of a module); returns how many there
+        were. What was frozen is so no longer."""
         dropped = 0
         with self._lock:
-            for t in tensors:
+            for t in _tensors("invalidate", target):
                 slot = self._slots.get(id(t))
                 if slot is not None and slot.ref() is t:
-                    dropped += len(slot.packs)
+                    dropped += sum(pack.value is not None for pack in slot.packs.values())
                     del self._slots[id(t)]
         return dropped
+
+    def freeze(self, module: nn.Module) -> list[torch.Tensor]:
+        """Let the Parameters count as constant while their versions stay. Those of them that did not."""
+        found = []
+        for t in _tensors("freeze", module):
+            slot = self._slot(t)
+            if slot.frozen is None or slot.frozen != _version(t):
+                slot.frozen = _version(t)
+                found.append(t)
+        return found
+
+    def thaw(self, tensors: Iterable[torch.Tensor]) -> None:
+        """The opposite: what is packed stays, and is checked again."""
+        for t in tensors:
+            slot = self._slots.get(id(t))
+            if slot is not None and slot.ref() is t:
+                slot.frozen = None
 
     def __len__(self) -> int:
         """How many values are held."""
         with self._lock:
-            return sum(len(slot.packs) for slot in self._slots.values())
+            return sum(pack.value is not None for slot in self._slots.values() for pack in slot.packs.values())
+
+
+def _tensors(what: str, target: nn.Module | torch.Tensor) -> list[torch.Tensor]:
+    if isinstance(target, nn.Module):
+        return list(target.parameters())
+    if isinstance(target, torch.Tensor) and what == "invalidate":
+        return [_owner(target)]
+    allowed = "an nn.Module or a Tensor" if what == "invalidate" else "an nn.Module"
+    raise TypeError(f"{what}() takes {allowed}, got {type(target).__name__}")
 
 
 PACKS = PackCache()
@@ -186,8 +261,47 @@ PACKS = PackCache()
 def invalidate(target: nn.Module | torch.Tensor) -> int:
     """Forget the packed weights of a module (its children included) or of a Parameter; returns how many there were.
 
-    Needed only after a write through ``.data`` to a few elements of a weight; every other change is seen. And ahead of
-    a conversion that swaps Parameters (`torch.__future__.set_swap_module_params_on_conversion`): PyTorch refuses to
-    swap one to which there is a weak reference, as the cache has.
+    Needed where a weight that `freeze` made constant was written to past its version, and ahead of a conversion that
+    swaps Parameters (`torch.__future__.set_swap_module_params_on_conversion`): PyTorch refuses to swap one to which
+    there is a weak reference, as the cache has. Every other change is seen.
     """
     return PACKS.invalidate(target)
+
+
+class Frozen:
+    """What `freeze` returns; leaving it as a context lets the weights be checked again."""
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors = tensors
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception: object) -> None:
+        PACKS.thaw(self._tensors)
+
+
+def freeze(module: nn.Module) -> Frozen:
+    """Let the weights of ``module`` count as constant on a CPU, as inference runtimes do: they are packed at their
+    first use, and not read on every call to see whether they have changed.
+
+    For a module in eval mode. It holds until `unfreeze`, `invalidate`, the module's ``train()``, ``load_state_dict``,
+    ``to()``, or any other write that PyTorch counts as one (an optimiser's step). A write through ``.data``, NumPy,
+    DLPack, another Parameter over the same memory or another process goes unseen. (``train()`` and ``to()`` are noticed
+    where the module is, or has as a part, the `cnnfast.Sequential` that runs the weights.) As a context manager, until
+    the end of the block::
+
+        with cnnfast.freeze(model), torch.inference_mode():
+            images = model(z)
+
+    Copies and pickles of a frozen module are not frozen. On a GPU nothing is cached, and it has no effect. ValueError
+    for a module in training mode, TypeError for anything else than a module.
+    """
+    if isinstance(module, nn.Module) and module.training:
+        raise ValueError("freeze() of a module in training mode: call its eval() first")
+    return Frozen(PACKS.freeze(module))
+
+
+def unfreeze(module: nn.Module) -> None:
+    """Have the weights of ``module`` checked on every call again, after `freeze`. TypeError for no module."""
+    PACKS.thaw(_tensors("unfreeze", module))

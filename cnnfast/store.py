@@ -4,24 +4,34 @@ One JSON file an entry, named by a hash of its key and holding the whole key, so
 the key it was put under. Files are written under a temporary name and renamed: processes that write at once leave one
 whole file. Nothing here fails: what cannot be read (damaged, of another schema, no permission) is not there, and what
 cannot be written is kept for the process.
+
+A proof says that a kernel may run unchecked, and a plan is compiled: both are believed only where nobody else can have
+written them. A store of which the cache folder, its own folder or the file belongs to another user than this one and
+root, or can be written by group or others, is not used, which is said once; in a sticky folder (as /tmp) files of one's
+own are safe. Windows has no such bits: there nothing is checked.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import stat
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .fetch import cache_dir, write_atomically
+from .files import cache_dir, make_cache_dir, write_atomically
+from .messages import CnnfastWarning
 
-__all__ = ["SCHEMA", "count", "folder", "forget", "get", "path", "put", "where"]
+__all__ = ["SCHEMA", "count", "folder", "forget", "get", "path", "put", "where", "why_not"]
 
 SCHEMA = 1  # of the files; another one is ignored
 
 # File -> record, or None where there is none: what this process has seen does not change under it.
 _memo: dict[Path, dict[str, Any] | None] = {}
+_told: set[Path] = set()  # folders that are not used
 
 
 def folder(kind: str) -> Path:
@@ -33,17 +43,50 @@ def folder(kind: str) -> Path:
 def where(kind: str) -> str:
     """The same for people to read, whatever is wrong with it."""
     try:
-        return str(folder(kind))
+        place = str(folder(kind))
     except RuntimeError as error:
-        return f"no folder: {error}"
+        return str(error)
+    reason = why_not(kind)
+    return place if reason is None else f"{place} (not used: {reason})"
 
 
 def count(kind: str) -> int:
-    """How many records of a kind there are, of any GPU and version."""
+    """How many records of a kind there are, of any GPU and version; 0 where they are not used."""
     try:
-        return sum(1 for _ in folder(kind).glob("*.json"))
+        return 0 if why_not(kind) is not None else sum(1 for _ in folder(kind).glob("*.json"))
     except (OSError, RuntimeError):
         return 0
+
+
+def why_not(kind: str) -> str | None:
+    """Why the records of a kind are not used: other users could have written them. None where they are, and where there
+    are none. RuntimeError as `folder`."""
+    for place in (cache_dir(), folder(kind)):
+        try:
+            reason = _risk(place, os.stat(place))
+        except OSError:  # not there, or not for us to see: nothing will be read from it
+            continue
+        if reason is not None:
+            return reason
+    return None
+
+
+def _risk(place: Path, found: os.stat_result) -> str | None:
+    """Why what lies at ``place`` may be another user's word, or None."""
+    if not hasattr(os, "geteuid"):
+        return None
+    if found.st_uid not in (0, os.geteuid()):
+        return f"{place} belongs to another user (uid {found.st_uid}): set CNNFAST_CACHE to a folder of your own"
+    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+        return f"others can write {place} (mode {stat.S_IMODE(found.st_mode):o}): chmod go-w {place}"
+    return None
+
+
+def _say(kind: str, reason: str) -> None:
+    if folder(kind) not in _told:
+        _told.add(folder(kind))
+        warnings.warn(f"cnnfast: stored {kind} are not used: {reason}", CnnfastWarning, stacklevel=4)
 
 
 def _entry(kind: str, key: Mapping[str, Any]) -> dict[str, Any]:
@@ -67,9 +110,19 @@ def get(kind: str, key: Mapping[str, Any]) -> dict[str, Any] | None:
     return _memo[file]
 
 
+def _open(name: str, flags: int) -> int:
+    return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe laid in a file's place has no end
+
+
 def _read(file: Path, entry: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        found = json.loads(file.read_bytes())
+        with open(file, "rb", opener=_open) as opened:
+            # Of the file that is open: a name may be given to another one meanwhile.
+            reason = why_not(entry["kind"]) or _risk(file, os.fstat(opened.fileno()))
+            if reason is not None:
+                _say(entry["kind"], reason)
+                return None
+            found = json.loads(opened.read())
     except (OSError, ValueError, RecursionError):  # absent or unreadable; no JSON, or no UTF-8; a bomb of brackets
         return None
     if not isinstance(found, dict) or not isinstance(found.get("record"), dict):
@@ -86,13 +139,19 @@ def put(kind: str, key: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
         return False
     entry = _entry(kind, key)
     entry["record"] = _memo[file] = json.loads(json.dumps(record))
+    reason = why_not(kind)
+    if reason is not None:
+        _say(kind, reason)
+        return False
     try:
-        write_atomically(file, json.dumps(entry, indent=1).encode())
+        make_cache_dir(kind)
+        write_atomically(file, json.dumps(entry, indent=1), mode=0o644)
     except OSError:
         return False
     return True
 
 
 def forget() -> None:
-    """Drop what this process has seen, as a new process would start."""
+    """Drop what this process has seen and said, as a new process would start."""
     _memo.clear()
+    _told.clear()

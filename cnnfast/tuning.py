@@ -6,7 +6,6 @@ tune``) has kept. Every plan is proven by `guard` before it is timed, on noise; 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from . import dispatch, env, guard, store, trial, tuned
 from .block import Operands, Step
 from .choice import candidates, choose_plan
 from .generators import create_model, list_models
+from .messages import LOGGER, CnnfastError, UsageError
 from .plan import Plan
 from .timing import Timing, measure
 
@@ -118,17 +118,17 @@ def tune(
     *inputs: Any,
     batch_sizes: Iterable[int] = (),
     seconds: float | None = None,
-    tell: Callable[[str], object] = print,
+    tell: Callable[[str], object] = LOGGER.info,
 ) -> list[Result]:
     """Tune every fused step that ``function(*inputs)`` launches on a GPU, for these sizes; as `warmup`, for each of
     ``batch_sizes`` too.
 
     Plans are kept under ``$CNNFAST_CACHE`` (``~/.cache/cnnfast``) and used by this and later processes for exactly
     these layers and sizes on this GPU, until torch, triton or cnnfast changes. ``seconds``: stop after about this time,
-    with what was found. ``tell`` gets a line for each step. Takes some seconds for each plan that was not compiled
-    before.
+    with what was found. ``tell`` gets a line for each step; by default the logger "cnnfast" does. Takes some seconds
+    for each plan that was not compiled before.
 
-    RuntimeError where nothing was launched on a GPU, and where ``CNNFAST_GUARD=0`` switches the check of kernels off.
+    RuntimeError where nothing was launched on a GPU, and where ``CNNFAST_GUARD`` switches the check of kernels off.
     """
     tasks = record(function, *inputs, batch_sizes=batch_sizes)
     if not tasks:
@@ -168,7 +168,7 @@ def tune_steps(
     *,
     seconds: float | None = None,
     limit: int = CANDIDATES,
-    tell: Callable[[str], object] = print,
+    tell: Callable[[str], object] = LOGGER.info,
 ) -> list[Result]:
     """Tune each task and keep the best plans; see `tune`. ``timer`` gets the calls of one step, by plan, all of them
     compiled and proven. ``limit``: the most plans of a step that are tried."""
@@ -247,11 +247,9 @@ class Options:
 
 
 def run(options: Options) -> int:
-    """Tune generators by their names. Returns the exit status: 1 where nothing can be tuned here, with the reason."""
-    problem = _obstacle(options)
-    if problem is not None:
-        print(f"error: nothing can be tuned here: {problem}", file=sys.stderr)
-        return 1
+    """Tune generators by their names; prints what is found. Returns the exit status. UsageError for unknown models and
+    devices, CnnfastError where nothing can be tuned here."""
+    _check(options)
     end = None if options.seconds is None else time.monotonic() + options.seconds
     device, found = torch.device(options.device), []
     for name in options.models or list_models():
@@ -260,21 +258,20 @@ def run(options: Options) -> int:
             left = None if end is None else max(0.0, end - time.monotonic())
             print(f"{name}, {str(dtype).removeprefix('torch.')}, batch {', '.join(map(str, options.batches))}")
             z = model.example_input(options.batches[0])
-            found += tune(model, z, batch_sizes=options.batches[1:], seconds=left)
+            found += tune(model, z, batch_sizes=options.batches[1:], seconds=left, tell=print)
     gains = sorted(r.gain for r in found)
     if gains:
         print(f"{len(found)} steps tuned, median gain {gains[len(gains) // 2]:.2f}x; kept in {store.where(tuned.KIND)}")
     return 0
 
 
-def _obstacle(options: Options) -> str | None:
+def _check(options: Options) -> None:
     unknown = [name for name in options.models if name not in list_models()]
     if unknown:
-        return f"unknown model {', '.join(unknown)}: expected some of {', '.join(list_models())}"
-    try:
-        device = torch.device(options.device)
-    except RuntimeError as error:
-        return f"--device {options.device}: {str(error).splitlines()[0]}"
+        raise UsageError(f"unknown model {', '.join(unknown)}: expected some of {', '.join(list_models())}")
+    device = env.device_of(options.device)
     if device.type != "cuda":
-        return f"--device {options.device}: plans are of CUDA devices"
-    return env.triton_off(device.index) or (None if guard.enabled() else UNCHECKED)
+        raise UsageError(f"--device {options.device}: plans are of CUDA devices")
+    problem = env.triton_off(device.index) or (None if guard.enabled() else UNCHECKED)
+    if problem is not None:
+        raise CnnfastError(f"nothing can be tuned here: {problem}")

@@ -1,4 +1,4 @@
-"""A weight brought into the order in which `conv_transpose_kernel` reads it, taps summed on the way.
+"""A weight brought into the order in which `conv_transpose.conv_transpose_kernel` reads it, taps summed on the way.
 
     out[g, u, i, v, o] = sum over the terms e of w[g, i, o, table[u, v, e]]
 

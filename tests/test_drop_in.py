@@ -11,7 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast import cpu, cpu_training
+from cnnfast import cpu, summed_weight
 
 from .test_sequential_training import loss_of, randomized, x2d
 from .tolerance import assert_close
@@ -52,10 +52,10 @@ def close(got: object, want: object, tolerance: float = 1e-5) -> None:
 @pytest.fixture
 def nothing_kept() -> Iterator[None]:
     """What is computed once and kept has not been computed, and is not kept."""
-    for kept in (cpu_training._sums, cpu._plan):
+    for kept in (summed_weight._sums, cpu._plan, cpu._key):
         kept.cache_clear()
     yield
-    for kept in (cpu_training._sums, cpu._plan):
+    for kept in (summed_weight._sums, cpu._plan, cpu._key):
         kept.cache_clear()
 
 
@@ -231,7 +231,7 @@ def test_parameters_are_swapped_after_invalidate() -> None:
     plain, ours = both(nn.ConvTranspose2d(16, 40, 4, 2, 1), nn.ReLU())
     x = x2d(4, 16, 16, 16)
     with torch.no_grad():
-        ours(x)
+        ours(x), ours(x)  # packs the weight
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         with pytest.raises(RuntimeError, match="Couldn't swap"):

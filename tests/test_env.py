@@ -42,12 +42,22 @@ def test_the_check_of_kernels_and_its_folder(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("CNNFAST_CACHE", str(tmp_path))
     store.put(guard.KIND, {"kernel": 1}, {})
     assert f"off: CNNFAST_GUARD=0; 1 passed, kept in {tmp_path / 'proofs'}" in env.report()
+    monkeypatch.setenv("CNNFAST_GUARD", "Off")
+    assert "off: CNNFAST_GUARD=Off; 1 passed" in env.report()
     monkeypatch.delenv("CNNFAST_GUARD")
     assert f"on; 1 passed, kept in {tmp_path / 'proofs'}" in env.report()
     assert f"0, kept in {tmp_path / 'plans'}" in env.report()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CNNFAST_CACHE", str(tmp_path / "file"))
     assert "on; 0 passed" in env.report()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes as POSIX has them")
+def test_a_store_that_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CNNFAST_CACHE", str(tmp_path))
+    store.put("plans", {"kernel": 1}, {})
+    (tmp_path / "plans").chmod(0o777)
+    assert f"0, kept in {tmp_path / 'plans'} (not used: others can write" in env.report()
 
 
 def test_command_line() -> None:

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 import cnnfast
-from cnnfast import guard, store, trial
+from cnnfast import cpu, guard, onednn, store, trial
 from cnnfast.block import Operands, Step, run_reference
 from cnnfast.ops.core import run_step
+from cnnfast.packing import PACKS
 from cnnfast.spec import Activation, ConvSpec
 
 from .cases import PRECISIONS, Case, reference
@@ -677,7 +678,17 @@ def test_warmup_runs_every_batch_without_gradients() -> None:
 
     x = torch.randn(2, 8, 3, 4).contiguous(memory_format=torch.channels_last)
     cnnfast.warmup(function, x, 2.0, torch.randn(2, 5), batch_sizes=(1, 4))
-    assert seen == [((n, 8, 3, 4), True, 2.0, (n, 5), False) for n in (2, 1, 4)]
+    assert seen == [((n, 8, 3, 4), True, 2.0, (n, 5), False) for n in (2, 2, 1, 1, 4, 4)]  # twice: it is a CPU
+
+
+def test_warmup_packs_the_weights_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = cnnfast.Sequential(nn.ConvTranspose2d(64, 64, 4, 2, 1), nn.Tanh()).eval(), torch.randn(2, 64, 16, 16)
+    cnnfast.warmup(model, x)
+    packs = len(PACKS)
+    monkeypatch.setattr(cpu, "_pack", lambda *args: pytest.fail("packed after warmup"))
+    with torch.inference_mode():
+        model(x)
+    assert len(PACKS) == packs and (packs or onednn.why_missing() is not None)
 
 
 def test_warmup_refuses() -> None:
@@ -698,3 +709,31 @@ def test_warmup_refuses_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     capture(monkeypatch, True)
     with pytest.raises(RuntimeError, match="inside a CUDA graph capture"):
         cnnfast.warmup(lambda x: x, torch.randn(1, 2))
+
+
+# --- the variable -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["0", "off", "OFF", "false", "False", "no", " No "])
+def test_words_for_off(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CNNFAST_GUARD", value)
+    with silent():
+        assert not guard.enabled()
+
+
+@pytest.mark.parametrize("value", [None, "", "1", "on", "True", "YES"])
+def test_words_for_on(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CNNFAST_GUARD", raising=False)
+    if value is not None:
+        monkeypatch.setenv("CNNFAST_GUARD", value)
+    with silent():
+        assert guard.enabled()
+
+
+def test_another_word_is_said_once_and_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard.forget()
+    monkeypatch.setenv("CNNFAST_GUARD", "nope")
+    expected = "CNNFAST_GUARD=nope: expected 0, off, false, no, or 1, on, true, yes. Kernels are checked."
+    with pytest.warns(cnnfast.CnnfastWarning, match=expected) as caught:
+        assert guard.enabled() and guard.enabled()
+    assert len(caught) == 1

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -77,7 +78,7 @@ def test_the_wheel_holds_every_module_and_works_elsewhere(tmp_path: Path) -> Non
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("cnnfast", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     subprocess.run(
@@ -94,6 +95,27 @@ def test_the_wheel_holds_every_module_and_works_elsewhere(tmp_path: Path) -> Non
     code = "import cnnfast, cnnfast.kernels as k, cnnfast.ops; print(cnnfast.__file__); print(k.__file__)"
     lines = python(code, cwd=tmp_path, path=site).splitlines()
     assert lines == [str(site / "cnnfast" / "__init__.py"), str(site / "cnnfast" / "kernels" / "__init__.py")]
+
+
+def test_the_sdist_holds_all_that_the_tests_need(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".git", *(n.strip("/") for n in (ROOT / ".gitignore").read_text().split()))
+    shutil.copytree(ROOT, source, ignore=ignored)
+    code = "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(source / "dist" / f"cnnfast-{cnnfast.__version__}.tar.gz") as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+        info = archive.extractfile(f"cnnfast-{cnnfast.__version__}/PKG-INFO").read().decode()
+    folders = [folder for folder in source.iterdir() if folder.name not in ("dist", "cnnfast.egg-info")]
+    files = {str(p.relative_to(source)) for f in folders for p in ([f] if f.is_file() else f.rglob("*")) if p.is_file()}
+    assert files <= packed, sorted(files - packed)
+    targets = re.findall(r"\]\(([^)]+)\)|<img src=\"([^\"]+)", info.partition("\n\n")[2])
+    assert targets and all(re.match("https:|#", a or b) for a, b in targets), "an index shows no relative links"
+
+
+def test_the_version_stands_in_the_citation() -> None:
+    assert f"\nversion: {cnnfast.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_every_direct_requirement_is_pinned() -> None:

@@ -346,10 +346,13 @@ def test_autocast_without_gradients_packs_the_parameters(norm: str, monkeypatch:
 
     with torch.no_grad():
         compare()
+        assert not packed, "it may be used once"
+        compare()
         compare()
         assert packed == [torch.float32], "once, from the Parameter"
         for model in (plain, ours):
             model[0].weight.mul_(-2)
+        compare()
         compare()
     assert len(packed) == 2
 

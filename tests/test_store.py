@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cnnfast import fetch, store
+from cnnfast import CnnfastWarning, files, store
 
 KEY = {"gpu": "a GPU", "versions": ["1", 2], "tf32": True, "bounds": [0.0, float("inf")]}
 RECORD = {"block_m": 64, "name": "phases"}
@@ -122,20 +122,19 @@ def test_a_file_in_the_place_of_the_folder(cache: Path) -> None:
 def test_an_unreadable_file(monkeypatch: pytest.MonkeyPatch) -> None:
     put_and_forget()
 
-    def refuse(self: Path) -> bytes:
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(name: str, flags: int) -> int:
+        raise PermissionError(13, "Permission denied", name)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything: no file mode would do
+    monkeypatch.setattr(store, "_open", refuse)  # root may read everything: no file mode would do
     assert store.get("plans", KEY) is None
 
 
-@pytest.mark.parametrize("name", ["makedirs", "mkstemp", "replace"])
+@pytest.mark.parametrize("name", ["mkdir", "open", "replace"])
 def test_a_place_that_cannot_be_written(name: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    where = {"makedirs": (Path, "mkdir"), "mkstemp": (fetch.tempfile, "mkstemp"), "replace": (fetch.os, "replace")}
-    monkeypatch.setattr(*where[name], refuse)
+    monkeypatch.setattr(Path if name == "mkdir" else files.os, name, refuse)
     assert not store.put("plans", KEY, RECORD)
     assert store.get("plans", KEY) == RECORD
     assert not [p for p in cache.rglob("*") if p.is_file()], "a temporary file was left"
@@ -150,12 +149,124 @@ def test_a_read_only_folder(cache: Path) -> None:
 
 def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> Path:
-        raise RuntimeError("Could not determine home directory.")
+        raise files.CacheError("no folder for the cache")
 
-    monkeypatch.delenv("CNNFAST_CACHE")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(Path, "home", refuse)
+    monkeypatch.setattr(store, "cache_dir", refuse)
     assert store.get("plans", KEY) is None and not store.put("plans", KEY, RECORD)
+    assert store.count("plans") == 0 and store.where("plans") == "no folder for the cache"
+
+
+# --- what others could have written -----------------------------------------------------------------------------------
+
+posix = pytest.mark.skipif(os.name != "posix", reason="users and modes as POSIX has them")
+root = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root gives files away")
+
+
+def refused(reason: str) -> None:
+    """The record is not read, nothing is written, it is said once, and `env` would show it."""
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in store.folder("plans").rglob("*")}
+    with pytest.warns(CnnfastWarning, match=f"cnnfast: stored plans are not used: {reason}") as caught:
+        assert store.get("plans", KEY) is None
+        assert store.get("plans", {"another": 1}) is None
+        store._memo.clear()
+        assert store.get("plans", KEY) is None
+    assert len(caught) == 1
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in store.folder("plans").rglob("*")} == before
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o775, 0o757, 0o777], ids=oct)
+@pytest.mark.parametrize("where", ["the cache", "the folder"])
+def test_a_folder_that_others_can_write(mode: int, where: str, cache: Path) -> None:
+    put_and_forget()
+    folder = cache if where == "the cache" else cache / "plans"
+    folder.chmod(mode)
+    refused(rf"others can write {folder} \(mode {mode:o}\): chmod go-w {folder}")
+    assert not store.put("plans", {"new": 1}, RECORD) and store.get("plans", {"new": 1}) == RECORD
+    assert len(list((cache / "plans").iterdir())) == 1 and store.count("plans") == 0
+    assert store.where("plans").startswith(f"{cache / 'plans'} (not used: others can write {folder}")
+    folder.chmod(0o755)
+    store.forget()
+    assert store.get("plans", KEY) == RECORD
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o664, 0o646], ids=oct)
+def test_a_file_that_others_can_write(mode: int) -> None:
+    file = put_and_forget()
+    file.chmod(mode)
+    refused(rf"others can write {file} \(mode {mode:o}\)")
+    file.chmod(0o644)
+    store.forget()
+    assert store.get("plans", KEY) == RECORD
+
+
+@root
+@pytest.mark.parametrize("what", ["cache", "folder", "file"])
+def test_what_belongs_to_another_user(what: str, cache: Path) -> None:
+    file = put_and_forget()
+    path = {"cache": cache, "folder": cache / "plans", "file": file}[what]
+    os.chown(path, 4242, -1)
+    refused(rf"{path} belongs to another user \(uid 4242\): set CNNFAST_CACHE to a folder of your own")
+
+
+@posix
+def test_another_user_than_this_one(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """The same without being root: it is this process that becomes another user."""
+    put_and_forget()
+    owner = cache.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    if owner == 0:
+        assert store.get("plans", KEY) == RECORD, "root is trusted"
+    else:
+        refused(rf"{cache} belongs to another user \(uid {owner}\)")
+
+
+@posix
+def test_in_a_sticky_folder_files_of_one_s_own_are_used(cache: Path) -> None:
+    file = put_and_forget()
+    for folder in (cache, cache / "plans"):
+        folder.chmod(0o1777)
+    assert store.get("plans", KEY) == RECORD and store.why_not("plans") is None
+    assert store.put("plans", {"new": 1}, RECORD)
+    if os.geteuid() == 0:  # whatever somebody else has laid there
+        os.chown(file, 4242, -1)
+        store.forget()
+        with pytest.warns(CnnfastWarning, match="belongs to another user"):
+            assert store.get("plans", KEY) is None
+        assert store.get("plans", {"new": 1}) == RECORD
+
+
+@posix
+def test_a_sticky_file_is_not_a_sticky_folder() -> None:
+    file = put_and_forget()
+    file.chmod(0o1666)
+    refused("others can write")
+
+
+@posix
+def test_a_pipe_in_the_place_of_a_file() -> None:
+    file = put_and_forget()
+    file.unlink()
+    os.mkfifo(file)
+    assert store.get("plans", KEY) is None, "waiting for a writer would be for ever"
+
+
+@posix
+def test_its_own_folders_can_be_used_whatever_the_umask(cache: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        put_and_forget()
+    finally:
+        os.umask(before)
+    assert store.get("plans", KEY) == RECORD
+
+
+def test_a_system_without_users(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_and_forget()
+    cache.chmod(0o777)
+    monkeypatch.delattr(os, "geteuid")
+    assert store.get("plans", KEY) == RECORD
 
 
 def test_a_key_that_json_cannot_hold() -> None:

@@ -21,11 +21,12 @@ from cnnfast import fetch
 from cnnfast.__main__ import main
 from cnnfast.fetch import WeightsError
 from cnnfast.generators import DCGANConfig
+from cnnfast.messages import UsageError
 from cnnfast.tasks import data, losses, train
 from cnnfast.tasks.checkpoint import CheckpointError, load_checkpoint, load_generator, save_checkpoint
 from cnnfast.tasks.data import SETS, DataError, load_images, sample_order
 from cnnfast.tasks.discriminator import DCGANDiscriminator
-from cnnfast.tasks.gan import CURVES, Options, Trainer
+from cnnfast.tasks.gan import CURVES, Options, Trainer, least_memory
 from cnnfast.tasks.interrupt import Interrupt
 from cnnfast.tasks.losses import LOSSES, critic_terms, interpolation_penalty, r1_penalty
 
@@ -299,6 +300,30 @@ def test_the_moving_average() -> None:
     assert torch.equal(trainer.average.state_dict()[name], expected)
     tracked = "main.1.num_batches_tracked"
     assert trainer.average.state_dict()[tracked] == trainer.generator.state_dict()[tracked] == 2
+    mean = "main.1.running_mean"
+    assert not torch.equal(trainer.average.state_dict()[mean], trainer.generator.state_dict()[mean])
+
+
+def test_the_moving_average_begins_with_the_start() -> None:
+    """Not with a copy of the first step's weights, which is what `AveragedModel` does with its first model."""
+    before = {name: value.clone() for name, value in trained(TINY, 0).average.state_dict().items()}
+    trainer = trained(TINY, 1)
+    weight = 1 - 0.5 ** (4 / (0.05 * 4))
+    for name, value in trainer.average.state_dict().items():
+        source = trainer.generator.state_dict()[name]
+        assert torch.equal(value, torch.lerp(before[name], source, weight) if value.is_floating_point() else source)
+    assert trainer.state()["average"].keys() == trainer.generator.state_dict().keys()
+
+
+def test_the_memory_that_is_asked_for_ahead_is_no_more_than_is_needed() -> None:
+    trainer = trained(replace(TINY, width=4), 0)
+    generator, discriminator = (
+        sum(p.numel() for p in m.parameters()) for m in (trainer.generator, trainer.discriminator)
+    )
+    weights = 4 * (5 * generator + 4 * discriminator)
+    assert 0.9 * weights < least_memory(trainer.config, 0) <= weights
+    first, second = least_memory(trainer.config, 1), least_memory(trainer.config, 2)
+    assert second - first == first - least_memory(trainer.config, 0) == 4 * 2 * (8 * 16 + 4 * 64 + 1 * 256)
 
 
 def test_other_images_are_refused() -> None:
@@ -318,6 +343,8 @@ def test_other_images_are_refused() -> None:
         ({"seed": -1}, "--seed -1: expected at least 0"),
         ({"seed": 2**63}, "--seed 9223372036854775808: expected less than"),
         ({"lr": 0.0}, "--lr 0.0: expected a positive number"),
+        ({"lr": 1e39}, r"--lr 1e\+39: expected a positive number"),
+        ({"instance_noise": float("inf")}, "--instance-noise inf: expected at least 0"),
         ({"lr": float("nan")}, "--lr nan: expected a positive number"),
         ({"instance_noise": -0.1}, "--instance-noise -0.1: expected at least 0"),
         ({"image_size": 48}, "image_size=48 must be a power of two"),
@@ -344,8 +371,11 @@ def test_the_order_of_samples() -> None:
 def test_a_folder_of_pictures(folder: Path) -> None:
     pixels = load_images(str(folder), 16)
     assert pixels.shape == (10, 3, 16, 16) and pixels.dtype == torch.uint8
-    with pytest.raises(DataError, match="nothing: expected one of digits, faces, tissue, or a folder"):
-        load_images(str(folder / "nothing"), 16)
+    for name in (str(folder / "nothing"), str(folder / "1.png"), "", "x" * 300):
+        with pytest.raises(UsageError, match=f"{name}: expected one of digits, faces, tissue, or a folder"):
+            load_images(name, 16)
+    (folder / "._1.png").write_bytes(b"what a Mac leaves beside every file")
+    assert len(load_images(str(folder), 16)) == 10
     (folder / "5.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match="5.png cannot be read"):
         load_images(str(folder), 16)
@@ -448,19 +478,18 @@ def test_the_job_end_to_end(folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert main(["sample", str(output / "checkpoint.pt"), "--output", str(tmp_path / "s.png"), "--count", "3"]) == 0
     with image_module.open(tmp_path / "s.png") as picture:
         assert picture.size == (8 * 18 + 2, 18 + 2)
-    assert main(["sample", str(tmp_path / "none.pt")]) == 2
-    assert "none.pt is not a file" in capsys.readouterr().err
+    assert load_generator(str(output / "checkpoint.pt")).config == model.config
 
 
 def test_resuming_from_nothing_and_from_rubbish(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments(folder, tmp_path / "out", "--resume")) == 2
-    assert "checkpoint.pt is not a file" in capsys.readouterr().err
+    assert "checkpoint.pt is not a file: there is no checkpoint to go on from" in capsys.readouterr().err
     (tmp_path / "out").mkdir()
     path = tmp_path / "out" / "checkpoint.pt"
     path.write_bytes(b"rubbish")
-    assert main(arguments(folder, tmp_path / "out", "--resume")) == 2
+    assert main(arguments(folder, tmp_path / "out", "--resume")) == 1
     assert "cannot be read as a checkpoint" in capsys.readouterr().err
     torch.save({"format": "other"}, path)
     with pytest.raises(CheckpointError, match="is no checkpoint of"):
@@ -496,7 +525,50 @@ def test_a_full_disk_ends_with_a_message(
     monkeypatch.setattr(train, "save_checkpoint", full)
     assert main(arguments(folder, tmp_path / "out", "--resume", "--epochs", "2")) == 1
     said = capsys.readouterr().err
-    assert said.startswith("error: No space left on device\n") and "is as it was after step 3" in said
+    assert said.startswith("error: No space left on device. ") and "is as it was after step 3. Go on with: " in said
+    assert said.count("\n") == 1
+
+
+def test_running_out_of_memory_in_a_step_ends_with_a_message(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Trainer.step
+
+    def hungry(self: Trainer) -> torch.Tensor:
+        if self.steps == 4:
+            torch.empty(2**50)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", hungry)
+    assert main(arguments(folder, tmp_path / "out")) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory: ") and "is as it was after step 3. Go on with: " in said
+    assert said.count("\n") == 1
+
+
+def test_a_training_that_is_done_says_so_and_writes_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    assert main(arguments(folder, output, "--epochs", "2")) == 0
+    capsys.readouterr()
+    before = {p: p.stat().st_mtime_ns for p in output.rglob("*")}
+    resume = ["train", "gan", "--resume", "--output", str(output), "--device", "cpu"]
+    for arguments_ in (resume, [*resume, "--epochs", "2"]):
+        assert main(arguments_) == 0
+        said = capsys.readouterr()
+        assert said.out == f"nothing to do: {output}/checkpoint.pt is at epoch 2; more with --epochs 3 or above\n"
+    assert main([*resume, "--epochs", "1"]) == 2
+    said = capsys.readouterr()
+    assert said.err == f"error: --epochs 1: {output}/checkpoint.pt is past that, at epoch 2\n" and said.out == ""
+    assert {p: p.stat().st_mtime_ns for p in output.rglob("*")} == before
+
+
+def test_a_training_past_the_epochs_in_the_middle_of_one(tmp_path: Path, folder: Path) -> None:
+    options = replace(TINY, data=str(folder), output=tmp_path, epochs=3)
+    save_checkpoint(tmp_path / "checkpoint.pt", trained(options, 4, load_images(str(folder), 16)).state())
+    with pytest.raises(UsageError, match="--epochs 1: .* is past that, at epoch 1 and step 1 of the next"):
+        train.run(resume=True, output=tmp_path, epochs=1, device="cpu")
 
 
 def test_layers_are_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -554,7 +626,7 @@ def test_missing_packages_are_said(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(train, "REQUIRES", {"tqdm": "no_such_module"})
-    assert main(arguments(folder, tmp_path / "out")) == 2
+    assert main(arguments(folder, tmp_path / "out")) == 1
     assert capsys.readouterr().err == "error: train needs tqdm: pip install tqdm\n"
 
 

@@ -367,8 +367,8 @@ def test_the_command(device: torch.device, monkeypatch: pytest.MonkeyPatch, caps
 # --- without a device -------------------------------------------------------------------------------------------------
 
 
-def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    assert main(["tune", *arguments]) == 1
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], status: int = 1) -> str:
+    assert main(["tune", *arguments]) == status
     return capsys.readouterr().err
 
 
@@ -379,9 +379,9 @@ def test_the_command_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_the_command_s_mistakes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(env, "triton_off", lambda index: None)
-    assert "unknown model stylegan9: expected some of dcgan" in refused(["stylegan9"], capsys)
-    assert "--device cpu: plans are of CUDA devices" in refused(["--device", "cpu"], capsys)
-    assert "--device gpu: Expected one of cpu, cuda" in refused(["--device", "gpu"], capsys)
+    assert "unknown model stylegan9: expected some of dcgan" in refused(["stylegan9"], capsys, 2)
+    assert "--device cpu: plans are of CUDA devices" in refused(["--device", "cpu"], capsys, 2)
+    assert "--device gpu: Expected one of cpu, cuda" in refused(["--device", "gpu"], capsys, 2)
     monkeypatch.setenv("CNNFAST_GUARD", "0")
     assert "unset CNNFAST_GUARD" in refused([], capsys)
 
@@ -396,6 +396,15 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_to_tune() -> None:
     with pytest.raises(RuntimeError, match="nothing to tune: the forward launched no Triton kernel on a GPU"):
         cnnfast.tune(lambda x: x, torch.randn(1, 2))
+
+
+def test_what_is_found_is_logged_and_not_printed(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with caplog.at_level("INFO", "cnnfast"):
+        assert tuning.tune_steps([None], seconds=0) == []  # type: ignore[list-item]
+    assert caplog.messages == ["out of time: 1 of 1 steps keep the plans they have"]
+    assert capfd.readouterr() == ("", "")
 
 
 def test_tuning_needs_the_check(monkeypatch: pytest.MonkeyPatch) -> None:

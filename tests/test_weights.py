@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 import re
+import traceback
+import warnings
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -62,9 +64,48 @@ def test_code_in_a_checkpoint_is_not_run(
     fake_entry(monkeypatch, contents)
     path = tmp_path / "weights.tar"
     path.write_bytes(contents)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(WeightsError) as caught:
         load_weights("dcgan_faces", path)
+    assert str(caught.value) == (
+        "gan_face_generate/weights.tar of gan-face-generate==1.1.1 cannot be loaded: it asks for print: tensors, "
+        "numbers and strings are read, no code is run"
+    )
     assert "code in the checkpoint ran" not in capsys.readouterr().out
+
+
+def everything_said(error: BaseException) -> str:
+    return "".join(traceback.format_exception(error))
+
+
+@pytest.mark.parametrize("value", [Evil(), torch.nn.Linear(1, 1), {"deep": [Evil()]}], ids=["call", "module", "deep"])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
+def test_a_refused_pickle_comes_with_no_advice_to_run_it(value: object, zipped: bool) -> None:
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="it asks for (print|torch.nn.modules.linear.Linear)") as caught:
+        weights.load_tensors(buffer.getvalue())
+    for advice in ("weights_only", "add_safe_globals", "safe_globals", "trust"):
+        assert advice not in everything_said(caught.value), advice
+
+
+def test_damage_is_a_value_error() -> None:
+    """Whatever torch raises for it (it knows a dozen kinds), and without a warning."""
+    good = checkpoint({"a": torch.arange(100.0), "b": [1, 2.5, "x", None], "c": {"d": (True,)}})
+    assert torch.equal(weights.load_tensors(good)["a"], torch.arange(100.0))
+    random = Random(0)
+    refused = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(400):
+            bad = bytearray(good)
+            for _ in range(random.choice([1, 8])):
+                bad[random.randrange(len(bad))] = random.randrange(256)
+            try:
+                weights.load_tensors(bytes(bad[: random.choice([len(bad), random.randrange(len(bad))])]))
+            except ValueError as error:
+                refused += 1
+                assert "weights_only" not in str(error)
+    assert refused > 200
 
 
 def test_unknown_names_are_refused() -> None:

@@ -4,32 +4,45 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from ..layers import Sequential
-from ..weights import PRETRAINED, load_weights
+from ..messages import one_line
+from ..ncnn import by_order
+from ..weights import PRETRAINED, WeightsError, load_weights
 from .dcgan import DCGANConfig, DCGANGenerator
+from .rrdb import RRDB, RRDBConfig
+from .span import SPAN, SPANConfig
+from .srvgg import SRVGG, SRVGGConfig
+from .waifu2x import CUNet, CUNetConfig, UpConv7, UpConv7Config
 
 __all__ = ["DCGANConfig", "DCGANGenerator", "create_model", "list_models"]
 
 
 @dataclass(frozen=True)
 class _Family:
-    """A configuration class and the module that it configures."""
+    """A configuration, and the module that it configures."""
 
-    config: type
+    config: Any
     module: Callable[..., nn.Module]
 
 
-# A name in PRETRAINED has trained weights; its family's default configuration is theirs.
+# A name in PRETRAINED has trained weights, those of the configuration here.
 _MODELS: Mapping[str, _Family] = MappingProxyType(
     {
-        "dcgan": _Family(DCGANConfig, DCGANGenerator),
-        "dcgan_faces": _Family(DCGANConfig, DCGANGenerator),
+        "dcgan": _Family(DCGANConfig(), DCGANGenerator),
+        "dcgan_faces": _Family(DCGANConfig(), DCGANGenerator),
+        "span_x2": _Family(SPANConfig(), SPAN),
+        "span_x4": _Family(SPANConfig(scale=4), SPAN),
+        **{f"cunet_noise{level}": _Family(CUNetConfig(), CUNet) for level in range(4)},
+        "upconv7_x2": _Family(UpConv7Config(), UpConv7),
+        "srvgg_x4": _Family(SRVGGConfig(), SRVGG),
+        "rrdb_x4": _Family(RRDBConfig(), RRDB),
+        "rrdb_anime_x4": _Family(RRDBConfig(blocks=6), RRDB),
     }
 )
 
@@ -73,8 +86,12 @@ def create_model(
         )
     if pretrained and config:
         raise ValueError(f"the trained weights of {name!r} fix its configuration: drop {', '.join(sorted(config))}")
-    model = family.module(family.config(**config), sequential=sequential)
+    model = family.module(replace(family.config, **config), sequential=sequential)
     if pretrained:
-        model.load_state_dict(load_weights(name, weights_file))
+        state = load_weights(name, weights_file)
+        try:
+            model.load_state_dict(by_order(model, state) if PRETRAINED[name].by_order else state)
+        except ValueError as error:
+            raise WeightsError(f"the weights of {name!r} are not those of its network: {one_line(error)}") from error
         model.eval()
     return model

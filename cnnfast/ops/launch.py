@@ -53,7 +53,8 @@ OBSERVER: Callable[[Step, Operands, bool], None] | None = None
 def constants(
     plan: Plan, precision: Precision, step: Step, channels_last: bool, slopes: int, big: bool
 ) -> dict[str, Any]:
-    """Compile-time arguments of `conv_transpose_kernel`. Sizes of the batch and the image are not among them."""
+    """Compile-time arguments of `kernels.conv_transpose.conv_transpose_kernel`: the sizes of batch and image are
+    not among them."""
     low = plan.lowering
     s, layout = low.spec, weight_layout(low)
     params = (*step.activation.params, 0.0, 0.0)

@@ -1,8 +1,8 @@
 """The fused step without gradients as a `torch.library` operator, and what `torch.compile` sees of any step.
 
-``cnnfast::conv_block`` runs `run_step` without gradients; it has no derivative, and says so where one is asked for.
-Steps with gradients on a GPU are the operators of `library_training`. Plain eager calls skip this boundary (it costs 14
-to 60 us).
+``cnnfast::conv_block`` runs `core.run_step` without gradients; it has no derivative, and says so where one is asked
+for. Steps with gradients on a GPU are the operators of `library_training`. Plain eager calls skip this boundary (it
+costs 14 to 60 us).
 """
 
 from __future__ import annotations

@@ -1,1 +1,29 @@
-"""Whole jobs on top of the library, for the command line. Nothing of the library imports them."""
+"""Whole jobs on top of the library, for the command line and for programs. Nothing of the library imports them.
+
+``enhance(image, ...)`` and ``Enhancer`` (which keeps its networks for many pictures) are loaded on first use. Modules
+are named after the work and functions after what they do, so that no name means both.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .enhancement import Enhancer as Enhancer
+    from .enhancement import enhance as enhance
+
+_EXPORTS = {"Enhancer": "enhancement", "enhance": "enhancement"}
+
+__all__ = [*_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

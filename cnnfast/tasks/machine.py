@@ -1,45 +1,126 @@
-"""What a job needs of this machine, said before any work: packages, the device."""
+"""What a job needs of this machine, said before any work: packages, the device, memory."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
+import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
-from .. import env
+from .. import env, onednn
+from ..messages import CnnfastError, UsageError, one_line
+from ..onednn import InstructionSet
 
-__all__ = ["REQUIRES", "choose_device", "device_text", "obstacle"]
+__all__ = [
+    "REQUIRES",
+    "choose_device",
+    "choose_dtype",
+    "device_text",
+    "memory_to_use",
+    "require",
+    "require_memory",
+    "size_in_bytes",
+]
+
+_DEFAULT_MEMORY = 2.0 * 2**30  # free, where the system does not tell
 
 # package -> module: the extra ``demo``
 REQUIRES: Mapping[str, str] = MappingProxyType({"matplotlib": "matplotlib", "pillow": "PIL", "tqdm": "tqdm"})
 
 
-def obstacle(job: str, requires: Mapping[str, str], device: str | None) -> str | None:
-    """Why ``job`` cannot run here (a missing package, a device that torch cannot use), or None."""
-    missing = [package for package, module in requires.items() if importlib.util.find_spec(module) is None]
+def require(job: str, packages: Mapping[str, str]) -> None:
+    """CnnfastError where a package that ``job`` needs is not installed."""
+    missing = [package for package, module in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
-        return f"{job} needs {', '.join(missing)}: pip install {' '.join(missing)}"
-    if device is None:
-        return None
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        return f"--device {device}: {str(error).splitlines()[0]}"
-    problem = env.cuda_error() if kind == "cuda" else None
-    return None if problem is None else f"--device {device}: {problem}"
+        raise CnnfastError(f"{job} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The device asked for, else CUDA where torch can use it, else the CPU; warns of a GPU that torch cannot use."""
+    """The device asked for, else CUDA where torch can use it, else the CPU; warns of a GPU that torch cannot use.
+
+    UsageError for one that torch does not know or cannot compute on (``meta`` among them).
+    """
+    chosen = None if device is None else _usable(device)
     problem = env.nvidia_problem()
     if problem is not None:
         print(f"WARNING: {problem}\nThe CPU is used instead.\n")
-    return torch.device(device or ("cuda" if env.cuda_error() is None else "cpu"))
+    return chosen or torch.device("cuda" if env.cuda_error() is None else "cpu")
+
+
+def _usable(text: str) -> torch.device:
+    device = env.device_of(text)
+    problem = env.cuda_error() if device.type == "cuda" else None
+    try:
+        if problem is None and torch.ones(2, device=device).sum().item() != 2:
+            problem = "a sum on it is wrong"
+    except Exception as error:  # each kind of device fails in its own way
+        problem = one_line(error, name=False)
+    if problem is not None:
+        raise UsageError(f"--device {text}: {problem}")
+    return torch.device("cpu") if device.type == "cpu" else device  # there is one, whatever its number
+
+
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for; None: float16 on a GPU, float32 on a CPU, which is exact and on most of them the fastest.
+    UsageError for half precision on a CPU without instructions for it."""
+    if name is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if device.type == "cpu" and name != "float32":
+        found = onednn.instruction_set()
+        needed = {"bfloat16": InstructionSet.AVX512_BF16, "float16": InstructionSet.AMX_FP16}[name]
+        if found < needed:
+            raise UsageError(f"--dtype {name}: this CPU has no instructions for it ({found.name}): use float32")
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def require_memory(need: int, what: str) -> None:
+    """CnnfastError where this machine has less than ``need`` bytes. Linux would grant them, and end the process when
+    they are used."""
+    try:
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not told here
+        return
+    if need > have > 0:
+        raise CnnfastError(
+            f"out of memory: {what} needs at least {need / 2**30:,.0f} GiB, this machine has {have / 2**30:,.0f}"
+        )
 
 
 def device_text(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{env.cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def memory_to_use(device: torch.device) -> float:
+    """Bytes that a job may take by itself: half of what is free on ``device``, or on this machine and in its group of
+    processes (cgroup)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2
+    free = [_DEFAULT_MEMORY]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")] or free
+    except (OSError, ValueError, IndexError):  # not told here
+        pass
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = (group / "memory.max").read_text(), (group / "memory.current").read_text()
+        free.append(float(limit) - float(used))
+    except (OSError, ValueError):  # no limit is "max"
+        pass
+    return max(min(free), 0.0) / 2
+
+
+def size_in_bytes(text: str) -> float:
+    """The value of ``--memory``: 512M, 4G, a plain number of bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?\s*", text, re.IGNORECASE)
+    value = float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ") if found else 0.0
+    if value < 2**20:
+        raise argparse.ArgumentTypeError(f"expected a size of at least 1M, such as 512M or 4G, got {text!r}")
+    return value

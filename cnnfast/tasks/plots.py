@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..fetch import write_atomically
+from ..files import write_atomically
 
 __all__ = ["draw_curves", "grid", "save_grid"]
 

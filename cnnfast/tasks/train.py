@@ -6,6 +6,7 @@ Writes into the output folder: ``checkpoint.pt`` after every epoch, ``samples/ep
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import replace
@@ -16,94 +17,128 @@ import numpy as np
 import torch
 
 from ..env import __version__
+from ..files import make_output_dir
+from ..generators import DCGANConfig
+from ..messages import CnnfastError, UsageError, one_line
 from .checkpoint import CheckpointError, load_checkpoint, load_generator, save_checkpoint
-from .data import DataError, load_images
-from .gan import CHANGEABLE, CURVES, Options, Trainer
+from .data import load_images
+from .gan import CHANGEABLE, CURVES, Options, Trainer, least_memory
 from .interrupt import Interrupt
-from .machine import REQUIRES, choose_device, device_text, obstacle
+from .machine import REQUIRES, choose_device, device_text, require, require_memory
 from .plots import draw_curves, save_grid
 
 __all__ = ["CHECKPOINT", "run", "sample"]
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, SAMPLES = "checkpoint.pt", "samples"
 _SAMPLES = 64
 # Values stay on a GPU for this many steps: reading them waits for it.
 _CHECK_EVERY = {"cpu": 1, "cuda": 10}
 
 
-class Diverged(RuntimeError):
+class Diverged(CnnfastError):
     """A loss or weight that is not finite."""
+
+
+class TrainingError(CnnfastError):
+    """A training that began and ended early; the message says why, and what is left of it."""
 
 
 def run(*, resume: bool = False, **given: Any) -> int:
     """Train with `gan.Options` ``given``; with ``resume`` go on from the checkpoint in the output folder.
 
-    Prints to standard output. The exit status: 0 when trained; 1 where the training diverged or a file could not be
-    written (the last good checkpoint stays); 2 where it cannot start (a message says why); 128 + the signal's number
-    after an interruption.
+    Prints to standard output. The exit status: 0 when trained, 128 + the signal's number after an interruption.
+    UsageError for options that cannot be, CnnfastError or OSError where it cannot start; `TrainingError` where it
+    diverged, ran out of memory or could not write (the last good checkpoint stays).
     """
-    reason = obstacle("train", REQUIRES, given.get("device"))
-    try:
-        if reason is not None:
-            raise ValueError(reason)
-        options, state = _options(resume, given)
-        options.output.mkdir(parents=True, exist_ok=True)
-        device = choose_device(options.device)
-        trainer = Trainer(options, load_images(options.data, options.image_size), device)
-        if state is not None:
-            trainer.restore(state)
-    except (ValueError, DataError, CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    require("train", REQUIRES)
+    options, state = _options(resume, given)
+    path = options.output / CHECKPOINT
+    device = choose_device(options.device)
+    config = DCGANConfig(options.nz, options.width, 1, options.image_size)
+    what = f"--width {options.width}, --image-size {options.image_size}, --batch-size {options.batch_size}"
+    require_memory(least_memory(config, options.batch_size if device.type == "cpu" else 0), what)
+    make_output_dir(options.output)
+    trainer = Trainer(options, load_images(options.data, options.image_size), device)
+    if state is not None:
+        _restore(trainer, state, path)
+        left = options.epochs * trainer.steps_per_epoch - trainer.steps
+        if left < 0:
+            raise UsageError(f"--epochs {options.epochs}: {path} is past that, {_where(trainer)}")
+        if left == 0:
+            print(f"nothing to do: {path} is {_where(trainer)}; more with --epochs {options.epochs + 1} or above")
+            return 0
+    make_output_dir(options.output / SAMPLES)
     print(f"cnnfast {__version__}, torch {torch.__version__}, {device_text(device)}")
     print(_about(trainer))
     try:
         with Interrupt("stopping after this step (once more: at once)") as interrupt:
-            status = _train(trainer, interrupt)
-    except (Diverged, OSError) as error:
-        print(f"error: {error}\n{_remains(options.output)}", file=sys.stderr)
-        return 1
+            return _train(trainer, interrupt)
+    except BrokenPipeError:  # nobody listens
+        raise
     except KeyboardInterrupt:
         print(f"\nstopped at once. {_remains(options.output)}", file=sys.stderr)
         return 130
-    return status
+    except Exception as error:
+        raise TrainingError(f"{one_line(error)}. {_remains(options.output)}") from error
 
 
 def sample(checkpoint: Path, output: Path, count: int, seed: int) -> int:
-    """Write a PNG grid of ``count`` images by a checkpoint's generator; the exit status."""
-    reason = obstacle("sample", {"pillow": REQUIRES["pillow"]}, None)
-    try:
-        if reason is not None:
-            raise CheckpointError(reason)
-        model = load_generator(checkpoint)
-        z = torch.randn(count, model.config.nz, 1, 1, generator=torch.Generator().manual_seed(seed))
-        with torch.inference_mode():
-            save_grid(output, model(z))
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    """Write a PNG grid of ``count`` images by a checkpoint's generator; the exit status. UsageError, CheckpointError
+    or OSError where that cannot be."""
+    require("sample", {"pillow": REQUIRES["pillow"]})
+    if not os.path.isfile(checkpoint):
+        raise UsageError(f"{checkpoint} is not a file: expected a checkpoint.pt of `python -m cnnfast train gan`")
+    if output.is_dir():
+        raise UsageError(f"--output {output} is a folder: expected the name of a PNG")
+    model = load_generator(checkpoint)
+    config = model.config
+    require_memory(count * 4 * (config.nz + config.nc * config.image_size**2), f"--count {count}")
+    make_output_dir(output.parent)
+    z = torch.randn(count, config.nz, 1, 1, generator=torch.Generator().manual_seed(seed))
+    with torch.inference_mode():
+        save_grid(output, torch.cat([model(part) for part in z.split(_SAMPLES)]))
     print(f"wrote {output}")
     return 0
 
 
 def _options(resume: bool, given: dict[str, Any]) -> tuple[Options, dict[str, Any] | None]:
     """The options of this run and the checkpoint it goes on from."""
-    options = Options(**given)
+    try:
+        options = Options(**given)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     path = options.output / CHECKPOINT
     if not resume:
-        if path.exists():
-            raise CheckpointError(f"{path} exists: go on from it with --resume, or choose another --output")
+        if os.path.lexists(path):
+            raise UsageError(f"{path} exists: go on from it with --resume, or choose another --output")
         return options, None
+    if not os.path.isfile(path):
+        raise UsageError(f"{path} is not a file: there is no checkpoint to go on from; train without --resume first")
     state = load_checkpoint(path)
-    before = Options(**state["options"], epochs=state["epochs"], layers=state["layers"])
+    try:
+        before = Options(**state["options"], epochs=state["epochs"], layers=state["layers"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged: its options: {one_line(error)}") from error
     for name in given:
         old, new = getattr(before, name), getattr(options, name)
         if name not in CHANGEABLE and old != new:
             flag = f"--{name.replace('_', '-')}"
-            raise CheckpointError(
-                f"{flag} {new}: {path} was trained with {old}; drop {flag} or choose another --output"
-            )
+            raise UsageError(f"{flag} {new}: {path} was trained with {old}; drop {flag} or choose another --output")
     return replace(before, **{name: given[name] for name in CHANGEABLE if name in given}), state
+
+
+def _restore(trainer: Trainer, state: dict[str, Any], path: Path) -> None:
+    try:
+        trainer.restore(state)
+    except ValueError as error:  # other images
+        raise UsageError(str(error)) from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _where(trainer: Trainer) -> str:
+    epochs, steps = divmod(trainer.steps, trainer.steps_per_epoch)
+    return f"at epoch {epochs}" + (f" and step {steps} of the next" if steps else "")
 
 
 def _about(trainer: Trainer) -> str:
@@ -127,7 +162,10 @@ def _remains(output: Path) -> str:
     path = output / CHECKPOINT
     if not path.exists():
         return "There is no checkpoint yet."
-    return f"{path} is as it was after step {load_checkpoint(path)['steps']}. {_go_on(output)}"
+    try:
+        return f"{path} is as it was after step {load_checkpoint(path)['steps']}. {_go_on(output)}"
+    except CheckpointError as error:
+        return str(error)
 
 
 def _train(trainer: Trainer, interrupt: Interrupt) -> int:
@@ -201,7 +239,7 @@ def _finish_epoch(trainer: Trainer, checked: int) -> None:
     _save(trainer, checked)
     output = trainer.options.output
     epoch = trainer.steps // trainer.steps_per_epoch
-    save_grid(output / "samples" / f"epoch_{epoch:04d}.png", trainer.sample(trainer.fixed_noise(_SAMPLES)))
+    save_grid(output / SAMPLES / f"epoch_{epoch:04d}.png", trainer.sample(trainer.fixed_noise(_SAMPLES)))
     history = trainer.history().numpy()
     curve = dict(zip(CURVES, history.T, strict=True))
     unit = trainer.loss.unit
