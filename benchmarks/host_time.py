@@ -24,7 +24,8 @@ from torch import nn
 import cnnfast
 from cnnfast.activations import Activation
 from cnnfast.files import write_atomically
-from cnnfast.gpu import conv
+from cnnfast.gpu.observers import observed
+from cnnfast.norms import Norm
 from cnnfast.ops.run import run_step
 from cnnfast.spec import ConvSpec
 from cnnfast.step import Operands, Step
@@ -57,7 +58,7 @@ def _operands(spec: ConvSpec, batch: int, size: int, dtype: torch.dtype) -> Oper
     x = torch.randn(batch, spec.in_channels, size, size).to(dtype, memory_format=torch.channels_last)
     weight = torch.randn(spec.weight_shape).to(dtype, memory_format=torch.channels_last)
     vectors = {name: torch.rand(spec.out_channels).to(dtype) + 0.5 for name in ("mean", "var", "scale", "shift")}
-    return Operands(x, weight, eps=1e-5, **vectors)
+    return Operands(x, weight, **vectors)
 
 
 def triton_calls(dtype: torch.dtype = torch.float16) -> list[HostCall]:
@@ -70,7 +71,7 @@ def triton_calls(dtype: torch.dtype = torch.float16) -> list[HostCall]:
     }
     for name, (channels_in, channels_out, stride, padding, batch, size) in shapes.items():
         spec = ConvSpec.make(channels_in, channels_out, 4, stride, padding, ndim=2)
-        step, o = Step(spec, Activation("relu")), _operands(spec, batch, size, dtype)
+        step, o = Step(spec, Activation("relu"), norm=Norm("running")), _operands(spec, batch, size, dtype)
         calls.append(
             HostCall(
                 f"run_step, BatchNorm and ReLU, {name}",
@@ -100,12 +101,10 @@ def triton_calls(dtype: torch.dtype = torch.float16) -> list[HostCall]:
 
 def launches(call: Callable[[], object]) -> list[str]:
     """The plans that one call launches."""
-    before, conv.LAUNCHES = conv.LAUNCHES, []
-    try:
+    seen: list[str] = []
+    with observed(launch=seen.append):
         call()
-        return conv.LAUNCHES
-    finally:
-        conv.LAUNCHES = before
+    return seen
 
 
 BLOCKS: dict[str, Callable[[int, int], list[nn.Module]]] = {

@@ -19,6 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import cnnfast
+from cnnfast.gpu.observers import observed
 
 from .timers import captured
 from .workload import Implementation, NotAvailable, Prepared, Workload
@@ -103,18 +104,10 @@ def path_of(call: Callable[[], object], gradients: bool = False) -> str:
     """What ran in a call: Triton launches by plan, operators by name, as observed (not as planned). In inference mode,
     unless it takes ``gradients``."""
     launches: list[str] = []
-    conv = None
-    if importlib.util.find_spec("triton") is not None:
-        from cnnfast.gpu import conv  # type: ignore[no-redef]
-
-        before, conv.LAUNCHES = conv.LAUNCHES, launches
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports to stderr that it starts and stops
-    try:
-        with torch.inference_mode(not gradients), profile(activities=[ProfilerActivity.CPU]) as trace:
+    with observed(launch=launches.append), torch.inference_mode(not gradients):
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
             call()
-    finally:
-        if conv is not None:
-            conv.LAUNCHES = before
     seen = Counter({f"Triton {name}": n for name, n in Counter(launches).items()})
     for event in trace.events() or ():
         if event.name in _PATHS:

@@ -1,21 +1,39 @@
-"""Which backend runs a step, and why not another one."""
+"""Which backend runs a step: the context's choice, and the backends to ask."""
 
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
+from importlib import import_module
+from typing import NamedTuple, Protocol
 
 import torch
 from torch.autograd import forward_ad
 
-from .norms import NormCall
-from .step import Operands
+from .step import Operands, Step
 
-__all__ = ["BACKENDS", "backend", "check_backend", "is_batched", "needs_gradient", "resolve_backend", "watched"]
+__all__ = [
+    "Arrangement",
+    "BACKENDS",
+    "Backend",
+    "Planned",
+    "WATCHED",
+    "backend",
+    "channels_last_inside",
+    "check_backend",
+    "choose",
+    "is_batched",
+    "needs_gradient",
+    "refusal",
+    "resolve_backend",
+    "watched",
+]
 
 
 BACKENDS = ("auto", "triton", "aten")
+WATCHED = "a tensor subclass, transform, tracer, dispatch mode or forward-mode AD is active"
 _current: contextvars.ContextVar[str] = contextvars.ContextVar("cnnfast_backend", default="auto")
 
 
@@ -50,6 +68,80 @@ def backend(name: str) -> Iterator[None]:
         _current.reset(token)
 
 
+def refusal(reason: str) -> RuntimeError:
+    """What an explicit ``backend="triton"`` raises where it cannot run."""
+    return RuntimeError(f'backend="triton" cannot run this: {reason}')
+
+
+# --- what a backend is ------------------------------------------------------------------------------------------------
+
+
+class Planned(NamedTuple):
+    """A step of a chain, as a backend arranges it. ``slopes``: elements of PReLU's weight; ``instance_norm``: that is
+    its norm's module, in either mode; ``synchronised``: statistics are of all processes, as PyTorch's module takes them
+    on a GPU only."""
+
+    step: Step
+    ndim: int
+    dtype: torch.dtype
+    slopes: int
+    instance_norm: bool
+    synchronised: bool
+    weight_channels_last: bool
+
+
+class Arrangement(NamedTuple):
+    """How a chain of steps runs: whether each result is channels-last; why the modules of a step run as they stand, or
+    None; whether the input is brought to channels-last."""
+
+    channels_last: tuple[bool, ...]
+    as_modules: tuple[str | None, ...]
+    convert: bool = False
+
+
+class Backend(Protocol):
+    """`cnnfast.gpu.backend` and `cnnfast.cpu.backend`: modules. PyTorch's operators come after them, always."""
+
+    def why_not(self, step: Step, o: Operands, *, channels_last: bool, training: bool, required: bool) -> str | None:
+        """Why `run` should not take these operands, or None. ``training``: with gradients, or with statistics of what
+        the convolution gives. ``required``: an explicit ``backend="triton"``, which takes what is right, if slow."""
+
+    def run(
+        self, step: Step, o: Operands, *, channels_last: bool, training: bool, required: bool
+    ) -> torch.Tensor | None:
+        """The step on operands that nobody watches: x (N, C, H, W) -> the result in x's dtype and the memory format
+        asked for, differentiable any number of times. The weight may be in a wider dtype than x. None where it turns
+        out here that PyTorch's operators must run; RuntimeError then if ``required``."""
+
+    def arrange(
+        self, steps: Sequence[Planned], shapes: Sequence[torch.Size], eager: Sequence[bool], *, gradient: bool
+    ) -> Arrangement | str:
+        """``shapes`` and ``eager`` (whether eager mode's tensor is channels-last) of the input and of each result. A
+        string: why all modules run as they stand."""
+
+
+def channels_last_inside(eager: Sequence[bool]) -> Arrangement:
+    """Channels-last but for the last result, which is as eager mode's."""
+    steps = len(eager) - 1
+    return Arrangement((*(True,) * (steps - 1), eager[-1]), (None,) * steps)
+
+
+def choose(x: torch.Tensor, name: str) -> tuple[Backend, ...]:
+    """The backends to ask for x where the context's choice, or the caller's, is ``name``. The only place where one is
+    imported: the GPU's needs Triton."""
+    if name == "triton" or name == "auto" and x.is_cuda:
+        return _backends(".gpu.backend")
+    return _backends(".cpu.backend") if x.device.type == "cpu" else ()
+
+
+@lru_cache
+def _backends(name: str) -> tuple[Backend, ...]:
+    return (import_module(name, __package__),)
+
+
+# --- what takes part in a call ----------------------------------------------------------------------------------------
+
+
 def is_batched(grad: torch.Tensor) -> bool:
     """Whether a backward is of a batch of gradients at once (``is_grads_batched=True``, `torch.func.vmap`): PyTorch's
     operators know how, and such a tensor has no memory of its own."""
@@ -57,7 +149,7 @@ def is_batched(grad: torch.Tensor) -> bool:
     return functorch.is_legacy_batchedtensor(grad) or functorch.peek_interpreter_stack() is not None
 
 
-def needs_gradient(o: Operands | NormCall) -> bool:
+def needs_gradient(o: Operands) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in o)

@@ -13,16 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .norms import NormCall, Partials, per_channel
+from .norms import Norm, Partials, per_channel
+from .step import Operands
 
 __all__ = ["gather", "merged", "no_second_derivative", "shared", "synchronised"]
 
 
-def shared(call: NormCall | None) -> bool:
-    """Whether the statistics of ``call`` are those of several processes."""
-    if call is None or call.process_group is None or not call.measured:
+def shared(norm: Norm | None, o: Operands) -> bool:
+    """Whether the statistics of ``norm`` are those of several processes."""
+    if norm is None or o.group is None or not norm.measured:
         return False
-    return dist.get_world_size(call.process_group) > 1
+    return dist.get_world_size(o.group) > 1
 
 
 def merged(parts: Partials) -> Partials:
@@ -62,7 +63,7 @@ class _Synchronised(torch.autograd.Function):
     """``x -> (x - mean) / deviation * weight + bias`` by PyTorch's operators, mean and deviation of all processes."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, call: NormCall) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm, o: Operands) -> Tensor:
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         dims = (0, *range(2, x.dim()))
         number = x.numel() // x.shape[1]
@@ -71,17 +72,17 @@ class _Synchronised(torch.autograd.Function):
         else:
             var = mean = wide.new_zeros(x.shape[1])
         mine = Partials(mean.new_full((1, 1), number), mean.view(1, 1, -1), (var * number).view(1, 1, -1))
-        everyone = gather(mine, call.process_group)
+        everyone = gather(mine, o.group)
         count, mean, m2 = (t[0, 0].to(wide.dtype) for t in merged(everyone))
-        _update(call, mean, m2 / (count - 1).clamp_min(1))
-        rstd = torch.rsqrt(m2 / count + call.norm.eps)
+        _update(o, mean, m2 / (count - 1).clamp_min(1))
+        rstd = torch.rsqrt(m2 / count + norm.eps)
         y = (wide - per_channel(mean, x)) * per_channel(rstd, x)
         if weight is not None:
             y = y * per_channel(weight.to(y.dtype), x)
         if bias is not None:
             y = y + per_channel(bias.to(y.dtype), x)
         ctx.save_for_backward(x, weight, mean, rstd, count)
-        ctx.group, ctx.bias_dtype = call.process_group, None if bias is None else bias.dtype
+        ctx.group, ctx.bias_dtype = o.group, None if bias is None else bias.dtype
         return y.to(x.dtype)
 
     @staticmethod
@@ -96,22 +97,23 @@ class _Synchronised(torch.autograd.Function):
         db = None if ctx.bias_dtype is None else sums[0].to(ctx.bias_dtype)
         dw = None if weight is None else sums[1].to(weight.dtype)
         if not ctx.needs_input_grad[0]:
-            return None, dw, db, None
+            return None, dw, db, None, None
         total = sums.clone()  # dw and db are this process's own
         dist.all_reduce(total, group=ctx.group)
         mean1, mean2 = total / count
         dx = dz - per_channel(mean1, x) - xhat * per_channel(mean2, x)
         scale = rstd if weight is None else rstd * weight.to(rstd.dtype)
-        return (dx * per_channel(scale, x)).to(x.dtype), dw, db, None
+        return (dx * per_channel(scale, x)).to(x.dtype), dw, db, None, None
 
 
-def _update(call: NormCall, mean: Tensor, unbiased: Tensor) -> None:
-    for running, new in ((call.running_mean, mean), (call.running_var, unbiased)):
+def _update(o: Operands, mean: Tensor, unbiased: Tensor) -> None:
+    for running, new in ((o.mean, mean), (o.var, unbiased)):
         if running is not None:
-            running.copy_(running.to(new.dtype) * (1 - call.momentum) + new * call.momentum)
+            running.copy_(running.to(new.dtype) * (1 - o.momentum) + new * o.momentum)
 
 
-def synchronised(x: Tensor, call: NormCall) -> Tensor:
-    """The batch norm of x with the statistics of all processes of its group, by PyTorch's operators; once
+def synchronised(norm: Norm, o: Operands) -> Tensor:
+    """The batch norm of ``o.x`` with the statistics of all processes of its group, by PyTorch's operators; once
     differentiable."""
-    return _Synchronised.apply(x, call.weight, call.bias, call)
+    # Beside its own arguments, only numbers and running tensors are read of the operands.
+    return _Synchronised.apply(o.x, o.scale, o.shift, norm, o.after(None)._replace(scale=None, shift=None))  # type: ignore[arg-type]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import Activation, activation_derivative
-from .memory_format import to_format
 from .norm_sync import shared, synchronised
-from .norms import NormCall, check_sizes, per_channel
+from .norms import Norm, check_values, per_channel
 from .spec import ConvSpec, summed_taps
-from .step import NormHow, Operands, Step
+from .step import Operands, Step
 
 __all__ = [
     "Grads",
@@ -33,10 +31,9 @@ __all__ = [
     "conv_block",
     "conv_weight",
     "epilogue",
+    "finish",
     "gather_conv",
-    "norm_by_torch",
     "run_reference",
-    "step_by_torch",
     "upsample_conv",
 ]
 
@@ -163,26 +160,17 @@ def upsample_conv(
 
 
 def run_reference(step: Step, o: Operands) -> torch.Tensor:
-    """The step by torch's own operators, as an unfused model would run it: any dtype, any device, differentiable."""
-    if step.upsample is None:
-        y = conv(step.pad_input(o.x), o.weight, o.bias, step.spec)
+    """The step by torch's own operators, as an unfused model would run it: any dtype, any device, differentiable. A
+    weight in a wider dtype than x is cast to x's."""
+    s, u, y = step.spec, step.upsample, o.x
+    if s is None:
+        return finish(step, o)
+    weight = o.weight.to(y.dtype)
+    if u is None:
+        y = conv(step.pad_input(y), weight, o.bias, s)
     else:
-        u = step.upsample
-        y = upsample_conv(o.x, o.weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
-    scale, shift = o.scale, o.shift
-    if o.mean is not None:
-        y = F.batch_norm(y, o.mean, o.var, scale, shift, training=False, eps=o.eps)
-        scale = shift = None
-    return epilogue(y, scale, shift, o.residual, step.activation, o.slope)
-
-
-def step_by_torch(step: Step, o: Operands, norm: NormCall | None, channels_last: bool) -> torch.Tensor:
-    """The step by PyTorch's operators, which differentiate it."""
-    if norm is None:
-        return to_format(run_reference(step, o), channels_last)
-    u = run_reference(replace(step, activation=Activation()), o._replace(residual=None, slope=None))
-    check_sizes(u, norm)
-    return to_format(norm_by_torch(u, norm, o.residual, step.activation, o.slope), channels_last)
+        y = upsample_conv(y, weight, o.bias, u.scale, u.padding, u.mode, s.groups)
+    return finish(step, o._replace(x=y))
 
 
 # These save their result in either form. In place, other activations would keep a copy of their input, or save their
@@ -190,81 +178,70 @@ def step_by_torch(step: Step, o: Operands, norm: NormCall | None, channels_last:
 _IN_PLACE = {"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_}
 
 
-def norm_by_torch(
-    x: Tensor, call: NormCall | None, residual: Tensor | None, activation: Activation, slope: Tensor | None
-) -> Tensor:
-    """``act(norm(x) + residual)`` as an unfused model computes it, in place where autograd allows that."""
-    if call is None:
-        y = x
-    else:
-        y = synchronised(x, call) if shared(call) else _norm(x, call)
-    ours = call is not None and not y._is_view()
-    if residual is not None:
-        dtype = torch.promote_types(y.dtype, residual.dtype)
+def finish(step: Step, o: Operands) -> Tensor:
+    """Norm, residual and activation of ``step`` on its convolution's result ``o.x``, as an unfused model computes them,
+    in place where autograd allows that."""
+    norm, activation = step.norm, step.activation
+    if norm is None or norm.kind == "affine":
+        y = epilogue(o.x, o.scale, o.shift, o.residual, activation, o.slope)
+        return y.clone() if norm is not None and y is o.x else y
+    check_values(o.x.shape, norm, several=o.group is not None)
+    y = synchronised(norm, o) if shared(norm, o) else _norm(norm, o)
+    ours = not y._is_view()
+    if o.residual is not None:
+        dtype = torch.promote_types(y.dtype, o.residual.dtype)
         # What computed y saved its input, not y.
-        y = y.add_(residual) if ours and y.dtype == dtype else y + residual
+        y = y.add_(o.residual) if ours and y.dtype == dtype else y + o.residual
         ours = True
     in_place = _IN_PLACE.get(activation.name)
     if in_place is not None and ours and not torch.compiler.is_compiling():
         return in_place(y)
-    return activation(y, None if slope is None else slope.to(y.dtype))
+    return activation(y, None if o.slope is None else o.slope.to(y.dtype))
 
 
-def _norm(x: Tensor, call: NormCall) -> Tensor:
-    kind = call.norm.kind
-    if kind == "affine":
-        return _affine(x, call.weight, call.bias)
-    running = [t for t in (call.running_mean, call.running_var) if t is not None]
-    vectors = {t.dtype for t in (*running, call.weight, call.bias) if t is not None}
+def _norm(norm: Norm, o: Operands) -> Tensor:
+    x = o.x
+    running = [t for t in (o.mean, o.var) if t is not None]
+    vectors = {t.dtype for t in (*running, o.scale, o.shift) if t is not None}
     if vectors <= {x.dtype} or (x.dtype.itemsize == 2 and vectors == {torch.float32}):
-        return _unfused(x, call)
+        return _unfused(norm, o)
     # Dtypes that PyTorch does not combine: everything in the widest, running tensors written back.
     wide = torch.float64 if torch.float64 in {x.dtype, *vectors} else torch.float32
-    tensors: dict[str, Any] = {k: v.to(wide) for k, v in call._asdict().items() if isinstance(v, Tensor)}
-    y = _unfused(x.to(wide), call._replace(**tensors)).to(x.dtype)
-    if call.use_input_stats:
-        for name in ("running_mean", "running_var"):
-            given = getattr(call, name)
+    named = {"x": x, "mean": o.mean, "var": o.var, "scale": o.scale, "shift": o.shift}
+    tensors: dict[str, Any] = {k: v.to(wide) for k, v in named.items() if v is not None}
+    y = _unfused(norm, o._replace(**tensors)).to(x.dtype)
+    if norm.measured:
+        for name in ("mean", "var"):
+            given = named[name]
             if given is not None and tensors[name] is not given:
                 given.copy_(tensors[name])
     return y
 
 
-def _unfused(x: Tensor, call: NormCall) -> Tensor:
-    norm, weight, bias, mean, var, measured, momentum, _ = call
+def _unfused(norm: Norm, o: Operands) -> Tensor:
+    x, mean, var, weight, bias = o.x, o.mean, o.var, o.scale, o.shift
     if norm.kind == "group":
         # Of channels-last tensors, PyTorch's CPU kernel computes E[x^2] - E[x]^2.
         x = x.contiguous() if x.device.type == "cpu" else x
         return F.group_norm(x, norm.groups, weight, bias, norm.eps)
-    if norm.kind == "instance" and measured and x.shape[0] != 1:
-        return F.instance_norm(x, mean, var, weight, bias, measured, momentum, norm.eps)
-    if norm.kind == "instance":
-        # Of one image it is the batch norm (whose gradient is right where that of F.instance_norm is not, on a CPU, for
-        # a channels-last gradient), without the check of F.batch_norm that eps is positive.
-        cudnn = torch.backends.cudnn.enabled
-        return torch.batch_norm(x, weight, bias, mean, var, measured, momentum, norm.eps, cudnn)
-    return F.batch_norm(x, mean, var, weight, bias, measured, momentum, norm.eps)
+    if norm.kind == "instance" and x.shape[0] != 1:
+        return F.instance_norm(x, mean, var, weight, bias, True, o.momentum, norm.eps)
+    if norm.kind == "batch":
+        return F.batch_norm(x, mean, var, weight, bias, True, o.momentum, norm.eps)
+    # Of one image, InstanceNorm is the batch norm (whose gradient is right where that of F.instance_norm is not, on a
+    # CPU, for a channels-last gradient), without the check of F.batch_norm that eps is positive.
+    return torch.batch_norm(
+        x, weight, bias, mean, var, norm.measured, o.momentum, norm.eps, torch.backends.cudnn.enabled
+    )
 
 
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """``x * weight + bias``, rounded once."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y = x.to(wide)
-    if weight is not None:
-        y = y * per_channel(weight.to(wide), x)
-    if bias is not None:
-        y = y + per_channel(bias.to(wide), x)
-    return y.to(x.dtype, copy=y is x)
-
-
-def composition(x: Tensor, call: NormCall | None) -> Tensor:
-    """The norm of x (N, C, ...) made of elementary operations, in float32 or x's wider dtype; differentiable any
+def composition(norm: Norm | None, o: Operands) -> Tensor:
+    """The norm of ``o.x`` (N, C, ...) made of elementary operations, in float32 or x's wider dtype; differentiable any
     number of times, its statistics included. Running tensors stay as they are."""
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
-    if call is None:
+    y = o.x.to(torch.promote_types(o.x.dtype, torch.float32))
+    if norm is None:
         return y
-    norm = call.norm
-    if call.measured:
+    if norm.measured:
         shape, dims = y.shape, tuple(range(2, y.dim()))
         if norm.kind == "group":
             y, dims = y.reshape(shape[0], norm.groups, math.prod(shape[1:]) // norm.groups), (2,)
@@ -272,45 +249,46 @@ def composition(x: Tensor, call: NormCall | None) -> Tensor:
             dims = (0, *dims)
         var, mean = torch.var_mean(y, dims, correction=0, keepdim=True)
         y = ((y - mean) * torch.rsqrt(var + norm.eps)).reshape(shape)
-    elif norm.kind != "affine":
-        assert call.running_mean is not None and call.running_var is not None
-        mean, var = (per_channel(t.detach().to(y.dtype), y) for t in (call.running_mean, call.running_var))
+    elif norm.kind == "running":
+        assert o.mean is not None and o.var is not None
+        mean, var = (per_channel(t.detach().to(y.dtype), y) for t in (o.mean, o.var))
         y = (y - mean) * torch.rsqrt(var + norm.eps)
-    if call.weight is not None:
-        y = y * per_channel(call.weight.to(y.dtype), y)
-    if call.bias is not None:
-        y = y + per_channel(call.bias.to(y.dtype), y)
+    if o.scale is not None:
+        y = y * per_channel(o.scale.to(y.dtype), y)
+    if o.shift is not None:
+        y = y + per_channel(o.shift.to(y.dtype), y)
     return y
 
 
 def backward_by_torch(
     grad: Tensor,
     s: Saved,
-    how: NormHow,
+    step: Step,
     need: Grads | tuple[bool, ...],
     reduce: Any = None,
     terms: dict[str, Tensor] | None = None,
 ) -> Grads:
-    """`norm_launch.backward` by its equations, in float32 or x's wider dtype. Not differentiable: mean and deviation
-    are constants here. ``terms`` gets what the gradients of the vectors are sums of."""
+    """`norm_act_backward.backward` by its equations, in float32 or x's wider dtype. Not differentiable: mean and
+    deviation are constants here. ``terms`` gets what the gradients of the vectors are sums of."""
     need_x, need_weight, need_bias, need_residual, need_slope = need
     wide = torch.promote_types(s.x.dtype, torch.float32)
     x, dz = s.x.to(wide), grad.to(wide)
-    (n, c), dims, join = x.shape[:2], (0, 2, 3), how.join(x.shape[1])
+    (n, c), dims, norm = x.shape[:2], (0, 2, 3), step.norm
+    join = 1 if norm is None else norm.join(c)
 
     def spread(v: Tensor) -> Tensor:
         """(S, C / join) or (C,) against x."""
         return v.to(wide).reshape(-1, c // join).repeat_interleave(join, 1)[..., None, None]
 
     rstd, xhat = torch.ones((), dtype=wide, device=x.device), x
-    if s.mean is not None and s.rstd is not None and how.norm is not None:
-        rstd = spread(s.rstd) if how.measured else torch.rsqrt(spread(s.rstd) + how.norm.eps)
+    if s.mean is not None and s.rstd is not None and norm is not None:
+        rstd = spread(s.rstd) if norm.measured else torch.rsqrt(spread(s.rstd) + norm.eps)
         xhat = (x - spread(s.mean)) * rstd
     weight = torch.ones_like(rstd) if s.weight is None else per_channel(s.weight.to(wide), x)
     out: dict[str, Tensor | None] = {}
-    if how.of:
+    if step.of:
         at = s.other
-        if how.of == "x":
+        if step.of == "x":
             z = xhat * weight if s.bias is None else xhat * weight + per_channel(s.bias.to(wide), x)
             at = z if s.other is None else z + s.other.to(wide)
             if need_slope and s.slope is not None:
@@ -319,7 +297,7 @@ def backward_by_torch(
                 if terms is not None:
                     terms["slope"] = by_element
         assert at is not None
-        dz = dz * activation_derivative(how.activation, at.to(wide), s.slope, of=how.of)
+        dz = dz * activation_derivative(step.activation, at.to(wide), s.slope, of=step.of)
     sums = torch.stack([dz.sum(dims), (dz * xhat).sum(dims)])
     if terms is not None:
         terms |= {"bias": dz, "weight": dz * xhat}
@@ -331,12 +309,12 @@ def backward_by_torch(
         out["residual"] = dz
     if need_x:
         dx = dz * weight
-        if how.measured:
+        if norm is not None and norm.measured:
             if reduce is not None:
                 total, number = reduce(sums)
                 mean1, mean2 = (per_channel(v, x) * weight / number for v in total)
             else:
-                segments = n if how.each else 1
+                segments = n if norm.per_image else 1
                 mean1, mean2 = (spread(_means(v, segments, c // join)) for v in (dx, dx * xhat))
             dx = dx - mean1 - xhat * mean2
         out["x"] = dx * rstd
@@ -362,7 +340,7 @@ class Grads(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Of the forward: its tensors, and ``other``, the result or the residual as `NormHow.of` says (or None)."""
+    """Of the forward: its tensors, and ``other``, the result or the residual as `Step.of` says (or None)."""
 
     x: Tensor
     weight: Tensor | None

@@ -1,8 +1,8 @@
 """One fused step: what it computes (`Step`) and the tensors it reads (`Operands`).
 
-A step is ``act((conv(x) + bias - mean) * rsqrt(var + eps) * scale + shift + residual)`` where every part but the
-convolution is optional: a BatchNorm in eval mode gives all of mean, var, scale and shift; `cnnfast.ops` gives scale and
-shift alone. Fusion builds steps from modules, `ops` from arguments; every backend runs them.
+A step is ``act(norm(conv(x) + bias) + residual)``, every part optional: a BatchNorm in eval mode is a norm of kind
+"running"; a scale and a shift that `cnnfast.ops` is given one of kind "affine". Fusion builds steps from modules, `ops`
+from arguments; every backend runs them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,18 @@ from .activations import Activation
 from .norms import Norm
 from .spec import ConvSpec, collapse_upsample
 
-__all__ = ["NormHow", "Operands", "PADDING_MODES", "Step", "Upsample", "how_of", "plain_step", "upsample_step"]
+__all__ = [
+    "Operands",
+    "PADDING_MODES",
+    "Step",
+    "Upsample",
+    "convolution_of",
+    "norm_step",
+    "plain_step",
+    "step_key",
+    "step_of",
+    "upsample_step",
+]
 
 
 PADDING_MODES = ("zeros", "replicate", "reflect")
@@ -36,17 +47,20 @@ class Upsample:
 
 @dataclass(frozen=True)
 class Step:
-    """``spec`` is the 2-D convolution that runs on the input padded by ``pad`` in ``pad_mode`` (replicate or reflect).
+    """``spec`` is the 2-D convolution that runs on the input padded by ``pad`` in ``pad_mode`` (replicate or reflect);
+    None where the step is only what follows one.
 
     With ``upsample``, the step is an upsampling and a plain convolution whose weight (C_out, C_in/g, kh, kw) is summed
-    to the weight of ``spec`` (`reference.conv_weight`).
+    to the weight of ``spec`` (`reference.conv_weight`). ``residual``: something is added ahead of the activation.
     """
 
-    spec: ConvSpec
+    spec: ConvSpec  # or None: see above
     activation: Activation = None  # type: ignore[assignment]  # identity: Dynamo (2.11) traces no objects as defaults
     upsample: Upsample | None = None
     pad: tuple[int, int] = (0, 0)
     pad_mode: str = "replicate"
+    norm: Norm | None = None
+    residual: bool = False
 
     def __post_init__(self) -> None:
         if self.activation is None:
@@ -54,14 +68,38 @@ class Step:
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.spec, self.activation, self.upsample, self.pad, self.pad_mode))
+        return hash((self.spec, self.activation, self.upsample, self.pad, self.pad_mode, self.norm, self.residual))
 
     def __hash__(self) -> int:  # steps are dictionary keys on the path of every call
         return self._hash
 
+    @property
+    def measured(self) -> bool:
+        """Whether it normalises by the statistics of what the convolution gives."""
+        return self.norm is not None and self.norm.measured
+
+    @cached_property
+    def bare(self) -> Step:
+        """The convolution alone."""
+        return convolution_of(self)
+
+    @cached_property
+    def tail(self) -> Step:
+        """What follows the convolution."""
+        return norm_step(self.norm, self.residual, self.activation)
+
+    @cached_property
+    def of(self) -> str:
+        """What a backward of ``tail`` takes the activation's derivative of: the result ("y"); the activation's input
+        ("x"), which it computes again; or neither ("")."""
+        saves = self.activation.saves()
+        return saves if self.residual or not saves else "x"
+
     def output_size(self, input_size: Sequence[int]) -> tuple[int, ...]:
         """Spatial size of the output. ValueError where it would not be positive, or the input is too small to
         reflect."""
+        if self.spec is None:
+            return tuple(input_size)
         if self.pad_mode == "reflect" and any(p >= n for p, n in zip(self.pad, input_size, strict=True)):
             raise ValueError(f"reflecting {self.pad} pixels takes a larger input than {tuple(input_size)}")
         return self.spec.output_size([n + 2 * p for n, p in zip(input_size, self.pad, strict=True)])
@@ -73,7 +111,11 @@ class Step:
 
     def describe(self) -> str:
         """Which layer, for people."""
-        s, kernel = self.spec, self.spec.kernel_size
+        s = self.spec
+        if s is None:
+            norm = [] if self.norm is None else [f"{self.norm.kind} norm"]
+            return " + ".join([*norm, *["residual"] * self.residual, self.activation.name])
+        kernel = s.kernel_size
         if self.upsample is not None:
             kernel = tuple(k - r + 1 for k, r in zip(kernel, self.upsample.scale, strict=True))
         kind = "upsample + conv" if self.upsample is not None else "conv_transpose" if s.transposed else "conv"
@@ -81,17 +123,30 @@ class Step:
 
     def concerns(self, step: Step) -> bool:
         """Whether ``step`` or its gradients run this step: itself, its convolution alone, or its input's gradient."""
-        if self == step or self == Step(step.spec, self.activation):
-            return True
-        s, output_padding = step.spec, self.spec.output_padding
+        s = step.spec
+        if self == step or s is None or self.spec is None:
+            return self == step
         adjoint = replace(
             s,
             transposed=not s.transposed,
             in_channels=s.out_channels,
             out_channels=s.in_channels,
-            output_padding=output_padding,  # that of the input's size
+            output_padding=self.spec.output_padding,  # that of the input's size
         )
-        return self == Step(adjoint)
+        return self in (Step(s, self.activation), Step(adjoint))
+
+
+_IDENTITY = Activation()
+
+
+def convolution_of(step: Step) -> Step:
+    """`Step.bare`, for code that Dynamo traces."""
+    return Step(step.spec, _IDENTITY, step.upsample, step.pad, step.pad_mode)
+
+
+def norm_step(norm: Norm | None, residual: bool = False, activation: Activation = _IDENTITY) -> Step:
+    """``act(norm(x) + residual)``, without a convolution."""
+    return Step(None, activation, norm=norm, residual=residual)  # type: ignore[arg-type]
 
 
 def plain_step(spec: ConvSpec, mode: str = "zeros", activation: Activation = Activation()) -> Step:  # noqa: B008
@@ -137,28 +192,107 @@ def upsample_step(
     return Step(spec, activation, u, pad)
 
 
+# --- steps by their keys ----------------------------------------------------------------------------------------------
+
+
+def step_key(step: Step) -> str:
+    """All of a step but the sizes of its weight, which may be symbolic where this is traced: what `torch.library`'s
+    operators take for it, and `step_of` reads. (Built of single numbers: Dynamo formats no tuples.)"""
+    s, u, norm, act = step.spec, step.upsample, step.norm, step.activation
+    conv = ""
+    if s is not None and u is not None:
+        conv = f"up {_numbers(u.scale)} {_numbers(u.padding)} {u.mode} {s.groups}"
+    elif s is not None:
+        kind, mode = "t" if s.transposed else "c", step.pad_mode if step.pad[0] or step.pad[1] else "zeros"
+        conv = (
+            f"{kind} {_numbers(s.stride)} {_numbers(s.padding)} {_numbers(s.output_padding)} {_numbers(s.dilation)} "
+            f"{_numbers(step.pad)} {mode} {s.groups}"
+        )
+    after = "" if norm is None else f"{norm.kind} {norm.groups} {float(norm.eps)!r}"
+    return f"{conv}|{after}|{'+' if step.residual else ''}|{act.name} {_numbers(act.params)}"
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ",".join([repr(v) for v in values])
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(int(v) for v in text.split(","))
+
+
+def _made(key: str, weight_shape: Sequence[int]) -> Step:
+    conv, after, residual, act = key.split("|")
+    name, params = act.split(" ")
+    activation = Activation(name, tuple(float(p) for p in params.split(",") if p))
+    norm = None
+    if after:
+        kind, of, eps = after.split(" ")
+        norm = Norm(kind, int(of), float(eps))
+    if not conv:
+        return norm_step(norm, bool(residual), activation)
+    how, *numbers, groups = conv.split(" ")
+    first, second, *kernel = weight_shape
+    each = second * int(groups)
+    if how == "up":
+        scale, padding, mode = _ints(numbers[0]), _ints(numbers[1]), numbers[2]
+        upsample = Upsample((scale[0], scale[1]), (padding[0], padding[1]), mode)
+        step = upsample_step(each, first, (kernel[0], kernel[1]), upsample, int(groups), activation)
+    else:
+        c_in, c_out = (first, each) if how == "t" else (each, first)
+        stride, padding, output_padding, dilation, pad = (_ints(n) for n in numbers[:5])
+        ints = (tuple(kernel), stride, padding, output_padding, dilation)
+        spec = ConvSpec(how == "t", c_in, c_out, *ints, int(groups))
+        step = Step(spec, activation, None, (pad[0], pad[1]), "replicate" if numbers[5] == "zeros" else numbers[5])
+    return replace(step, norm=norm, residual=bool(residual))
+
+
+_known_step = lru_cache(maxsize=4096)(_made)
+
+
+def step_of(key: str, weight_shape: Sequence[int] = ()) -> Step:
+    """The step with this `step_key` whose layer has a weight of this (4-D) shape."""
+    symbolic = any(isinstance(n, torch.SymInt) for n in weight_shape)
+    return _made(key, weight_shape) if symbolic else _known_step(key, tuple(weight_shape))
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
 class Operands(NamedTuple):
     """The tensors of one call. x (N, C_in, H, W); weight in the layer's own shape; residual like the output; every
-    other one of C_out elements (``slope``, PReLU's weight, of 1 or C_out)."""
+    other one of C_out elements (``slope``, PReLU's weight, of 1 or C_out).
+
+    ``scale`` and ``shift`` are the norm's weight and bias; ``mean`` and ``var`` its statistics where it is of kind
+    "running". A norm that measures moves them, in place, by ``momentum`` towards the input's statistics, as
+    `torch.nn.functional.batch_norm` and ``instance_norm`` do it (the variance unbiased). ``group``: its statistics are
+    those of all processes of this group together (SyncBatchNorm).
+    """
 
     x: torch.Tensor
-    weight: torch.Tensor
+    weight: torch.Tensor = None  # type: ignore[assignment]  # of a step without a convolution
     bias: torch.Tensor | None = None
     mean: torch.Tensor | None = None
     var: torch.Tensor | None = None
-    eps: float = 0.0
     scale: torch.Tensor | None = None
     shift: torch.Tensor | None = None
     residual: torch.Tensor | None = None
     slope: torch.Tensor | None = None
+    momentum: float = 0.1  # the factor itself, never None
+    group: Any = None
 
-    def folded(self, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(scale, shift) that stand for bias, mean, var, scale and shift together, computed in ``dtype``."""
+    def after(self, u: torch.Tensor) -> Operands:
+        """Of what follows the convolution, whose result is ``u``."""
+        return self._replace(x=u, weight=None, bias=None)  # type: ignore[arg-type]
+
+    def folded(
+        self, norm: Norm | None, dtype: torch.dtype = torch.float32
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(scale, shift) that stand for bias and ``norm``, of kind "running" or "affine", together, in ``dtype``."""
         scale = None if self.scale is None else self.scale.to(dtype)
         shift = None if self.shift is None else self.shift.to(dtype)
         offset = None if self.bias is None else self.bias.to(dtype)
-        if self.var is not None:
-            inv = torch.rsqrt(self.var.to(dtype) + self.eps)
+        if norm is not None and self.var is not None:
+            inv = torch.rsqrt(self.var.to(dtype) + norm.eps)
             scale = inv if scale is None else inv * scale
         if self.mean is not None:
             offset = -self.mean.to(dtype) if offset is None else offset - self.mean.to(dtype)
@@ -166,47 +300,3 @@ class Operands(NamedTuple):
             offset = offset if scale is None else offset * scale
             shift = offset if shift is None else shift + offset
         return scale, shift
-
-
-@dataclass(frozen=True)
-class NormHow:
-    """What a launch computes beside its tensors. ``norm`` None: residual and activation alone. ``measured``: the
-    statistics are of the input, and depend on it; otherwise they are constants, and rstd is the running variance."""
-
-    norm: Norm | None
-    measured: bool
-    activation: Activation
-    channels_last: bool  # the result
-    dtype: torch.dtype  # of the result
-    residual: bool = False
-
-    @cached_property
-    def _hash(self) -> int:
-        return hash((self.norm, self.measured, self.activation, self.channels_last, self.dtype, self.residual))
-
-    def __hash__(self) -> int:  # a key on the path of every call
-        return self._hash
-
-    @cached_property
-    def of(self) -> str:
-        """What the activation's derivative is taken of: the result ("y"); the activation's input ("x"), which the
-        backward computes again; or neither ("")."""
-        saves = self.activation.saves()
-        return saves if self.residual or not saves else "x"
-
-    def join(self, channels: int) -> int:
-        """Channels that share statistics."""
-        return channels // self.norm.groups if self.norm is not None and self.norm.kind == "group" else 1
-
-    @property
-    def each(self) -> bool:
-        """Whether every image has its own statistics."""
-        return self.measured and self.norm is not None and self.norm.per_image
-
-    @property
-    def eps(self) -> float:
-        return 0.0 if self.norm is None else float(self.norm.eps)
-
-
-how_of = lru_cache(maxsize=4096)(NormHow)
-"""The same object for equal arguments: its hash is known, and keys that hold it compare at once."""

@@ -13,13 +13,14 @@ import torch
 
 from cnnfast.activations import Activation
 from cnnfast.gpu.devices import precision_of, target_device
+from cnnfast.norms import Norm
 from cnnfast.spec import ConvSpec
 from cnnfast.step import Operands, Step, Upsample, plain_step, upsample_step
 from cnnfast.tolerance import expected
 
 from .tolerance import assert_close
 
-__all__ = ["Case", "PRECISIONS", "check", "conv", "reference", "upsample"]
+__all__ = ["Case", "PRECISIONS", "check", "conv", "fitted", "reference", "upsample"]
 
 CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 
@@ -56,6 +57,10 @@ class Case:
     channels_last: bool = True
     plan: tuple[tuple[str, Any], ...] = ()
 
+    def __post_init__(self) -> None:
+        norm = Norm("running") if self.norm else None
+        object.__setattr__(self, "step", replace(self.step, norm=norm, residual=self.residual))
+
     def operands(self, dtype: torch.dtype, device: torch.device | str) -> Operands:
         """Standard normal input, weights of about unit gain; the same numbers for every dtype and device."""
         g = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
@@ -72,7 +77,7 @@ class Case:
         o = Operands(x, weight, rand(c, to=dtype) if self.bias else None)
         if self.norm:
             var = torch.rand(c, generator=g) + 0.1
-            o = o._replace(mean=rand(c), var=var, eps=1e-5, scale=rand(c), shift=rand(c))
+            o = o._replace(mean=rand(c), var=var, scale=rand(c), shift=rand(c))
         if self.residual:
             o = o._replace(residual=rand(self.batch, c, *self.step.output_size(self.size), to=dtype))
         if self.slopes:
@@ -82,6 +87,14 @@ class Case:
             x=o.x.contiguous(memory_format=self.x_format),
             weight=o.weight.contiguous(memory_format=self.weight_format),
         )
+
+
+def fitted(step: Step, o: Operands) -> Step:
+    """``step`` with the norm and the residual for which ``o`` has tensors."""
+    affine = o.scale is not None or o.shift is not None
+    kind = "running" if o.mean is not None else "affine" if affine else None
+    norm = step.norm if step.norm is not None and step.norm.kind == kind else Norm(kind) if kind else None
+    return replace(step, norm=norm, residual=o.residual is not None)
 
 
 def conv(

@@ -68,13 +68,13 @@ def interpreter() -> None:
 
 
 @pytest.fixture
-def launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launches(device: torch.device) -> Iterator[list[str]]:
     """The plans of the Triton launches of the test, in order."""
-    from cnnfast.gpu import conv as launch
+    from cnnfast.gpu.observers import observed
 
     record: list[str] = []
-    monkeypatch.setattr(launch, "LAUNCHES", record)
-    return record
+    with observed(launch=record.append):
+        yield record
 
 
 @pytest.fixture

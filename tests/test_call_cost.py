@@ -5,6 +5,7 @@ No GPU: a driver for one that is not there records every launch and what it woul
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 import cnnfast
 from cnnfast.activations import Activation
 from cnnfast.gpu.conv_choice import BINARIES
+from cnnfast.norms import Norm
 from cnnfast.spec import ConvSpec
 from cnnfast.step import Operands, Step, Upsample, upsample_step
 
@@ -23,13 +25,14 @@ from benchmarks.rehearse.inspector import ARCHS, Call, recording  # noqa: E402
 from cnnfast.gpu import conv  # noqa: E402
 
 RELU = Activation("relu")
+BN = Norm("running")
 LAYERS = {
-    "dcgan": Step(ConvSpec.make(128, 64, 4, 2, 1), RELU),
-    "cyclegan": Step(ConvSpec.make(128, 64, 3, 2, 1, 1), RELU),
-    "rgb": Step(ConvSpec.make(64, 3, 4, 2, 1), Activation("tanh")),
-    "plain": Step(ConvSpec.make(64, 64, 3, 1, 1, transposed=False), RELU),
-    "upsample": upsample_step(64, 64, (3, 3), Upsample((2, 2), (1, 1))),
-    "vocoder": Step(ConvSpec.make(64, 32, (1, 16), (1, 8), (0, 4)), Activation("leaky_relu", (0.1,))),
+    "dcgan": Step(ConvSpec.make(128, 64, 4, 2, 1), RELU, norm=BN),
+    "cyclegan": Step(ConvSpec.make(128, 64, 3, 2, 1, 1), RELU, norm=BN),
+    "rgb": Step(ConvSpec.make(64, 3, 4, 2, 1), Activation("tanh"), norm=BN),
+    "plain": Step(ConvSpec.make(64, 64, 3, 1, 1, transposed=False), RELU, norm=BN),
+    "upsample": replace(upsample_step(64, 64, (3, 3), Upsample((2, 2), (1, 1))), norm=BN),
+    "vocoder": Step(ConvSpec.make(64, 32, (1, 16), (1, 8), (0, 4)), Activation("leaky_relu", (0.1,)), norm=BN),
 }
 # (batch, height, width): multiples of 16 and ones, on which Triton specialises arguments, odd ones, small and large.
 SIZES = (
@@ -47,7 +50,7 @@ def operands(step: Step, batch: int, h: int, w: int, dtype: torch.dtype = torch.
     weight = torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
     x = torch.empty(batch, s.in_channels, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
     vectors = [torch.empty(s.out_channels) for _ in range(4)]
-    return Operands(x, weight, None, vectors[0], vectors[1], 1e-5, vectors[2], vectors[3])
+    return Operands(x, weight, None, vectors[0], vectors[1], vectors[2], vectors[3])
 
 
 def binaries(calls: list[Call]) -> set[str]:

@@ -13,6 +13,7 @@ from cnnfast.activations import Activation
 from cnnfast.gpu.conv_choice import choose_plan
 from cnnfast.gpu.conv_plan import Plan, lower
 from cnnfast.gpu.devices import DEVICES
+from cnnfast.norms import Norm
 from cnnfast.spec import ConvSpec
 from cnnfast.step import Operands, Step
 
@@ -138,9 +139,9 @@ def report_of(arch: int, plan: Plan) -> Report:
         for shape in ((16, LONG.in_channels, 8, 8), LONG.weight_shape)
     )
     v = torch.empty(LONG.out_channels, dtype=torch.float16)
-    operands = Operands(x, weight, None, v, v, 1e-5, v, v)
+    operands = Operands(x, weight, None, v, v, v, v)
     with recording(arch) as calls:
-        conv.run(Step(LONG, Activation("relu")), operands, True, plan)
+        conv.run(Step(LONG, Activation("relu"), norm=Norm("running")), operands, True, plan)
     (call,) = calls
     report = Inspections(0).of([call.job])[call.job.key]
     assert isinstance(report, Report), report

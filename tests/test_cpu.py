@@ -18,11 +18,12 @@ from cnnfast.cpu import inference
 from cnnfast.cpu import methods as onednn
 from cnnfast.cpu.isa import InstructionSet, instruction_set
 from cnnfast.cpu.packing import PACKS
+from cnnfast.norms import Norm
 from cnnfast.reference import run_reference
 from cnnfast.spec import ConvSpec
 from cnnfast.step import Operands, Step
 
-from .cases import CHANNELS_LAST, CONTIGUOUS, Case, cast, conv, reference, upsample
+from .cases import CHANNELS_LAST, CONTIGUOUS, Case, cast, conv, fitted, reference, upsample
 from .tolerance import assert_close
 
 pytestmark = pytest.mark.skipif(onednn.why_missing() is not None, reason=str(onednn.why_missing()))
@@ -104,7 +105,7 @@ def operands(case: Case, dtype: torch.dtype, **changes: Any) -> Operands:
 
 
 def compare(case: Case, o: Operands, y: torch.Tensor) -> None:
-    exact, yardstick, before = reference(case.step, o, tf32=False)
+    exact, yardstick, before = reference(fitted(case.step, o), o, tf32=False)
     what = f"{case.id} {o.x.dtype} {inference.method_name(case.step, o.x.shape, o.x.dtype)}"
     assert_close(y, exact, yardstick, what, before)
 
@@ -118,7 +119,7 @@ def packed(step: Step, o: Operands, channels_last: bool = True) -> torch.Tensor:
 def run(case: Case, o: Operands, channels_last: bool = True) -> torch.Tensor:
     """`cpu.run`, which also takes what `cpu.why_not` rejects for its speed alone."""
     with torch.no_grad():
-        y = packed(case.step, o, channels_last)
+        y = packed(fitted(case.step, o), o, channels_last)
     assert y.dtype == o.x.dtype
     assert y.is_contiguous(memory_format=CHANNELS_LAST if channels_last else CONTIGUOUS)
     return y
@@ -196,14 +197,14 @@ def test_slopes_of_channels(channels: int, size: tuple[int, int], dtype: torch.d
 def test_parts_of_the_epilogue(case: Case, dtype: torch.dtype) -> None:
     """No bias; a norm without affine; scale or shift alone; norm after a bias, with a residual."""
     full = operands(case, dtype, norm=True, residual=True)
-    none = {"bias": None, "mean": None, "var": None, "eps": 0.0, "scale": None, "shift": None, "residual": None}
+    none = {"bias": None, "mean": None, "var": None, "scale": None, "shift": None, "residual": None}
     for keep in (
         (),
-        ("mean", "var", "eps"),
+        ("mean", "var"),
         ("scale",),
         ("bias", "shift"),
         ("bias", "scale", "shift", "residual"),
-        ("bias", "mean", "var", "eps", "scale", "shift", "residual"),
+        ("bias", "mean", "var", "scale", "shift", "residual"),
     ):
         o = full._replace(**{k: v for k, v in none.items() if k not in keep})
         compare(case, o, run(case, o))
@@ -425,8 +426,9 @@ def test_why_not_asks_the_rule_of_plain_convolutions() -> None:
     o = o._replace(x=o.x.contiguous())
     assert inference.why_not(step, o) is None and "conversions" in str(inference.why_not(step, o, channels_last=False))
     normed = operands(replace(case, slopes=64, norm=True), torch.float32)
-    assert inference.why_not(step, normed) is None
-    assert "a pass" in str(inference.why_not(step, normed._replace(mean=None, var=None, scale=None, shift=None)))
+    assert inference.why_not(fitted(step, normed), normed) is None
+    bare = normed._replace(mean=None, var=None, scale=None, shift=None)
+    assert "a pass" in str(inference.why_not(step, bare))
 
 
 def test_why_not_without_onednn() -> None:
@@ -496,8 +498,9 @@ def test_every_change_of_the_operands_is_seen(case: Case, dtype: torch.dtype) ->
         tensor.data.mul_(1.5)
         assert tensor._version == version
         compare(case, o, run(case, o))
-    o = o._replace(eps=1.0)
-    compare(case, o, run(case, o))
+    step = replace(case.step, norm=Norm("running", eps=1.0))
+    with torch.no_grad():
+        assert_close(packed(step, o), *reference(step, o, tf32=False)[:2], case.id)
 
 
 def test_batch_sizes_share_a_pack_and_a_second_call_packs_nothing() -> None:

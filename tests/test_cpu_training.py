@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,10 +22,10 @@ from cnnfast.activations import Activation
 from cnnfast.cpu import conv_autograd, inference, methods, training
 from cnnfast.cpu.conv_autograd import Ways, ways
 from cnnfast.cpu.isa import InstructionSet
-from cnnfast.norms import Norm, NormCall
+from cnnfast.norms import Norm
 from cnnfast.reference import run_reference
 from cnnfast.spec import ConvSpec
-from cnnfast.step import Operands, Step, Upsample, plain_step, upsample_step
+from cnnfast.step import Operands, Step, Upsample, norm_step, plain_step, upsample_step
 
 from .tolerance import assert_close
 
@@ -335,7 +336,7 @@ def test_upsampling_and_convolution(name: str, dtype: torch.dtype, monkeypatch: 
     few = name == "few"
     low = dtype != torch.float32
     compare(
-        lambda x, w, b: training.run(step, Operands(x, w, b), None, True),
+        lambda x, w, b: training.run(step, Operands(x, w, b), True),
         eager if few or not low else rounded,
         tensors,
         dtype,
@@ -387,9 +388,9 @@ def channels_last(norm: Norm) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def finish(norm: Norm | None, activation: Activation = Activation(), residual: Tensor | None = None):  # noqa: B008
     def f(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        call = None if norm is None else NormCall(norm, weight, bias)
         y = x.contiguous(memory_format=CL).clone(memory_format=CL)
-        return training._finish(y, call, activation, Operands(x, x, residual=residual))
+        o = Operands(y, scale=weight, shift=bias, residual=residual)
+        return training._finished(norm_step(norm, residual is not None, activation), o)
 
     return f
 
@@ -432,8 +433,8 @@ def test_running_statistics(name: str, mean: float) -> None:
     for _ in range(3):
         for stats in (expected, yardstick):
             F.batch_norm(x.to(stats[0].dtype), *stats, training=True, momentum=0.3)
-        call = NormCall(Norm(name), None, None, *found, True, 0.3)
-        training._finish(x.contiguous(memory_format=CL), call, Activation(), Operands(x, x))
+        o = Operands(x.contiguous(memory_format=CL), mean=found[0], var=found[1], momentum=0.3)
+        training._finished(norm_step(Norm(name)), o)
     for a, e, y in zip(found, expected, yardstick, strict=True):
         assert_close(a, e, y)
 
@@ -445,23 +446,23 @@ def test_two_forwards_then_a_backward() -> None:
     total = torch.zeros(())
     for mean in (0.0, 1000.0, 0.0):
         x = (torch.randn(4, 6, 8, 8) + mean).contiguous(memory_format=CL)
-        call = NormCall(Norm("batch"), weight, None, *running)
-        total = total + training._finish(x, call, Activation("relu"), Operands(x, x)).square().sum()
+        o = Operands(x, mean=running[0], var=running[1], scale=weight)
+        step = norm_step(Norm("batch"), False, Activation("relu"))
+        total = total + training._finished(step, o).square().sum()
     total.backward()
     assert weight.grad is not None and bool(weight.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("kind", ["batch", "instance"])
 @pytest.mark.parametrize("n", [1, 3])
-def test_running_statistics_in_use(kind: str, n: int) -> None:
+def test_running_statistics_in_use(n: int) -> None:
     x, weight, bias = torch.randn(n, 6, 5, 4), torch.rand(6) + 0.5, torch.randn(6)
     mean, var = torch.randn(6), torch.rand(6) + 0.5
     grad = torch.randn(x.shape).contiguous(memory_format=CL)
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         stats = mean.to(x.dtype), var.to(x.dtype)
-        call = NormCall(Norm(kind), weight, bias, *stats, use_input_stats=False)
-        return training._finish(x.contiguous(memory_format=CL), call, Activation(), Operands(x, x))
+        o = Operands(x.contiguous(memory_format=CL), None, None, *stats, weight, bias)  # type: ignore[arg-type]
+        return training._finished(norm_step(Norm("running")), o)
 
     def by_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.batch_norm(x.contiguous(), mean.to(x.dtype), var.to(x.dtype), weight, bias)
@@ -470,7 +471,7 @@ def test_running_statistics_in_use(kind: str, n: int) -> None:
     exact = gradients(by_torch, tensors, grad.contiguous(), torch.float64)
     yardstick = gradients(by_torch, tensors, grad.contiguous(), torch.float32)
     for a, e, y in zip(gradients(ours, tensors, grad, torch.float32), exact, yardstick, strict=True):
-        assert_close(a, e, y, kind)
+        assert_close(a, e, y)
 
 
 @pytest.mark.parametrize(
@@ -507,9 +508,9 @@ ACTS = [
 
 def whole(step: Step, norm: Norm | None, channels_last: bool):
     def f(x: Tensor, w: Tensor, b: Tensor, scale: Tensor, shift: Tensor, slope: Tensor, residual: Tensor) -> Tensor:
-        call = None if norm is None else NormCall(norm, scale, shift)
-        o = Operands(x, w, b, slope=slope if step.activation.name == "prelu" else None, residual=residual)
-        return training.run(step, o, call, channels_last)
+        s, vectors = slope if step.activation.name == "prelu" else None, (scale, shift) if norm is not None else ()
+        o = Operands(x, w, b, None, None, *(vectors or (None, None)), residual, s)
+        return training.run(replace(step, norm=norm, residual=True), o, channels_last)
 
     return f
 
@@ -545,8 +546,9 @@ def test_formats_and_dtypes(channels_last: bool, x_last: bool, dtype: torch.dtyp
     step = Step(ConvSpec.make(16, 12, 4, 2, 1), Activation("relu"))
     x = torch.randn(2, 16, 5, 6).to(dtype, memory_format=CL if x_last else torch.contiguous_format).requires_grad_()
     w = nn.Parameter((torch.randn(16, 12, 4, 4) / 8).to(dtype))
-    for norm in (None, NormCall(Norm("batch"), torch.ones(12), torch.zeros(12))):
-        y = training.run(step, Operands(x, w), norm, channels_last)
+    for norm in (None, Norm("batch")):
+        o = Operands(x, w) if norm is None else Operands(x, w, scale=torch.ones(12), shift=torch.zeros(12))
+        y = training.run(replace(step, norm=norm), o, channels_last)
         assert y.dtype == dtype
         assert y.is_contiguous(memory_format=CL if channels_last else torch.contiguous_format)
         x.grad = w.grad = None
@@ -558,7 +560,7 @@ def test_a_large_result_in_nchw() -> None:
     """Beyond the size at which the conversion is done in blocks."""
     step = Step(ConvSpec.make(8, 64, 2, 2), Activation())
     x, w = torch.randn(1, 8, 64, 64), torch.randn(8, 64, 2, 2)
-    ours = functools.partial(training.run, step, norm=None, channels_last=False)
+    ours = functools.partial(training.run, step, channels_last=False)
     assert ours(Operands(x, w)).is_contiguous()
     compare(
         lambda x, w: ours(Operands(x, w)),
@@ -577,11 +579,12 @@ def test_weights_are_packed_where_no_gradient_is_needed(kind: str, monkeypatch: 
     ran: list[torch.Tensor | None] = []
     real = inference.run
     monkeypatch.setattr(inference, "run", lambda step, o, last: ran.append(real(step, o, last)) or ran[-1])
-    expected = training.run(step, Operands(x, w), NormCall(Norm(kind)), True)
+    step = replace(step, norm=Norm(kind))
+    expected = training.run(step, Operands(x, w), True)
     assert not ran and expected.requires_grad
     with torch.no_grad():
         for met in range(2):
-            y = training.run(step, Operands(x, w), NormCall(Norm(kind)), True)
+            y = training.run(step, Operands(x, w), True)
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
             assert [done is not None for done in ran] == ([False, True][: met + 1] if kind == "instance" else [])
 
@@ -595,14 +598,14 @@ def test_autocast_does_not_round_products_in_float32(monkeypatch: pytest.MonkeyP
     )
     o = Operands(*(t.bfloat16() for t in operands(spec, (3, 4), torch.float32, True)))
     with torch.autocast("cpu", torch.bfloat16):
-        training.run(plain_step(spec), o, None, True)
+        training.run(plain_step(spec), o, True)
     assert seen == [torch.float32]
 
 
 def test_without_gradients_there_is_no_graph() -> None:
     step = Step(ConvSpec.make(100, 64, 4), Activation("relu"))
     with torch.no_grad():
-        y = training.run(step, Operands(torch.randn(2, 100, 1, 1), torch.randn(100, 64, 4, 4)), None, True)
+        y = training.run(step, Operands(torch.randn(2, 100, 1, 1), torch.randn(100, 64, 4, 4)), True)
     assert not y.requires_grad
 
 
@@ -612,6 +615,5 @@ def test_operands_are_not_written_to() -> None:
     before = [t.clone() for t in tensors]
     x, w, b, residual = tensors
     for norm in (None, *NORMS.values()):
-        call = None if norm is None else NormCall(norm)
-        training.run(step, Operands(x, w, b, residual=residual), call, True)
+        training.run(replace(step, norm=norm, residual=True), Operands(x, w, b, residual=residual), True)
     assert all(torch.equal(a, e) for a, e in zip(tensors, before, strict=True))

@@ -13,6 +13,7 @@ from cnnfast.ops import traced
 from cnnfast.spec import ConvSpec
 from cnnfast.step import Operands, Step, Upsample, plain_step, upsample_step
 
+from .cases import fitted
 from .tolerance import assert_close
 
 CASES = {
@@ -45,7 +46,6 @@ def operands(step: Step, shape: tuple[int, ...], requires_grad: bool = False) ->
         rand(c),
         mean=torch.randn(c, generator=g),
         var=torch.rand(c, generator=g) + 0.5,
-        eps=1e-5,
         scale=rand(c),
         shift=rand(c),
         slope=torch.rand(c, generator=g) if step.activation.name == "prelu" else None,
@@ -53,6 +53,7 @@ def operands(step: Step, shape: tuple[int, ...], requires_grad: bool = False) ->
 
 
 def arguments(step: Step, o: Operands, channels_last: bool) -> tuple[object, ...]:
+    step = fitted(step, o)
     recorded: list[tuple[object, ...]] = []
     with pytest.MonkeyPatch.context() as m:
         m.setattr(traced, "conv_block_op", lambda *args: recorded.append(args))

@@ -10,14 +10,15 @@ from cnnfast import dispatch
 from cnnfast.activations import Activation
 from cnnfast.gpu.devices import device_for
 from cnnfast.norm_sync import merged
-from cnnfast.norms import Norm, NormCall, Partials
-from cnnfast.ops.run import normalise
+from cnnfast.norms import Norm, Partials
+from cnnfast.ops.run import run_step
+from cnnfast.step import Operands, norm_step
 
 from .norm_cases import NormCase, check, compute, expect, spread
 from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="triton is not installed")
-from cnnfast.gpu import backend, norm_act, norm_act_plan  # noqa: E402
+from cnnfast.gpu import norm_act, norm_act_autograd, norm_act_plan  # noqa: E402
 
 RELU = Activation("relu")
 KINDS = [Norm("batch"), Norm("instance"), Norm("group", 5)]
@@ -160,7 +161,8 @@ def test_given_partials_are_taken(device: torch.device, launches: list[str]) -> 
     t = case.tensors(torch.float32, device)
     parts = norm_act.partials(t.x, False)
     launches.clear()
-    y = backend.normalise(t.x, case.call(t), None, RELU, None, parts, True, True)
+    y = norm_act_autograd.run(case.step, case.operands(t), parts, True, torch.float32, True)
+    assert y is not None
     assert launches == ["norm-merge", "norm-apply"]
     exact, yardstick = compute(case, t, torch.float64), compute(case, t, torch.float32)
     assert_close(y, exact["y"], yardstick["y"])
@@ -179,8 +181,8 @@ def test_running_statistics(kind: str, momentum: float, dtype: torch.dtype, devi
     before = torch.randn(10, generator=g), torch.rand(10, generator=g)
     ours = [v.clone().to(device) for v in before]
     versions = [v._version for v in ours]
-    call = NormCall(Norm(kind), running_mean=ours[0], running_var=ours[1], momentum=momentum)
-    normalise(x.to(device), call, None, Activation(), None, channels_last=False, backend="triton")
+    o = Operands(x.to(device), mean=ours[0], var=ours[1], momentum=momentum)
+    run_step(norm_step(Norm(kind)), o, channels_last=False, backend="triton")
     function = F.batch_norm if kind == "batch" else F.instance_norm
     results = []
     for wide in (torch.float64, torch.float32):
@@ -197,8 +199,7 @@ def test_running_statistics_of_other_dtypes_and_strides(device: torch.device) ->
     mean, var = torch.zeros(6, dtype=torch.float16), torch.ones(12)[::2]
     want = mean.float(), var.clone()
     mean, var = mean.to(device), torch.ones(12).to(device)[::2]
-    call = NormCall(Norm("batch"), running_mean=mean, running_var=var)
-    normalise(x, call, None, Activation(), None, channels_last=True, backend="triton")
+    run_step(norm_step(Norm("batch")), Operands(x, mean=mean, var=var), channels_last=True, backend="triton")
     F.batch_norm(x.cpu(), *want, training=True)
     torch.testing.assert_close(mean.cpu().float(), want[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(var.cpu(), want[1])
@@ -207,7 +208,6 @@ def test_running_statistics_of_other_dtypes_and_strides(device: torch.device) ->
 def test_statistics_without_a_gradient_do_not_record(device: torch.device) -> None:
     x = torch.randn(2, 4, 3, 3).to(device)
     with torch.no_grad():
-        y = normalise(
-            x.requires_grad_(), NormCall(Norm("batch")), None, RELU, None, channels_last=True, backend="triton"
-        )
+        step = norm_step(Norm("batch"), False, RELU)
+        y = run_step(step, Operands(x.requires_grad_()), channels_last=True, backend="triton")
     assert not y.requires_grad

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import cnnfast
-from cnnfast.norms import Norm, NormCall
+from cnnfast.norms import Norm
 from cnnfast.reference import composition
+from cnnfast.step import Operands
 
 from .tolerance import assert_close
 
@@ -67,11 +68,9 @@ def bound(name: str, call: Any) -> dict[str, Any]:
     return given.arguments
 
 
-def norm_call(name: str, a: dict[str, Any]) -> NormCall:
-    norm = Norm(name.removesuffix("_norm"), a.get("num_groups", 1), a["eps"])
+def norm_of(name: str, a: dict[str, Any]) -> Norm:
     measured = a.get("training", a.get("use_input_stats", True))
-    running = a.get("running_mean"), a.get("running_var")
-    return NormCall(norm, a["weight"], a["bias"], *running, use_input_stats=measured)
+    return Norm(name.removesuffix("_norm") if measured else "running", a.get("num_groups", 1), a["eps"])
 
 
 def elementary(name: str) -> Callable[..., Tensor]:
@@ -79,7 +78,10 @@ def elementary(name: str) -> Callable[..., Tensor]:
     yardstick of float32 arithmetic where everything cancels (two values of one channel)."""
 
     def function(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return composition(x, norm_call(name, bound(name, (x, args, kwargs))))
+        a = bound(name, (x, args, kwargs))
+        running = a.get("running_mean"), a.get("running_var")
+        o = Operands(x, None, None, *running, a["weight"], a["bias"])  # type: ignore[arg-type]
+        return composition(norm_of(name, a), o)
 
     return function
 

@@ -19,7 +19,7 @@ from cnnfast.gpu.why_not import why_not
 from cnnfast.spec import ConvSpec
 from cnnfast.step import Operands, Step
 
-from .cases import PRECISIONS, reference
+from .cases import PRECISIONS, fitted, reference
 from .conftest import conv_precision
 from .tolerance import assert_close
 
@@ -105,6 +105,7 @@ def test_random_spec(index: int, device: torch.device, launches: list[str], tall
 
     step = Step(spec.as_2d(), Activation(name))
     o = Operands(lift(x), lift(weight), bias, scale=scale, shift=shift, residual=lift(residual), slope=slope)
+    step = fitted(step, o)
     reason = why_not(step, o)
     few = min(spec.in_channels, spec.out_channels if spec.groups > 1 else 16) // spec.groups < 16
     assert (reason is not None) == (spec.in_channels // spec.groups < 16 or few), reason

@@ -23,10 +23,12 @@ from cnnfast.activations import ACTIVATIONS, Activation
 from cnnfast.cpu import inference as cpu_inference
 from cnnfast.cpu import methods
 from cnnfast.cpu import training as cpu_training
-from cnnfast.norms import Norm, NormCall
+from cnnfast.norms import Norm
 from cnnfast.spec import ConvSpec
-from cnnfast.step import Operands, Step, Upsample, plain_step, upsample_step
+from cnnfast.step import Operands, Step, Upsample, norm_step, plain_step, upsample_step
 from cnnfast.tolerance import expected, limits, verdict
+
+from .cases import fitted
 
 pytestmark = pytest.mark.skipif(methods.why_missing() is not None, reason=str(methods.why_missing()))
 
@@ -131,7 +133,7 @@ def operands(
     epilogue = r.choose.choice(("", "", "norm", "norm", "scale"))
     if epilogue == "norm":
         low = -2 if dtype == torch.float16 else -4
-        o = o._replace(mean=r.normal(c), var=r.powers(low, 1, c), eps=1e-5, scale=r.normal(c), shift=r.normal(c))
+        o = o._replace(mean=r.normal(c), var=r.powers(low, 1, c), scale=r.normal(c), shift=r.normal(c))
     elif epilogue == "scale":
         o = o._replace(scale=r.powers(-3, 1, c), shift=r.normal(c))
     if r.maybe(0.25):
@@ -146,6 +148,7 @@ def inference(r: Random, force: Callable[[type[methods.Method]], None]) -> Itera
         step, shape, weight_shape = random_step(r)
         dtype = r.dtype()
         o = operands(r, step, shape, weight_shape, dtype)
+        step = fitted(step, o)
         if cpu_inference.why_not(step, o) is None:
             break
     spec = step.spec
@@ -263,8 +266,9 @@ def norms(r: Random) -> Iterator[Result]:
         parts = x.split(1 if kind == "instance" else n)
         return torch.cat([F.batch_norm(part, None, None, weight, bias, True) for part in parts])
 
-    call = NormCall(Norm(kind, groups if kind == "group" else 1), weight, bias)
-    y = cpu_training._finish(x.clone(memory_format=CL), call, Activation(), Operands(x, x))
+    norm = Norm(kind, groups if kind == "group" else 1)
+    o = Operands(x.clone(memory_format=CL), scale=weight, shift=bias)
+    y = cpu_training._finished(norm_step(norm), o)
     exact = by_torch(x.contiguous().double())
     yield Result(f"{kind} {tuple(x.shape)} {groups}", y, exact, worst([by_torch(x.contiguous()), last(x)], exact))
 

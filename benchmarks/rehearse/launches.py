@@ -24,8 +24,8 @@ from cnnfast import dispatch
 from cnnfast.gpu import conv, why_not
 from cnnfast.gpu.conv_plan import Plan
 from cnnfast.gpu.devices import allocate, tf32_convolutions
+from cnnfast.nn import chain
 from cnnfast.nn.fusion import FusedStep, Unfused, plan_modules
-from cnnfast.ops import run as core
 from cnnfast.spec import Precision
 from cnnfast.step import Operands, Step
 
@@ -223,7 +223,7 @@ def _hooks(
     found: list[StepRun | Unrun], meta: nn.Sequential, steps: list[FusedStep], calls: list[Call]
 ) -> dict[str, Any]:
     """Wrappers of `run_step`, of the launch and of the kernels' launcher that write to ``found``."""
-    run_step, run, start = core.run_step, conv.run, conv.kernels.launch
+    run_step, run, start = chain.run_step, conv.run, conv.kernels.launch
 
     def step_seen(step: Step, o: Operands, *, channels_last: bool | None = None, **rest: Any) -> torch.Tensor:
         shape = (o.x.shape[0], step.spec.out_channels, *step.output_size(tuple(o.x.shape[2:])))
@@ -258,7 +258,7 @@ def _hooks(
         start(*args, **kwargs)
 
     return {
-        "cnnfast.ops.run.run_step": step_seen,
+        "cnnfast.nn.chain.run_step": step_seen,
         "cnnfast.gpu.conv.run": run_seen,
         "cnnfast.gpu.conv.kernels.launch": started,
     }

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 import cnnfast
 from cnnfast import dispatch
 from cnnfast.gpu.devices import tf32_convolutions
+from cnnfast.gpu.observers import observed
 
 from ..cases import Case
 from .inspector import Call, recording
@@ -42,7 +43,7 @@ class TrainingRun:
 
     forward: list[Call] = field(default_factory=list)
     backward: list[Call] = field(default_factory=list)
-    plans: list[str] = field(default_factory=list)  # names of the launches, as `ops.launch.LAUNCHES` has them
+    plans: list[str] = field(default_factory=list)  # names of the launches, as `observed` tells them
     by_torch: list[str] = field(default_factory=list)  # PyTorch's operators beside them that move data
     peak: int = 0
 
@@ -86,16 +87,13 @@ _FREE = {
 
 def record(case: Case, batch: int, numerics: str, arch: int) -> TrainingRun:
     """The second step of a model (the first one makes tables that later ones find)."""
-    from cnnfast.gpu import conv
-
     dtype, tf32 = NUMERICS[numerics]
     model, x = _model(case, dtype, cnnfast.Sequential), _input(case, batch, dtype)
     run = TrainingRun()
     with ExitStack() as stack:
         stack.enter_context(tf32_convolutions(tf32))
         calls = stack.enter_context(recording(arch))
-        stack.callback(setattr, conv, "LAUNCHES", conv.LAUNCHES)
-        conv.LAUNCHES = run.plans
+        stack.enter_context(observed(launch=run.plans.append))
         for _ in range(2):
             calls.clear(), run.plans.clear()
             model.zero_grad(set_to_none=True)

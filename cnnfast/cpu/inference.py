@@ -248,7 +248,7 @@ def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str |
     if plan.slower is not None or step.spec.transposed or step.upsample is not None:
         return plan.slower
     o = operands
-    norm = o.residual is None and (o.mean is not None or o.scale is not None)
+    norm = not step.residual and step.norm is not None
     slopes = 0 if o.slope is None else o.slope.numel()
     nchw = not channels_last and not x.is_contiguous(memory_format=torch.channels_last)
     return why_slower_plain(step, x.shape, x.dtype, norm=norm, slopes=slopes, nchw=nchw)
@@ -268,7 +268,7 @@ def _pack(method: Method, step: Step, o: Operands) -> tuple[Any, bool]:
     weight, u = o.weight.detach().float(), step.upsample
     if u is not None:
         weight = summed_weight(weight, u.scale, step.spec.groups, lowered=lowered_products())
-    scale, shift = o.folded()
+    scale, shift = o.folded(step.norm)
     if scale is not None:
         s = step.spec
         if s.transposed:  # (C_in, C_out/g, kh, kw): the input channels of a group share that group's outputs
@@ -331,9 +331,7 @@ def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor | N
     method, post, _, check_pays = plan
     vectors = (o.bias, o.mean, o.var, o.scale, o.shift)
     shape, dtype = x.shape, x.dtype
-    found = PACKS.get(
-        o.weight, lambda: (*_key(step, shape, dtype, lowered), o.eps), vectors, lambda: _pack(method, step, o)
-    )
+    found = PACKS.get(o.weight, lambda: _key(step, shape, dtype, lowered), vectors, lambda: _pack(method, step, o))
     if found is None:
         return None
     packed, finite = found

@@ -1,8 +1,4 @@
-"""Training steps on a CPU: a convolution (`cpu_convolution`), a norm, a residual and an activation, with gradients.
-
-All channels-last: norms by ATen where its statistics bear that, activations in place, an upsampling collapsed into its
-convolution where the weight's sums cost less than the arithmetic they save (measured; docs/facts.md).
-"""
+"""Norms in training on a CPU, channels-last: by ATen where its statistics bear that."""
 
 from __future__ import annotations
 
@@ -14,7 +10,8 @@ from torch import Tensor
 
 from ..dispatch import is_batched
 from ..memory_format import convert
-from ..norms import Norm, NormCall
+from ..norms import Norm
+from ..step import Operands
 
 # --- norm, residual, activation ---------------------------------------------------------------------------------------
 
@@ -28,37 +25,34 @@ def _is_far(mean: Tensor, inverse: Tensor, limit: float) -> bool:
     return bool((mean.detach().abs() * inverse.detach() > limit).any())
 
 
-def _shifted(y: Tensor, mean: Tensor, call: NormCall) -> tuple[Tensor, NormCall]:
-    """y less its ``mean`` (broadcast), in float32 at least, and ``call`` with vectors of that dtype."""
-    wide = torch.promote_types(y.dtype, torch.float32)
-    weight, bias = (None if t is None else t.to(wide) for t in (call.weight, call.bias))
-    return y.to(wide) - mean.detach().to(wide), call._replace(weight=weight, bias=bias)
+def _shifted(o: Operands, mean: Tensor) -> Operands:
+    """x less its ``mean`` (broadcast), in float32 at least, and vectors of that dtype."""
+    wide = torch.promote_types(o.x.dtype, torch.float32)
+    scale, shift = (None if t is None else t.to(wide) for t in (o.scale, o.shift))
+    return o._replace(x=o.x.to(wide) - mean.detach().to(wide), scale=scale, shift=shift)
 
 
-def _batch_norm(y: Tensor, call: NormCall, shifted: bool = False) -> Tensor:
-    """BatchNorm by the statistics of y (N, C, H, W), of more than one value per channel."""
-    running = call.running_mean, call.running_var
+def _batch_norm(o: Operands, eps: float, shifted: bool = False) -> Tensor:
+    """BatchNorm by the statistics of x (N, C, H, W), of more than one value per channel."""
+    running = o.mean, o.var
     before = [None if t is None else t.detach().clone() for t in running]
-    z, mean, inverse = torch.native_batch_norm(
-        y, call.weight, call.bias, *running, True, call.momentum, call.norm.eps
-    )  # fmt: skip
+    z, mean, inverse = torch.native_batch_norm(o.x, o.scale, o.shift, *running, True, o.momentum, eps)
     if shifted or not _is_far(mean, inverse, _FAR_BATCH):
         return z
     # `data`: ATen's own updates are no new version to autograd either, which has the running tensors of earlier calls.
     for t, old in zip(running, before, strict=True):
         if t is not None and old is not None:
             t.data.copy_(old)
-    z = _batch_norm(*_shifted(y, mean.view(-1, 1, 1), call), shifted=True)
-    if call.running_mean is not None:
-        call.running_mean.data.add_(mean.detach(), alpha=call.momentum)
-    return z.to(y.dtype)
+    z = _batch_norm(_shifted(o, mean.view(-1, 1, 1)), eps, shifted=True)
+    if o.mean is not None:
+        o.mean.data.add_(mean.detach(), alpha=o.momentum)
+    return z.to(o.x.dtype)
 
 
-def _instance_norm(y: Tensor, call: NormCall) -> Tensor:
-    """InstanceNorm as the BatchNorm of every image: ATen's own brings y into NCHW and back (and for a batch of one, its
+def _instance_norm(o: Operands, eps: float) -> Tensor:
+    """InstanceNorm as the BatchNorm of every image: ATen's own brings x into NCHW and back (and for a batch of one, its
     input gradient is wrong where the incoming gradient is channels-last)."""
-    call = call._replace(norm=Norm("batch", eps=call.norm.eps))
-    images = [_batch_norm(image, call) for image in y.split(1)]
+    images = [_batch_norm(o._replace(x=image), eps) for image in o.x.split(1)]
     return images[0] if len(images) == 1 else torch.cat(images)
 
 
@@ -101,29 +95,30 @@ class _GroupNorm(torch.autograd.Function):
         return *(next(found) if n else None for n in need), None
 
 
-def _group_norm(y: Tensor, call: NormCall, shifted: bool = False) -> Tensor:
-    z, mean, inverse = _GroupNorm.apply(y, call.weight, call.bias, call.norm)
+def _group_norm(o: Operands, norm: Norm, shifted: bool = False) -> Tensor:
+    z, mean, inverse = _GroupNorm.apply(o.x, o.scale, o.shift, norm)
     if shifted or not _is_far(mean, inverse, _FAR_GROUP):
         return z
-    n, c = y.shape[:2]
-    mean = mean.repeat_interleave(c // call.norm.groups, 1).view(n, c, 1, 1)
-    return _group_norm(*_shifted(y, mean, call), shifted=True).to(y.dtype)
+    n, c = o.x.shape[:2]
+    mean = mean.repeat_interleave(c // norm.groups, 1).view(n, c, 1, 1)
+    return _group_norm(_shifted(o, mean), norm, shifted=True).to(o.x.dtype)
 
 
-def _normalised(y: Tensor, call: NormCall) -> Tensor | None:
-    """The norm of a channels-last y; None where `norm_aten` is to do it (it also has the errors for too few values)."""
-    n, c, h, w = y.shape
-    wide = torch.promote_types(y.dtype, torch.float32)
-    running = [t for t in (call.running_mean, call.running_var) if t is not None]
-    affine = {t.dtype for t in (call.weight, call.bias) if t is not None}
+def normalised(norm: Norm, o: Operands) -> Tensor | None:
+    """The norm of a channels-last x; None where `reference` is to do it (it also has the errors for too few values)."""
+    x = o.x
+    n, c, h, w = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    running = [t for t in (o.mean, o.var) if t is not None]
+    affine = {t.dtype for t in (o.scale, o.shift) if t is not None}
     # Dtypes that ATen combines, here and in `_shifted`.
-    fits = all(t.dtype == wide for t in running) and (affine <= {wide} or affine == {y.dtype} and not running)
-    if not call.measured or call.process_group is not None or not fits or y.numel() == 0:
+    fits = all(t.dtype == wide for t in running) and (affine <= {wide} or affine == {x.dtype} and not running)
+    if not norm.measured or o.group is not None or not fits or x.numel() == 0:
         return None
-    if call.norm.kind == "batch":
-        return _batch_norm(y, call) if n * h * w > 1 else None
-    if call.norm.kind == "group":
-        return _group_norm(y, call) if c // call.norm.groups * h * w > 1 else None
+    if norm.kind == "batch":
+        return _batch_norm(o, norm.eps) if n * h * w > 1 else None
+    if norm.kind == "group":
+        return _group_norm(o, norm) if c // norm.groups * h * w > 1 else None
     if h * w == 1 or (n > 1 and (running or c * h * w < 2**13)):
         return None
-    return _instance_norm(y, call)
+    return _instance_norm(o, norm.eps)

@@ -1,4 +1,4 @@
-"""Training steps on a CPU: a convolution (`cpu_convolution`), a norm, a residual and an activation, with gradients.
+"""Training steps on a CPU: a convolution (`conv_autograd`), a norm, a residual and an activation, with gradients.
 
 All channels-last: norms by ATen where its statistics bear that, activations in place, an upsampling collapsed into its
 convolution where the weight's sums cost less than the arithmetic they save (measured; docs/facts.md).
@@ -7,75 +7,66 @@ convolution where the weight's sums cost less than the arithmetic they save (mea
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..activations import IN_PLACE, Activation
+from ..activations import IN_PLACE
 from ..gradients import enter, keep_strides, plain
 from ..memory_format import convert, is_channels_last
-from ..norms import Norm, NormCall
 from ..reference import run_reference
 from ..spec import DTYPES
-from ..step import Operands, Step
+from ..step import Operands, Step, norm_step
 from . import inference
 from .conv_autograd import by_aten, convolution, suited
 from .inference import products_dtype
 from .isa import instruction_set, lowered_products
-from .norm import _normalised
+from .norm import normalised
 from .weight import summed_weight
 
 __all__ = ["collapses", "packs", "run"]
 
 
-def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool, *, new: bool = False) -> Tensor:
-    """``step`` with ``norm`` after its convolution and ahead of residual and activation; differentiable any number of
-    times. Dense CPU tensors, x, weight and bias of one floating dtype (a weight that `packs` may be float32):
-    (N, C_in, H, W) -> (N, C_out, OH, OW) in x's dtype and the memory format asked for. Whoever calls it has cast for
-    autocast. ``new``: the weight has just been met for the first time (`cpu.run`), and is not packed."""
+def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> Tensor:
+    """``step`` with gradients, or with a norm that measures; differentiable any number of times. Dense CPU tensors, x
+    and bias of one floating dtype (the weight may be float32): (N, C_in, H, W) -> (N, C_out, OH, OW) in x's dtype and
+    the memory format asked for. Whoever calls it has cast for autocast. ``new``: the weight has just been met for the
+    first time (`inference.run`), and is not packed."""
     if torch.is_autocast_enabled("cpu"):  # it would round what is done in float32 on purpose
         with torch.autocast("cpu", enabled=False):
-            return run(step, o, norm, channels_last, new=new)
+            return run(step, o, channels_last, new=new)
     x = o.x
     # Of x's gradient: as torch's convolution has it, and its padding.
     of_gradient = is_channels_last(x) or is_channels_last(o.weight) and not any(step.pad)
-    if norm is None and not (channels_last or of_gradient) and _gains_nothing(step, x):
+    if not step.measured and not (channels_last or of_gradient) and _gains_nothing(step, x):
         return run_reference(step, o._replace(weight=keep_strides(o.weight.to(x.dtype), False)))
     if torch.is_grad_enabled() and x.requires_grad and not (of_gradient and is_channels_last(x)):
         x = enter(x, x.dtype, True, of_gradient)
     else:
         x = convert(x, x.dtype, True)
     o = o._replace(x=x)
-    if o.mean is not None or o.scale is not None or o.shift is not None:
-        y = _convolved(step, x, o)
-        if o.mean is not None:
-            y = F.batch_norm(y, o.mean, o.var, o.scale, o.shift, training=False, eps=o.eps)
-            o = o._replace(scale=None, shift=None)
-        y = reference.epilogue(y, o.scale, o.shift, o.residual, step.activation, o.slope)
-    else:
-        packed = inference.run(*_bare(step, o), True) if not new and packs(step, o, norm) else None
-        y = _convolved(step, x, o) if packed is None else packed
-        y = _finish(y if norm is not None else plain(y, channels_last), norm, step.activation, o)
+    given = step.norm is not None and not step.measured
+    packed = None if new or given or not packs(step, o) else inference.run(step.bare, _bare(o), True)
+    y = _convolved(step, x, o) if packed is None else packed
+    y = _finished(step, o._replace(x=y if step.norm is not None else plain(y, channels_last)))
     return convert(y, y.dtype, channels_last)
 
 
-def _bare(step: Step, o: Operands) -> tuple[Step, Operands]:
-    """The convolution of ``step`` and its bias."""
-    return replace(step, activation=Activation()), Operands(o.x, o.weight, o.bias)
+def _bare(o: Operands) -> Operands:
+    """Of the convolution alone."""
+    return Operands(o.x, o.weight, o.bias)
 
 
-def packs(step: Step, o: Operands, norm: NormCall | None) -> bool:
+def packs(step: Step, o: Operands) -> bool:
     """Whether the convolution of ``step`` runs with a packed weight: where no gradient of it is needed and that pays.
     (Not ahead of a BatchNorm in training: its weight is another in the next step, and would be packed anew.)"""
-    if norm is not None and norm.norm.kind == "batch":
+    if step.norm is not None and step.norm.kind == "batch":
         return False
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (o.x, o.weight, o.bias)):
         return False
-    return inference.why_not(*_bare(step, o)) is None
+    return inference.why_not(step.bare, _bare(o)) is None
 
 
 def _gains_nothing(step: Step, x: Tensor) -> bool:
@@ -112,17 +103,18 @@ def collapses(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     return dtype in DTYPES and positions >= (2048 if fast else 256)
 
 
-def _finish(y: Tensor, norm: NormCall | None, activation: Activation, o: Operands) -> Tensor:
-    """Norm, residual and activation of a channels-last y that is ours."""
-    from .. import reference as norm_aten  # which needs nothing of this file; its package does
+_after_norm = lru_cache(maxsize=4096)(norm_step)
 
-    if norm is not None:
-        z = _normalised(y, norm)
+
+def _finished(step: Step, o: Operands) -> Tensor:
+    """Norm, residual and activation of a channels-last ``o.x`` that is ours."""
+    tail, norm = step.tail, step.norm
+    if norm is not None and norm.measured:
+        z = normalised(norm, o)
         if z is not None:
-            y, norm = z, None
-        elif norm.norm.kind == "instance" and not norm.measured:  # the same, and right for a batch of one
-            norm = norm._replace(norm=Norm("batch", eps=norm.norm.eps))
-    function = IN_PLACE.get(activation.name) if activation.saves() == "y" else None
+            tail, norm = _after_norm(None, step.residual, step.activation), None
+            o = o._replace(x=z, scale=None, shift=None)
+    function = IN_PLACE.get(step.activation.name) if step.activation.saves() == "y" else None
     if norm is None and o.residual is None and function is not None:
-        return function(y, *activation.params)
-    return norm_aten.norm_by_torch(y, norm, o.residual, activation, o.slope)
+        return function(o.x, *step.activation.params)
+    return reference.finish(tail, o)

@@ -1,80 +1,78 @@
-"""Fused steps on the Triton kernels, with gradients."""
+"""Fused steps on the Triton kernels, with gradients: the three functions of a backend (`cnnfast.dispatch.Backend`).
+
+Without Triton this file can still be imported, and says why it cannot run.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..activations import Activation
+from ..dispatch import Arrangement, Planned, channels_last_inside
 from ..gradients import enter
 from ..memory_format import is_channels_last, to_format
-from ..norms import Norm, NormCall, Partials, check_sizes
-from ..reference import norm_by_torch
+from ..norms import Partials, check_values
+from ..reference import finish
 from ..step import Operands, Step
-from . import norm_act_autograd
-from .conv_autograd import _IDENTITY, _how, _recorded, _with_statistics, convolution
-from .weight import summed_weight
-from .why_not import norm_why_not
+from .why_not import launch_why_not, triton_why_not
+from .why_not import why_not as step_why_not
 
-__all__ = ["normalise", "run"]
+if triton_why_not() is None:
+    from . import conv, norm_act_autograd
+    from .conv_autograd import bare_conv, convolution, recorded, with_statistics
+    from .weight import summed_weight
 
-
-# --- fused steps ------------------------------------------------------------------------------------------------------
-
-
-def _norm_of(o: Operands) -> NormCall | None:
-    """What mean, var, scale and shift of a step stand for."""
-    if o.mean is not None:
-        return NormCall(Norm("batch", eps=o.eps), o.scale, o.shift, o.mean, o.var, use_input_stats=False)
-    return None if o.scale is None and o.shift is None else NormCall(Norm("affine"), o.scale, o.shift)
+__all__ = ["arrange", "run", "why_not"]
 
 
-def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool, required: bool) -> Tensor:
-    """The step with gradients, and with a norm after the convolution, whose statistics come out of its epilogue where
-    tiles allow it. ``required``: RuntimeError where a kernel cannot run, instead of PyTorch's operators."""
-    x, weight = o.x, summed_weight(step, o.weight, required)
+def why_not(step: Step, o: Operands, *, channels_last: bool, training: bool, required: bool) -> str | None:
+    """See `dispatch.Backend`. A training step's convolutions of few channels run where they are asked for."""
+    reason = step_why_not(step, o, few_channels=training and required, training=training)
+    return launch_why_not(o.x.device) if reason is None and required else reason
+
+
+def run(step: Step, o: Operands, *, channels_last: bool, training: bool, required: bool) -> Tensor | None:
+    """See `dispatch.Backend`."""
+    x = o.x
+    if step.spec is None:
+        return _finished(step, o, None, channels_last, required) if x.numel() else None
+    if o.weight.dtype != x.dtype:
+        o = o._replace(weight=o.weight.to(x.dtype))
+    if not training:
+        return conv.run(step, o, channels_last, required=required)
+    # The statistics of a norm come out of the convolution's epilogue where tiles allow it.
+    weight = summed_weight(step, o.weight, required)
     if any(step.pad):
-        x = enter(x, x.dtype, None, is_channels_last(x)) if _recorded(x) else x
+        x = enter(x, x.dtype, None, is_channels_last(x)) if recorded(x) else x
         x = step.pad_input(x)
-    call = _norm_of(o) if norm is None else norm
-    if call is None and o.residual is None and step.activation.saves() != "x":
-        return convolution(x, weight, o.bias, _how(step.spec, step.activation, channels_last, required))
+    if step.norm is None and not step.residual and step.activation.saves() != "x":
+        return convolution(x, weight, o.bias, bare_conv(step.spec, step.activation), channels_last, required)
     statistics = None
-    if call is not None and call.use_input_stats and call.norm.kind != "affine":
-        statistics = "batch" if call.norm.kind == "batch" else "image"
-    how = _how(step.spec, _IDENTITY, True, required)
-    u, partials = _with_statistics(x, weight, o.bias, how, statistics)
-    check_sizes(u, call)
-    return normalise(u, call, o.residual, step.activation, o.slope, partials, channels_last, required)
+    if step.norm is not None and step.norm.measured:
+        statistics = "image" if step.norm.per_image else "batch"
+    u, partials = with_statistics(x, weight, o.bias, bare_conv(step.spec), required, statistics)
+    check_values(u.shape, step.norm, several=o.group is not None)
+    tail, rest = step.tail, o.after(u)
+    y = _finished(tail, rest, partials, channels_last, required) if u.numel() else None
+    return to_format(finish(tail, rest), channels_last) if y is None else y
 
 
-def normalise(
-    x: Tensor,
-    call: NormCall | None,
-    residual: Tensor | None,
-    activation: Activation,
-    slope: Tensor | None,
-    partials: Partials | None,
-    channels_last: bool,
-    required: bool,
-) -> Tensor:
-    """``act(norm(x) + residual)`` of a plain x, as `cnnfast.ops.run.normalise` has it. ``partials``: the statistics of
-    x where they are known already, of a part for each segment of the norm. ``required``: RuntimeError where a kernel
-    cannot run, instead of PyTorch's operators."""
-    vectors = () if call is None else (call.weight, call.bias, call.running_mean, call.running_var)
-    reason = norm_why_not(x, *vectors, residual, slope) if x.numel() else "it is empty"
-    if reason is None:
-        how = (channels_last, _output_dtype(x, call), required)
-        y = norm_act_autograd.run(x, call, residual, activation, slope, partials, *how)
-        if y is not None:
-            return y
-    elif required and x.numel():
-        raise RuntimeError(f'backend="triton" cannot run this: {reason}')
-    return to_format(norm_by_torch(x, call, residual, activation, slope), channels_last)
+def _finished(tail: Step, o: Operands, partials: Partials | None, channels_last: bool, required: bool) -> Tensor | None:
+    return norm_act_autograd.run(tail, o, partials, channels_last, _output_dtype(tail, o.x), required)
 
 
-def _output_dtype(x: Tensor, call: NormCall | None) -> torch.dtype:
+def _output_dtype(step: Step, x: Tensor) -> torch.dtype:
     """x's dtype, and float32 where autocast runs the norm in float32 (group norm on CUDA)."""
-    low = x.dtype in (torch.float16, torch.bfloat16)
-    group = call is not None and call.norm.kind == "group"
-    return torch.float32 if low and group and x.is_cuda and torch.is_autocast_enabled("cuda") else x.dtype
+    group = step.norm is not None and step.norm.kind == "group"
+    if group and x.dtype in (torch.float16, torch.bfloat16) and x.is_cuda and torch.is_autocast_enabled("cuda"):
+        return torch.float32
+    return x.dtype
+
+
+def arrange(
+    steps: Sequence[Planned], shapes: Sequence[torch.Size], eager: Sequence[bool], *, gradient: bool
+) -> Arrangement | str:
+    """Channels-last inside: the kernels read nothing else."""
+    return channels_last_inside(eager)

@@ -10,7 +10,7 @@ from triton.runtime.driver import driver
 
 from ..norms import Partials
 
-__all__ = ["Binary", "aligned"]
+__all__ = ["Binary", "aligned", "empty_partials"]
 
 
 class Binary:

@@ -4,7 +4,7 @@ cached."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,9 +21,10 @@ from .binary import MAX_REGISTERS, Binary, aligned, empty_partials
 from .conv_choice import choose_plan
 from .conv_plan import Plan
 from .devices import Device, allocate, on_device, precision_of, target_device
+from .observers import OBSERVERS, of_launch, of_step
 from .weight import kernel_weight, weight_layout
 
-__all__ = ["LAUNCHES", "OBSERVER", "lookup", "prepare", "run", "run_with_statistics"]
+__all__ = ["lookup", "prepare", "run", "run_with_statistics"]
 
 
 # --- the launch -------------------------------------------------------------------------------------------------------
@@ -42,14 +43,6 @@ class Launch:
     parts: tuple[int, int] | None  # segments and parts of each, where the kernel gives the statistics of its result
     tf32: bool
     proof: guard.Proof  # whether the kernel may run on this GPU
-
-
-LAUNCHES: list[str] | None = None
-"""Set to a list to record the kernel and plan of every launch (tests assert what ran)."""
-
-
-OBSERVER: Callable[[Step, Operands, bool], None] | None = None
-"""Set to be told of every step ahead of its launch (tuning records them)."""
 
 
 def constants(
@@ -174,7 +167,7 @@ def lookup(
     step: Step, o: Operands, channels_last: bool, plan: Plan | None = None, statistics: str | None = None
 ) -> Launch:
     """The launch of ``step`` on these operands, a dictionary's look-up after the first time."""
-    x, weight, bias, mean, var, _, scale, shift, residual, slope = o
+    x, weight, bias, mean, var, scale, shift, residual, slope, *_ = o
     n, _, h, w = x.shape
     size = (h + 2 * step.pad[0], w + 2 * step.pad[1])
     return prepare(
@@ -224,8 +217,8 @@ def run_with_statistics(
 ) -> tuple[torch.Tensor, Partials | None] | None:
     """`run`, and the statistics of the result as stored: of the whole "batch" or of each "image", by parts; None in
     their place where the tiles do not allow it."""
-    if OBSERVER is not None:
-        OBSERVER(step, o, channels_last)
+    if OBSERVERS:
+        of_step(step, o, channels_last)
     x = o.x
     if x.shape[0] == 0 or step.spec.out_channels == 0:
         shape = (x.shape[0], step.spec.out_channels, *step.output_size(x.shape[2:]))
@@ -237,8 +230,8 @@ def run_with_statistics(
         both = _first_use(step, o, channels_last, launch, required)
         if both is None:
             return None
-    if LAUNCHES is not None:
-        LAUNCHES.append(launch.plan.name)
+    if OBSERVERS:
+        of_launch(launch.plan.name)
     return both
 
 
@@ -278,5 +271,6 @@ def _start_here(step: Step, o: Operands, channels_last: bool, launch: Launch) ->
     stats, partials = None, None
     if launch.parts is not None:
         stats, partials = empty_partials(y, (*launch.parts, launch.output_shape[1]))
-    kernels.launch(x, weight, y, residual, vectors, stats, float(o.eps), launch)
+    eps = 0.0 if step.norm is None else float(step.norm.eps)
+    kernels.launch(x, weight, y, residual, vectors, stats, eps, launch)
     return y, partials

@@ -10,9 +10,9 @@ eager mode use them, and so do the operators that `torch.compile` sees.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,101 +29,104 @@ from .norm_act_autograd import activation_backward
 from .why_not import launch_why_not, why_not
 
 __all__ = [
-    "How",
+    "Primitives",
+    "bare_conv",
     "conv_backward",
     "conv_forward",
     "conv_setup",
     "convolution",
+    "recorded",
     "weight_gradient",
     "wgrad_backward",
     "wgrad_forward",
     "wgrad_setup",
+    "with_statistics",
 ]
-
-
-@dataclass(frozen=True)
-class How:
-    """A convolution that pads by zeros, with an activation whose derivative its result gives; ``required``: the kernels
-    run or raise, otherwise PyTorch's operators stand in for them where they cannot."""
-
-    spec: ConvSpec
-    activation: Activation = Activation()
-    channels_last: bool = True
-    required: bool = False
-
-    @property
-    def backend(self) -> str:
-        return "triton" if self.required else "auto"
-
-    @cached_property
-    def step(self) -> Step:
-        return Step(self.spec, self.activation)
-
-    @cached_property
-    def bare(self) -> Step:
-        """Without the activation."""
-        return Step(self.spec)
 
 
 # The same objects in every step of a training: what they keep is found once.
 _IDENTITY = Activation()
-_how = lru_cache(maxsize=4096)(How)
 
 
 @lru_cache(maxsize=4096)
-def _how_of_input(spec: ConvSpec, size: tuple[int, int], channels_last: bool, required: bool) -> How:
+def bare_conv(spec: ConvSpec, activation: Activation = _IDENTITY) -> Step:
+    """A convolution that pads by zeros, with an activation whose derivative its result gives."""
+    return Step(spec, activation)
+
+
+@lru_cache(maxsize=4096)
+def _of_input(step: Step, size: tuple[int, int]) -> Step:
     """The input gradient of a convolution of x with spatial ``size``."""
-    return How(spec.adjoint(size), _IDENTITY, channels_last, required)
+    return Step(step.spec.adjoint(size))
 
 
 # --- the two operators, without gradients -----------------------------------------------------------------------------
 
 
-def _launches(x: Tensor, weight: Tensor, how: How) -> bool:
+def _launches(x: Tensor, weight: Tensor, step: Step, required: bool) -> bool:
     """Whether the kernel is to run. Few channels are no obstacle to it where it is required."""
-    reason = why_not(how.bare, Operands(x, weight), few_channels=how.required)
-    if reason is None and how.required:
+    reason = why_not(step.bare, Operands(x, weight), few_channels=required)
+    if reason is None and required:
         reason = launch_why_not(x.device)
-    if reason is not None and how.required:
-        raise RuntimeError(f'backend="triton" cannot run this: {reason}')
+    if reason is not None and required:
+        raise dispatch.refusal(reason)
     return reason is None
 
 
 def conv_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, how: How, statistics: str | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step: Step,
+    channels_last: bool,
+    required: bool,
+    statistics: str | None = None,
 ) -> tuple[Tensor, Partials | None]:
     """``act(conv(x) + bias)`` and, where tiles allow it, its statistics of the "batch" or each "image"."""
-    if _launches(x, weight, how):
-        o = Operands(x, weight, bias)
-        both = conv.run_with_statistics(how.step, o, how.channels_last, statistics, required=how.required)
+    if _launches(x, weight, step, required):
+        both = conv.run_with_statistics(step, Operands(x, weight, bias), channels_last, statistics, required=required)
         if both is not None:
             return both
-    y = reference.conv_block(x, weight, bias, how.spec, activation=how.activation)
-    return to_format(y, how.channels_last), None
+    y = reference.conv_block(x, weight, bias, step.spec, activation=step.activation)
+    return to_format(y, channels_last), None
 
 
-def wgrad_forward(x: Tensor, grad: Tensor, like: Tensor, how: How) -> Tensor:
+def wgrad_forward(x: Tensor, grad: Tensor, like: Tensor, step: Step, required: bool) -> Tensor:
     """Gradient of the convolution's weight, with the shape, dtype and strides of ``like``."""
-    if _launches(x, like, how):
-        dw = conv_wgrad.run(x, grad, how.spec, like, required=how.required)
+    if _launches(x, like, step, required):
+        dw = conv_wgrad.run(x, grad, step.spec, like, required=required)
         if dw is not None:
             return dw
-    return torch.empty_like(like).copy_(conv_wgrad.by_torch(x, grad, like, how.spec))
+    return torch.empty_like(like).copy_(conv_wgrad.by_torch(x, grad, like, step.spec))
 
 
 # --- their derivatives ------------------------------------------------------------------------------------------------
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], channels_last: bool, how: How) -> Tensor:
+class Primitives(NamedTuple):
+    """What backwards are made of: functions of this file in eager mode, operators where a compiler looks on.
+
+    ``convolution(x, weight, bias, step, channels_last, required)``, ``weight_gradient(x, grad, like, step, required)``
+    and ``activation_backward(grad, saved, activation, *, bias, required)``.
+    """
+
+    convolution: Callable[..., Tensor]
+    weight_gradient: Callable[..., Tensor]
+    activation_backward: Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def _input_gradient(
+    grad: Tensor, weight: Tensor, size: tuple[int, int], channels_last: bool, ctx: Any, by: Primitives
+) -> Tensor:
     """Of a convolution of x with spatial ``size``, for the gradient of its result."""
-    dx = convolution(grad, weight, None, _how_of_input(how.spec, size, channels_last, how.required))
+    dx = by.convolution(grad, weight, None, _of_input(ctx.step, size), channels_last, ctx.required)
     # An output padding that reaches the stride gives the adjoint positions that x does not have.
-    return to_format(dx[:, :, : size[0], : size[1]], channels_last) if dx.shape[2:] != size else dx
+    return to_format(dx[:, :, : size[0], : size[1]], channels_last) if tuple(dx.shape[2:]) != size else dx
 
 
-def conv_setup(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, how: How) -> None:
+def conv_setup(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, step: Step, required: bool) -> None:
     need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-    ctx.how, ctx.size = how, tuple(x.shape[2:])
+    ctx.step, ctx.required, ctx.size = step, required, tuple(x.shape[2:])
     # Of x's gradient, as of torch's convolution. Where its memory fits both formats, the kernels store channels-last.
     ctx.like_torch = is_channels_last(x) or is_channels_last(weight)
     ctx.channels_last = ctx.like_torch or has_both(x.shape[1], x.shape[2:])
@@ -131,31 +134,35 @@ def conv_setup(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tens
     ctx.save_for_backward(
         x if need_weight else None,
         weight if need_x or need_weight else None,  # the weight gradient has its strides
-        y if how.activation.saves() == "y" else None,
+        y if step.activation.saves() == "y" else None,
     )
 
 
-def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias, differentiable where grad mode is on."""
+def conv_backward(
+    ctx: Any, grad: Tensor, by: Primitives | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias, differentiable where grad mode is on. ``by``: operators of a traced backward."""
     x, weight, y = ctx.saved_tensors
-    how, bias_dtype = ctx.how, ctx.bias_dtype
+    step, bias_dtype, required = ctx.step, ctx.bias_dtype, ctx.required
     need_x, need_weight, *_ = ctx.needs_input_grad
     db: Tensor | None
-    if torch.is_grad_enabled() or dispatch.is_batched(grad):
+    if by is None and (torch.is_grad_enabled() or dispatch.is_batched(grad)):
         if y is not None:
-            grad = grad * activation_derivative(how.activation, y).to(grad.dtype)
+            grad = grad * activation_derivative(step.activation, y).to(grad.dtype)
         db = None if bias_dtype is None else grad.sum((0, 2, 3))
     else:
-        grad, db = activation_backward(grad, y, how.activation, bias=bias_dtype is not None, backend=how.backend)
-    dx = _input_gradient(grad, weight, ctx.size, ctx.channels_last, how) if need_x else None
+        backward = (by or EAGER).activation_backward
+        grad, db = backward(grad, y, step.activation, bias=bias_dtype is not None, required=required)
+    made = by or EAGER
+    dx = _input_gradient(grad, weight, ctx.size, ctx.channels_last, ctx, made) if need_x else None
     if dx is not None and ctx.channels_last != ctx.like_torch and not dispatch.is_batched(dx):
         dx = restrided(dx, new_strides(dx.shape, ctx.like_torch))
-    dw = weight_gradient(x, grad, weight, _how(how.spec, _IDENTITY, True, how.required)) if need_weight else None
+    dw = made.weight_gradient(x, grad, weight, step.bare, required) if need_weight else None
     return dx, dw, None if db is None or bias_dtype is None else db.to(bias_dtype)
 
 
-def wgrad_setup(ctx: Any, x: Tensor, grad: Tensor, how: How) -> None:
-    ctx.how = how
+def wgrad_setup(ctx: Any, x: Tensor, grad: Tensor, step: Step, required: bool) -> None:
+    ctx.step, ctx.required = step, required
     ctx.save_for_backward(x, grad)
 
 
@@ -163,18 +170,25 @@ def wgrad_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the convolution's input and of its result's gradient, for ``v`` like the weight."""
     x, grad = ctx.saved_tensors
     need_x, need_grad, *_ = ctx.needs_input_grad
-    dx = _input_gradient(grad, v, tuple(x.shape[2:]), is_channels_last(x), ctx.how) if need_x else None
-    if not need_grad:
-        return dx, None
-    how = _how(ctx.how.spec, _IDENTITY, is_channels_last(grad), ctx.how.required)
-    return dx, convolution(x, v, None, how)
+    dx = _input_gradient(grad, v, tuple(x.shape[2:]), is_channels_last(x), ctx, EAGER) if need_x else None
+    dg = convolution(x, v, None, ctx.step, is_channels_last(grad), ctx.required) if need_grad else None
+    return dx, dg
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: How, statistics: str | None) -> Any:
-        y, partials = conv_forward(x, weight, bias, how, statistics)
-        conv_setup(ctx, x, weight, bias, y, how)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        step: Step,
+        channels_last: bool,
+        required: bool,
+        statistics: str | None,
+    ) -> Any:
+        y, partials = conv_forward(x, weight, bias, step, channels_last, required, statistics)
+        conv_setup(ctx, x, weight, bias, y, step, required)
         if partials is None:
             return y
         ctx.mark_non_differentiable(*partials)
@@ -183,46 +197,54 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *of_partials: None) -> Any:
-        return (None,) * 5 if grad is None else (*conv_backward(ctx, grad), None, None)
+        return (None,) * 7 if grad is None else (*conv_backward(ctx, grad), None, None, None, None)
 
 
 class _WeightGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, grad: Tensor, like: Tensor, how: How) -> Tensor:
-        wgrad_setup(ctx, x, grad, how)
-        return wgrad_forward(x, grad, like, how)
+    def forward(ctx: Any, x: Tensor, grad: Tensor, like: Tensor, step: Step, required: bool) -> Tensor:
+        wgrad_setup(ctx, x, grad, step, required)
+        return wgrad_forward(x, grad, like, step, required)
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> Any:
-        return *wgrad_backward(ctx, v), None, None
+        return *wgrad_backward(ctx, v), None, None, None
 
 
-def _recorded(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def recorded(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, how: How) -> Tensor:
-    """``act(conv(x) + bias)``, differentiable any number of times. x (N, C_in, H, W), weight as ``how.spec`` has it."""
+def convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, step: Step, channels_last: bool, required: bool
+) -> Tensor:
+    """``act(conv(x) + bias)`` of a `bare_conv`, differentiable any number of times. x (N, C_in, H, W), weight as
+    ``step.spec`` has it. ``required``: the kernels run or raise, otherwise PyTorch's operators stand in for them where
+    they cannot."""
     if dispatch.is_batched(x) or dispatch.is_batched(weight):  # of gradients: PyTorch's operators take them
-        return reference.conv_block(x, weight, bias, how.spec, activation=how.activation)
-    if _recorded(x, weight, bias):
-        return _Convolution.apply(x, weight, bias, how, None)
-    return conv_forward(x, weight, bias, how)[0]
+        return reference.conv_block(x, weight, bias, step.spec, activation=step.activation)
+    if recorded(x, weight, bias):
+        return _Convolution.apply(x, weight, bias, step, channels_last, required, None)
+    return conv_forward(x, weight, bias, step, channels_last, required)[0]
 
 
-def weight_gradient(x: Tensor, grad: Tensor, like: Tensor, how: How) -> Tensor:
+def weight_gradient(x: Tensor, grad: Tensor, like: Tensor, step: Step, required: bool) -> Tensor:
     """The gradient of the convolution's weight, with the strides of ``like``; differentiable any number of times."""
     if dispatch.is_batched(x) or dispatch.is_batched(grad):
-        return conv_wgrad.by_torch(x, grad, like, how.spec)
-    if _recorded(x, grad):
-        return _WeightGradient.apply(x, grad, like.detach(), how)
-    return wgrad_forward(x, grad, like, how)
+        return conv_wgrad.by_torch(x, grad, like, step.spec)
+    if recorded(x, grad):
+        return _WeightGradient.apply(x, grad, like.detach(), step, required)
+    return wgrad_forward(x, grad, like, step, required)
 
 
-def _with_statistics(
-    x: Tensor, weight: Tensor, bias: Tensor | None, how: How, statistics: str | None
+EAGER = Primitives(convolution, weight_gradient, activation_backward)
+
+
+def with_statistics(
+    x: Tensor, weight: Tensor, bias: Tensor | None, step: Step, required: bool, statistics: str | None
 ) -> tuple[Tensor, Partials | None]:
-    if not _recorded(x, weight, bias):
-        return conv_forward(x, weight, bias, how, statistics)
-    out = _Convolution.apply(x, weight, bias, how, statistics)
+    """The convolution channels-last, and its statistics as of `conv_forward`."""
+    if not recorded(x, weight, bias):
+        return conv_forward(x, weight, bias, step, True, required, statistics)
+    out = _Convolution.apply(x, weight, bias, step, True, required, statistics)
     return (out, None) if isinstance(out, Tensor) else (out[0], Partials(*out[1:]))

@@ -13,11 +13,11 @@ from ..kernels import conv_wgrad as kernels
 from ..kernels.conv_transpose import unused
 from ..spec import INT32, ConvSpec, Precision
 from ..step import Step
-from . import conv as block
 from . import guard, trial
 from .binary import MAX_REGISTERS, Binary, aligned
 from .conv_wgrad_plan import WgradPlan, choose_wgrad_plan
 from .devices import Device, on_device, precision_of, target_device
+from .observers import OBSERVERS, of_launch
 
 __all__ = ["WeightGradient", "WgradLaunch", "by_torch", "prepare", "run"]
 
@@ -137,8 +137,8 @@ def run(
         start, problem = partial(_start, a, b, out, launch), partial(_problem, x, grad, out, launch)
         if guard.first_use(launch.proof, start, problem, required) is None:
             return None
-    if block.LAUNCHES is not None:
-        block.LAUNCHES.append(launch.plan.name)
+    if OBSERVERS:
+        of_launch(launch.plan.name)
     return out
 
 

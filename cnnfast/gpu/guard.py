@@ -25,10 +25,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from .. import __version__, store
-from ..activations import Activation
 from ..messages import CnnfastWarning
 from ..spec import ConvSpec
-from ..step import NormHow, Step
+from ..step import Step
 from .trial import Undecided, is_kernel_failure, said
 
 __all__ = [
@@ -273,19 +272,12 @@ class NormPass:
     """What the kernels of one pass compute, for `guard`. ``what``: ahead of the operation's name."""
 
     what: str
-    how: NormHow | Activation
+    step: Step  # without a convolution
     channels: int
 
     def describe(self) -> str:
-        how = self.how
-        if isinstance(how, Activation):
-            parts = [how.name]
-        else:
-            norm = [] if how.norm is None else [f"{how.norm.kind} norm"]
-            parts = [*norm, *["residual"] * how.residual, how.activation.name]
-        return f"{self.what}{' + '.join(parts)} of {self.channels} channels"
+        return f"{self.what}{self.step.describe()} of {self.channels} channels"
 
     def concerns(self, step: Step) -> bool:
-        """The norm that follows a step is not part of it: one of as many channels, and its activation."""
-        activation = self.how if isinstance(self.how, Activation) else self.how.activation
-        return self.channels == step.spec.out_channels and activation == step.activation
+        """The norm that follows a step is not part of its convolution: one of as many channels, and its activation."""
+        return self.channels == step.spec.out_channels and self.step.activation == step.activation

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from .. import norm_sync
 from ..kernels import norm_act as forward_kernels
-from ..norms import NormCall, Partials
-from ..step import NormHow
+from ..norms import Partials
+from ..step import Operands, Step
 from . import guard
 from .binary import empty_partials
 from .devices import allocate, on_device, target_device
@@ -37,13 +37,15 @@ from .norm_act_plan import (
     _Types,
     _types,
     _vector,
-    _went,
     _where,
+    each,
+    eps_of,
     is_last,
     laid_out,
     power,
     will_be_last,
 )
+from .observers import OBSERVERS, of_launch
 
 __all__ = ["ForwardPlan", "apply", "forward_plan", "merge", "merge_of", "partials", "statistics_of"]
 
@@ -103,34 +105,33 @@ class ForwardPlan:
 
 
 def forward_plan(
-    x: Tensor,
-    call: NormCall | None,
-    residual: Tensor | None,
-    slope: Tensor | None,
-    parts: Partials | None,
-    how: NormHow,
+    step: Step, o: Operands, parts: Partials | None, channels_last: bool, dtype: torch.dtype
 ) -> ForwardPlan:
-    """Of `norm_autograd.forward` on these tensors."""
-    vectors = (None,) * 4 if call is None else call[1:5]
+    """Of `norm_act_autograd.forward` on these tensors."""
     given = None if parts is None else parts.count.shape[1]
-    if norm_sync.shared(call):
-        given = dist.get_world_size(call.process_group)  # type: ignore[union-attr]
+    if norm_sync.shared(step.norm, o):
+        given = dist.get_world_size(o.group)
+    x, moved = o.x, (o.mean, o.var)
     return _forward(
-        how,
+        step,
+        channels_last,
+        dtype,
         x.shape,
         will_be_last(x),
-        _types(x, *vectors, residual, slope),
-        0 if slope is None else slope.numel(),
+        _types(x, o.scale, o.shift, *moved, o.residual, o.slope),
+        0 if o.slope is None else o.slope.numel(),
         parts is not None,
         given,
-        all([v is None or v.is_contiguous() for v in vectors[2:]]),
+        all([v is None or v.is_contiguous() for v in moved]),
         *_where(x),
     )
 
 
 @lru_cache(maxsize=4096)
 def _forward(
-    how: NormHow,
+    step: Step,
+    channels_last: bool,
+    dtype: torch.dtype,
     shape: torch.Size,
     x_last: bool,
     types: _Types,
@@ -141,27 +142,28 @@ def _forward(
     sms: int,
     index: int | None,
 ) -> ForwardPlan:
-    n, c, h, w = shape
-    last = (x_last, how.channels_last or c == 1 or h * w == 1)
+    (n, c, h, w), norm = shape, step.norm
+    last = (x_last, channels_last or c == 1 or h * w == 1)
     kernel = forward_kernels.norm_act_kernel
-    t, apply = _tiles(kernel, shape, how.each, sms, last, _common(how, c, slopes), how.eps)
+    t, apply = _tiles(kernel, shape, each(norm), sms, last, _common(step, c, slopes), eps_of(norm))
     constants: dict[str, Any] = {"slopes": slopes, **_told("apply", t, last)}
     statistics = merge = None
     moves = False
-    if how.measured and how.norm is not None:
-        segments, count = n if how.each else 1, given
+    if norm is not None and norm.measured:
+        segments, count = n if norm.per_image else 1, given
         if not measured_before:
-            statistics = statistics_of(shape, how.each, x_last, types[0], sms)
+            statistics = statistics_of(shape, norm.per_image, x_last, types[0], sms)
             constants |= _told("statistics", statistics.tiles, (x_last,))
             count = count or statistics.shape[1]
-        moves = how.norm.kind == "batch" and flat
+        moves = norm.kind == "batch" and flat
         running = types[3:5]
         parts = (segments, count or 1, c)
         merge = merge_of(
-            parts, how.join(c), how.norm.eps, not moves and running[1] is not None, running if moves else (None, None)
+            parts, norm.join(c), norm.eps, not moves and running[1] is not None, running if moves else (None, None)
         )
         constants |= {"merge": merge.blocks, "merge.moves": flat}
-    proof = _proof(NormPass("", how, c), "one pass", index, types[0], types, **constants)
+    constants |= {"y": str(dtype)}
+    proof = _proof(NormPass("", step, c), "one pass", index, types[0], types, **constants)
     return ForwardPlan(statistics, merge, moves, apply, last[1], proof)
 
 
@@ -176,7 +178,8 @@ def partials(x: Tensor, each: bool, s: Statistics | None = None) -> Partials:
     _, parts = empty_partials(x, s.shape)
     with on_device(x):
         s.start(x, *parts)
-    _went("norm-statistics")
+    if OBSERVERS:
+        of_launch("norm-statistics")
     return parts
 
 
@@ -196,28 +199,28 @@ def merge(
             m.start.grid, count.contiguous(), center.contiguous(), m2.contiguous(), mean, rstd, unbiased,
             running_mean, running_var, *m.start.numbers, float(momentum), 1.0 - momentum,
         )  # fmt: skip
-    _went("norm-merge")
+    if OBSERVERS:
+        of_launch("norm-merge")
     return mean, rstd, unbiased
 
 
 def apply(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    slope: Tensor | None,
+    step: Step,
+    o: Operands,
     mean: Tensor | None,
     rstd: Tensor | None,
-    how: NormHow,
+    channels_last: bool,
+    dtype: torch.dtype,
     plan: ForwardPlan,
 ) -> Tensor:
-    """``act((x - mean) * rstd * weight + bias + residual)`` in ``how``'s dtype and memory format."""
-    x = laid_out(x)
-    y = allocate(x, x.shape, how.channels_last, how.dtype)
+    """``act((x - mean) * rstd * scale + shift + residual)`` in ``dtype`` and the memory format asked for."""
+    x = laid_out(o.x)
+    y = allocate(x, x.shape, channels_last, dtype)
     with on_device(x):
         plan.apply(
-            x, y, None if residual is None else _as(residual, plan.y_last), _vector(mean), _vector(rstd),
-            _vector(weight), _vector(bias), _vector(slope),
+            x, y, None if o.residual is None else _as(o.residual, plan.y_last), _vector(mean), _vector(rstd),
+            _vector(o.scale), _vector(o.shift), _vector(o.slope),
         )  # fmt: skip
-    _went("norm-apply")
+    if OBSERVERS:
+        of_launch("norm-apply")
     return y

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..activations import Activation
 from ..kernels import norm_act_backward as backward_kernels
 from ..reference import Grads, Saved
-from ..step import NormHow
+from ..step import Step, norm_step
 from . import guard
 from .devices import on_device
 from .guard import NormPass
@@ -33,13 +33,15 @@ from .norm_act_plan import (
     _Types,
     _types,
     _vector,
-    _went,
     _where,
+    each,
+    eps_of,
     is_last,
     laid_out,
     power,
     will_be_last,
 )
+from .observers import OBSERVERS, of_launch
 
 __all__ = [
     "ActivationPlan",
@@ -55,17 +57,17 @@ __all__ = [
 ]
 
 
-def grad_last(grad: Tensor, s: Saved, how: NormHow) -> bool:
+def grad_last(grad: Tensor, s: Saved, step: Step, channels_last: bool) -> bool:
     """Whether the backward takes grad and ``other`` channels-last."""
-    if s.other is not None and how.of == "y":
+    if s.other is not None and step.of == "y":
         return is_last(s.other)
     last = is_last(grad)
-    return how.channels_last if s.other is None and not last and not grad.is_contiguous() else last
+    return channels_last if s.other is None and not last and not grad.is_contiguous() else last
 
 
-def arrange(grad: Tensor, s: Saved, how: NormHow) -> tuple[Tensor, Saved]:
+def arrange(grad: Tensor, s: Saved, step: Step, channels_last: bool) -> tuple[Tensor, Saved]:
     """Everything in a layout that the kernels take, grad and ``other`` in one."""
-    last = grad_last(grad, s, how)
+    last = grad_last(grad, s, step, channels_last)
     other = None if s.other is None else _as(s.other, last)
     return _as(grad, last), Saved(
         laid_out(s.x), _vector(s.weight), _vector(s.bias), _vector(s.slope), _vector(s.mean), _vector(s.rstd), other
@@ -73,38 +75,41 @@ def arrange(grad: Tensor, s: Saved, how: NormHow) -> tuple[Tensor, Saved]:
 
 
 def plan_of_backward(
-    grad: Tensor, s: Saved, how: NormHow, need: Grads | tuple[bool, ...], shared: bool
+    grad: Tensor, s: Saved, step: Step, channels_last: bool, need: Grads | tuple[bool, ...], shared: bool
 ) -> BackwardPlan:
     """Of `backward` on these tensors, arranged or not."""
     slopes, wanted = 0 if s.slope is None else s.slope.numel(), tuple([bool(n) for n in need])
-    return backward_plan(s.x.shape, will_be_last(s.x), grad_last(grad, s, how), grad, s, slopes, how, wanted, shared)
+    last = grad_last(grad, s, step, channels_last)
+    return backward_plan(s.x.shape, will_be_last(s.x), last, grad, s, slopes, step, wanted, shared)
 
 
 def backward(
     grad: Tensor,
     s: Saved,
-    how: NormHow,
+    step: Step,
+    channels_last: bool,
     need: Grads | tuple[bool, ...],
     reduce: Any = None,
     plan: BackwardPlan | None = None,
 ) -> Grads:
-    """The gradients that ``need`` (a truth value for each of `Grads`) asks for. ``reduce(sums) -> (sums, count)`` takes
-    the float32 (2, C) sums of dz and dz * xhat through the processes that share a batch's statistics. ``plan``: where
-    it is at hand."""
-    plan = plan or plan_of_backward(grad, s, how, need, reduce is not None)
+    """The gradients that ``need`` (a truth value for each of `Grads`) asks for, of a step without a convolution whose
+    result is ``channels_last`` or not. ``reduce(sums) -> (sums, count)`` takes the float32 (2, C) sums of dz and
+    dz * xhat through the processes that share a batch's statistics. ``plan``: where it is at hand."""
+    plan = plan or plan_of_backward(grad, s, step, channels_last, need, reduce is not None)
     need_x, need_weight, need_bias, need_residual, need_slope = need
     with on_device(grad):
         grad_in = grad
-        grad, s = arrange(grad, s, how)
+        grad, s = arrange(grad, s, step, channels_last)
         x = s.x
         vectors = (s.mean, s.rstd, s.weight, s.bias, s.slope)
         dw = db = ds = mean1 = mean2 = None
-        if how.measured and need_x or need_weight or need_bias or need_slope:
+        if step.measured and need_x or need_weight or need_bias or need_slope:
             sums = x.new_empty(plan.sums_shape, dtype=torch.float32)
             plan.sums(x, grad, s.other, *vectors, sums)
-            _went("norm-grad-sums")
+            if OBSERVERS:
+                of_launch("norm-grad-sums")
             both = None
-            if how.measured and need_x and reduce is not None:
+            if step.measured and need_x and reduce is not None:
                 both = x.new_empty((2, x.shape[1]), dtype=torch.float32)
                 db, dw = both.unbind()
             else:
@@ -113,7 +118,8 @@ def backward(
                     mean1, mean2 = x.new_empty(plan.means_shape, dtype=torch.float32).unbind()
             ds = x.new_empty(x.shape[1], dtype=torch.float32) if need_slope else None
             plan.finish(sums, db, dw, ds, mean1, mean2, s.weight)
-            _went("norm-grad-finish")
+            if OBSERVERS:
+                of_launch("norm-grad-finish")
             if both is not None:
                 total, number = reduce(both)
                 mean1, mean2 = ((total if s.weight is None else total * s.weight.float()) / number).unbind()
@@ -122,12 +128,13 @@ def backward(
             if ds is not None and s.slope is not None:
                 ds = (ds if s.slope.numel() > 1 else ds.sum(0, keepdim=True)).to(s.slope.dtype)
         dx = dz = None
-        identity = how.activation.name == "identity"
+        identity = step.activation.name == "identity"
         if need_x or need_residual and not identity:
             dx = torch.empty_like(x)
-            dz = torch.empty_like(grad) if need_residual and not identity and how.norm is not None else None
+            dz = torch.empty_like(grad) if need_residual and not identity and step.norm is not None else None
             plan.apply(x, grad, s.other, *vectors, mean1, mean2, dx, dz)
-            _went("norm-grad-apply")
+            if OBSERVERS:
+                of_launch("norm-grad-apply")
     residual = None
     if need_residual:
         residual = grad_in if identity else dx if dz is None else dz
@@ -162,12 +169,14 @@ def activation_pass(
         sums = g.new_empty(plan.sums_shape, dtype=torch.float32) if bias else None
         dz = torch.empty_like(g) if of else None
         plan.apply(g, _as(saved, last) if of and saved is not None else None, dz, sums)
-        _went("activation-grad")
+        if OBSERVERS:
+            of_launch("activation-grad")
         db = None
         if sums is not None:
             db = g.new_empty(g.shape[1], dtype=torch.float32)
             plan.finish(sums, db, None, None, None, None, None)
-            _went("norm-grad-finish")
+            if OBSERVERS:
+                of_launch("norm-grad-finish")
     return grad if dz is None else dz, db
 
 
@@ -212,17 +221,17 @@ def backward_plan(
     grad: Tensor,
     saved: tuple[Tensor | None, ...],
     slopes: int,
-    how: NormHow,
+    step: Step,
     need: tuple[bool, ...],
     shared: bool,
 ) -> BackwardPlan:
-    """Of `norm_launch.backward` for x of this ``shape``, on tensors that are channels-last, once arranged, as told."""
-    return _backward(how, shape, x_last, grad_last, _types(grad, *saved), slopes, need, shared, *_where(grad))
+    """Of `backward` for x of this ``shape``, on tensors that are channels-last, once arranged, as told."""
+    return _backward(step, shape, x_last, grad_last, _types(grad, *saved), slopes, need, shared, *_where(grad))
 
 
 @lru_cache(maxsize=4096)
 def _backward(
-    how: NormHow,
+    step: Step,
     shape: torch.Size,
     x_last: bool,
     grad_last: bool,
@@ -233,13 +242,13 @@ def _backward(
     sms: int,
     index: int | None,
 ) -> BackwardPlan:
-    n, c, h, w = shape
+    (n, c, h, w), norm = shape, step.norm
     last = (x_last, grad_last or c == 1 or h * w == 1)
-    join, segments = how.join(c), n if how.each else 1
-    means = how.measured and need[0] and not shared
-    common = {**_common(how, c, slopes), "SLOPE_SUM": need[4]}
-    t, sums = _tiles(backward_kernels.grad_sums_kernel, shape, how.each, sms, last, common, how.eps)
-    _, apply = _tiles(backward_kernels.grad_apply_kernel, shape, how.each, sms, last, common, how.eps)
+    join, segments = 1 if norm is None else norm.join(c), n if each(norm) else 1
+    means = step.measured and need[0] and not shared
+    common = {**_common(step, c, slopes), "SLOPE_SUM": need[4]}
+    t, sums = _tiles(backward_kernels.grad_sums_kernel, shape, each(norm), sms, last, common, eps_of(norm))
+    _, apply = _tiles(backward_kernels.grad_apply_kernel, shape, each(norm), sms, last, common, eps_of(norm))
     parts = t.segments * t.parts // segments
     finish = _finish(segments, parts, c, join, means, float(n * h * w // segments * join))
     constants = {"slopes": slopes, "need": need, "shared": shared, **_told("tiles", t, last), "finish": finish.blocks}
@@ -249,7 +258,7 @@ def _backward(
         finish.start,
         (2, segments, c // join) if means else None,
         apply,
-        _proof(NormPass("gradient of ", how, c), "two passes", index, types[1], types, **constants),
+        _proof(NormPass("gradient of ", step, c), "two passes", index, types[1], types, **constants),
     )
 
 
@@ -267,7 +276,7 @@ class ActivationPlan:
 def activation_plan(
     grad: Tensor, saved: Tensor | None, last: bool, activation: Activation, bias: bool
 ) -> ActivationPlan:
-    """Of `norm_launch.activation_pass` on these tensors, which are channels-last, once arranged, or not."""
+    """Of `activation_pass` on these tensors, which are channels-last, once arranged, or not."""
     return _activation(activation, grad.shape, last, _types(grad, saved), bias, *_where(grad))
 
 
@@ -281,11 +290,19 @@ def _activation(
     t, apply = _tiles(backward_kernels.act_backward_kernel, shape, False, sms, (last,), consts)
     finish = _finish(1, t.segments * t.parts, c, 1, False, 1.0)
     constants = {"bias": bias, **_told("tiles", t, (last,)), "finish": finish.blocks}
+    NormPass("gradient of ", norm_step(None, False, activation), c)
     return ActivationPlan(
         apply,
         (1, 1, t.segments * t.parts, c),
         finish.start,
-        _proof(NormPass("gradient of ", activation, c), "one pass", index, types[0], types, **constants),
+        _proof(
+            NormPass("gradient of ", norm_step(None, False, activation), c),
+            "one pass",
+            index,
+            types[0],
+            types,
+            **constants,
+        ),
     )
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation
-from ..step import NormHow
-from . import conv as block
+from ..norms import Norm
+from ..step import Step
 from . import guard
 from .binary import MAX_REGISTERS, Binary, aligned
 from .devices import target_device
@@ -92,11 +92,6 @@ def _vector(v: Tensor | None) -> Tensor | None:
     return v if v is None else v.contiguous()
 
 
-def _went(kernel: str) -> None:
-    if block.LAUNCHES is not None:
-        block.LAUNCHES.append(kernel)
-
-
 # --- launches ---------------------------------------------------------------------------------------------------------
 
 _Types = tuple[torch.dtype | None, ...]
@@ -156,11 +151,22 @@ def _tiles(
     return t, Start(_binary(kernel, consts, t.num_warps), t.grid, (t.rows, t.parts, t.tiles, *numbers))
 
 
-def _common(how: NormHow, channels: int, slopes: int) -> dict[str, Any]:
-    var = how.norm is not None and not how.measured and how.norm.kind != "affine"
+def _common(step: Step, channels: int, slopes: int) -> dict[str, Any]:
+    norm = step.norm
+    join = 1 if norm is None else norm.join(channels)
     return dict(
-        JOIN=how.join(channels), EACH=how.each, VAR=var, SLOPES=slopes, OF=how.of, **_params(how.activation)
+        JOIN=join, EACH=each(norm), VAR=norm is not None and norm.kind == "running", SLOPES=slopes, OF=step.of,
+        **_params(step.activation),
     )  # fmt: skip
+
+
+def each(norm: Norm | None) -> bool:
+    """Whether every image has its own statistics."""
+    return norm is not None and norm.per_image
+
+
+def eps_of(norm: Norm | None) -> float:
+    return 0.0 if norm is None else float(norm.eps)
 
 
 def _params(activation: Activation) -> dict[str, Any]:

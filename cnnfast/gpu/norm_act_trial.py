@@ -15,11 +15,12 @@ from torch import Tensor
 
 from .. import norm_sync
 from ..activations import Activation, activation_derivative
-from ..norms import NormCall, Partials
+from ..norms import Norm, Partials
 from ..reference import Grads, Saved, backward_by_torch, composition
-from ..step import NormHow
+from ..step import Operands, Step, norm_step
 from . import norm_act, trial
 from .norm_act_backward import activation_pass, arrange, backward
+from .norm_act_plan import each
 
 __all__ = ["activation_problem", "backward_problem", "forward_problem"]
 
@@ -35,16 +36,17 @@ class _Few:
 
     channels: list[int]
     groups: list[int]
-    how: NormHow  # of these alone
+    norm: Norm | None  # of these alone
 
     @classmethod
-    def of(cls, how: NormHow, channels: int, whole: bool) -> _Few:
-        join = how.join(channels)
+    def of(cls, norm: Norm | None, channels: int, whole: bool) -> _Few:
+        join = 1 if norm is None else norm.join(channels)
         number = channels // join
-        each = max(1, CHANNELS // join // 2)
-        groups = [g for g in range(number) if whole or g < each or g >= number - each]
-        norm = how.norm if how.norm is None or how.norm.kind != "group" else replace(how.norm, groups=len(groups))
-        return cls([g * join + k for g in groups for k in range(join)], groups, replace(how, norm=norm))
+        side = max(1, CHANNELS // join // 2)
+        groups = [g for g in range(number) if whole or g < side or g >= number - side]
+        if norm is not None and norm.kind == "group":
+            norm = replace(norm, groups=len(groups))
+        return cls([g * join + k for g in groups for k in range(join)], groups, norm)
 
     def __call__(self, name: str, t: Tensor) -> Tensor:
         if t.dim() == 4:
@@ -59,60 +61,53 @@ class _Few:
 
 def forward_problem(
     forward: Callable[..., Any],
-    x: Tensor,
-    call: NormCall | None,
-    residual: Tensor | None,
-    slope: Tensor | None,
+    step: Step,
+    o: Operands,
     parts: Partials | None,
-    how: NormHow,
+    channels_last: bool,
+    dtype: torch.dtype,
 ) -> str | None:
-    """What is wrong with ``forward``, which is `norm_autograd.forward`, on tensors like these."""
-    few = _Few.of(how, x.shape[1], False)
-    count = dist.get_world_size(call.process_group) if call is not None and norm_sync.shared(call) else None
+    """What is wrong with ``forward``, which is `norm_act_autograd.forward`, on tensors like these."""
+    norm, c = step.norm, o.x.shape[1]
+    few, per_image = _Few.of(norm, c, False), each(norm)
+    count = dist.get_world_size(o.group) if norm_sync.shared(norm, o) else None
 
     def known(x: Tensor) -> Partials | None:
         """Statistics as parts, where the forward does not take them from x itself."""
-        if not how.measured or (parts is None and count is None):
+        if not step.measured or (parts is None and count is None):
             return None
-        some = norm_act.partials(x, how.each) if parts is None else _split(x, how.each, parts.count.shape[1])
+        some = norm_act.partials(x, per_image) if parts is None else _split(x, per_image, parts.count.shape[1])
         if count is not None:
             return _spread(norm_sync.merged(some), count)
         return some if parts is None else _spread(some, parts.count.shape[1])
 
-    def run(x: Tensor, residual: Tensor | None, slope: Tensor | None, **vectors: Tensor | None) -> dict[str, Tensor]:
-        copies: dict[str, Any] = {k: v if v is None else v.clone() for k, v in vectors.items()}
-        mine = None if call is None else call._replace(**copies, process_group=None)
-        done = forward(x, mine, residual, slope, known(x), how)
+    def run(x: Tensor, **tensors: Tensor | None) -> dict[str, Tensor]:
+        moved = {k: tensors[k] for k in ("mean", "var")}
+        copies: Any = {**tensors, **{k: v if v is None else v.clone() for k, v in moved.items()}}
+        done = forward(step, o._replace(x=x, group=None, **copies), known(x), channels_last, dtype)
         found = {"y": done.y}
-        if how.measured:  # the statistics show in y; by themselves, sums that cancel are not known well
-            found |= {k: v for k, v in copies.items() if k.startswith("running") and v is not None}
+        if step.measured:  # the statistics show in y; by themselves, sums that cancel are not known well
+            found |= {k: copies[k] for k in moved if copies[k] is not None}
         return found
 
-    def reference(
-        x: Tensor, residual: Tensor | None, slope: Tensor | None, **vectors: Tensor | None
-    ) -> dict[str, Tensor]:
-        norm = few.how.norm
-        mine = None if norm is None else NormCall(norm, **vectors, use_input_stats=how.measured)  # type: ignore[arg-type]
-        z = composition(x, mine)
+    def reference(x: Tensor, residual: Tensor | None, slope: Tensor | None, **vectors: Any) -> dict[str, Tensor]:
+        z = composition(few.norm, Operands(x, **vectors))
         z = z if residual is None else z + residual
-        found = {"y": how.activation(z, slope), "before y": z}
-        if how.measured and norm is not None:
-            n = x.shape[0] if how.each else 1
-            rows = x.reshape(n, len(few.groups), -1) if how.each else x.transpose(0, 1).reshape(1, x.shape[1], -1)
+        found = {"y": step.activation(z, slope), "before y": z}
+        if step.measured:
+            n = x.shape[0] if per_image else 1
+            rows = x.reshape(n, len(few.groups), -1) if per_image else x.transpose(0, 1).reshape(1, x.shape[1], -1)
             var, mean = torch.var_mean(rows, 2, correction=0)
             unbiased = var * (rows.shape[2] / max(1, rows.shape[2] - 1))
-            for name, new in (("running_mean", mean), ("running_var", unbiased)):
-                old = vectors[name]
-                if old is not None and call is not None:
-                    found[name] = old * (1 - call.momentum) + new.mean(0) * call.momentum
+            for name, new in (("mean", mean), ("var", unbiased)):
+                if vectors[name] is not None:
+                    found[name] = vectors[name] * (1 - o.momentum) + new.mean(0) * o.momentum
         return found
 
-    vectors = {} if call is None else dict(zip(_VECTORS, call[1:5], strict=True))
-    like = {"x": x, "residual": residual, "slope": slope, **vectors}
-    return trial.problem_of(run, reference, like, positive=("running_var",), some=few)
+    names = ("x", "residual", "slope", "scale", "shift", "mean", "var")
+    return trial.problem_of(run, reference, {n: getattr(o, n) for n in names}, positive=("var",), some=few)
 
 
-_VECTORS = ("weight", "bias", "running_mean", "running_var")
 PARTS = 8
 
 
@@ -140,10 +135,12 @@ def _spread(some: Partials, count: int) -> Partials:
     return spread
 
 
-def backward_problem(grad: Tensor, s: Saved, how: NormHow, need: Grads | tuple[bool, ...], shared: bool) -> str | None:
-    """What is wrong with `norm_launch.backward` on tensors like these."""
-    grad, s = arrange(grad, s, how)
-    few = _Few.of(how, s.x.shape[1], s.slope is not None and s.slope.numel() == 1)
+def backward_problem(
+    grad: Tensor, s: Saved, step: Step, channels_last: bool, need: Grads | tuple[bool, ...], shared: bool
+) -> str | None:
+    """What is wrong with `norm_act_backward.backward` on tensors like these."""
+    grad, s = arrange(grad, s, step, channels_last)
+    few = _Few.of(step.norm, s.x.shape[1], s.slope is not None and s.slope.numel() == 1)
     twice = 2.0 * s.x.numel() / s.x.shape[1]  # as if another process had as many values, all of them zero
 
     def reduce(sums: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,19 +150,20 @@ def backward_problem(grad: Tensor, s: Saved, how: NormHow, need: Grads | tuple[b
         return {name: t for name, t in grads._asdict().items() if t is not None}
 
     def run(grad: Tensor, **saved: Any) -> dict[str, Tensor]:
-        return named(backward(grad, Saved(**saved), how, need, reduce if shared else None))
+        return named(backward(grad, Saved(**saved), step, channels_last, need, reduce if shared else None))
 
     def reference(grad: Tensor, **saved: Any) -> dict[str, Tensor]:
         terms: dict[str, Tensor] = {}
-        found = backward_by_torch(grad, Saved(**saved), few.how, need, reduce if shared else None, terms)
+        some = norm_step(few.norm, step.residual, step.activation)
+        found = backward_by_torch(grad, Saved(**saved), some, need, reduce if shared else None, terms)
         return {**named(found), **{f"before {name}": t.abs().sum((0, 2, 3)) for name, t in terms.items()}}
 
     return trial.problem_of(run, reference, {"grad": grad, **s._asdict()}, positive=("rstd",), some=few)
 
 
 def activation_problem(grad: Tensor, saved: Tensor | None, activation: Activation, bias: bool) -> str | None:
-    """What is wrong with `norm_launch.activation_pass` on tensors like these."""
-    few = _Few.of(NormHow(None, False, activation, True, grad.dtype), grad.shape[1], False)
+    """What is wrong with `activation_pass` on tensors like these."""
+    few = _Few.of(None, grad.shape[1], False)
 
     def run(grad: Tensor, saved: Tensor | None) -> dict[str, Tensor]:
         dz, db = activation_pass(grad, saved, activation, bias)

@@ -7,8 +7,7 @@ tune``) has kept. Every plan is proven by `guard` before it is timed, on noise; 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +20,12 @@ from . import guard, trial, tuned
 from .conv_choice import candidates, choose_plan
 from .conv_plan import Plan
 from .devices import precision_of, target_device, tf32_convolutions
+from .observers import observed
 from .warmup import warmup
+from .why_not import triton_why_not
+
+if triton_why_not() is None:
+    from . import conv
 
 __all__ = ["Result", "Task", "Timer", "cuda_timer", "record", "tune", "tune_steps"]
 
@@ -61,7 +65,6 @@ class Task:
 
     step: Step
     likes: tuple[tuple[str, _Like], ...]
-    eps: float
     channels_last: bool
     tf32: bool
     device: torch.device
@@ -69,12 +72,12 @@ class Task:
     @classmethod
     def of(cls, step: Step, o: Operands, channels_last: bool) -> Task:
         likes = tuple((name, _Like.of(t)) for name, t in o._asdict().items() if isinstance(t, torch.Tensor))
-        return cls(step, likes, o.eps, channels_last, precision_of(o.x.dtype).tf32, o.x.device)
+        return cls(step, likes, channels_last, precision_of(o.x.dtype).tf32, o.x.device)
 
     def operands(self) -> Operands:
         """Noise."""
         made: dict[str, Any] = {name: like.make(self.device) for name, like in self.likes}
-        o = Operands(eps=self.eps, **made)
+        o = Operands(**made)
         trial.fill_with_noise(self.step, o)
         return o
 
@@ -148,20 +151,9 @@ def record(function: Callable[..., Any], *inputs: Any, batch_sizes: Iterable[int
         if o.x.is_cuda:
             tasks[Task.of(step, o, channels_last)] = None
 
-    with _observed(see):
+    with observed(step=see):
         warmup(function, *inputs, batch_sizes=batch_sizes)
     return list(tasks)
-
-
-@contextmanager
-def _observed(see: Callable[[Step, Operands, bool], None]) -> Iterator[None]:
-    from . import conv as launch
-
-    before, launch.OBSERVER = launch.OBSERVER, see
-    try:
-        yield
-    finally:
-        launch.OBSERVER = before
 
 
 def tune_steps(
@@ -190,19 +182,15 @@ def tune_steps(
 
 def _refusal(task: Task, o: Operands, plan: Plan) -> str | None:
     """Why a plan cannot be used: launches it, which compiles and proves it."""
-    from . import conv as launch
-
     try:
-        launch.run(task.step, o, task.channels_last, plan)
+        conv.run(task.step, o, task.channels_last, plan)
     except (guard.Refused, torch.OutOfMemoryError) as error:
         return str(error)
-    proof = launch.lookup(task.step, o, task.channels_last, plan).proof
+    proof = conv.lookup(task.step, o, task.channels_last, plan).proof
     return None if proof.ready else proof.state
 
 
 def _tune(task: Task, timer: Timer, limit: int, end: float | None) -> Result:
-    from . import conv as launch
-
     with torch.no_grad(), tf32_convolutions(task.tf32):
         o = task.operands()
         precision, device = precision_of(o.x.dtype), target_device(o.x)
@@ -219,7 +207,7 @@ def _tune(task: Task, timer: Timer, limit: int, end: float | None) -> Result:
                 break
             reason = _refusal(task, o, plan)
             if reason is None:
-                calls[plan.name] = lambda plan=plan: launch.run(task.step, o, task.channels_last, plan)  # type: ignore[misc]
+                calls[plan.name] = lambda plan=plan: conv.run(task.step, o, task.channels_last, plan)  # type: ignore[misc]
             else:
                 refused[plan.name] = reason
         times = {name: t.median for name, t in timer(calls).items()} if calls else {}
@@ -230,5 +218,5 @@ def _tune(task: Task, timer: Timer, limit: int, end: float | None) -> Result:
     if best is not None:
         about = {"seconds": times, "heuristic": heuristic.name}
         kept = tuned.keep(spec, batch, size, precision, index, best, about)
-        launch.prepare.cache_clear()
+        conv.prepare.cache_clear()
     return Result(task, heuristic, best, times, refused, kept)

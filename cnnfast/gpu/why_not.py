@@ -6,13 +6,12 @@ import importlib.util
 from functools import lru_cache
 
 import torch
-from torch import Tensor
 
 from ..spec import DTYPES, INT32, ConvSpec
 from ..step import Operands, Step
 from .conv_plan import lower
 
-__all__ = ["NO_DEVICE", "cuda_why_not", "launch_why_not", "norm_why_not", "spec_why_not", "triton_why_not", "why_not"]
+__all__ = ["NO_DEVICE", "cuda_why_not", "launch_why_not", "spec_why_not", "triton_why_not", "why_not"]
 
 
 # --- why not Triton ---------------------------------------------------------------------------------------------------
@@ -78,7 +77,7 @@ def spec_why_not(spec: ConvSpec) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _step_why_not(
-    step: Step, batch: int, input_size: tuple[int, int], dtype: torch.dtype, few_channels: bool
+    step: Step, batch: int, input_size: tuple[int, int], dtype: torch.dtype, few_channels: bool, tail: bool
 ) -> str | None:
     s = step.spec
     if dtype not in DTYPES:
@@ -94,35 +93,38 @@ def _step_why_not(
     low = lower(s, tuple(padded))
     if low.rows(batch, out) >= INT32 - 1024:
         return "2^31 output positions or more in a phase"
-    return None
+    return "2^31 positions or more" if tail and batch * out[0] * out[1] >= INT32 - 1024 else None
 
 
-def why_not(step: Step, operands: Operands, few_channels: bool = False) -> str | None:
-    """Why the Triton kernel cannot run this step on these tensors, or None. The one predicate that decides a
-    fallback. ``few_channels``: fewer than a tensor core's fragment are right, if slow, and not refused. (Whether
-    anything can be launched on tensors that are not on a CUDA device is `launch_why_not`'s to say.)"""
-    x = operands.x
-    reason = triton_why_not()
-    if reason is None and x.is_cuda:
-        reason = cuda_why_not(x.device.index or 0)
-    return reason or _step_why_not(step, x.shape[0], (x.shape[2], x.shape[3]), x.dtype, few_channels)
-
-
-def norm_why_not(x: Tensor, *vectors: Tensor | None) -> str | None:
-    """Why the kernels cannot take x (N, C, H, W) with these other tensors, or None."""
+def why_not(step: Step, o: Operands, few_channels: bool = False, training: bool = False) -> str | None:
+    """Why the Triton kernels cannot run this step on these tensors, or None. The one predicate that decides a
+    fallback. ``few_channels``: fewer than a tensor core's fragment are right, if slow, and not refused. ``training``:
+    what follows the convolution runs apart. (Whether anything can be launched on tensors that are not on a CUDA device
+    is `launch_why_not`'s to say.)"""
+    x = o.x
     reason = triton_why_not()
     if reason is None and x.is_cuda:
         reason = cuda_why_not(x.device.index or 0)
     if reason is not None:
         return reason
-    n, c, h, w = x.shape
-    if x.dtype not in DTYPES:
-        return f"dtype {x.dtype} is not one of {', '.join(str(d) for d in DTYPES)}"
-    if c * h * w >= INT32:
-        return "one image has 2^31 elements or more"
-    if n * h * w >= INT32 - 1024:
-        return "2^31 positions or more"
-    for v in vectors:
+    apart = step.spec is None or training and (step.norm is not None or step.residual)
+    if step.spec is None:
+        reason = _norm_why_not(x.shape, x.dtype) if x.numel() else None
+    else:
+        reason = _step_why_not(step, x.shape[0], (x.shape[2], x.shape[3]), x.dtype, few_channels, apart)
+    if reason is not None or not apart:
+        return reason
+    for v in (o.scale, o.shift, o.mean, o.var, o.residual, o.slope):
         if v is not None and v.dtype not in DTYPES:
             return f"a vector's dtype {v.dtype} is not one of {', '.join(str(d) for d in DTYPES)}"
     return None
+
+
+def _norm_why_not(shape: torch.Size, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot take an x (N, C, H, W)."""
+    n, c, h, w = shape
+    if dtype not in DTYPES:
+        return f"dtype {dtype} is not one of {', '.join(str(d) for d in DTYPES)}"
+    if c * h * w >= INT32:
+        return "one image has 2^31 elements or more"
+    return "2^31 positions or more" if n * h * w >= INT32 - 1024 else None

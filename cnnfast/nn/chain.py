@@ -3,9 +3,9 @@ under autocast as PyTorch's modules."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from .. import memory_format
 from ..activations import Activation
-from ..cpu import inference, training
-from ..cpu.backend import _no_gain_in_training
-from ..dispatch import needs_gradient, resolve_backend
+from ..dispatch import Planned, channels_last_inside, choose, resolve_backend
 from ..gradients import enter, plain, squeezed
 from ..memory_format import has_both, is_channels_last, new_strides
-from ..ops import run as core
-from ..ops.run import normalise
-from ..step import Operands
+from ..norms import check_values
+from ..ops.run import run_step
+from ..step import Operands, Step
 from .fusion import FusedStep
 from .fusion_conv import DTYPES
 from .modules import Reading
@@ -40,7 +38,7 @@ def _eager_layout(step: FusedStep, channels_last: bool, size: Sequence[int], out
     effect, and a norm ends it. (Checked against torch 2.13 on a CPU.)
     """
     spec, rule = step.step.spec, step.rule
-    if rule is not None and (rule.norm.kind == "instance" or rule.norm.kind == "group" and step.device.type != "cpu"):
+    if rule is not None and (rule.kind == "instance" or rule.kind == "group" and step.device.type != "cpu"):
         return False
     if step.ndim == 1:  # ATen makes 3-D inputs contiguous first, and so does padding
         channels_last = channels_last and has_both(spec.in_channels, size) and not any(step.step.pad)
@@ -55,10 +53,11 @@ def _eager_layout(step: FusedStep, channels_last: bool, size: Sequence[int], out
 def _one_value(step: FusedStep, shape: torch.Size) -> bool:
     """Whether the step's norm has one value of ``shape`` for each of its statistics: PyTorch's modules raise then."""
     assert step.rule is not None
-    n, c, *size = shape
-    norm, pixels = step.rule.norm, math.prod(size)
-    values = {"batch": n * pixels, "instance": pixels, "group": n * c // norm.groups * pixels}[norm.kind]
-    return values == 1 and not step.rule.synchronised
+    try:
+        check_values(shape, step.step.norm)
+    except ValueError:
+        return not step.rule.synchronised
+    return False
 
 
 def _pads(module: nn.Module) -> bool:
@@ -158,25 +157,14 @@ class Chain:
             shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
             if s.measured and _one_value(s, shapes[-1]):
                 return "a norm would measure one value"
-        inside = [True] * (len(self.steps) - 1) + eager[-1:]
-        why: list[str | None] = [None] * len(self.steps)
-        convert = False
-        if x.device.type == "cpu" and backend != "triton":
-            if not any(eager) and not self._saves_conversions([shape.numel() for shape in shapes], gradient):
-                inside = eager[1:]
-            # `run` converts the input where the first result is channels-last.
-            reads = [inside[0] or eager[0], *inside]
-            for i, s in enumerate(self.steps):
-                how = reads[i : i + 2]
-                if s.measured and any(how) and not eager[i + 1] and s.rule.norm.kind != "instance":  # type: ignore[union-attr]
-                    continue  # ATen's statistics are less exact in channels-last, cpu_training's are not
-                why[i] = _no_gain_in_training(s, how[0]) if gradient else self._no_gain(s, shapes[i], how, reading, low)
-            if why[0] is not None and None not in why and (inside == eager[1:] or gradient and first.ndim == 1):
-                return why[0]
-            if first.ndim == 1:  # modules would convert on the way in and out
-                why = [None] * len(why)
-            # Whatever runs the first step: its result is likely to be larger.
-            convert = inside[0] or gradient and why[0] is None
+        arrangement = channels_last_inside(eager)
+        for by in choose(x, backend):
+            planned = [self._planned(s, reading, low) for s in self.steps]
+            found = by.arrange(planned, shapes, eager, gradient=gradient)
+            if isinstance(found, str):
+                return found
+            arrangement = found
+        inside, why, convert = arrangement
         runs = [Run(*how) for how in zip(inside, why, strict=True)]
         if why[-1] is None:
             runs[-1] = self._last(runs[-1], x.device.type, backend, low, gradient)
@@ -193,7 +181,7 @@ class Chain:
         s = self.steps[-1]
         by_kernel = device != "cpu" or backend == "triton"  # with a norm, its backward reads the norm's input alone
         read_input = s.step.activation.name in _READ_INPUT and not s.overwrites
-        group = s.rule is not None and s.rule.norm.kind == "group"
+        group = s.rule is not None and s.rule.kind == "group"
         return run._replace(
             apart=gradient and read_input and not (by_kernel and s.rule is not None),
             # On CUDA, autocast runs group_norm in float32 and PReLU in its own dtype.
@@ -201,31 +189,10 @@ class Chain:
         )
 
     @staticmethod
-    def _no_gain(
-        s: FusedStep, shape: torch.Size, channels_last: list[bool], reading: Reading, low: torch.dtype | None
-    ) -> str | None:
-        """Why a plain convolution's step gains nothing on a CPU; ``channels_last``: of its input and its result."""
-        if s.rule is not None and s.rule.synchronised:  # its module wants a GPU
-            return None
+    def _planned(s: FusedStep, reading: Reading, low: torch.dtype | None) -> Planned:
         slopes = 0 if s.slope is None else reading.tensors[s.slope][0].numel()  # type: ignore[union-attr]
-        step, norm, nchw = s.step, s.rule is not None, not any(channels_last)
-        if s.measured:  # what follows the convolution takes its passes anyway
-            step, norm, slopes = replace(step, activation=Activation()), False, 0
-        return inference.why_slower_plain(step, shape, low or s.dtype, norm=norm, slopes=slopes, nchw=nchw)
-
-    def _saves_conversions(self, elements: list[int], gradient: bool) -> bool:
-        """Whether channels-last inside is worth the conversions at both ends: oneDNN, called from ATen, brings the
-        input and the result of every convolution into a layout of its own, unless the kernel is 1x1. (Transposed
-        convolutions and upsamplings were measured to gain.)"""
-        saved = 0
-        for s, before, after in zip(self.steps, elements[:-1], elements[1:], strict=True):
-            if s.step.spec.transposed or s.step.upsample is not None:
-                return True
-            if not gradient and s.measured and s.rule.norm.kind == "instance":  # type: ignore[union-attr]
-                continue  # its module returns NCHW
-            saved += before + after if max(s.step.spec.kernel_size) > 1 else 0
-        ends = elements[0] + elements[-1]
-        return saved > ends or saved == ends and not gradient
+        instance, synchronised = (s.rule.kind == "instance", s.rule.synchronised) if s.rule else (False, False)
+        return Planned(s.step, s.ndim, low or s.dtype, slopes, instance, synchronised, s.weight_channels_last)
 
     # --- running it ---------------------------------------------------------------------------------------------------
 
@@ -240,7 +207,7 @@ class Chain:
         x = _enter(x, ndim, bound)
         for s, run in zip(self.steps, bound.runs, strict=True):
             if run.simple:  # the path that counts microseconds
-                x = core.run_step(s.step, _operands(s, x, reading.tensors), channels_last=run.channels_last)
+                x = run_step(s.step, _operands(s, x, reading.tensors), channels_last=run.channels_last)
                 continue
             if run.as_modules is None:
                 x = _fused(s, x, run, reading, bound.low)
@@ -276,46 +243,47 @@ def _enter(x: Tensor, ndim: int, bound: Bound) -> Tensor:
 
 def _fused(s: FusedStep, x: Tensor, run: Run, reading: Reading, low: torch.dtype | None) -> Tensor:
     o = _operands(s, x, reading.tensors)
-    call = s.rule.call(reading.modules[s.norm], reading.tensors[s.norm]) if s.measured else None  # type: ignore[index, union-attr]
+    if s.measured:
+        mean, var, momentum, group = s.rule.operands(reading.modules[s.norm], reading.tensors[s.norm])  # type: ignore[index, union-attr]
+        o = o._replace(mean=mean, var=var, momentum=momentum, group=group)
     if low is None:
-        return _step(s, o, call, run)
-    # Not through autocast's cache of weights: casts are of the present values, and gradients add up in float32.
+        return _step(s, o, run)
+    # Not through autocast's cache of weights: casts are of the present values (the weight's where it is used), and
+    # gradients add up in float32.
     bias, slope = (None if t is None else t.to(low) for t in (o.bias, o.slope))
-    o = o._replace(bias=bias, slope=slope)
-    if not _packs(s, o, call, run):
-        o = o._replace(weight=o.weight.to(low))
     with torch._C._DisableAutocast():  # operands are in their dtypes, and what runs inside chooses its own
-        return _step(s, o, call, run)
+        return _step(s, o._replace(bias=bias, slope=slope), run)
 
 
-def _packs(s: FusedStep, o: Operands, call: Any, run: Run) -> bool:
-    """Whether the step runs with a packed weight, which is made of the Parameter as it is."""
-    if o.x.device.type != "cpu" or run.apart or run.wide or resolve_backend(None) == "triton":
-        return False
-    if call is not None:
-        return training.packs(s.step, o, call)
-    return not needs_gradient(o) and inference.why_not(s.step, o, run.channels_last) is None
-
-
-def _step(s: FusedStep, o: Operands, call: Any, run: Run) -> Tensor:
+def _step(s: FusedStep, o: Operands, run: Run) -> Tensor:
     """The step, with what follows the convolution or its norm apart where ``run`` says so."""
+    step, last = s.step, run.channels_last
     if not (run.wide or run.apart):
-        return core.run_step(s.step, o, channels_last=run.channels_last, norm=call)
-    bare = replace(s.step, activation=Activation())
-    if run.wide:
-        y = core.run_step(bare, o._replace(slope=None), channels_last=True).float()
-        activation = Activation() if run.apart else s.step.activation
-        y = normalise(y, call, None, activation, None, channels_last=run.channels_last, backend=None)
-        return s.step.activation(y) if run.apart else y
-    return s.step.activation(core.run_step(bare, o, channels_last=run.channels_last, norm=call))
+        return run_step(step, o, channels_last=last)
+    activation = step.activation
+    if not run.wide:
+        return activation(run_step(_without_activation(step), o, channels_last=last))
+    u = run_step(step.bare, Operands(o.x, o.weight, o.bias), channels_last=True).float()
+    tail = _without_activation(step.tail) if run.apart else step.tail
+    y = run_step(tail, o.after(u)._replace(slope=None), channels_last=last)
+    return activation(y) if run.apart else y
+
+
+@lru_cache(maxsize=4096)
+def _without_activation(step: Step) -> Step:
+    return replace(step, activation=Activation())
 
 
 def _operands(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]]) -> Operands:
+    """Of a norm that measures, but for its running statistics (`NormRule.operands`)."""
     weight, bias = tensors[s.conv]
     slope = None if s.slope is None else tensors[s.slope][0]
     if s.ndim == 1:  # (C_in, C_out/g, k) as (C_in, C_out/g, 1, k)
         weight = weight.unsqueeze(2)
-    if s.norm is None or s.measured:
+    if s.norm is None:
         return Operands(x, weight, bias, slope=slope)
     mean, var, scale, shift = tensors[s.norm]
-    return Operands(x, weight, bias, mean, var, s.eps, scale, shift, None, slope)
+    assert s.rule is not None
+    if s.rule.norm.measured:
+        mean = var = None
+    return Operands(x, weight, bias, mean, var, scale, shift, None, slope)

@@ -59,12 +59,7 @@ class FusedStep:
     @property
     def measured(self) -> bool:
         """Whether it normalises by the statistics of the convolution's result."""
-        return self.rule is not None and self.rule.measured
-
-    @property
-    def eps(self) -> float:
-        """The norm's."""
-        return 0.0 if self.rule is None else self.rule.norm.eps
+        return self.step.measured
 
 
 @dataclass(frozen=True)
@@ -154,7 +149,8 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
         try:
             rule = norm_rule(parts[norm], ndim, channels, weight)
             # A GroupNorm on a CPU allocates like its input, too.
-            last, in_place = norm, rule.norm.kind == "group" and weight.device.type == "cpu"
+            last, in_place = norm, rule.kind == "group" and weight.device.type == "cpu"
+            base = replace(base, norm=rule.norm)
         except Refused as refused:
             reasons[norm] = str(refused)
     if last != norm:

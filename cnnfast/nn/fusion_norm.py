@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..norms import Norm, NormCall
+from ..norms import Norm
 from .fusion_conv import Part, check_vector
 from .modules import Refused
 
@@ -17,25 +17,27 @@ __all__ = ["NormRule", "norm_rule"]
 
 @dataclass(frozen=True)
 class NormRule:
-    """A norm module in its present mode. ``measured``: it normalises by the statistics of its input, otherwise by
-    running ones; ``dtype``: of its vectors, None where it has none.
+    """A norm module in its present mode. ``norm``: what it computes then; ``kind``: "batch", "instance", "group" or
+    "sync", whatever the mode; ``dtype``: of its vectors, None where it has none.
 
-    Of a measured one: ``updates``: running statistics move, by ``momentum`` (None: to the average of all batches, for
-    which ``counts``, num_batches_tracked goes up, is needed); ``synchronised``: statistics are of all processes.
+    Of one that measures: ``updates``: running statistics move, by ``momentum`` (None: to the average of all batches,
+    for which ``counts``, num_batches_tracked goes up, is needed); ``synchronised``: statistics are of all processes.
     """
 
     norm: Norm
-    measured: bool
+    kind: str
     dtype: torch.dtype | None
     updates: bool = False
     counts: bool = False
     momentum: float | None = None
     synchronised: bool = False
 
-    def call(self, module: nn.Module, tensors: tuple[Tensor | None, ...]) -> NormCall:
-        """The application that this call of the module is, from its present ``tensors``. Counts the batch, as the
-        module's forward does."""
-        mean, var, weight, bias = tensors
+    def operands(
+        self, module: nn.Module, tensors: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor | None, Tensor | None, float, Any]:
+        """(mean, var, momentum, group) of `step.Operands` for this call of a module that measures. Counts the batch, as
+        the module's forward does."""
+        mean, var = tensors[:2]
         if not self.updates:
             mean = var = None
         momentum = self.momentum
@@ -48,7 +50,7 @@ class NormRule:
             elif self.synchronised:
                 raise AssertionError("num_batches_tracked must not be None")  # SyncBatchNorm's own
         group = _process_group(module) if self.synchronised else None
-        return NormCall(self.norm, weight, bias, mean, var, True, 0.0 if momentum is None else momentum, group)
+        return mean, var, 0.0 if momentum is None else momentum, group
 
 
 def _process_group(module: nn.Module) -> Any:
@@ -82,7 +84,7 @@ def norm_rule(part: Part, ndim: int, channels: int, weight: Tensor) -> NormRule:
         groups = part.attributes[1]
         if type(groups) is not int or groups < 1 or channels % groups:
             raise Refused(f"num_groups={groups!r} does not divide {channels} channels")
-        return NormRule(Norm("group", groups, float(eps)), True, dtype)
+        return NormRule(Norm("group", groups, float(eps)), kind, dtype)
     return _tracking_rule(kind, part, float(eps), dtype, channels)
 
 
@@ -96,7 +98,6 @@ def _tracking_rule(kind: str, part: Part, eps: float, dtype: torch.dtype | None,
     mean, var = part.tensors[:2]
     if (mean is None) != (var is None):
         raise Refused("it has one of running_mean and running_var only")
-    norm = Norm("instance" if kind == "instance" else "batch", eps=eps)
     if kind == "instance":
         measured, updates = part.training or not tracks, mean is not None
         if not measured and mean is None:
@@ -106,10 +107,10 @@ def _tracking_rule(kind: str, part: Part, eps: float, dtype: torch.dtype | None,
     if kind != "instance" and (eps < 0 or measured and eps == 0):
         raise Refused(f"eps={eps} must be positive in training")
     if not measured:
-        return NormRule(norm, False, dtype)
+        return NormRule(Norm("running", eps=eps), kind, dtype)
     return NormRule(
-        norm,
-        True,
+        Norm("instance" if kind == "instance" else "batch", eps=eps),
+        kind,
         dtype,
         updates,
         counts=kind != "instance" and part.training and bool(tracks),

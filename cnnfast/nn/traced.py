@@ -30,7 +30,7 @@ from ..memory_format import has_both, is_channels_last, new_strides, to_format
 from ..norms import Norm
 from ..ops import traced
 from ..spec import ConvSpec
-from ..step import Step, Upsample
+from ..step import Step, Upsample, convolution_of
 from .chain import _eager_layout, _operands
 from .fusion import FusedStep, Unfused, plan_modules
 from .fusion_norm import NormRule
@@ -196,11 +196,11 @@ def _rebuilt(f: FusedStep) -> FusedStep:
         s.groups,
     )  # fmt: skip
     upsample = None if u is None else Upsample(u.scale, u.padding, u.mode)
-    step = Step(spec, Activation(a.name, a.params), upsample, f.step.pad, f.step.pad_mode)
-    rule = None
+    rule, norm = None, None
     if r is not None:
         norm = Norm(r.norm.kind, r.norm.groups, r.norm.eps)
-        rule = NormRule(norm, r.measured, r.dtype, r.updates, r.counts, r.momentum, r.synchronised)
+        rule = NormRule(norm, r.kind, r.dtype, r.updates, r.counts, r.momentum, r.synchronised)
+    step = Step(spec, Activation(a.name, a.params), upsample, f.step.pad, f.step.pad_mode, norm)
     return FusedStep(
         f.slots, step, f.ndim, f.dtype, f.device, f.conv, f.norm, rule, f.slope, f.weight_channels_last, f.in_place,
         f.overwrites,
@@ -260,15 +260,16 @@ def _run(seq: nn.Sequential, steps: tuple[FusedStep, ...], plan: Traced, x: Any,
         out = s.step.output_size(size)
         channels_last = _eager_layout(s, channels_last, size, out)
         last = i == len(steps) - 1
-        if plan.kernel[s.slots[0]] and s.measured and not kernels:
+        measured = s.rule is not None and s.rule.norm.measured
+        if plan.kernel[s.slots[0]] and measured and not kernels:
             # Inductor fuses a norm of the input's own statistics with the activation behind it.
             assert s.norm is not None and s.rule is not None
-            bare = replace(s, step=replace(s.step, activation=Activation()), rule=None, norm=None, slope=None)
-            x = _step(seq, bare, plan, x, tensors, s.rule.norm.kind == "batch", low)
+            bare = replace(s, step=convolution_of(s.step), rule=None, norm=None, slope=None)
+            x = _step(seq, bare, plan, x, tensors, s.rule.kind in ("batch", "sync"), low)
             x = _modules(seq, range(s.conv + 1, s.slots[-1] + 1), plan, x)
             if last and ndim == 2:
                 x = to_format(x, channels_last)
-        elif plan.kernel[s.slots[0]] and not (low is not None and s.rule is not None and s.rule.norm.kind == "group"):
+        elif plan.kernel[s.slots[0]] and not (low is not None and s.rule is not None and s.rule.kind == "group"):
             x = _step(seq, s, plan, x, tensors, channels_last or not last, low)
         else:
             x = _modules(seq, own_slots, plan, x)
@@ -308,15 +309,15 @@ def _step(
     low: torch.dtype | None,
 ) -> Tensor:
     """One step by its operator, (N, C, L) as (N, C, 1, L)."""
-    call = None
-    if s.measured:
-        assert s.norm is not None and s.rule is not None
-        call = s.rule.call(_at(seq, plan.leaves[s.norm].path), tensors[s.norm])
     o = _operands(s, x if s.ndim == 2 else x.unsqueeze(2), tensors)
+    if s.rule is not None and s.rule.norm.measured:
+        assert s.norm is not None
+        mean, var, momentum, group = s.rule.operands(_at(seq, plan.leaves[s.norm].path), tensors[s.norm])
+        o = o._replace(mean=mean, var=var, momentum=momentum, group=group)
     # The Parameter itself, of three dimensions too: what is packed for it is kept by its identity.
     o = o._replace(weight=tensors[s.conv][0])
     if low is not None:
         o = o._replace(x=o.x.to(low), weight=o.weight.to(low), bias=None if o.bias is None else o.bias.to(low))
         o = o._replace(slope=None if o.slope is None else o.slope.to(low))
-    y = traced.traced_step(s.step, o, call, channels_last, None)
+    y = traced.traced_step(s.step, o, channels_last, None)
     return y if s.ndim == 2 else y.squeeze(2)

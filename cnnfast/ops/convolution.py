@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,8 +16,9 @@ from ..activations import Activation
 from ..dispatch import watched
 from ..gradients import enter, plain, squeezed
 from ..memory_format import is_channels_last
+from ..norms import Norm
 from ..spec import DTYPES, MAX_STRIDE, ConvSpec
-from ..step import Operands, Step
+from ..step import Operands, Step, convolution_of
 from .arguments import (
     Epilogue,
     Ints,
@@ -104,9 +104,11 @@ def _resolve(
     weight_shape: tuple[int, ...],
     given: Geometry,
     activation: Activation,
+    affine: bool,
+    residual: bool,
 ) -> Step | None:
-    """The step of these arguments; None where they describe no convolution of a non-empty image: torch's own function
-    then decides, and raises its own error."""
+    """The step of these arguments (``affine``: with a scale or a shift). None where they describe no convolution of a
+    non-empty image: torch's own function then decides, and raises its own error."""
     if len(weight_shape) != ndim + 2 or len(input_shape) not in (ndim + 1, ndim + 2):
         return None
     pads = given.padding
@@ -135,7 +137,7 @@ def _resolve(
         return None
     if not torch.compiler.is_compiling() and math.prod((*size, spec.out_channels, *input_shape[: -ndim - 1])) >= 2**60:
         return None
-    return Step(spec.as_2d(), activation)
+    return Step(spec.as_2d(), activation, norm=Norm("affine") if affine else None, residual=residual)
 
 
 def _named_padding(name: str, kernel: Sequence[int], stride: Ints, dilation: Ints) -> tuple[int, ...] | None:
@@ -182,10 +184,6 @@ def finish(y: Tensor, ndim: int, e: Epilogue, activation: Activation, slope: Ten
     return y.squeeze(0) if unbatched else y
 
 
-def _bare(step: Step) -> Step:
-    return replace(step, activation=Activation())
-
-
 def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epilogue, slope: Tensor | None) -> Tensor:
     """``step`` on tensors that `takes` accepts and that fit it: x (N, C, *size) or (C, *size)."""
     unbatched = x.dim() == ndim + 1
@@ -211,11 +209,11 @@ def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epil
         residual = residual.unsqueeze(-2) if ndim == 1 else residual
         mixed = mixes(x, residual)
     if mixed:
-        y = _run(_bare(step), Operands(x, w, b), channels_last, e.backend)
+        y = run(convolution_of(step) if compiling else step.bare, Operands(x, w, b), channels_last, e.backend)
         y = epilogue(y, e.scale, e.shift, residual, step.activation, slope)
     else:
-        o = Operands(x, w, b, None, None, 0.0, e.scale, e.shift, residual, slope)
-        y = _run(step, o, channels_last, e.backend)
+        o = Operands(x, w, b, None, None, e.scale, e.shift, residual, slope)
+        y = run(step, o, channels_last, e.backend)
         if not (compiling or y.requires_grad) and (y.shape[1] == 1 or y.shape[2] == y.shape[3] == 1):
             y = y if watched(y) else plain(y, channels_last)
     if ndim == 1:
@@ -223,12 +221,13 @@ def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epil
     return y.squeeze(0) if unbatched else y
 
 
-def _run(step: Step, o: Operands, channels_last: bool, backend: str | None) -> Tensor:
+def run(step: Step, o: Operands, channels_last: bool, backend: str | None) -> Tensor:
+    """`run_step`, or what stands for it in traced code."""
     if not torch.compiler.is_compiling():
         return run_step(step, o, channels_last=channels_last, backend=backend)
     from .traced import traced_step  # here: it loads torch._dynamo
 
-    return traced_step(step, o, None, channels_last, backend)
+    return traced_step(step, o, channels_last, backend)
 
 
 # --- plain and transposed convolutions --------------------------------------------------------------------------------
@@ -268,7 +267,8 @@ def convolve(
     reason: str | None = f"an empty input, or sizes such as padding={padding!r} that no kernel has"
     if given is not None:
         resolve = _resolve.__wrapped__ if compiling else _resolve  # symbolic sizes have no hash
-        step = resolve(ndim, transposed, x.shape, w.shape, given, act)
+        affine = e.scale is not None or e.shift is not None
+        step = resolve(ndim, transposed, x.shape, w.shape, given, act, affine, e.residual is not None)
         if step is not None:
             reason = takes(x, w, b, channels)
             if reason is None:
@@ -280,7 +280,7 @@ def convolve(
     else:
         y = function(x, w, b, *geometry)
     if dispatch.resolve_backend(e.backend) == "triton":
-        raise RuntimeError(f'backend="triton" cannot run this: {reason}')
+        raise dispatch.refusal(str(reason))
     return finish(y, ndim, e, act, slope)
 
 
