@@ -115,7 +115,7 @@ def circles(found: list[Import]) -> list[list[str]]:
     return out
 
 
-DEVICE = re.compile(r"\.is_cuda\b|\bdevice\.type\b|\bdevice_type\b")
+DEVICE = re.compile(r"\.is_cuda\b|\.is_cpu\b|\bdevice\.type\b|\bdevice_type\b")
 
 
 def device_lines(root: Path = ROOT) -> list[tuple[str, int]]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-# Public name -> the module that holds it; a module's own name is the module.
+# Public name -> the module that holds it; a name with a dot ahead is the module.
 _EXPORTS = {
     "Activation": "activations",
     "CnnfastWarning": "messages",
@@ -40,10 +40,10 @@ _EXPORTS = {
     "channels_last": "memory_format",
     "create_model": "generators",
     "freeze": "cpu.packing",
-    "guard": "gpu.guard",
+    "guard": ".gpu.guard",
     "invalidate": "cpu.packing",
     "list_models": "generators",
-    "ops": "ops",
+    "ops": ".ops",
     "tune": "gpu.tuning",
     "unfreeze": "cpu.packing",
     "warmup": "gpu.warmup",
@@ -62,8 +62,9 @@ del _root
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{_EXPORTS[name]}", __name__)
-    value = module if _EXPORTS[name].rpartition(".")[2] == name else getattr(module, name)
+    where = _EXPORTS[name]
+    module = importlib.import_module("." + where.removeprefix("."), __name__)
+    value = module if where.startswith(".") else getattr(module, name)
     globals()[name] = value
     return value
 

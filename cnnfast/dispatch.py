@@ -20,12 +20,15 @@ __all__ = [
     "Backend",
     "Planned",
     "WATCHED",
+    "autocast_dtype",
     "backend",
+    "by_kernels",
     "channels_last_inside",
     "check_backend",
     "choose",
     "is_batched",
     "needs_gradient",
+    "on_cpu",
     "refusal",
     "resolve_backend",
     "watched",
@@ -126,12 +129,22 @@ def channels_last_inside(eager: Sequence[bool]) -> Arrangement:
     return Arrangement((*(True,) * (steps - 1), eager[-1]), (None,) * steps)
 
 
+def on_cpu(x: torch.Tensor) -> bool:
+    """Whether PyTorch's CPU operators run on x."""
+    return x.device.type == "cpu"
+
+
+def by_kernels(x: torch.Tensor, name: str | None) -> bool:
+    """Whether the GPU's kernels are asked for x under a backend's ``name`` (None: "auto")."""
+    return name == "triton" or name != "aten" and x.is_cuda
+
+
 def choose(x: torch.Tensor, name: str) -> tuple[Backend, ...]:
     """The backends to ask for x where the context's choice, or the caller's, is ``name``. The only place where one is
     imported: the GPU's needs Triton."""
-    if name == "triton" or name == "auto" and x.is_cuda:
+    if by_kernels(x, name):
         return _backends(".gpu.backend")
-    return _backends(".cpu.backend") if x.device.type == "cpu" else ()
+    return _backends(".cpu.backend") if on_cpu(x) else ()
 
 
 @lru_cache
@@ -153,6 +166,14 @@ def needs_gradient(o: Operands) -> bool:
     if not torch.is_grad_enabled():
         return False
     return any(isinstance(t, torch.Tensor) and t.requires_grad for t in o)
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Autocast's dtype for x's device; None where it is off."""
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def watched(x: torch.Tensor) -> bool:

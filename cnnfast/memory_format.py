@@ -9,7 +9,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-__all__ = ["channels_last", "convert", "has_both", "is_channels_last", "new_strides", "to_format"]
+__all__ = [
+    "channels_last",
+    "convert",
+    "has_both",
+    "is_channels_last",
+    "new_strides",
+    "suggests_channels_last",
+    "to_format",
+]
 
 
 M = TypeVar("M", bound=nn.Module)
@@ -18,16 +26,20 @@ M = TypeVar("M", bound=nn.Module)
 def is_channels_last(t: torch.Tensor) -> bool:
     """ATen's ``suggest_memory_format`` of a 4-D tensor: strides ordered C < W < H < N, sizes of one not deciding
     alone."""
-    s = t.stride()
-    if t.dim() != 4 or s[1] == 0:
+    return suggests_channels_last(t.shape, t.stride())
+
+
+def suggests_channels_last(size: Sequence[int], strides: Sequence[int]) -> bool:
+    """`is_channels_last` of a tensor of this size and with these strides."""
+    if len(size) != 4 or strides[1] == 0:
         return False
-    size, least = t.shape, 0
+    least = 0
     for d in (1, 3, 2, 0):
-        if size[d] == 0 or s[d] < least:
+        if size[d] == 0 or strides[d] < least:
             return False
-        if d == 0 and least == s[1]:
+        if d == 0 and least == strides[1]:
             return False
-        least = s[d] * size[d] if size[d] > 1 else s[d]
+        least = strides[d] * size[d] if size[d] > 1 else strides[d]
     return True
 
 
@@ -94,7 +106,7 @@ def convert(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.T
         return t.to(dtype)
     image = t.numel() // max(1, t.shape[0])
     large = image >= 2**20 and t.shape[1] >= 32 or image >= 2**18 and t.shape[1] >= 64
-    if large and not channels_last and t.device.type == "cpu" and torch.get_num_threads() <= 4:
+    if large and not channels_last and t.is_cpu and torch.get_num_threads() <= 4:
         t = t.to(dtype, memory_format=torch.channels_last)
         return _Transposed.apply(t) if t.requires_grad else _transposed(t)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format

@@ -46,7 +46,7 @@ def gather(parts: Partials, group: Any) -> Partials:
     dist.all_gather(theirs, mine, group=group)
     count, mean, m2 = torch.stack(theirs).split((1, c, c), dim=1)
     total = count.sum()
-    if not bool(total > 1) and mine.device.type == "cpu":
+    if not bool(total > 1) and mine.is_cpu:
         raise ValueError(f"Expected more than 1 value per channel when training, got {int(total)} in {size} processes")
     return Partials(count.reshape(1, size), mean.reshape(1, size, c), m2.reshape(1, size, c))
 

@@ -73,10 +73,34 @@ class Step:
     def __hash__(self) -> int:  # steps are dictionary keys on the path of every call
         return self._hash
 
-    @property
+    @cached_property
     def measured(self) -> bool:
         """Whether it normalises by the statistics of what the convolution gives."""
         return self.norm is not None and self.norm.measured
+
+    @cached_property
+    def statistics(self) -> str | None:
+        """What these are of: the "batch", each "image", or None."""
+        if self.norm is None or not self.norm.measured:
+            return None
+        return "image" if self.norm.per_image else "batch"
+
+    @cached_property
+    def saves(self) -> str:
+        """What a backward of its activation needs: `Activation.saves`."""
+        return self.activation.saves()
+
+    @cached_property
+    def folds(self) -> bool:
+        """Whether one kernel does the whole step with gradients: a convolution, and an activation whose derivative its
+        result gives."""
+        return self.norm is None and not self.residual and self.saves != "x"
+
+    @cached_property
+    def inner(self) -> Step:
+        """What runs on the padded input, with the weight summed, where gradients are needed: the convolution, with the
+        activation if the step `folds`."""
+        return Step(self.spec, self.activation if self.folds else _IDENTITY)
 
     @cached_property
     def bare(self) -> Step:
@@ -92,8 +116,7 @@ class Step:
     def of(self) -> str:
         """What a backward of ``tail`` takes the activation's derivative of: the result ("y"); the activation's input
         ("x"), which it computes again; or neither ("")."""
-        saves = self.activation.saves()
-        return saves if self.residual or not saves else "x"
+        return self.saves if self.residual or not self.saves else "x"
 
     def output_size(self, input_size: Sequence[int]) -> tuple[int, ...]:
         """Spatial size of the output. ValueError where it would not be positive, or the input is too small to

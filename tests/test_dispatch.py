@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import textwrap
@@ -33,7 +34,7 @@ def operands(spec: ConvSpec, dtype: torch.dtype = torch.float32, size: tuple[int
 @pytest.fixture
 def with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if triton were installed, whether it is or not."""
-    monkeypatch.setattr(dispatch, "triton_why_not", lambda: None)
+    monkeypatch.setattr("cnnfast.gpu.why_not.triton_why_not", lambda: None)
 
 
 REASONS = {
@@ -83,8 +84,8 @@ def test_why_not_is_none(dtype: torch.dtype) -> None:
 
 
 def test_why_not_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = dispatch.importlib.util.find_spec
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
     triton_why_not.cache_clear()
     try:
         assert why_not(Step(GOOD), operands(GOOD)) == "triton is not installed"
@@ -259,7 +260,7 @@ def test_what_stands_in_place_of_a_gpu_is_asked(no_driver: Any, monkeypatch: pyt
 
 
 def test_a_recording_driver_is_launched_on(no_driver: Any) -> None:
-    from benchmarks.inspector import recording
+    from benchmarks.rehearse.inspector import recording
 
     model = cnnfast.Sequential(nn.ConvTranspose2d(32, 32, 4, 2, 1), nn.ReLU()).eval()
     with recording(90) as calls, cnnfast.backend("triton"), torch.no_grad():
@@ -282,9 +283,9 @@ def test_precision_follows_the_switch_of_convolutions() -> None:
 
 SWITCHES = """
     import torch
-    from cnnfast import dispatch
+    from cnnfast.gpu import devices
     {lines}
-    print(dispatch.conv_tf32())
+    print(devices.conv_tf32())
 """
 
 
@@ -316,7 +317,7 @@ def test_switches_old_and_new_mixed(lines: str, expected: bool | None) -> None:
 CONTEXT = """
     import os, sys, traceback
     import torch
-    from cnnfast.dispatch import conv_tf32, tf32_convolutions
+    from cnnfast.gpu.devices import conv_tf32, tf32_convolutions
     cudnn = torch.backends.cudnn
 
     def old():

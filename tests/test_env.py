@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cnnfast
-from cnnfast import dispatch, store
+from cnnfast import store
 from cnnfast.cpu import methods
 from cnnfast.gpu import guard
 from cnnfast.tasks import env
@@ -124,7 +124,7 @@ def test_triton_on_an_old_device(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(env, "cuda_error", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(dispatch, "cuda_why_not", lambda index: f"cuda:{index} is too old")
+    monkeypatch.setattr(env, "cuda_why_not", lambda index: f"cuda:{index} is too old")
     assert backend_off("triton") == "cuda:3 is too old"
 
 

@@ -275,44 +275,48 @@ def test_training_mode(slot: int) -> None:
         assert items[1].why_not == "it is in training mode"  # type: ignore[union-attr]
         return
     (step,) = items
-    assert isinstance(step, FusedStep) and step.slots == (0, 1, 2, 3) and step.measured == (slot == 2)
+    assert isinstance(step, FusedStep) and step.slots == (0, 1, 2, 3) and step.step.measured == (slot == 2)
 
 
 BATCH, INSTANCE = Norm("batch"), Norm("instance")
 # name -> (a norm of 6 channels, what it is in training mode, what in eval mode; None: by running statistics)
 RULES: dict[str, tuple[nn.Module, NormRule | None, NormRule | None]] = {
-    "batch": (nn.BatchNorm2d(6), NormRule(BATCH, True, torch.float32, True, True, 0.1), None),
-    "batch-average": (nn.BatchNorm2d(6, momentum=None), NormRule(BATCH, True, torch.float32, True, True), None),
+    "batch": (nn.BatchNorm2d(6), NormRule(BATCH, "batch", torch.float32, False, True, True, 0.1), None),
+    "batch-average": (
+        nn.BatchNorm2d(6, momentum=None),
+        NormRule(BATCH, "batch", torch.float32, False, True, True),
+        None,
+    ),
     "batch-untracked": (
         nn.BatchNorm2d(6, track_running_stats=False),
-        NormRule(BATCH, True, torch.float32, momentum=0.1),
-        NormRule(BATCH, True, torch.float32, momentum=0.1),
+        NormRule(BATCH, "batch", torch.float32, momentum=0.1),
+        NormRule(BATCH, "batch", torch.float32, momentum=0.1),
     ),
     "batch-untracked-since": (  # switched off after construction: statistics are kept, used in eval mode, not moved
         having(nn.BatchNorm2d(6), track_running_stats=False),
-        NormRule(BATCH, True, torch.float32, momentum=0.1),
+        NormRule(BATCH, "batch", torch.float32, momentum=0.1),
         None,
     ),
-    "sync": (nn.SyncBatchNorm(6), NormRule(BATCH, True, torch.float32, True, True, 0.1, True), None),
+    "sync": (nn.SyncBatchNorm(6), NormRule(BATCH, "sync", torch.float32, False, True, True, 0.1, True), None),
     "instance": (
         nn.InstanceNorm2d(6),
-        NormRule(INSTANCE, True, None, momentum=0.1),
-        NormRule(INSTANCE, True, None, momentum=0.1),
+        NormRule(INSTANCE, "instance", None, True, momentum=0.1),
+        NormRule(INSTANCE, "instance", None, True, momentum=0.1),
     ),
     "instance-tracked": (
         nn.InstanceNorm2d(6, track_running_stats=True),
-        NormRule(INSTANCE, True, torch.float32, True, momentum=0.1),
+        NormRule(INSTANCE, "instance", torch.float32, True, True, momentum=0.1),
         None,
     ),
     "instance-tracked-before": (  # torch moves them in both modes
         having(nn.InstanceNorm2d(6, track_running_stats=True), track_running_stats=False),
-        NormRule(INSTANCE, True, torch.float32, True, momentum=0.1),
-        NormRule(INSTANCE, True, torch.float32, True, momentum=0.1),
+        NormRule(INSTANCE, "instance", torch.float32, True, True, momentum=0.1),
+        NormRule(INSTANCE, "instance", torch.float32, True, True, momentum=0.1),
     ),
     "group": (
         nn.GroupNorm(2, 6, eps=0.5),
-        NormRule(Norm("group", 2, 0.5), True, torch.float32),
-        NormRule(Norm("group", 2, 0.5), True, torch.float32),
+        NormRule(Norm("group", 2, 0.5), "group", torch.float32),
+        NormRule(Norm("group", 2, 0.5), "group", torch.float32),
     ),
 }
 
@@ -320,10 +324,12 @@ RULES: dict[str, tuple[nn.Module, NormRule | None, NormRule | None]] = {
 @pytest.mark.parametrize("name", RULES)
 def test_what_a_norm_does_in_each_mode(name: str) -> None:
     norm, *expected = RULES[name]
+    kind = expected[0].kind
     for train, rule in zip((True, False), expected, strict=True):
         (step,) = plan(ct(), norm, train=train)
-        assert isinstance(step, FusedStep) and step.slots == (0, 1) and step.measured == (rule is not None)
-        assert step.rule == (rule or NormRule(step.rule.norm, False, torch.float32))  # type: ignore[union-attr]
+        assert isinstance(step, FusedStep) and step.slots == (0, 1) and step.step.measured == (rule is not None)
+        running = NormRule(Norm("running", eps=norm.eps), kind, torch.float32, kind == "instance")
+        assert step.rule == (rule or running) and step.step.norm == step.rule.norm
 
 
 @pytest.mark.parametrize(

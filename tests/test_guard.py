@@ -521,15 +521,14 @@ def no_ttsem() -> None:
 def pretended(no_ttsem: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An RTX 3090 for which launches are compiled and do nothing, and CPU tensors that count as its."""
     from benchmarks.rehearse.inspector import target
-    from cnnfast import dispatch
     from cnnfast.gpu.devices import DEVICES
 
     with target(86), monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-        patched.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' index
+        patched.setattr(torch.cuda, "current_device", lambda: 0)
         a_card(patched)
-        patched.setattr(dispatch, "target_device", lambda x: DEVICES[86])
-        patched.setattr(dispatch, "cuda_why_not", lambda index: None)
+        patched.setattr("cnnfast.gpu.conv.target_device", lambda x: DEVICES[86])
+        patched.setattr("cnnfast.gpu.why_not.cuda_why_not", lambda index: None)
         yield
 
 

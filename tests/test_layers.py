@@ -102,11 +102,11 @@ def test_one_chain_runs_to_the_next_module_that_stands_alone() -> None:
 
 
 def test_intermediates_are_channels_last_and_the_last_store_is_eagers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cnnfast.ops import run
+    from cnnfast.nn import chain
 
     asked = []
-    real = run.run_step
-    monkeypatch.setattr(run, "run_step", lambda *a, **k: asked.append(k["channels_last"]) or real(*a, **k))
+    real = chain.run_step
+    monkeypatch.setattr(chain, "run_step", lambda *a, **k: asked.append(k["channels_last"]) or real(*a, **k))
     seq = Sequential(*(nn.ConvTranspose2d(4, 4, 3) for _ in range(3))).eval()
     with torch.no_grad():
         seq(torch.randn(1, 4, 5, 5))

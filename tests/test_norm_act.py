@@ -1,4 +1,5 @@
-"""ops.norm_act, batch_norm, instance_norm, group_norm and `run_step` without a convolution: derivatives, torch's behaviour, errors."""
+"""ops.norm_act, batch_norm, instance_norm, group_norm and steps without a convolution: derivatives, torch's behaviour,
+errors."""
 
 from __future__ import annotations
 

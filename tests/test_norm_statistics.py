@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cnnfast import dispatch
 from cnnfast.activations import Activation
 from cnnfast.gpu.devices import device_for
 from cnnfast.norm_sync import merged
@@ -114,7 +113,8 @@ def test_parts_are_those_of_the_tensor(each: bool, last: bool, device: torch.dev
 @pytest.fixture
 def two_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few that every program walks several tiles."""
-    monkeypatch.setattr(dispatch, "target_device", lambda x: device_for(80, 2))
+    for module in (norm_act, norm_act_plan):
+        monkeypatch.setattr(module, "target_device", lambda x: device_for(80, 2))
 
 
 WALKS = [

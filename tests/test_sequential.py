@@ -20,7 +20,7 @@ from torch.nn.utils import parametrizations, prune
 
 import cnnfast
 from cnnfast.cpu import inference
-from cnnfast.nn import layers
+from cnnfast.nn import chain
 
 from .conftest import conv_precision
 from .tolerance import assert_close
@@ -37,13 +37,13 @@ def seeded() -> None:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the activations of the fused steps that ran, in order."""
     ran: list[str] = []
-    real = layers.core.run_step
+    real = chain.run_step
 
     def spy(step, operands, **kwargs):  # type: ignore[no-untyped-def]
         ran.append(step.activation.name)
         return real(step, operands, **kwargs)
 
-    monkeypatch.setattr(layers.core, "run_step", spy)
+    monkeypatch.setattr(chain, "run_step", spy)
     return ran
 
 

@@ -35,13 +35,13 @@ def one_thread() -> Iterator[None]:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The activations of the fused steps that ran, in order."""
     ran: list[str] = []
-    real = chain.core.run_step
+    real = chain.run_step
 
     def spy(step, operands, **kwargs):  # type: ignore[no-untyped-def]
         ran.append(step.activation.name)
         return real(step, operands, **kwargs)
 
-    monkeypatch.setattr(chain.core, "run_step", spy)
+    monkeypatch.setattr(chain, "run_step", spy)
     return ran
 
 

@@ -35,13 +35,13 @@ def one_thread() -> Iterator[None]:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kind of norm of every fused step that ran, in order ("" where it measures nothing)."""
     ran: list[str] = []
-    real = chain.core.run_step
+    real = chain.run_step
 
-    def spy(step, operands, *, norm=None, **kwargs):  # type: ignore[no-untyped-def]
-        ran.append("" if norm is None else norm.norm.kind)
-        return real(step, operands, norm=norm, **kwargs)
+    def spy(step, operands, **kwargs):  # type: ignore[no-untyped-def]
+        ran.append(step.norm.kind if step.measured else "")
+        return real(step, operands, **kwargs)
 
-    monkeypatch.setattr(chain.core, "run_step", spy)
+    monkeypatch.setattr(chain, "run_step", spy)
     return ran
 
 

@@ -233,8 +233,8 @@ def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str |
     rounded once, when it is packed.
     """
     x, weight = operands.x, operands.weight
-    if x.device.type != "cpu" or x.layout != torch.strided:
-        return "the input is not a dense CPU tensor"
+    if x.layout != torch.strided:
+        return "the input is not a dense tensor"
     if weight.dtype not in (x.dtype, torch.float32):
         return f"the input is {x.dtype} and the weight {weight.dtype}"
     reason = why_missing() or why_not_cacheable(weight)

@@ -21,7 +21,7 @@ from .why_not import why_not as step_why_not
 
 if triton_why_not() is None:
     from . import conv, norm_act_autograd
-    from .conv_autograd import bare_conv, convolution, recorded, with_statistics
+    from .conv_autograd import convolution, recorded, with_statistics
     from .weight import summed_weight
 
 __all__ = ["arrange", "run", "why_not"]
@@ -43,17 +43,15 @@ def run(step: Step, o: Operands, *, channels_last: bool, training: bool, require
     if not training:
         return conv.run(step, o, channels_last, required=required)
     # The statistics of a norm come out of the convolution's epilogue where tiles allow it.
-    weight = summed_weight(step, o.weight, required)
-    if any(step.pad):
+    weight = o.weight if step.upsample is None else summed_weight(step, o.weight, required)
+    if step.pad != (0, 0):
         x = enter(x, x.dtype, None, is_channels_last(x)) if recorded(x) else x
         x = step.pad_input(x)
-    if step.norm is None and not step.residual and step.activation.saves() != "x":
-        return convolution(x, weight, o.bias, bare_conv(step.spec, step.activation), channels_last, required)
-    statistics = None
-    if step.norm is not None and step.norm.measured:
-        statistics = "image" if step.norm.per_image else "batch"
-    u, partials = with_statistics(x, weight, o.bias, bare_conv(step.spec), required, statistics)
-    check_values(u.shape, step.norm, several=o.group is not None)
+    if step.folds:
+        return convolution(x, weight, o.bias, step.inner, channels_last, required)
+    u, partials = with_statistics(x, weight, o.bias, step.inner, required, step.statistics)
+    if u.shape[2] * u.shape[3] == 1:
+        check_values(u.shape, step.norm, several=o.group is not None)
     tail, rest = step.tail, o.after(u)
     y = _finished(tail, rest, partials, channels_last, required) if u.numel() else None
     return to_format(finish(tail, rest), channels_last) if y is None else y
@@ -66,7 +64,7 @@ def _finished(tail: Step, o: Operands, partials: Partials | None, channels_last:
 def _output_dtype(step: Step, x: Tensor) -> torch.dtype:
     """x's dtype, and float32 where autocast runs the norm in float32 (group norm on CUDA)."""
     group = step.norm is not None and step.norm.kind == "group"
-    if group and x.dtype in (torch.float16, torch.bfloat16) and x.is_cuda and torch.is_autocast_enabled("cuda"):
+    if group and x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled("cuda"):
         return torch.float32
     return x.dtype
 

@@ -20,7 +20,7 @@ from . import guard, trial, tuned
 from .binary import MAX_REGISTERS, Binary, aligned, empty_partials
 from .conv_choice import choose_plan
 from .conv_plan import Plan
-from .devices import Device, allocate, on_device, precision_of, target_device
+from .devices import Device, allocate, cuda_index, on_device, precision_of, target_device
 from .observers import OBSERVERS, of_launch, of_step
 from .weight import kernel_weight, weight_layout
 
@@ -43,6 +43,7 @@ class Launch:
     parts: tuple[int, int] | None  # segments and parts of each, where the kernel gives the statistics of its result
     tf32: bool
     proof: guard.Proof  # whether the kernel may run on this GPU
+    gathers: bool  # the weight is brought into an order of its own
 
 
 def constants(
@@ -139,6 +140,7 @@ def prepare(
         parts,
         precision.tf32,
         proof,
+        step.upsample is not None or weight_layout(plan.lowering).packed,
     )
 
 
@@ -190,7 +192,7 @@ def lookup(
             None if shift is None else shift.dtype,
             None if slope is None else slope.dtype,
         ),
-        x.device.index or 0 if x.is_cuda else None,
+        cuda_index(x),
         statistics,
     )
 
@@ -258,7 +260,11 @@ def _start_here(step: Step, o: Operands, channels_last: bool, launch: Launch) ->
     """The launch itself, with every operand in its layout and at an address that 16 divides: anything else would be
     another binary, with narrow loads, and unproven."""
     x = aligned(o.x.contiguous(memory_format=torch.channels_last))
-    weight = kernel_weight(step, launch.plan.lowering, aligned(o.weight))
+    weight = aligned(o.weight)
+    if launch.gathers:
+        weight = kernel_weight(step, launch.plan.lowering, weight)
+    else:  # read in place
+        weight = weight.contiguous(memory_format=torch.channels_last)
     residual = o.residual
     if residual is not None:
         residual = aligned(to_format(residual, channels_last))

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from .. import dispatch, reference
-from ..activations import Activation, activation_derivative
+from ..activations import activation_derivative
 from ..gradients import restrided
-from ..memory_format import has_both, is_channels_last, new_strides, to_format
+from ..memory_format import has_both, is_channels_last, new_strides, suggests_channels_last, to_format
 from ..norms import Partials
-from ..spec import ConvSpec
 from ..step import Operands, Step
 from . import conv, conv_wgrad
 from .norm_act_autograd import activation_backward
@@ -30,7 +29,6 @@ from .why_not import launch_why_not, why_not
 
 __all__ = [
     "Primitives",
-    "bare_conv",
     "conv_backward",
     "conv_forward",
     "conv_setup",
@@ -42,16 +40,6 @@ __all__ = [
     "wgrad_setup",
     "with_statistics",
 ]
-
-
-# The same objects in every step of a training: what they keep is found once.
-_IDENTITY = Activation()
-
-
-@lru_cache(maxsize=4096)
-def bare_conv(spec: ConvSpec, activation: Activation = _IDENTITY) -> Step:
-    """A convolution that pads by zeros, with an activation whose derivative its result gives."""
-    return Step(spec, activation)
 
 
 @lru_cache(maxsize=4096)
@@ -119,22 +107,20 @@ def _input_gradient(
     grad: Tensor, weight: Tensor, size: tuple[int, int], channels_last: bool, ctx: Any, by: Primitives
 ) -> Tensor:
     """Of a convolution of x with spatial ``size``, for the gradient of its result."""
-    dx = by.convolution(grad, weight, None, _of_input(ctx.step, size), channels_last, ctx.required)
+    of_input = _of_input if by is EAGER else _of_input.__wrapped__  # symbolic sizes have no hash
+    dx = by.convolution(grad, weight, None, of_input(ctx.step, size), channels_last, ctx.required)
     # An output padding that reaches the stride gives the adjoint positions that x does not have.
     return to_format(dx[:, :, : size[0], : size[1]], channels_last) if tuple(dx.shape[2:]) != size else dx
 
 
 def conv_setup(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, step: Step, required: bool) -> None:
     need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-    ctx.step, ctx.required, ctx.size = step, required, tuple(x.shape[2:])
-    # Of x's gradient, as of torch's convolution. Where its memory fits both formats, the kernels store channels-last.
-    ctx.like_torch = is_channels_last(x) or is_channels_last(weight)
-    ctx.channels_last = ctx.like_torch or has_both(x.shape[1], x.shape[2:])
+    ctx.step, ctx.required, ctx.x, ctx.strides = step, required, x.shape, (x.stride(), weight.stride())
     ctx.bias_dtype = None if bias is None or not need_bias else bias.dtype
     ctx.save_for_backward(
         x if need_weight else None,
         weight if need_x or need_weight else None,  # the weight gradient has its strides
-        y if step.activation.saves() == "y" else None,
+        y if step.saves == "y" else None,
     )
 
 
@@ -154,9 +140,15 @@ def conv_backward(
         backward = (by or EAGER).activation_backward
         grad, db = backward(grad, y, step.activation, bias=bias_dtype is not None, required=required)
     made = by or EAGER
-    dx = _input_gradient(grad, weight, ctx.size, ctx.channels_last, ctx, made) if need_x else None
-    if dx is not None and ctx.channels_last != ctx.like_torch and not dispatch.is_batched(dx):
-        dx = restrided(dx, new_strides(dx.shape, ctx.like_torch))
+    dx = None
+    if need_x:
+        # As of torch's convolution. Where its memory fits both formats, the kernels store channels-last.
+        of_x, of_weight = ctx.strides
+        last = suggests_channels_last(ctx.x, of_x) or suggests_channels_last(weight.shape, of_weight)
+        stored = last or has_both(ctx.x[1], ctx.x[2:])
+        dx = _input_gradient(grad, weight, tuple(ctx.x[2:]), stored, ctx, made)
+        if stored != last and not dispatch.is_batched(dx):
+            dx = restrided(dx, new_strides(dx.shape, last))
     dw = made.weight_gradient(x, grad, weight, step.bare, required) if need_weight else None
     return dx, dw, None if db is None or bias_dtype is None else db.to(bias_dtype)
 
@@ -218,9 +210,11 @@ def recorded(*tensors: Tensor | None) -> bool:
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, step: Step, channels_last: bool, required: bool
 ) -> Tensor:
-    """``act(conv(x) + bias)`` of a `bare_conv`, differentiable any number of times. x (N, C_in, H, W), weight as
-    ``step.spec`` has it. ``required``: the kernels run or raise, otherwise PyTorch's operators stand in for them where
-    they cannot."""
+    """``act(conv(x) + bias)``, a step that `folds` and pads by zeros, differentiable any number of times.
+
+    x (N, C_in, H, W), weight as ``step.spec`` has it. ``required``: the kernels run or raise, otherwise PyTorch's
+    operators stand in for them where they cannot.
+    """
     if dispatch.is_batched(x) or dispatch.is_batched(weight):  # of gradients: PyTorch's operators take them
         return reference.conv_block(x, weight, bias, step.spec, activation=step.activation)
     if recorded(x, weight, bias):

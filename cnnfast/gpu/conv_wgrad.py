@@ -16,7 +16,7 @@ from ..step import Step
 from . import guard, trial
 from .binary import MAX_REGISTERS, Binary, aligned
 from .conv_wgrad_plan import WgradPlan, choose_wgrad_plan
-from .devices import Device, on_device, precision_of, target_device
+from .devices import Device, cuda_index, on_device, precision_of, target_device
 from .observers import OBSERVERS, of_launch
 
 __all__ = ["WeightGradient", "WgradLaunch", "by_torch", "prepare", "run"]
@@ -129,7 +129,7 @@ def run(
         target_device(x),
         plan,
         (grad.dtype, out.dtype),
-        x.device.index or 0 if x.is_cuda else None,
+        cuda_index(x),
     )
     if launch.proof.ready:
         _start(a, b, out, launch)

@@ -17,6 +17,7 @@ __all__ = [
     "Device",
     "REGISTERS",
     "allocate",
+    "cuda_index",
     "conv_tf32",
     "device_for",
     "on_device",
@@ -98,11 +99,18 @@ def _cuda_device(index: int) -> Device:
     return device_for(p.major * 10 + p.minor, p.multi_processor_count)
 
 
+def cuda_index(x: torch.Tensor) -> int | None:
+    """The index of x's CUDA device; None where there is none (an interpreter, an emulating driver): nothing is guarded
+    then."""
+    return x.device.index or 0 if x.is_cuda else None
+
+
 def target_device(x: torch.Tensor) -> Device:
     """The GPU that a launch on ``x`` is planned for: its CUDA device; for other tensors what Triton's active driver
     stands for (an interpreter or emulator), or the table's first entry."""
-    if x.is_cuda:
-        return _cuda_device(x.device.index or 0)
+    index = cuda_index(x)
+    if index is not None:
+        return _cuda_device(index)
     from triton.runtime.driver import driver
 
     try:
@@ -155,9 +163,8 @@ _here = nullcontext()
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[None]:
     """Launches inside the block go to x's device, whichever is the current one."""
-    if x.is_cuda and x.device.index != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return _here
+    index = cuda_index(x)
+    return _here if index is None or index == torch.cuda.current_device() else torch.cuda.device(x.device)
 
 
 def allocate(

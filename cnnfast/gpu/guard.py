@@ -248,9 +248,7 @@ def report() -> list[str]:
 def failures(step: Step, dtype: torch.dtype, device: torch.device) -> list[str]:
     """Why PyTorch's operators run in place of kernels of this step and of its gradients on ``device``: a line for each
     that failed. Kernels of other dtypes than ``dtype``, and other kernels than the step's own, are named in it."""
-    if device.type != "cuda":
-        return []
-    here = (p for p in _proofs.values() if p.index == (device.index or 0) and p.why_not is not None)
+    here = (p for p in _proofs.values() if p.index == device.index and p.why_not is not None)
     return [
         f"{p.name if p.subject == step and p.constants.get('dtype') == str(dtype) else f'of the {describe(p)}:'} "
         f"{p.why_not}"

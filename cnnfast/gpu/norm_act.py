@@ -109,7 +109,7 @@ def forward_plan(
 ) -> ForwardPlan:
     """Of `norm_act_autograd.forward` on these tensors."""
     given = None if parts is None else parts.count.shape[1]
-    if norm_sync.shared(step.norm, o):
+    if o.group is not None and norm_sync.shared(step.norm, o):
         given = dist.get_world_size(o.group)
     x, moved = o.x, (o.mean, o.var)
     return _forward(

@@ -55,9 +55,9 @@ def statistics(
     """(mean, 1/deviation) of the input, (S, C or groups) float32, and its running tensors moved."""
     assert plan.merge is not None and step.norm is not None
     if parts is None:
-        parts = norm_act.partials(o.x, step.norm.per_image, plan.statistics)
+        parts = norm_act.partials(o.x, step.statistics == "image", plan.statistics)
     several = None
-    if norm_sync.shared(step.norm, o):
+    if o.group is not None and norm_sync.shared(step.norm, o):
         parts = norm_sync.gather(parts, o.group)
         several = Shared(o.group, parts.count.sum())
     mean, var, momentum = o.mean, o.var, o.momentum
@@ -211,7 +211,7 @@ def _recorded_backward(grad: Tensor, s: Saved, step: Step, need: tuple[bool, ...
     (a residual from which x was computed)."""
     x, scale, shift = (None if t is None else t.view_as(t) for t in (s.x, s.weight, s.bias))
     assert x is not None
-    with torch.autocast(x.device.type, enabled=False):
+    with torch._C._DisableAutocast():
         u = composition(step.norm, Operands(x, mean=s.mean, var=s.rstd, scale=scale, shift=shift))
         dz = grad.to(u.dtype)
         dslope = None

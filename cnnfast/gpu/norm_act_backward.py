@@ -1,6 +1,6 @@
 """The passes of a norm on the Triton kernels: layouts, workspaces, launches.
 
-What is launched is a plan's to say (`norm_plan`). The callers asked `normalise.norm_why_not`.
+What is launched is a plan's to say (`norm_act_plan`). The callers asked `why_not`.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def plan_of_activation(grad: Tensor, saved: Tensor | None, activation: Activatio
 def activation_pass(
     grad: Tensor, saved: Tensor | None, activation: Activation, bias: bool, plan: ActivationPlan | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """`normalise.activation_backward` in one pass. ``plan``: where it is at hand."""
+    """`norm_act_autograd.activation_backward` in one pass. ``plan``: where it is at hand."""
     of = activation.saves() if saved is not None else ""
     if not of and not bias:
         return grad, None

@@ -14,7 +14,7 @@ from ..norms import Norm
 from ..step import Step
 from . import guard
 from .binary import MAX_REGISTERS, Binary, aligned
-from .devices import target_device
+from .devices import cuda_index, target_device
 from .guard import NormPass
 
 __all__ = ["TILE", "Tiling", "is_last", "power", "tiling", "will_be_last"]
@@ -120,7 +120,7 @@ def is_last(t: Tensor) -> bool:
 
 
 def will_be_last(t: Tensor) -> bool:
-    """`is_last` of what `norm_launch.laid_out` makes of t."""
+    """`is_last` of what `laid_out` makes of t."""
     return is_last(t) or not t.is_contiguous()
 
 
@@ -130,7 +130,7 @@ def _types(*tensors: Tensor | None) -> _Types:
 
 def _where(x: Tensor) -> tuple[int, int | None]:
     """Multiprocessors to fill, and the index of x's CUDA device (None where there is none: nothing is guarded)."""
-    return target_device(x).multiprocessors, (x.device.index or 0 if x.is_cuda else None)
+    return target_device(x).multiprocessors, cuda_index(x)
 
 
 def _tiles(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from ..activations import Activation
-from ..dispatch import watched
+from ..dispatch import by_kernels, watched
 from ..memory_format import to_format
 from ..norms import check_values
 from ..reference import Grads, Saved, backward_by_torch
@@ -33,8 +33,7 @@ __all__ = ["run", "takes"]
 
 
 def _by_kernels(x: Tensor, backend: str | None) -> bool:
-    name = dispatch.resolve_backend(backend)
-    return name == "triton" or name == "auto" and x.is_cuda
+    return by_kernels(x, dispatch.resolve_backend(backend))
 
 
 def _required(backend: str | None) -> bool:

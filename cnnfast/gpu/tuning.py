@@ -19,7 +19,7 @@ from ..timing import Timing, measure
 from . import guard, trial, tuned
 from .conv_choice import candidates, choose_plan
 from .conv_plan import Plan
-from .devices import precision_of, target_device, tf32_convolutions
+from .devices import cuda_index, precision_of, target_device, tf32_convolutions
 from .observers import observed
 from .warmup import warmup
 from .why_not import triton_why_not
@@ -148,7 +148,7 @@ def record(function: Callable[..., Any], *inputs: Any, batch_sizes: Iterable[int
     tasks: dict[Task, None] = {}
 
     def see(step: Step, o: Operands, channels_last: bool) -> None:
-        if o.x.is_cuda:
+        if cuda_index(o.x) is not None:
             tasks[Task.of(step, o, channels_last)] = None
 
     with observed(step=see):
@@ -196,7 +196,7 @@ def _tune(task: Task, timer: Timer, limit: int, end: float | None) -> Result:
         precision, device = precision_of(o.x.dtype), target_device(o.x)
         batch, _, *image = o.x.shape
         size = tuple(n + 2 * p for n, p in zip(image, task.step.pad, strict=True))
-        spec, index = task.step.spec, o.x.device.index or 0
+        spec, index = task.step.spec, cuda_index(o.x) or 0
         heuristic = choose_plan(spec, batch, size, precision, device, task.channels_last)
         others = candidates(spec, batch, size, precision, device, task.channels_last)
         plans = [heuristic, *(p for p in others if p != heuristic)][:limit]

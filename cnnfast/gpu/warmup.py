@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from .devices import cuda_index
 from .guard import capturing
 
 __all__ = ["warmup"]
@@ -66,11 +67,10 @@ def warmup(function: Callable[..., Any], *inputs: Any, batch_sizes: Iterable[int
             wanted = [x.requires_grad if isinstance(x, torch.Tensor) else False for x in inputs]
             _training_step(module, [x.requires_grad_() if want else x for x, want in zip(given, wanted, strict=True)])
         else:
-            on_cpu = any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in given)
             with torch.no_grad():
-                for _ in range(2 if on_cpu else 1):
+                for _ in range(2):  # a CPU packs a weight when it meets it again
                     function(*given)
-    if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs):
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
@@ -78,7 +78,7 @@ def _training_step(module: torch.nn.Module, inputs: list[Any]) -> None:
     """Forward and backward that leave nothing behind."""
     tensors = [*module.parameters(), *(x for x in inputs if isinstance(x, torch.Tensor))]
     leaves = [t for t in tensors if t.requires_grad]
-    gpus = {t.device for t in tensors if t.is_cuda} if torch.cuda.is_initialized() else ()
+    gpus = {t.device for t in tensors if cuda_index(t) is not None} if torch.cuda.is_initialized() else ()
     buffers = [(m, name, b, b.clone()) for m in module.modules() for name, b in m._buffers.items() if b is not None]
     try:
         with torch.random.fork_rng(gpus), torch.enable_grad():

@@ -19,7 +19,7 @@ from ..step import Step
 from . import guard, trial
 from .binary import Binary
 from .conv_plan import Lowering, tap_map
-from .devices import allocate, on_device
+from .devices import allocate, cuda_index, on_device
 
 __all__ = ["WeightLayout", "kernel_weight", "summed_weight", "weight_layout"]
 
@@ -137,10 +137,8 @@ def _gather(
 
 
 def kernel_weight(step: Step, low: Lowering, weight: torch.Tensor) -> torch.Tensor:
-    """The weight as `weight_layout` addresses it. A channels_last parameter of a layer with many columns is used in
-    place; others are copied on each call, so that no write to a parameter, ``.data`` included, can go unseen."""
-    if step.upsample is None and not weight_layout(low).packed:
-        return weight.contiguous(memory_format=torch.channels_last)
+    """The weight as `weight_layout` addresses it, where that is not its own memory, channels-last: gathered on each
+    call, so that no write to a parameter, ``.data`` included, can go unseen."""
     g = _gather(step, low, weight.stride(), weight.dtype, weight.device)
     out = weight.new_empty(g.size)
     g.binary(g.grid, weight, g.table, out)
@@ -203,7 +201,7 @@ def _sum(
 
 
 def _summed(weight: torch.Tensor, step: Step, back: bool, required: bool) -> torch.Tensor:
-    index = weight.device.index or 0 if weight.is_cuda else None
+    index = cuda_index(weight)
     g = _sum(step, weight.stride(), weight.dtype, weight.device, index, back)
     if g.proof.ready:
         return _launch_sum(weight, step, back, g)

@@ -10,6 +10,7 @@ import torch
 from ..spec import DTYPES, INT32, ConvSpec
 from ..step import Operands, Step
 from .conv_plan import lower
+from .devices import cuda_index
 
 __all__ = ["NO_DEVICE", "cuda_why_not", "launch_why_not", "spec_why_not", "triton_why_not", "why_not"]
 
@@ -103,8 +104,9 @@ def why_not(step: Step, o: Operands, few_channels: bool = False, training: bool 
     is `launch_why_not`'s to say.)"""
     x = o.x
     reason = triton_why_not()
-    if reason is None and x.is_cuda:
-        reason = cuda_why_not(x.device.index or 0)
+    index = cuda_index(x)
+    if reason is None and index is not None:
+        reason = cuda_why_not(index)
     if reason is not None:
         return reason
     apart = step.spec is None or training and (step.norm is not None or step.residual)

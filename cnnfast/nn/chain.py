@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import memory_format
 from ..activations import Activation
-from ..dispatch import Planned, channels_last_inside, choose, resolve_backend
+from ..dispatch import Planned, autocast_dtype, channels_last_inside, choose, on_cpu, resolve_backend
 from ..gradients import enter, plain, squeezed
 from ..memory_format import has_both, is_channels_last, new_strides
 from ..norms import check_values
@@ -38,7 +38,7 @@ def _eager_layout(step: FusedStep, channels_last: bool, size: Sequence[int], out
     effect, and a norm ends it. (Checked against torch 2.13 on a CPU.)
     """
     spec, rule = step.step.spec, step.rule
-    if rule is not None and (rule.kind == "instance" or rule.kind == "group" and step.device.type != "cpu"):
+    if rule is not None and rule.contiguous:
         return False
     if step.ndim == 1:  # ATen makes 3-D inputs contiguous first, and so does padding
         channels_last = channels_last and has_both(spec.in_channels, size) and not any(step.step.pad)
@@ -78,23 +78,28 @@ _READ_INPUT = ("leaky_relu", "elu", "hardtanh")
 class Run(NamedTuple):
     """How a step runs on inputs of one shape: whether its result is ``channels_last``; ``as_modules``: why its modules
     run as they stand, or None. ``wide``: what follows the convolution is computed, and returned, in float32 (autocast's
-    rule). ``apart``: the activation runs by itself. ``simple``: none of these, no autocast, and no statistics taken."""
+    rule). ``apart``: the activation runs by itself. ``measured``: a norm takes statistics. ``simple``: none of these,
+    and no autocast."""
 
     channels_last: bool
     as_modules: str | None = None
     wide: bool = False
     apart: bool = False
+    measured: bool = False
     simple: bool = False
 
 
 class Bound(NamedTuple):
     """How a chain runs: its steps; ``low``: autocast's dtype, or None; ``convert``: the input becomes channels-last;
-    ``of_gradient``: the input's gradient is channels-last in eager mode."""
+    ``of_gradient``: the input's gradient is channels-last in eager mode; ``as_is``: an input with a
+    gradient needs nothing for that; ``both``: the result's memory fits both formats."""
 
     runs: tuple[Run, ...]
-    low: torch.dtype | None = None
-    convert: bool = False
-    of_gradient: bool = False
+    low: torch.dtype | None
+    convert: bool
+    of_gradient: bool
+    as_is: bool
+    both: bool
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,8 @@ class Chain:
         if torch.is_grad_enabled():
             tensors = (t for k in self.slots for t in reading.tensors[k])
             gradient = x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
-        if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-            low = torch.get_autocast_dtype(x.device.type)
+        if torch._C._is_any_autocast_enabled():
+            low = autocast_dtype(x)
         backend = resolve_backend(None)
         key = (x.shape, x.stride(), x.dtype, x.device, backend, low, gradient)
         bound = self._bindings.get(key)
@@ -155,7 +160,7 @@ class Chain:
                 return str(error)
             eager.append(_eager_layout(s, eager[-1], size, out))
             shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
-            if s.measured and _one_value(s, shapes[-1]):
+            if s.step.measured and _one_value(s, shapes[-1]):
                 return "a norm would measure one value"
         arrangement = channels_last_inside(eager)
         for by in choose(x, backend):
@@ -167,25 +172,27 @@ class Chain:
         inside, why, convert = arrangement
         runs = [Run(*how) for how in zip(inside, why, strict=True)]
         if why[-1] is None:
-            runs[-1] = self._last(runs[-1], x.device.type, backend, low, gradient)
-        runs = [
-            run._replace(simple=low is None and not (run.as_modules or s.measured or run.wide or run.apart))
-            for s, run in zip(self.steps, runs, strict=True)
-        ]
+            runs[-1] = self._last(runs[-1], x, backend, low, gradient)
+        for i, (s, run) in enumerate(zip(self.steps, runs, strict=True)):
+            simple = low is None and not (run.as_modules or s.step.measured or run.wide or run.apart)
+            runs[i] = run._replace(measured=s.step.measured, simple=simple)
         padded = any(_pads(reading.modules[k]) for k in first.slots)
         of_gradient = eager[0] or first.weight_channels_last and not padded
-        return Bound(tuple(runs), low, convert, of_gradient)
+        entered = x if first.ndim == 2 else x.unsqueeze(2)
+        as_is = not convert and is_channels_last(entered) == of_gradient and not has_both(shapes[0][1], shapes[0][2:])
+        both = has_both(shapes[-1][1], shapes[-1][2:])
+        return Bound(tuple(runs), low, convert, of_gradient, as_is, both)
 
-    def _last(self, run: Run, device: str, backend: str, low: torch.dtype | None, gradient: bool) -> Run:
+    def _last(self, run: Run, x: Tensor, backend: str, low: torch.dtype | None, gradient: bool) -> Run:
         """The last step's run, with what its user can tell from eager mode."""
         s = self.steps[-1]
-        by_kernel = device != "cpu" or backend == "triton"  # with a norm, its backward reads the norm's input alone
+        by_kernel = not on_cpu(x) or backend == "triton"  # with a norm, its backward reads the norm's input alone
         read_input = s.step.activation.name in _READ_INPUT and not s.overwrites
         group = s.rule is not None and s.rule.kind == "group"
         return run._replace(
             apart=gradient and read_input and not (by_kernel and s.rule is not None),
             # On CUDA, autocast runs group_norm in float32 and PReLU in its own dtype.
-            wide=low is not None and device == "cuda" and group and s.step.activation.name != "prelu",
+            wide=low is not None and not on_cpu(x) and group and s.step.activation.name != "prelu",
         )
 
     @staticmethod
@@ -207,7 +214,7 @@ class Chain:
         x = _enter(x, ndim, bound)
         for s, run in zip(self.steps, bound.runs, strict=True):
             if run.simple:  # the path that counts microseconds
-                x = run_step(s.step, _operands(s, x, reading.tensors), channels_last=run.channels_last)
+                x = run_step(s.step, _operands(s, x, reading.tensors, False), channels_last=run.channels_last)
                 continue
             if run.as_modules is None:
                 x = _fused(s, x, run, reading, bound.low)
@@ -215,7 +222,7 @@ class Chain:
             for k in s.slots:
                 x = reading.modules[k](x)
             x = memory_format.convert(x, x.dtype, run.channels_last)
-        if has_both(x.shape[1], x.shape[2:]):
+        if bound.both:
             last = bound.runs[-1].channels_last
             if not x.requires_grad:
                 x = plain(x, last)
@@ -230,8 +237,7 @@ def _enter(x: Tensor, ndim: int, bound: Bound) -> Tensor:
         x = x.unsqueeze(2)
     dtype = bound.low or x.dtype
     if torch.is_grad_enabled() and x.requires_grad:
-        same = not bound.convert and x.dtype == dtype and is_channels_last(x) == bound.of_gradient
-        if same and not has_both(x.shape[1], x.shape[2:]):
+        if bound.as_is and x.dtype == dtype:
             return x
         return enter(x, dtype, True if bound.convert else None, bound.of_gradient)
     if not bound.convert:
@@ -242,10 +248,9 @@ def _enter(x: Tensor, ndim: int, bound: Bound) -> Tensor:
 
 
 def _fused(s: FusedStep, x: Tensor, run: Run, reading: Reading, low: torch.dtype | None) -> Tensor:
-    o = _operands(s, x, reading.tensors)
-    if s.measured:
-        mean, var, momentum, group = s.rule.operands(reading.modules[s.norm], reading.tensors[s.norm])  # type: ignore[index, union-attr]
-        o = o._replace(mean=mean, var=var, momentum=momentum, group=group)
+    o = _operands(s, x, reading.tensors, run.measured)
+    if run.measured:
+        o = _with_running(s, o, reading.modules[s.norm], reading.tensors[s.norm])  # type: ignore[index]
     if low is None:
         return _step(s, o, run)
     # Not through autocast's cache of weights: casts are of the present values (the weight's where it is used), and
@@ -274,8 +279,8 @@ def _without_activation(step: Step) -> Step:
     return replace(step, activation=Activation())
 
 
-def _operands(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]]) -> Operands:
-    """Of a norm that measures, but for its running statistics (`NormRule.operands`)."""
+def _operands(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]], measured: bool) -> Operands:
+    """Of a norm that is ``measured``, but for its running statistics (`_with_running`)."""
     weight, bias = tensors[s.conv]
     slope = None if s.slope is None else tensors[s.slope][0]
     if s.ndim == 1:  # (C_in, C_out/g, k) as (C_in, C_out/g, 1, k)
@@ -283,7 +288,33 @@ def _operands(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]]) -> Op
     if s.norm is None:
         return Operands(x, weight, bias, slope=slope)
     mean, var, scale, shift = tensors[s.norm]
-    assert s.rule is not None
-    if s.rule.norm.measured:
+    if measured:
         mean = var = None
     return Operands(x, weight, bias, mean, var, scale, shift, None, slope)
+
+
+def _with_running(s: FusedStep, o: Operands, module: nn.Module, tensors: tuple[Tensor | None, ...]) -> Operands:
+    """What a norm ``module`` that measures moves in this call. Counts the batch, as the module's forward does."""
+    rule = s.rule
+    assert rule is not None
+    mean, var = tensors[:2] if rule.updates else (None, None)
+    momentum = rule.momentum
+    if rule.counts:
+        count: Tensor | None = module.num_batches_tracked  # type: ignore[assignment]
+        if count is not None:
+            count.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(count)
+        elif rule.synchronised:
+            raise AssertionError("num_batches_tracked must not be None")  # SyncBatchNorm's own
+    group = _process_group(module) if rule.synchronised else None
+    return o._replace(mean=mean, var=var, momentum=0.0 if momentum is None else momentum, group=group)
+
+
+def _process_group(module: nn.Module) -> Any:
+    """The processes over which a SyncBatchNorm in training mode takes its statistics; None where it is one."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group: Any = module.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None

@@ -56,11 +56,6 @@ class FusedStep:
     in_place: bool
     overwrites: bool
 
-    @property
-    def measured(self) -> bool:
-        """Whether it normalises by the statistics of the convolution's result."""
-        return self.step.measured
-
 
 @dataclass(frozen=True)
 class Unfused:
@@ -149,7 +144,7 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
         try:
             rule = norm_rule(parts[norm], ndim, channels, weight)
             # A GroupNorm on a CPU allocates like its input, too.
-            last, in_place = norm, rule.kind == "group" and weight.device.type == "cpu"
+            last, in_place = norm, rule.kind == "group" and not rule.contiguous
             base = replace(base, norm=rule.norm)
         except Refused as refused:
             reasons[norm] = str(refused)

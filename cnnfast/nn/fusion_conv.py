@@ -200,7 +200,7 @@ def plain_conv_step(part: Part, pad: _Pad | None) -> Step:
         )
     except ValueError as error:
         raise Refused(str(error)) from None
-    reason = None if weight.device.type == "cpu" else spec_why_not(step.spec)
+    reason = None if weight.is_cpu else spec_why_not(step.spec)
     if reason is not None:  # PyTorch's own modules do it as well
         raise Refused(f"no kernel: {reason}")
     check_vector(part.tensors[1], c_out, (weight.dtype,), weight)

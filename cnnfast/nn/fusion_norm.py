@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..norms import Norm
 from .fusion_conv import Part, check_vector
@@ -18,7 +17,8 @@ __all__ = ["NormRule", "norm_rule"]
 @dataclass(frozen=True)
 class NormRule:
     """A norm module in its present mode. ``norm``: what it computes then; ``kind``: "batch", "instance", "group" or
-    "sync", whatever the mode; ``dtype``: of its vectors, None where it has none.
+    "sync", whatever the mode; ``dtype``: of its vectors, None where it has none; ``contiguous``: its module's result is
+    contiguous, whatever its input is.
 
     Of one that measures: ``updates``: running statistics move, by ``momentum`` (None: to the average of all batches,
     for which ``counts``, num_batches_tracked goes up, is needed); ``synchronised``: statistics are of all processes.
@@ -27,39 +27,11 @@ class NormRule:
     norm: Norm
     kind: str
     dtype: torch.dtype | None
+    contiguous: bool = False
     updates: bool = False
     counts: bool = False
     momentum: float | None = None
     synchronised: bool = False
-
-    def operands(
-        self, module: nn.Module, tensors: tuple[Tensor | None, ...]
-    ) -> tuple[Tensor | None, Tensor | None, float, Any]:
-        """(mean, var, momentum, group) of `step.Operands` for this call of a module that measures. Counts the batch, as
-        the module's forward does."""
-        mean, var = tensors[:2]
-        if not self.updates:
-            mean = var = None
-        momentum = self.momentum
-        if self.counts:
-            count: Tensor | None = module.num_batches_tracked  # type: ignore[assignment]
-            if count is not None:
-                count.add_(1)
-                if momentum is None:
-                    momentum = 1.0 / float(count)
-            elif self.synchronised:
-                raise AssertionError("num_batches_tracked must not be None")  # SyncBatchNorm's own
-        group = _process_group(module) if self.synchronised else None
-        return mean, var, 0.0 if momentum is None else momentum, group
-
-
-def _process_group(module: nn.Module) -> Any:
-    """The processes over which a SyncBatchNorm in training mode takes its statistics; None where it is one."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return None
-    group: Any = module.process_group or distributed.group.WORLD
-    return group if distributed.get_world_size(group) > 1 else None
 
 
 def norm_rule(part: Part, ndim: int, channels: int, weight: Tensor) -> NormRule:
@@ -84,7 +56,7 @@ def norm_rule(part: Part, ndim: int, channels: int, weight: Tensor) -> NormRule:
         groups = part.attributes[1]
         if type(groups) is not int or groups < 1 or channels % groups:
             raise Refused(f"num_groups={groups!r} does not divide {channels} channels")
-        return NormRule(Norm("group", groups, float(eps)), kind, dtype)
+        return NormRule(Norm("group", groups, float(eps)), kind, dtype, not weight.is_cpu)
     return _tracking_rule(kind, part, float(eps), dtype, channels)
 
 
@@ -107,11 +79,12 @@ def _tracking_rule(kind: str, part: Part, eps: float, dtype: torch.dtype | None,
     if kind != "instance" and (eps < 0 or measured and eps == 0):
         raise Refused(f"eps={eps} must be positive in training")
     if not measured:
-        return NormRule(Norm("running", eps=eps), kind, dtype)
+        return NormRule(Norm("running", eps=eps), kind, dtype, kind == "instance")
     return NormRule(
         Norm("instance" if kind == "instance" else "batch", eps=eps),
         kind,
         dtype,
+        kind == "instance",
         updates,
         counts=kind != "instance" and part.training and bool(tracks),
         momentum=None if momentum is None else float(momentum),

@@ -160,8 +160,8 @@ def _why_not_triton(s: FusedStep, reading: Reading) -> str | None:
     gradient = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for k in s.slots for t in reading.tensors[k]
     )
-    # Few channels are no obstacle to training (`core.run_step`).
-    reason = None if gradient or s.measured else spec_why_not(s.step.spec)
+    # Few channels are no obstacle to training (`run.run_step`).
+    reason = None if gradient or s.step.measured else spec_why_not(s.step.spec)
     return reason or launch_why_not(s.device)
 
 

@@ -25,13 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import Activation
+from ..dispatch import autocast_dtype, on_cpu
 from ..gpu.why_not import cuda_why_not, spec_why_not, triton_why_not
 from ..memory_format import has_both, is_channels_last, new_strides, to_format
 from ..norms import Norm
 from ..ops import traced
 from ..spec import ConvSpec
 from ..step import Step, Upsample, convolution_of
-from .chain import _eager_layout, _operands
+from .chain import _eager_layout, _operands, _with_running
 from .fusion import FusedStep, Unfused, plan_modules
 from .fusion_norm import NormRule
 from .modules import HOOKS, KINDS, read
@@ -122,11 +123,12 @@ def _worth(s: FusedStep, backend: str | None) -> bool:
     """Whether the step is for the operator; see the head of this file."""
     if backend == "aten":
         return False
-    if s.device.type == "cuda" or backend == "triton":
+    cuda = s.device.index is not None  # of a CPU there is one, without a number
+    if cuda or backend == "triton":
         rule = s.rule
         # Eager mode's own graph break (a momentum that is read from the device), and collectives, stay theirs.
         plain = rule is None or not rule.synchronised and not (rule.counts and rule.momentum is None)
-        why_not = triton_why_not() or (cuda_why_not(s.device.index or 0) if s.device.type == "cuda" else None)
+        why_not = triton_why_not() or (cuda_why_not(s.device.index or 0) if cuda else None)
         return plain and (why_not is None and spec_why_not(s.step.spec) is None or backend == "triton")
     return traced.pays_on_cpu(s.step)
 
@@ -199,7 +201,7 @@ def _rebuilt(f: FusedStep) -> FusedStep:
     rule, norm = None, None
     if r is not None:
         norm = Norm(r.norm.kind, r.norm.groups, r.norm.eps)
-        rule = NormRule(norm, r.kind, r.dtype, r.updates, r.counts, r.momentum, r.synchronised)
+        rule = NormRule(norm, r.kind, r.dtype, r.contiguous, r.updates, r.counts, r.momentum, r.synchronised)
     step = Step(spec, Activation(a.name, a.params), upsample, f.step.pad, f.step.pad_mode, norm)
     return FusedStep(
         f.slots, step, f.ndim, f.dtype, f.device, f.conv, f.norm, rule, f.slope, f.weight_channels_last, f.in_place,
@@ -245,10 +247,10 @@ def _run(seq: nn.Sequential, steps: tuple[FusedStep, ...], plan: Traced, x: Any,
         for t in own:
             gradient = gradient or t is not None and t.requires_grad
     gradient = torch.is_grad_enabled() and (gradient or x.requires_grad)
-    kernels = x.device.type != "cpu" or backend == "triton"
+    kernels = not on_cpu(x) or backend == "triton"
     if not any(plan.kernel[s.slots[0]] for s in steps) or not _takes(steps[0], x, gradient, kernels):
         return _modules(seq, slots, plan, x)
-    low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+    low = autocast_dtype(x)
     ndim = steps[0].ndim
     channels_last = is_channels_last(x if ndim == 2 else x.contiguous().unsqueeze(2))
     for i, planned in enumerate(steps):
@@ -287,7 +289,7 @@ def _takes(s: FusedStep, x: Tensor, gradient: bool, kernels: bool) -> bool:
         return False
     if not kernels:
         return not gradient and x.dtype == s.dtype and not torch.is_autocast_enabled("cpu")
-    return x.dtype == s.dtype or torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return x.dtype == s.dtype or autocast_dtype(x) is not None and x.dtype != torch.float64
 
 
 def _reaches(step: Step, size: Any) -> bool:
@@ -309,11 +311,11 @@ def _step(
     low: torch.dtype | None,
 ) -> Tensor:
     """One step by its operator, (N, C, L) as (N, C, 1, L)."""
-    o = _operands(s, x if s.ndim == 2 else x.unsqueeze(2), tensors)
-    if s.rule is not None and s.rule.norm.measured:
+    measured = s.rule is not None and s.rule.norm.measured
+    o = _operands(s, x if s.ndim == 2 else x.unsqueeze(2), tensors, measured)
+    if measured:
         assert s.norm is not None
-        mean, var, momentum, group = s.rule.operands(_at(seq, plan.leaves[s.norm].path), tensors[s.norm])
-        o = o._replace(mean=mean, var=var, momentum=momentum, group=group)
+        o = _with_running(s, o, _at(seq, plan.leaves[s.norm].path), tensors[s.norm])
     # The Parameter itself, of three dimensions too: what is packed for it is kept by its identity.
     o = o._replace(weight=tensors[s.conv][0])
     if low is not None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from ..activations import Activation
-from ..dispatch import watched
+from ..dispatch import on_cpu, watched
 from ..gradients import enter, plain, squeezed
 from ..memory_format import is_channels_last
 from ..norms import Norm
@@ -158,7 +158,7 @@ def _named_padding(name: str, kernel: Sequence[int], stride: Ints, dilation: Int
 def takes(x: Tensor, w: Tensor, b: Tensor | None, channels: int | None) -> str | None:
     """Why torch's own function is to judge these tensors of one device (or to run them: meta tensors), or None."""
     dtype = x.dtype
-    if x.device.type == "meta":
+    if x.is_meta:
         return "its tensors are on meta"
     if not dtype.is_floating_point or w.dtype != dtype:
         return f"dtype {dtype}" if w.dtype == dtype else f"the input is {dtype}, the weight {w.dtype}"
@@ -288,7 +288,7 @@ def _crashes(x: Tensor, stride: Ints) -> bool:
     """Whether oneDNN's deconvolution may end the process (seen for strides of 100,000, torch 2.13); it takes no
     float64."""
     huge = max((stride,) if isinstance(stride, int) else stride, default=1) > MAX_STRIDE
-    return huge and x.device.type == "cpu" and x.dtype in DTYPES
+    return huge and on_cpu(x) and x.dtype in DTYPES
 
 
 def _check_sizes(transposed: bool, shape: Sequence[int], weight_shape: Sequence[int], given: Geometry) -> None:

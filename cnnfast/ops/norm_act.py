@@ -162,7 +162,7 @@ def _unfit(norm: Norm, o: Operands, use_input_stats: bool) -> str | None:
             raise ValueError(f"input must be floating point, got {x.dtype}")
         check_vectors(x, x.shape[1] if x.dim() > 1 else 1, weight=o.scale, bias=o.shift)
         return f"the input has shape {tuple(x.shape)}" if x.dim() < 2 else None
-    plain = x.dtype in _DTYPES and x.layout is torch.strided and x.device.type != "meta" and x.dim() > 1
+    plain = x.dtype in _DTYPES and x.layout is torch.strided and not x.is_meta and x.dim() > 1
     if not plain:
         return f"the input has shape {tuple(x.shape)} and dtype {x.dtype} on {x.device}"
     c, eps = x.shape[1], norm.eps

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..dispatch import by_kernels, on_cpu
 from ..memory_format import to_format
 from ..reference import run_reference
 from ..step import Operands, Step, step_key, step_of
@@ -100,11 +101,14 @@ def traced_step(step: Step, o: Operands, channels_last: bool, backend: str | Non
     cnnfast."""
     if torch.compiler.is_dynamo_compiling() and not exporting() and not transformed() and step.spec is not None:
         backend = chosen_backend() if backend is None else backend
-        on_cpu = o.x.device.type == "cpu" and backend != "triton"
         measured = step.norm is not None and step.norm.measured
-        if not measured and not dispatch.needs_gradient(o) and (not on_cpu or pays_on_cpu(step)):
+        if (
+            not measured
+            and not dispatch.needs_gradient(o)
+            and (backend == "triton" or not on_cpu(o.x) or pays_on_cpu(step))
+        ):
             return conv_block(step, o, channels_last, backend)
-        if (o.x.is_cuda or backend == "triton") and backend != "aten":
+        if by_kernels(o.x, backend):
             from ..gpu import traced  # imports triton
 
             if traced.takes(o):
