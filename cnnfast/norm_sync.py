@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .dispatch import on_cpu
 from .norms import Norm, Partials, per_channel
 from .step import Operands
 
@@ -46,7 +47,7 @@ def gather(parts: Partials, group: Any) -> Partials:
     dist.all_gather(theirs, mine, group=group)
     count, mean, m2 = torch.stack(theirs).split((1, c, c), dim=1)
     total = count.sum()
-    if not bool(total > 1) and mine.is_cpu:
+    if not bool(total > 1) and on_cpu(mine):
         raise ValueError(f"Expected more than 1 value per channel when training, got {int(total)} in {size} processes")
     return Partials(count.reshape(1, size), mean.reshape(1, size, c), m2.reshape(1, size, c))
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import Activation, activation_derivative
+from .dispatch import on_cpu
 from .norm_sync import shared, synchronised
 from .norms import Norm, check_values, per_channel
 from .spec import ConvSpec, summed_taps
@@ -222,7 +223,7 @@ def _unfused(norm: Norm, o: Operands) -> Tensor:
     x, mean, var, weight, bias = o.x, o.mean, o.var, o.scale, o.shift
     if norm.kind == "group":
         # Of channels-last tensors, PyTorch's CPU kernel computes E[x^2] - E[x]^2.
-        x = x.contiguous() if x.is_cpu else x
+        x = x.contiguous() if on_cpu(x) else x
         return F.group_norm(x, norm.groups, weight, bias, norm.eps)
     if norm.kind == "instance" and x.shape[0] != 1:
         return F.instance_norm(x, mean, var, weight, bias, True, o.momentum, norm.eps)

@@ -26,6 +26,7 @@ __all__ = [
     "Upsample",
     "convolution_of",
     "norm_step",
+    "output_padding_of",
     "plain_step",
     "step_key",
     "step_of",
@@ -219,8 +220,9 @@ def upsample_step(
 
 
 def step_key(step: Step) -> str:
-    """All of a step but the sizes of its weight, which may be symbolic where this is traced: what `torch.library`'s
-    operators take for it, and `step_of` reads. (Built of single numbers: Dynamo formats no tuples.)"""
+    """All of a step but the sizes of its weight and its output padding, which may be symbolic where this is traced
+    (that of an input's gradient depends on the input's size): what `torch.library`'s operators take for it, and
+    `step_of` reads. (Built of single numbers: Dynamo formats no tuples.)"""
     s, u, norm, act = step.spec, step.upsample, step.norm, step.activation
     conv = ""
     if s is not None and u is not None:
@@ -228,8 +230,8 @@ def step_key(step: Step) -> str:
     elif s is not None:
         kind, mode = "t" if s.transposed else "c", step.pad_mode if step.pad[0] or step.pad[1] else "zeros"
         conv = (
-            f"{kind} {_numbers(s.stride)} {_numbers(s.padding)} {_numbers(s.output_padding)} {_numbers(s.dilation)} "
-            f"{_numbers(step.pad)} {mode} {s.groups}"
+            f"{kind} {_numbers(s.stride)} {_numbers(s.padding)} {_numbers(s.dilation)} {_numbers(step.pad)} {mode} "
+            f"{s.groups}"
         )
     after = "" if norm is None else f"{norm.kind} {norm.groups} {float(norm.eps)!r}"
     return f"{conv}|{after}|{'+' if step.residual else ''}|{act.name} {_numbers(act.params)}"
@@ -243,7 +245,7 @@ def _ints(text: str) -> tuple[int, ...]:
     return tuple(int(v) for v in text.split(","))
 
 
-def _made(key: str, weight_shape: Sequence[int]) -> Step:
+def _made(key: str, weight_shape: Sequence[int], output_padding: Sequence[int]) -> Step:
     conv, after, residual, act = key.split("|")
     name, params = act.split(" ")
     activation = Activation(name, tuple(float(p) for p in params.split(",") if p))
@@ -262,20 +264,26 @@ def _made(key: str, weight_shape: Sequence[int]) -> Step:
         step = upsample_step(each, first, (kernel[0], kernel[1]), upsample, int(groups), activation)
     else:
         c_in, c_out = (first, each) if how == "t" else (each, first)
-        stride, padding, output_padding, dilation, pad = (_ints(n) for n in numbers[:5])
-        ints = (tuple(kernel), stride, padding, output_padding, dilation)
+        stride, padding, dilation, pad = (_ints(n) for n in numbers[:4])
+        ints = (tuple(kernel), stride, padding, tuple(output_padding), dilation)
         spec = ConvSpec(how == "t", c_in, c_out, *ints, int(groups))
-        step = Step(spec, activation, None, (pad[0], pad[1]), "replicate" if numbers[5] == "zeros" else numbers[5])
+        step = Step(spec, activation, None, (pad[0], pad[1]), "replicate" if numbers[4] == "zeros" else numbers[4])
     return replace(step, norm=norm, residual=bool(residual))
 
 
 _known_step = lru_cache(maxsize=4096)(_made)
 
 
-def step_of(key: str, weight_shape: Sequence[int] = ()) -> Step:
-    """The step with this `step_key` whose layer has a weight of this (4-D) shape."""
-    symbolic = any(isinstance(n, torch.SymInt) for n in weight_shape)
-    return _made(key, weight_shape) if symbolic else _known_step(key, tuple(weight_shape))
+def step_of(key: str, weight_shape: Sequence[int] = (), output_padding: Sequence[int] = ()) -> Step:
+    """The step with this `step_key` and output padding whose layer has a weight of this (4-D) shape."""
+    symbolic = any(isinstance(n, torch.SymInt) for n in (*weight_shape, *output_padding))
+    make = _made if symbolic else _known_step
+    return make(key, tuple(weight_shape), tuple(output_padding))
+
+
+def output_padding_of(step: Step) -> list[int]:
+    """What goes with the `step_key`."""
+    return [] if step.spec is None else list(step.spec.output_padding)
 
 
 # --- tensors ----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import jit  # noqa: E402
 
 from benchmarks.rehearse.inspector import StubDriver, recording, target  # noqa: E402
-from cnnfast.gpu import conv, conv_autograd, conv_wgrad, norm_act  # noqa: E402
+from cnnfast.gpu import conv, conv_autograd, conv_wgrad, norm_act, norm_act_plan  # noqa: E402
 from cnnfast.gpu import weight as weights
 from cnnfast.gpu.binary import Binary  # noqa: E402
 
@@ -163,7 +163,7 @@ def test_a_later_training_step_looks_up_and_nothing_else(
     with recording(90) as calls:
         train(name, torch.zeros(2, 32, 4, 4, dtype=dtype))
         first, misses = len(calls), [cached.cache_info().misses for cached in caches]
-        for module in (conv, conv_wgrad, weights, norm_act):
+        for module in (conv, conv_wgrad, weights, norm_act_plan):
             monkeypatch.setattr(module, "Binary", None)
         train(name, torch.zeros(2, 32, 4, 4, dtype=dtype))
     assert len(calls) == 2 * first and [c.job.key for c in calls[:first]] == [c.job.key for c in calls[first:]]

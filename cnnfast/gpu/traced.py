@@ -23,7 +23,7 @@ from ..memory_format import to_format
 from ..norms import check_values
 from ..reference import Grads, Saved, backward_by_torch
 from ..spec import DTYPES
-from ..step import Operands, Step, norm_step, step_key, step_of
+from ..step import Operands, Step, norm_step, output_padding_of, step_key, step_of
 from . import conv_autograd, conv_wgrad, norm_act_autograd
 from .conv_autograd import Primitives, conv_forward, conv_setup, wgrad_forward, wgrad_setup
 from .norm_act_autograd import norm_setup, proven_backward, proven_forward
@@ -64,28 +64,39 @@ def _shape(x: Tensor, step: Step) -> tuple[int, ...]:
 
 
 @torch.library.custom_op("cnnfast::conv", mutates_args=())
-def conv(x: Tensor, weight: Tensor, bias: Tensor | None, step: str, channels_last: bool, backend: str | None) -> Tensor:
-    s = step_of(step, weight.shape)
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    step: str,
+    output_padding: Sequence[int],
+    channels_last: bool,
+    backend: str | None,
+) -> Tensor:
+    s = step_of(step, weight.shape, output_padding)
     if _by_kernels(x, backend):
         return conv_forward(x, weight, bias, s, channels_last, _required(backend))[0]
     return to_format(reference.conv_block(x, weight, bias, s.spec, activation=s.activation), channels_last)
 
 
 @conv.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, step: str, channels_last: bool, backend: str | None) -> Tensor:
-    return _empty(x, _shape(x, step_of(step, weight.shape)), channels_last)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    step, output_padding, channels_last, _ = args
+    return _empty(x, _shape(x, step_of(step, weight.shape, output_padding)), channels_last)
 
 
 @torch.library.custom_op("cnnfast::conv_weight_grad", mutates_args=())
-def conv_weight_grad(x: Tensor, grad: Tensor, like: Tensor, step: str, backend: str | None) -> Tensor:
-    s = step_of(step, like.shape)
+def conv_weight_grad(
+    x: Tensor, grad: Tensor, like: Tensor, step: str, output_padding: Sequence[int], backend: str | None
+) -> Tensor:
+    s = step_of(step, like.shape, output_padding)
     if _by_kernels(x, backend):
         return wgrad_forward(x, grad, like, s, _required(backend))
     return torch.empty_like(like).copy_(conv_wgrad.by_torch(x, grad, like, s.spec))
 
 
 @conv_weight_grad.register_fake
-def _(x: Tensor, grad: Tensor, like: Tensor, step: str, backend: str | None) -> Tensor:
+def _(x: Tensor, grad: Tensor, like: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(like)
 
 
@@ -119,10 +130,10 @@ def _primitives(backend: str | None) -> Primitives:
     def convolution(
         x: Tensor, weight: Tensor, bias: Tensor | None, step: Step, channels_last: bool, required: bool
     ) -> Tensor:
-        return conv(x, weight, bias, step_key(step), channels_last, backend)
+        return conv(x, weight, bias, step_key(step), output_padding_of(step), channels_last, backend)
 
     def weight_gradient(x: Tensor, grad: Tensor, like: Tensor, step: Step, required: bool) -> Tensor:
-        return conv_weight_grad(x, grad, like, step_key(step), backend)
+        return conv_weight_grad(x, grad, like, step_key(step), output_padding_of(step), backend)
 
     def gradient(
         grad: Tensor, saved: Tensor | None, activation: Activation, *, bias: bool, required: bool
@@ -142,22 +153,23 @@ def _conv_backward(ctx: Any, grad: Tensor, backend: str | None) -> tuple[Tensor 
 
 
 def _conv_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, step, _, ctx.backend = inputs
-    conv_setup(ctx, x, weight, bias, output, step_of(step, weight.shape), _required(ctx.backend))
+    x, weight, bias, step, output_padding, _, ctx.backend = inputs
+    conv_setup(ctx, x, weight, bias, output, step_of(step, weight.shape, output_padding), _required(ctx.backend))
 
 
 conv.register_autograd(
-    lambda ctx, grad: (*_conv_backward(ctx, grad, ctx.backend), None, None, None), setup_context=_conv_setup_context
+    lambda ctx, grad: (*_conv_backward(ctx, grad, ctx.backend), None, None, None, None),
+    setup_context=_conv_setup_context,
 )
 
 
 def _wgrad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, grad, like, step, backend = inputs
-    wgrad_setup(ctx, x, grad, step_of(step, like.shape), _required(backend))
+    x, grad, like, step, output_padding, backend = inputs
+    wgrad_setup(ctx, x, grad, step_of(step, like.shape, output_padding), _required(backend))
 
 
 conv_weight_grad.register_autograd(
-    lambda ctx, v: (*conv_autograd.wgrad_backward(ctx, v), None, None, None), setup_context=_wgrad_setup_context
+    lambda ctx, v: (*conv_autograd.wgrad_backward(ctx, v), None, None, None, None), setup_context=_wgrad_setup_context
 )
 
 
@@ -176,13 +188,14 @@ def conv_norm_act(
     residual: Tensor | None,
     slope: Tensor | None,
     step: str,
+    output_padding: Sequence[int],
     updates: bool,
     channels_last: bool,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(result, the convolution's result, mean, 1/deviation, and what running statistics move towards: each channel's
     mean and unbiased variance). Empty where there is no such thing."""
-    s = step_of(step, weight.shape)
+    s = step_of(step, weight.shape, output_padding)
     tail, required = s.tail, _required(backend)
     moved = [_nothing(x) for _ in range(2)]
     o = Operands(x, None, None, mean, var, scale, shift, residual, slope)  # type: ignore[arg-type]
@@ -226,8 +239,8 @@ def _by_torch(tail: Step, o: Operands, channels_last: bool) -> tuple[Tensor, Ten
 
 @conv_norm_act.register_fake
 def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    step, updates, channels_last, _ = args[-4:]
-    s = step_of(step, weight.shape)
+    step, output_padding, updates, channels_last, _ = args[-5:]
+    s = step_of(step, weight.shape, output_padding)
     n, c, norm = x.shape[0], s.spec.out_channels, s.norm
     statistics: tuple[int, ...] = ()
     if norm is not None and norm.measured:
@@ -293,9 +306,11 @@ class _Part(SimpleNamespace):
 
 
 def _conv_norm_act_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, scale, shift, mean, var, residual, slope, step, _, channels_last, backend = inputs
+    x, weight, bias, scale, shift, mean, var, residual, slope, *rest = inputs
+    step, output_padding, _, channels_last, backend = rest
     y, u, *statistics = output
-    need, s, required = ctx.needs_input_grad, step_of(step, weight.shape), _required(backend)
+    need, required = ctx.needs_input_grad, _required(backend)
+    s = step_of(step, weight.shape, output_padding)
     of_conv = _Part(needs_input_grad=need[:3])
     conv_setup(of_conv, x, weight, bias, u, s.bare, required)
     of_norm = _Part(needs_input_grad=(any(need[:3]), need[3], need[4], need[7], need[8]))
@@ -333,7 +348,7 @@ def _norm_pass(backend: str | None) -> norm_act_autograd.Pass:
 
 
 def _conv_norm_act_backward(ctx: Any, grad: Tensor | None, *of_others: None) -> tuple[Any, ...]:
-    nothing = (None,) * 13
+    nothing = (None,) * 14
     if grad is None:
         return nothing
     saved = ctx.saved_tensors
@@ -361,14 +376,14 @@ def run(step: Step, o: Operands, channels_last: bool, backend: str | None) -> Te
     x, weight, norm = step.pad_input(o.x), reference.conv_weight(step, o.weight), step.norm
     plain = Step(step.spec, step.activation, norm=norm, residual=step.residual)
     if norm is None and not step.residual and step.activation.saves() != "x":
-        return conv(x, weight, o.bias, step_key(plain), channels_last, backend)
+        return conv(x, weight, o.bias, step_key(plain), output_padding_of(plain), channels_last, backend)
     updates, moved = False, (o.mean, o.var)
     if norm is not None and norm.measured:
         updates, moved = o.mean is not None, (None, None)
         check_values((x.shape[0], step.spec.out_channels, *step.spec.output_size(x.shape[2:])), norm)
     y, _, _, _, mean, var = conv_norm_act(
-        x, weight, o.bias, o.scale, o.shift, *moved, o.residual, o.slope, step_key(plain), updates, channels_last,
-        backend,
+        x, weight, o.bias, o.scale, o.shift, *moved, o.residual, o.slope, step_key(plain), output_padding_of(plain),
+        updates, channels_last, backend,
     )  # fmt: skip
     if updates:
         with torch.no_grad():

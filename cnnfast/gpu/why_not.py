@@ -45,19 +45,20 @@ def launch_why_not(device: torch.device) -> str | None:
     reason = triton_why_not()
     if reason is not None:
         return reason
-    if device.type == "cuda":
+    kind = device.type
+    if kind == "cuda":
         return cuda_why_not(device.index or 0)
     from triton import knobs
     from triton.runtime.driver import driver
 
     if knobs.runtime.interpret:
-        return None if device.type == "cpu" else f"the tensors are on {device}, Triton's interpreter runs on the CPU"
+        return None if kind == "cpu" else f"the tensors are on {device}, Triton's interpreter runs on the CPU"
     try:
         active = driver.active
     except RuntimeError:  # Triton finds no driver for this machine
         return NO_DEVICE
     taken = active.get_active_torch_device().type
-    return None if taken == device.type else f"the tensors are on {device}, Triton launches on {taken}"
+    return None if taken == kind else f"the tensors are on {device}, Triton launches on {taken}"
 
 
 MIN_CHANNELS = 16  # of a group: one tensor-core fragment

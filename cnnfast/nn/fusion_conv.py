@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import Activation
+from ..dispatch import choose, on_cpu
 from ..gpu.why_not import spec_why_not
 from ..spec import DTYPES, MAX_SCALE, ConvSpec
 from ..step import PADDING_MODES, Step, Upsample, plain_step, upsample_step
@@ -29,8 +30,6 @@ __all__ = [
     "transposed_step",
     "upsampled_step",
 ]
-
-DEVICES = ("cpu", "cuda")
 
 
 class Part(NamedTuple):
@@ -80,7 +79,7 @@ def _pair(name: str, value: object, n: int) -> tuple[int, ...]:
 
 def _conv_weight(part: Part) -> Tensor:
     weight = dense(part.tensors[0])
-    if weight.dtype not in DTYPES or weight.device.type not in DEVICES:
+    if weight.dtype not in DTYPES or not choose(weight, "auto"):
         raise Refused(f"{weight.dtype} on {weight.device} has no fused path")
     if weight.dim() != part.ndim + 2 or weight.numel() == 0:
         raise Refused(f"a weight of shape {tuple(weight.shape)} is no {part.ndim}-D convolution's")
@@ -200,7 +199,7 @@ def plain_conv_step(part: Part, pad: _Pad | None) -> Step:
         )
     except ValueError as error:
         raise Refused(str(error)) from None
-    reason = None if weight.is_cpu else spec_why_not(step.spec)
+    reason = None if on_cpu(weight) else spec_why_not(step.spec)
     if reason is not None:  # PyTorch's own modules do it as well
         raise Refused(f"no kernel: {reason}")
     check_vector(part.tensors[1], c_out, (weight.dtype,), weight)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..dispatch import on_cpu
 from ..norms import Norm
 from .fusion_conv import Part, check_vector
 from .modules import Refused
@@ -56,7 +57,7 @@ def norm_rule(part: Part, ndim: int, channels: int, weight: Tensor) -> NormRule:
         groups = part.attributes[1]
         if type(groups) is not int or groups < 1 or channels % groups:
             raise Refused(f"num_groups={groups!r} does not divide {channels} channels")
-        return NormRule(Norm("group", groups, float(eps)), kind, dtype, not weight.is_cpu)
+        return NormRule(Norm("group", groups, float(eps)), kind, dtype, not on_cpu(weight))
     return _tracking_rule(kind, part, float(eps), dtype, channels)
 
 

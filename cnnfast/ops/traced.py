@@ -7,6 +7,7 @@ to 60 us).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from .. import dispatch
 from ..dispatch import by_kernels, on_cpu
 from ..memory_format import to_format
 from ..reference import run_reference
-from ..step import Operands, Step, step_key, step_of
+from ..step import Operands, Step, output_padding_of, step_key, step_of
 from .run import run_step
 
 __all__ = ["conv_block", "conv_block_op", "traced_step"]
@@ -40,21 +41,22 @@ def conv_block_op(
     residual: Tensor | None,
     slope: Tensor | None,
     step: str,  # its `step_key`
+    output_padding: Sequence[int],
     channels_last: bool,
     backend: str | None,  # None: the context's at run time
 ) -> Tensor:
     weight = _as_4d(weight)
     o = Operands(x, weight, bias, mean, var, scale, shift, residual, slope)
     with torch.no_grad():
-        y = run_step(step_of(step, weight.shape), o, channels_last=channels_last, backend=backend)
+        y = run_step(step_of(step, weight.shape, output_padding), o, channels_last=channels_last, backend=backend)
     # An operator's result must be a tensor of its own: identity steps may hand back an operand.
     return y.clone() if y.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() and y.numel() else y
 
 
 @conv_block_op.register_fake
 def _(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
-    key, channels_last, _ = args[-3:]
-    step = step_of(key, _as_4d(weight).shape)
+    key, output_padding, channels_last, _ = args[-4:]
+    step = step_of(key, _as_4d(weight).shape, output_padding)
     size = step.output_size((x.shape[2], x.shape[3]))
     fmt = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty((x.shape[0], step.spec.out_channels, *size), dtype=x.dtype, device=x.device, memory_format=fmt)
@@ -62,7 +64,7 @@ def _(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
 
 def conv_block(step: Step, o: Operands, channels_last: bool, backend: str | None) -> Tensor:
     """``step`` through the operator."""
-    return conv_block_op(*o[:9], step_key(step), channels_last, backend)
+    return conv_block_op(*o[:9], step_key(step), output_padding_of(step), channels_last, backend)
 
 
 # --- what Dynamo traces -----------------------------------------------------------------------------------------------
