@@ -23,7 +23,6 @@ from typing import Any, TextIO
 
 from . import __version__
 from .messages import LOGGER, CnnfastError, CnnfastWarning, UsageError, one_line
-from .tasks.tune import Options, run
 
 
 def _loaded(name: str) -> Any:
@@ -64,8 +63,9 @@ def _models(arguments: argparse.Namespace) -> int:
 def _tune(arguments: argparse.Namespace) -> int:
     import torch
 
-    return run(
-        Options(
+    tune = _loaded("tasks.tune")
+    return tune.run(
+        tune.Options(
             models=tuple(arguments.models),
             batches=tuple(arguments.batch),
             dtypes=tuple(getattr(torch, name) for name in arguments.dtype),

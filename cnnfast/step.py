@@ -100,7 +100,7 @@ class Step:
     @cached_property
     def inner(self) -> Step:
         """What runs on the padded input, with the weight summed, where gradients are needed: the convolution, with the
-        activation if the step `folds`."""
+        activation if the step folds."""
         return Step(self.spec, self.activation if self.folds else _IDENTITY)
 
     @cached_property

@@ -377,7 +377,7 @@ def split_k_epilogue_kernel(
 def launch(x, weight, y, residual, vectors, stats, eps, how) -> None:
     """Fill y. x (N, C_in, H, W) and weight in the kernel's layouts, y and residual in one memory format; ``vectors``
     are bias, mean, var, scale, shift and slope, each (C_out,) or None; ``stats`` float32, of ``how.parts`` parts, or
-    None; ``how`` is `cnnfast.ops.launch.Launch`."""
+    None; ``how`` is `cnnfast.gpu.conv.Launch`."""
     n, _, h, w = x.shape
     _, c, oh, ow = y.shape
     splits = how.plan.split_k

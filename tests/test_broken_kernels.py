@@ -177,7 +177,7 @@ OVERFLOW = """
 import importlib, sys
 import torch
 from cnnfast.step import Operands, Step
-from cnnfast.ops import launch
+from cnnfast.gpu import conv as launch
 from cnnfast.ops.run import run_step
 from cnnfast.spec import ConvSpec
 

@@ -159,7 +159,8 @@ def inference(r: Random, force: Callable[[type[methods.Method]], None]) -> Itera
             )
         )
     with torch.no_grad():
-        y = cpu_inference.run(step, o, True)
+        found = (cpu_inference.run(step, o, True) for _ in range(3))  # packed when it is met again
+        y = next(y for y in found if y is not None)
         exact, yardstick, before = expected(step, o, False)
     what = (
         f"{step.describe()} {step.activation.name} {tuple(shape)} {cpu_inference.method_name(step, o.x.shape, dtype)}"

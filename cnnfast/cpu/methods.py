@@ -1,7 +1,7 @@
-"""oneDNN's packed operators: what the processor lets them use, and five methods to run a convolution with them.
+"""oneDNN's packed operators: five methods to run a convolution with them.
 
 ``mkldnn::_reorder_*`` and ``mkldnn::*_pointwise`` are what `torch.compile` itself calls on a CPU; they stand in this
-file alone, behind `why_missing`. A method packs a weight once and runs it many times; `cpu.py` chooses between them.
+file alone, behind `why_missing`. A method packs a weight once and runs it many times; `inference` chooses between them.
 
 Every ``pack`` takes the weight of the convolution and its shift (C_out, or None) in float32, scales folded in, and
 rounds once to the method's dtype; the shift stays float32. Every ``run`` takes x (N, C_in, H, W) channels-last in that

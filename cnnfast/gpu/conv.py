@@ -201,7 +201,7 @@ def run(
     step: Step, o: Operands, channels_last: bool, plan: Plan | None = None, required: bool = True
 ) -> torch.Tensor | None:
     """Launch the kernel. x in any layout; the result in the memory format asked for. The caller asked
-    `dispatch.why_not`.
+    `why_not.why_not`.
 
     Where `guard` finds that the kernel must not run: RuntimeError if ``required``, else None.
     """

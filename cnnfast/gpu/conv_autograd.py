@@ -210,7 +210,7 @@ def recorded(*tensors: Tensor | None) -> bool:
 def convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, step: Step, channels_last: bool, required: bool
 ) -> Tensor:
-    """``act(conv(x) + bias)``, a step that `folds` and pads by zeros, differentiable any number of times.
+    """``act(conv(x) + bias)``, a step that folds (`Step.folds`) and pads by zeros, differentiable any number of times.
 
     x (N, C_in, H, W), weight as ``step.spec`` has it. ``required``: the kernels run or raise, otherwise PyTorch's
     operators stand in for them where they cannot.

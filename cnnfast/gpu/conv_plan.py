@@ -1,4 +1,4 @@
-"""How a convolution is launched: the form the kernel sees (`Lowering`) and the tile (`Plan`). `choice` picks.
+"""How a convolution is launched: the form the kernel sees (`Lowering`) and the tile (`Plan`). `conv_choice` picks.
 
 Everything here is pure: no tensor, no GPU, no Triton.
 """

@@ -1,7 +1,7 @@
 """How a convolution's weight gradient is launched: the product that the kernel sees, its tile, and which tile.
 
-Pure, as `plan` and `choice` are; the model of time is theirs, with the instructions of this kernel's loop. A layer has
-a tile for each of `SIZES`, and of each two binaries at most: for images that boxes of positions fill, and for others.
+Pure, as `conv_plan` and `conv_choice` are; the model of time is theirs, with the instructions of this kernel's loop. A
+layer has a tile for each of `SIZES`, and of each two binaries at most: for images that boxes of positions fill, and for others.
 """
 
 from __future__ import annotations
@@ -165,7 +165,7 @@ def _issue(plan: WgradPlan, precision: Precision, device: Device) -> float:
 
 
 def _clocks(plan: WgradPlan, trips: int, precision: Precision, device: Device) -> float:
-    """Modelled time (only comparisons mean anything), as `choice.modelled_clocks`."""
+    """Modelled time (only comparisons mean anything), as `conv_choice.modelled_clocks`."""
     resident = resident_blocks(device, plan.num_warps, registers(plan), plan.shared_memory(precision.itemsize))
     per_sm = -(-plan.tiles() * plan.splits * plan.spec.groups // device.multiprocessors)
     concurrent = min(resident, per_sm)

@@ -146,12 +146,12 @@ def _like(v: Tensor | None) -> Tensor | None:
 
 
 def _activation_last(grad: Tensor, saved: Tensor | None) -> bool:
-    """Whether `activation_backward` takes its tensors channels-last."""
+    """Whether `activation_pass` takes its tensors channels-last."""
     return will_be_last(grad if saved is None else saved)
 
 
 def plan_of_activation(grad: Tensor, saved: Tensor | None, activation: Activation, bias: bool) -> ActivationPlan:
-    """Of `activation_backward` on these tensors."""
+    """Of `activation_pass` on these tensors."""
     return activation_plan(grad, saved, _activation_last(grad, saved), activation, bias)
 
 

@@ -1,15 +1,4 @@
-"""Prove on first use: a kernel runs on a GPU only after it was right there once.
-
-The first launch of a compiled kernel in a process is a trial (`trial.py`): of the fused convolution, of the weight
-gradient, of normalisations and their gradients alike. What passes is kept on disk and not repeated by other processes.
-A kernel that is wrong, does not compile or does not fit the GPU is not used again: PyTorch's
-operators run, with one warning, and `report` and `cnnfast.Sequential.explain` say why; an explicit
-``backend="triton"`` raises.
-
-``CNNFAST_GUARD=0`` (or off, false, no) switches trial and fallback off. While a CUDA graph is captured nothing is
-compiled or checked: call `warmup` first. An illegal memory access of a kernel cannot be recovered from: CUDA itself is
-lost then.
-"""
+"""`warmup`: compile, check and pack what calls need, ahead of the first one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments of the public operators: checked, completed, brought to the form that `block.Step` and `block.Operands`
+"""Arguments of the public operators: checked, completed, brought to the form that `step.Step` and `step.Operands`
 have."""
 
 from __future__ import annotations
