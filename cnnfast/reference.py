@@ -269,8 +269,8 @@ def backward_by_torch(
     reduce: Any = None,
     terms: dict[str, Tensor] | None = None,
 ) -> Grads:
-    """`cnnfast.gpu.norm_act_backward.backward` by its equations, in float32 or x's wider dtype. Not differentiable: mean
-    and deviation are constants here. ``terms`` gets what the gradients of the vectors are sums of."""
+    """`cnnfast.gpu.norm_act_backward.backward` by its equations, in float32 or x's wider dtype. Not differentiable:
+    mean and deviation are constants here. ``terms`` gets what the gradients of the vectors are sums of."""
     need_x, need_weight, need_bias, need_residual, need_slope = need
     wide = torch.promote_types(s.x.dtype, torch.float32)
     x, dz = s.x.to(wide), grad.to(wide)

@@ -1,8 +1,8 @@
 """Which plan: the candidates, a model of their time, the rules they keep, and the menu of few binaries they come from.
 
 Pure, like `conv_plan`. The model compares plans (tensor cores, issue slots, shared memory and L2 for each trip of the
-main loop, latency, waves of programs, DRAM as a floor); its instruction counts are fitted to compiled code, nothing to a
-GPU.
+main loop, latency, waves of programs, DRAM as a floor); its instruction counts are fitted to compiled code, nothing to
+a GPU.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """How a convolution's weight gradient is launched: the product that the kernel sees, its tile, and which tile.
 
 Pure, as `conv_plan` and `conv_choice` are; the model of time is theirs, with the instructions of this kernel's loop. A
-layer has a tile for each of `SIZES`, and of each two binaries at most: for images that boxes of positions fill, and for others.
+layer has a tile for each of `SIZES`, and of each two binaries at most: for images that boxes of positions fill, and for
+others.
 """
 
 from __future__ import annotations
