@@ -152,7 +152,8 @@ def inference(r: Random, force: Callable[[type[onednn.Method]], None]) -> Iterat
             r.choose.choice([onednn.Deconvolution, *(m for m in (onednn.Gathered, onednn.Merged) if m.applies(spec))])
         )
     with torch.no_grad():
-        y = cpu.run(step, o, True)
+        found = (cpu.run(step, o, True) for _ in range(3))  # packed when it is met again
+        y = next(y for y in found if y is not None)
         exact, yardstick, before = expected(step, o, False)
     what = f"{step.describe()} {step.activation.name} {tuple(shape)} {cpu.method_name(step, o.x.shape, dtype)}"
     yield Result(what, y, exact, yardstick, before)
