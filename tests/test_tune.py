@@ -171,7 +171,8 @@ def test_a_damaged_file_is_ignored_and_replaced(content: bytes, a_gpu: dict[str,
 
 WRITER = """
     import sys
-    from cnnfast import guard, store, tuned
+    from cnnfast import store
+    from cnnfast.gpu import guard, tuned
     from tests.test_tune import HERE, H100, SIZE, candidates
     guard.environment = lambda index: dict(HERE)
     plans = candidates(*SIZE, H100)[:5]
