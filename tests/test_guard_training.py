@@ -55,7 +55,7 @@ Spoil = Callable[..., None]
 def spoil(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Spoil:
     """Launch a kernel (the weight gradient's where no other is named) with other compile-time constants than the right
     ones."""
-    from cnnfast.gpu import conv_wgrad, norm_act
+    from cnnfast.gpu import conv_wgrad, norm_act_plan
 
     def change(kernel: str = "conv_wgrad_kernel", **constants: Any) -> None:
         real = conv_wgrad.Binary
@@ -64,7 +64,7 @@ def spoil(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Spoil:
             other = constants if function.__name__ == kernel else {}
             return real(function, {**values, **other}, **options)
 
-        for module in (norm_act, conv_wgrad):
+        for module in (norm_act_plan, conv_wgrad):
             monkeypatch.setattr(module, "Binary", binary)
 
     return change

@@ -358,7 +358,7 @@ def test_the_command(device: torch.device, monkeypatch: pytest.MonkeyPatch, caps
         def example_input(self, batch: int = 1) -> torch.Tensor:
             return image(device, batch)
 
-    monkeypatch.setattr(tuning, "create_model", lambda name: Model())
+    monkeypatch.setattr("cnnfast.tasks.tune.create_model", lambda name: Model())
     monkeypatch.setattr(env, "triton_off", lambda index: None)
     real = tuning.tune_steps
     monkeypatch.setattr(tuning, "tune_steps", lambda tasks, **k: real(tasks, StubbedTimer(), limit=2, **k))

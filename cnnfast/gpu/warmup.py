@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from ..dispatch import on_cpu
 from .devices import cuda_index
 from .guard import capturing
 
@@ -56,8 +57,9 @@ def warmup(function: Callable[..., Any], *inputs: Any, batch_sizes: Iterable[int
             wanted = [x.requires_grad if isinstance(x, torch.Tensor) else False for x in inputs]
             _training_step(module, [x.requires_grad_() if want else x for x, want in zip(given, wanted, strict=True)])
         else:
+            packs = any(isinstance(x, torch.Tensor) and on_cpu(x) for x in given)  # a weight that is met again
             with torch.no_grad():
-                for _ in range(2):  # a CPU packs a weight when it meets it again
+                for _ in range(2 if packs else 1):
                     function(*given)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
