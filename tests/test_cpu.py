@@ -254,14 +254,14 @@ def methods(case: Case) -> list[type[onednn.Method]]:
 def test_every_method_that_applies(case: Case, method: type[onednn.Method], monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule that chooses is about speed: any method that applies must be right, for any shape."""
     monkeypatch.setattr(inference, "_method", lambda *_: method)
-    inference._plan.cache_clear()
+    inference._way.cache_clear()
     try:
         for dtype in (torch.float32, torch.bfloat16):
             o = operands(case, dtype, batch=4)
             compare(case, o, run(case, o))
             assert inference.method_name(case.step, o.x.shape, dtype).split()[0] == method.__name__
     finally:
-        inference._plan.cache_clear()
+        inference._way.cache_clear()
 
 
 def test_the_rule_of_small_maps() -> None:

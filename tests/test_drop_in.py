@@ -52,10 +52,10 @@ def close(got: object, want: object, tolerance: float = 1e-5) -> None:
 @pytest.fixture
 def nothing_kept() -> Iterator[None]:
     """What is computed once and kept has not been computed, and is not kept."""
-    for kept in (weight._sums, inference._plan, inference._key):
+    for kept in (weight._sums, inference._way, inference._key):
         kept.cache_clear()
     yield
-    for kept in (weight._sums, inference._plan, inference._key):
+    for kept in (weight._sums, inference._way, inference._key):
         kept.cache_clear()
 
 

@@ -12,7 +12,7 @@ import cnnfast
 from cnnfast import ConvTranspose2dNormActivation, Sequential
 from cnnfast.cpu import methods
 from cnnfast.nn.chain import Chain
-from cnnfast.nn.layers import Plan
+from cnnfast.nn.layers import Program
 from cnnfast.nn.modules import read
 
 
@@ -97,7 +97,7 @@ def test_one_chain_runs_to_the_next_module_that_stands_alone() -> None:
         nn.ConvTranspose2d(4, 4, 2),
         nn.ConvTranspose2d(4, 4, 2, dtype=torch.bfloat16),
     ).eval()
-    items = Plan.make(read(seq)).items
+    items = Program.make(read(seq)).items
     assert [len(i.steps) if isinstance(i, Chain) else i.slot for i in items] == [2, 4, 1, 1]
 
 
@@ -138,7 +138,7 @@ def test_how_a_chain_of_nchw_runs(name: str) -> None:
     modules, shape, expected = RUNS[name]
     seq = Sequential(*modules).eval()
     reading = read(seq)
-    (chain,) = Plan.make(reading).items
+    (chain,) = Program.make(reading).items
     x = torch.randn(1, *shape)
     with torch.no_grad():
         bound = chain.bind(x, reading)

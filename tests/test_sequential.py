@@ -222,11 +222,11 @@ def stack_profile(examples: int) -> settings:
 @pytest.fixture
 def everything_packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No step is too small for the packed operators."""
-    inference._plan.cache_clear()
+    inference._way.cache_clear()
     monkeypatch.setattr(inference, "_why_slower", lambda *args: None)
     monkeypatch.setattr(inference, "why_slower_plain", lambda *args, **kwargs: None)
     yield
-    inference._plan.cache_clear()
+    inference._way.cache_clear()
 
 
 @pytest.mark.parametrize("everything", [False, True], ids=["", "packed"])

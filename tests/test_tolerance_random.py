@@ -288,11 +288,11 @@ def test_nothing_right_is_refused(count: int, monkeypatch: pytest.MonkeyPatch, s
     most, most_rms, compared, refused = 0.0, 0.0, 0, []
     for index in range(count):
         with monkeypatch.context() as patch:
-            cpu_inference._plan.cache_clear()
+            cpu_inference._way.cache_clear()
 
             def force(method: type[methods.Method], patch: pytest.MonkeyPatch = patch) -> None:
                 patch.setattr(cpu_inference, "_method", lambda *_: method)
-                cpu_inference._plan.cache_clear()
+                cpu_inference._way.cache_clear()
 
             found = list(results(index, force))
         for name, actual, exact, yardstick, before in found:
@@ -304,7 +304,7 @@ def test_nothing_right_is_refused(count: int, monkeypatch: pytest.MonkeyPatch, s
             most = max(most, (error / allowed.each).max().item())
             most_rms = max(most_rms, error.square().mean().sqrt().item() / max(allowed.rms, 1e-300))
             compared += 1
-    cpu_inference._plan.cache_clear()
+    cpu_inference._way.cache_clear()
     state(
         f"tolerance, {count} random cases of seed {SEED}: {compared} results, {len(refused)} refused; at most "
         f"{100 * most:.0f} % of the limit of an element, {100 * most_rms:.0f} % of that of the RMS"

@@ -188,7 +188,7 @@ def why_slower_plain(
     return None
 
 
-class _Plan(NamedTuple):
+class Way(NamedTuple):
     method: Method
     post: PostOp
     slower: str | None
@@ -196,7 +196,7 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _plan(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) -> _Plan | str:
+def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) -> Way | str:
     """How to run ``step`` on an x of this shape and dtype, or why not; ``lowered``: what `lowered_products` says."""
     if dtype not in DTYPES:
         return f"{dtype} has no packed operators"
@@ -213,14 +213,14 @@ def _plan(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool)
         return "oneDNN has no deconvolution whose output padding reaches the stride"
     method = kind(step.spec, padded, compute)  # type: ignore[call-arg]
     slower = _why_slower(step, padded, method, isa)
-    return _Plan(method, post_op(step.activation), slower, _check_pays(step, shape, dtype))
+    return Way(method, post_op(step.activation), slower, _check_pays(step, shape, dtype))
 
 
 @lru_cache(maxsize=4096)
 def _key(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) -> tuple[Any, ...]:
     """What a packed weight depends on beside the tensors. (Knowing costs a packing: not asked ahead of the first.)"""
-    plan = _plan(step, shape, dtype, lowered)
-    assert isinstance(plan, _Plan)
+    plan = _way(step, shape, dtype, lowered)
+    assert isinstance(plan, Way)
     # Device and dtype are named: a default may be set (`torch.set_default_device`).
     sample = plan.method.pack(torch.zeros(step.spec.weight_shape, dtype=torch.float32, device="cpu"), None)
     return step, plan.method.dtype, type(plan.method), layout(sample)
@@ -242,7 +242,7 @@ def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str |
         return reason
     if not torch._C._get_mkldnn_enabled():
         return "oneDNN is switched off (torch.backends.mkldnn)"
-    plan = _plan(step, x.shape, x.dtype, lowered_products())
+    plan = _way(step, x.shape, x.dtype, lowered_products())
     if isinstance(plan, str):
         return plan
     if plan.slower is not None or step.spec.transposed or step.upsample is not None:
@@ -256,7 +256,7 @@ def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str |
 
 def method_name(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     """Which method `run` takes for an x of this shape and dtype, for reports and tests."""
-    plan = _plan(step, shape, dtype, lowered_products())
+    plan = _way(step, shape, dtype, lowered_products())
     return plan if isinstance(plan, str) else f"{type(plan.method).__name__} in {plan.method.dtype}"
 
 
@@ -325,7 +325,7 @@ def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor | N
     o = operands
     x = o.x
     lowered = lowered_products()
-    plan = _plan(step, x.shape, x.dtype, lowered)
+    plan = _way(step, x.shape, x.dtype, lowered)
     if isinstance(plan, str):
         raise ValueError(f"the packed CPU path cannot take this step: {plan}")
     method, post, _, check_pays = plan

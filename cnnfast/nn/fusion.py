@@ -30,7 +30,7 @@ from .fusion_conv import (
     upsampled_step,
 )
 from .fusion_norm import NormRule, norm_rule
-from .modules import HOOKS, KINDS, SHADOWS, Reading, Refused, is_patched, read
+from .modules import HOOKS, KINDS, SHADOWS, NotFused, Reading, is_patched, read
 
 __all__ = ["FusedStep", "Unfused", "plan_modules"]
 
@@ -85,7 +85,7 @@ def plan_modules(modules: Sequence[nn.Module], reading: Reading | None = None) -
     while slot < len(parts):
         try:
             step = _step(parts, slot, reasons)
-        except Refused as refused:
+        except NotFused as refused:
             module = reading.modules[slot]
             opaque = is_patched(module) or not type(module).__module__.startswith("torch.nn.modules.")
             out.append(Unfused(slot, reasons.get(slot, str(refused)), opaque))
@@ -121,10 +121,10 @@ def _part(module: nn.Module, tensors: tuple[Tensor | None, ...]) -> Part:
 
 
 def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
-    """The step that starts at ``slot``, as long as it gets. `Refused` where none starts there."""
+    """The step that starts at ``slot``, as long as it gets. `NotFused` where none starts there."""
     part = parts[slot]
     if part.problem:
-        raise Refused(part.problem)
+        raise NotFused(part.problem)
     if part.role == "transposed":
         conv, base = slot, transposed_step(part)
     elif part.role == "upsample":
@@ -134,8 +134,8 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
         base = plain_conv_step(parts[conv], pad)
     else:
         if part.role == "dropout" and part.training:
-            raise Refused("it is in training mode")
-        raise Refused("no convolution ahead of it that takes it in")
+            raise NotFused("it is in training mode")
+        raise NotFused("no convolution ahead of it that takes it in")
     weight, channels, ndim = dense(parts[conv].tensors[0]), base.spec.out_channels, parts[conv].ndim
 
     last, rule, in_place = conv, None, True
@@ -146,7 +146,7 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
             # A GroupNorm on a CPU allocates like its input, too.
             last, in_place = norm, rule.kind == "group" and not rule.contiguous
             base = replace(base, norm=rule.norm)
-        except Refused as refused:
+        except NotFused as refused:
             reasons[norm] = str(refused)
     if last != norm:
         norm = None
@@ -161,7 +161,7 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
             overwrites = parts[k].attributes[:1] == (True,)
             # hardtanh and prelu allocate like their input; the others ask TensorIterator, which may choose anew.
             in_place = in_place and (overwrites or activation.name in ("hardtanh", "prelu"))
-        except Refused as refused:
+        except NotFused as refused:
             reasons[k] = str(refused)
     while last + 1 < len(parts) and is_identity(parts[last + 1], ndim):
         last += 1
@@ -189,5 +189,5 @@ def _activation(part: Part, channels: int, weight: Tensor) -> Activation:
     assert part.activation is not None
     activation = part.activation(*part.attributes)
     if activation.name in ("leaky_relu", "elu") and activation.params[0] < 0 and part.attributes[0]:
-        raise Refused(f"in place with a parameter of {activation.params[0]}, it has no gradient")
+        raise NotFused(f"in place with a parameter of {activation.params[0]}, it has no gradient")
     return activation

@@ -1,6 +1,6 @@
 """The convolutions that start a fused step: from a module's attributes and weight to the geometry, or why not.
 
-Every function raises `Refused` with the reason where PyTorch's own modules have to run.
+Every function raises `NotFused` with the reason where PyTorch's own modules have to run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..dispatch import choose, on_cpu
 from ..gpu.why_not import spec_why_not
 from ..spec import DTYPES, MAX_SCALE, ConvSpec
 from ..step import PADDING_MODES, Step, Upsample, plain_step, upsample_step
-from .modules import Refused
+from .modules import NotFused
 
 __all__ = [
     "MAX_SCALE",
@@ -57,7 +57,7 @@ def following(parts: list[Part], slot: int, ndim: int) -> int | None:
 def dense(t: Tensor | None) -> Tensor:
     """A plain dense tensor: no subclass may be looked through."""
     if type(t) not in (nn.Parameter, Tensor) or t.layout is not torch.strided:  # type: ignore[union-attr]
-        raise Refused(f"it holds a {type(t).__name__} where a dense tensor is needed")
+        raise NotFused(f"it holds a {type(t).__name__} where a dense tensor is needed")
     return t  # type: ignore[return-value]
 
 
@@ -66,23 +66,23 @@ def check_vector(t: Tensor | None, length: int, dtypes: tuple[torch.dtype, ...],
     if t is None:
         return
     if dense(t).shape != (length,):
-        raise Refused(f"a vector of shape {tuple(t.shape)} does not fit {length} channels")
+        raise NotFused(f"a vector of shape {tuple(t.shape)} does not fit {length} channels")
     if t.dtype not in dtypes or t.device != weight.device:
-        raise Refused(f"a {t.dtype} vector on {t.device} does not go with a {weight.dtype} weight on {weight.device}")
+        raise NotFused(f"a {t.dtype} vector on {t.device} does not go with a {weight.dtype} weight on {weight.device}")
 
 
 def _pair(name: str, value: object, n: int) -> tuple[int, ...]:
     if type(value) is not tuple or len(value) != n or not all(type(v) is int for v in value):
-        raise Refused(f"{name}={value!r} is not a tuple of {n} ints")
+        raise NotFused(f"{name}={value!r} is not a tuple of {n} ints")
     return value
 
 
 def _conv_weight(part: Part) -> Tensor:
     weight = dense(part.tensors[0])
     if weight.dtype not in DTYPES or not choose(weight, "auto"):
-        raise Refused(f"{weight.dtype} on {weight.device} has no fused path")
+        raise NotFused(f"{weight.dtype} on {weight.device} has no fused path")
     if weight.dim() != part.ndim + 2 or weight.numel() == 0:
-        raise Refused(f"a weight of shape {tuple(weight.shape)} is no {part.ndim}-D convolution's")
+        raise NotFused(f"a weight of shape {tuple(weight.shape)} is no {part.ndim}-D convolution's")
     return weight
 
 
@@ -90,9 +90,9 @@ def transposed_step(part: Part) -> Step:
     stride, padding, output_padding, dilation, groups, padding_mode = part.attributes
     weight = _conv_weight(part)
     if padding_mode != "zeros":
-        raise Refused(f"padding_mode={padding_mode!r}: a transposed convolution has zeros only")
+        raise NotFused(f"padding_mode={padding_mode!r}: a transposed convolution has zeros only")
     if type(groups) is not int:
-        raise Refused(f"groups={groups!r} is not an int")
+        raise NotFused(f"groups={groups!r} is not an int")
     n = part.ndim
     for name, value in (("stride", stride), ("padding", padding), ("output_padding", output_padding)):
         _pair(name, value, n)
@@ -111,7 +111,7 @@ def transposed_step(part: Part) -> Step:
             ndim=n,
         )
     except ValueError as error:
-        raise Refused(str(error)) from None
+        raise NotFused(str(error)) from None
     check_vector(part.tensors[1], spec.out_channels, (weight.dtype,), weight)
     return Step(spec.as_2d())
 
@@ -123,20 +123,20 @@ def _plain_padding(part: Part, kernel: Sequence[int]) -> tuple[int, ...]:
     if mode != "zeros":  # by this list, last dimension first; the convolution itself then pads nothing
         before, after = tuple(reversed_padding[::2])[::-1], tuple(reversed_padding[1::2])[::-1]
         if before != after:
-            raise Refused(f"it pads unevenly: {reversed_padding}")
+            raise NotFused(f"it pads unevenly: {reversed_padding}")
         padding = before
     elif padding == "same":
         reach = [d * (k - 1) for d, k in zip(_pair("dilation", dilation, n), kernel, strict=True)]
         if any(r % 2 for r in reach):
-            raise Refused(f"padding='same' with kernel_size={tuple(kernel)} pads unevenly")
+            raise NotFused(f"padding='same' with kernel_size={tuple(kernel)} pads unevenly")
         if _pair("stride", stride, n) != (1,) * n:
-            raise Refused(f"padding='same' with stride={stride}")
+            raise NotFused(f"padding='same' with stride={stride}")
         padding = tuple(r // 2 for r in reach)
     elif padding == "valid":
         padding = (0,) * n
     padding = _pair("padding", padding, n)
     if min(padding) < 0:
-        raise Refused(f"negative padding {padding}")
+        raise NotFused(f"negative padding {padding}")
     return padding
 
 
@@ -154,11 +154,11 @@ def padded_conv(parts: list[Part], slot: int | None, ndim: int) -> tuple[int, _P
         (padding,) = parts[slot].attributes
         before, after = _pair("padding", padding, 2 * ndim)[::2][::-1], padding[1::2][::-1]
         if before != after or min(before) < 0:
-            raise Refused(f"padding={padding}: only the same on both sides goes into a convolution")
+            raise NotFused(f"padding={padding}: only the same on both sides goes into a convolution")
         pad = _Pad(parts[slot].role.removeprefix("pad "), before)
         slot = following(parts, slot, ndim)
     if slot is None or parts[slot].role != "conv" or parts[slot].ndim != ndim:
-        raise Refused(f"no Conv{ndim}d follows that could take it in")
+        raise NotFused(f"no Conv{ndim}d follows that could take it in")
     return slot, pad
 
 
@@ -166,11 +166,11 @@ def _all_padding(part: Part, kernel: Sequence[int], pad: _Pad | None) -> _Pad:
     """What is padded ahead of the convolution by it and the module before it."""
     mode, padding = part.attributes[5], _plain_padding(part, kernel)
     if mode not in PADDING_MODES:  # also where nothing is padded: PyTorch's circular padding of nothing is a copy
-        raise Refused(f"padding_mode={mode!r} must be one of {PADDING_MODES}")
+        raise NotFused(f"padding_mode={mode!r} must be one of {PADDING_MODES}")
     if pad is None or not any(pad.padding):
         return _Pad(mode, padding)
     if any(padding) and (mode, pad.mode) != ("zeros", "zeros"):
-        raise Refused("the convolution that follows pads, too")
+        raise NotFused("the convolution that follows pads, too")
     return _Pad(pad.mode, tuple(p + q for p, q in zip(padding, pad.padding, strict=True)))
 
 
@@ -180,7 +180,7 @@ def plain_conv_step(part: Part, pad: _Pad | None) -> Step:
     weight, n = _conv_weight(part), part.ndim
     c_out, per_group, *kernel = weight.shape
     if type(groups) is not int:
-        raise Refused(f"groups={groups!r} is not an int")
+        raise NotFused(f"groups={groups!r} is not an int")
     mode, padding = _all_padding(part, kernel, pad)
     try:
         step = plain_step(
@@ -198,10 +198,10 @@ def plain_conv_step(part: Part, pad: _Pad | None) -> Step:
             mode,
         )
     except ValueError as error:
-        raise Refused(str(error)) from None
+        raise NotFused(str(error)) from None
     reason = None if on_cpu(weight) else spec_why_not(step.spec)
     if reason is not None:  # PyTorch's own modules do it as well
-        raise Refused(f"no kernel: {reason}")
+        raise NotFused(f"no kernel: {reason}")
     check_vector(part.tensors[1], c_out, (weight.dtype,), weight)
     return step
 
@@ -210,28 +210,28 @@ def upsampled_step(parts: list[Part], slot: int) -> tuple[int, Step]:
     """The convolution's slot and the step of an Upsample at ``slot`` with the Conv2d that follows it."""
     size, scale_factor, mode, align_corners = parts[slot].attributes
     if mode not in ("nearest", "nearest-exact") or align_corners is not None:
-        raise Refused(f"mode={mode!r} is not nearest")
+        raise NotFused(f"mode={mode!r} is not nearest")
     if size is not None:
-        raise Refused("it goes to a fixed size, not by a scale_factor")
+        raise NotFused("it goes to a fixed size, not by a scale_factor")
     factors = scale_factor if type(scale_factor) is tuple else (scale_factor, scale_factor)
     if len(factors) != 2 or not all(f in range(1, MAX_SCALE + 1) for f in factors):
-        raise Refused(f"scale_factor={scale_factor!r} is not one or two integers from 1 to {MAX_SCALE}")
+        raise NotFused(f"scale_factor={scale_factor!r} is not one or two integers from 1 to {MAX_SCALE}")
     conv, pad = padded_conv(parts, following(parts, slot, 2), 2)
     part = parts[conv]
     stride, _, _, dilation, groups, _, _ = part.attributes
     weight = _conv_weight(part)
     c_out, per_group, *kernel = weight.shape
     if type(groups) is not int:
-        raise Refused(f"groups={groups!r} is not an int")
+        raise NotFused(f"groups={groups!r} is not an int")
     if _pair("stride", stride, 2) != (1, 1) or _pair("dilation", dilation, 2) != (1, 1):
-        raise Refused(f"the Conv2d that follows has stride={stride} and dilation={dilation}: 1 and 1 are collapsed")
+        raise NotFused(f"the Conv2d that follows has stride={stride} and dilation={dilation}: 1 and 1 are collapsed")
     if not all(k % 2 for k in kernel):
-        raise Refused(f"the Conv2d that follows has kernel_size={tuple(kernel)}: odd ones are collapsed")
+        raise NotFused(f"the Conv2d that follows has kernel_size={tuple(kernel)}: odd ones are collapsed")
     mode, padding = _all_padding(part, kernel, pad)
     upsample = Upsample((int(factors[0]), int(factors[1])), padding, mode)  # type: ignore[arg-type]
     try:
         step = upsample_step(per_group * groups, c_out, (kernel[0], kernel[1]), upsample, groups)
     except ValueError as error:
-        raise Refused(str(error)) from None
+        raise NotFused(str(error)) from None
     check_vector(part.tensors[1], c_out, (weight.dtype,), weight)
     return conv, step

@@ -32,14 +32,14 @@ __all__ = ["ConvTranspose2dNormActivation", "Sequential"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Program:
     """What to run for modules that read as ``facts``."""
 
     facts: list[object]
     items: tuple[Chain | Unfused, ...]
 
     @classmethod
-    def make(cls, reading: Reading) -> Plan:
+    def make(cls, reading: Reading) -> Program:
         items: list[Chain | Unfused] = []
         for item in plan_modules(reading.modules, reading):
             before = items[-1] if items else None
@@ -117,7 +117,7 @@ class Sequential(nn.Sequential):
         reading = read(self._modules.values(), _FORWARDS)
         why = None if input is None else why_not_now(input)
         lines = [] if why is None else [f"nothing is fused now: {why}"]
-        for item in Plan.make(reading).items:
+        for item in Program.make(reading).items:
             if isinstance(item, Unfused):
                 lines.append(f"{item.slot}: {type(reading.modules[item.slot]).__name__} as it stands: {item.why_not}")
                 continue
@@ -176,10 +176,10 @@ def _forward(seq: Sequential, x: Any) -> Any:
     if type(seq).__iter__ is not nn.Sequential.__iter__ or why_not_now(x) is not None:
         return nn.Sequential.forward(seq, x)
     reading = read(seq._modules.values(), _FORWARDS)
-    plan: Plan | None = seq.__dict__.get("_plan")
+    plan: Program | None = seq.__dict__.get("_plan")
     if plan is None or plan.facts != reading.facts:
         # Past Module.__setattr__: the plan is no part of the module's state (see __getstate__).
-        plan = seq.__dict__["_plan"] = Plan.make(reading)
+        plan = seq.__dict__["_plan"] = Program.make(reading)
     for item in plan.items:
         if isinstance(item, Chain):
             x = item.run(x, reading)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ..activations import Activation
 
-__all__ = ["HOOKS", "KINDS", "SHADOWS", "Kind", "Reading", "Refused", "is_patched", "read"]
+__all__ = ["HOOKS", "KINDS", "SHADOWS", "Kind", "Reading", "NotFused", "is_patched", "read"]
 
 
-class Refused(Exception):
+class NotFused(Exception):
     """The reason why a module is not fused."""
 
 
@@ -84,7 +84,7 @@ def _named(name: str) -> Callable[..., Activation]:
 
     def make(inplace: bool, *params: object) -> Activation:
         if not all(type(p) in (int, float) for p in params):
-            raise Refused(f"its parameters {params} are not numbers")
+            raise NotFused(f"its parameters {params} are not numbers")
         return Activation(name, params)  # type: ignore[arg-type]
 
     return make
@@ -92,7 +92,7 @@ def _named(name: str) -> Callable[..., Activation]:
 
 def _gelu(approximate: str) -> Activation:
     if approximate not in ("none", "tanh"):
-        raise Refused(f"approximate={approximate!r} is unknown")
+        raise NotFused(f"approximate={approximate!r} is unknown")
     return Activation("gelu_tanh" if approximate == "tanh" else "gelu")
 
 
