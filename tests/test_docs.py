@@ -74,7 +74,8 @@ def resolves(reference: str, module: str, inside: tuple[str, ...]) -> bool:
         return first in ("python", "make", "pip", "torchrun", "with") or not re.match(r"[A-Za-z_]", first)
     reference = reference.removesuffix("()")
     if any(
-        (ROOT / folder / reference).exists() for folder in (".", "cnnfast", "kernels", "tests", "docs", "cnnfast/ops")
+        (ROOT / folder / reference).exists()
+        for folder in (".", "cnnfast", "kernels", "tests", "docs", "cnnfast/gpu", "cnnfast/ops")
     ):
         return True
     parts, here = reference.split("."), importlib.import_module(module)
@@ -85,7 +86,9 @@ def resolves(reference: str, module: str, inside: tuple[str, ...]) -> bool:
         if value is not None and has(value, parts):
             return True
     package = module if hasattr(here, "__path__") else module.rpartition(".")[0]
-    candidates = [f"{package}.{reference}", f"cnnfast.{reference}", f"cnnfast.ops.{reference}", reference]
+    candidates = [reference]
+    if parts[0] != "cnnfast":  # which a checkout would find in itself, under a wrong name
+        candidates += [f"{package}.{reference}", f"cnnfast.{reference}", f"cnnfast.ops.{reference}"]
     return hasattr(builtins, parts[0]) or any(found(c) for c in candidates)
 
 

@@ -2,7 +2,7 @@
 tuning alone.
 
 A record is of one layer at one batch and image size, on one GPU, under one torch, triton and cnnfast, for one source of
-the kernels. One that `cnnfast.gpu.conv_plan.is_valid` refuses counts as none.
+the kernels. One that `conv_plan.is_valid` refuses counts as none.
 """
 
 from __future__ import annotations
