@@ -185,11 +185,6 @@ def step_by_torch(step: Step, o: Operands, norm: NormCall | None, channels_last:
     return to_format(norm_by_torch(u, norm, o.residual, step.activation, o.slope), channels_last)
 
 
-# These save their result in either form. In place, other activations would keep a copy of their input, or save their
-# result where eager's saves the input: a caller's own in-place operation on the result would then be an error.
-_IN_PLACE = {"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_}
-
-
 def norm_by_torch(
     x: Tensor, call: NormCall | None, residual: Tensor | None, activation: Activation, slope: Tensor | None
 ) -> Tensor:
@@ -204,9 +199,11 @@ def norm_by_torch(
         # What computed y saved its input, not y.
         y = y.add_(residual) if ours and y.dtype == dtype else y + residual
         ours = True
-    in_place = _IN_PLACE.get(activation.name)
-    if in_place is not None and ours and not torch.compiler.is_compiling():
-        return in_place(y)
+    row = activation.row
+    # In place, one that reads its input would save its result instead: a caller's own in-place operation on that would
+    # be an error, which it is not in eager mode.
+    if row.in_place is not None and not row.reads_input and ours and not torch.compiler.is_compiling():
+        return row.in_place(y, *activation.params)
     return activation(y, None if slope is None else slope.to(y.dtype))
 
 

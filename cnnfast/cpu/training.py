@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..activations import IN_PLACE, Activation
+from ..activations import Activation
 from ..gradients import enter, keep_strides, plain
 from ..memory_format import convert, is_channels_last
 from ..norms import Norm, NormCall
@@ -122,7 +122,7 @@ def _finish(y: Tensor, norm: NormCall | None, activation: Activation, o: Operand
             y, norm = z, None
         elif norm.norm.kind == "instance" and not norm.measured:  # the same, and right for a batch of one
             norm = norm._replace(norm=Norm("batch", eps=norm.norm.eps))
-    function = IN_PLACE.get(activation.name) if activation.saves() == "y" else None
+    function = activation.row.in_place if activation.saves() == "y" else None
     if norm is None and o.residual is None and function is not None:
         return function(y, *activation.params)
     return norm_aten.norm_by_torch(y, norm, o.residual, activation, o.slope)
