@@ -24,7 +24,8 @@ class ActivationRow:
 
     - ``forward(x, *params)``: torch's own. ``defaults``: the parameters where the caller gives none. ``slope``: the one
       parameter is a tensor instead, PReLU's weight.
-    - ``in_place(x, *params)``: torch's own in place, where its backward needs the result alone.
+    - ``in_place(x, *params)``: torch's own in place, where the backward needs the result alone. (torch's of hardtanh_
+      keeps a copy of the input all the same.)
     - ``keeps_format``: out of place, torch's allocates like its input. (The others ask TensorIterator, which may choose
       another memory format for a tensor that has several.)
 
