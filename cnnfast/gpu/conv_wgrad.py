@@ -10,12 +10,11 @@ from functools import lru_cache, partial
 import torch
 
 from ..kernels import conv_wgrad as kernels
-from ..kernels.conv_transpose import unused
 from ..spec import INT32, ConvSpec, Precision
 from ..step import Step
 from . import conv as block
 from . import guard, trial
-from .binary import MAX_REGISTERS, Binary, aligned
+from .binary import MAX_REGISTERS, Binary, aligned, unused
 from .conv_wgrad_plan import WgradPlan, choose_wgrad_plan
 from .devices import Device, on_device, precision_of, target_device
 
