@@ -89,6 +89,11 @@ def _silu(x: Tensor) -> Tensor:
     return s * (1 + x * (1 - s))
 
 
+def _mish(x: Tensor) -> Tensor:
+    t = torch.tanh(F.softplus(x))
+    return t + x * torch.sigmoid(x) * (1 - t * t)
+
+
 def _gelu(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(-0.5 * x * x) * 0.3989422804014327
 
@@ -138,6 +143,7 @@ ACTIVATIONS: dict[str, ActivationRow] = {
         ActivationRow(
             "silu", F.silu, _silu, saves="x", modules=(nn.SiLU,), attributes=("inplace",), onednn=("swish", "")
         ),
+        ActivationRow("mish", F.mish, _mish, saves="x", modules=(nn.Mish,), attributes=("inplace",)),
         ActivationRow(
             "gelu", F.gelu, _gelu, saves="x",
             modules=(nn.GELU,), variant=("approximate", "none"), onednn=("gelu", "none"),

@@ -222,7 +222,7 @@ def test_activation_defaults_are_torch_s() -> None:
     slope = torch.tensor([0.3], dtype=torch.float64)
     modules = {
         "identity": torch.nn.Identity(), "relu": torch.nn.ReLU(), "leaky_relu": torch.nn.LeakyReLU(),
-        "elu": torch.nn.ELU(), "silu": torch.nn.SiLU(), "gelu": torch.nn.GELU(),
+        "elu": torch.nn.ELU(), "silu": torch.nn.SiLU(), "mish": torch.nn.Mish(), "gelu": torch.nn.GELU(),
         "gelu_tanh": torch.nn.GELU(approximate="tanh"), "tanh": torch.nn.Tanh(), "sigmoid": torch.nn.Sigmoid(),
         "hardtanh": torch.nn.Hardtanh(), "prelu": lambda v: F.prelu(v, slope),
     }  # fmt: skip
