@@ -174,11 +174,6 @@ def run_reference(step: Step, o: Operands) -> torch.Tensor:
     return finish(step, o._replace(x=y))
 
 
-# These save their result in either form. In place, other activations would keep a copy of their input, or save their
-# result where eager's saves the input: a caller's own in-place operation on the result would then be an error.
-_IN_PLACE = {"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_}
-
-
 def finish(step: Step, o: Operands) -> Tensor:
     """Norm, residual and activation of ``step`` on its convolution's result ``o.x``, as an unfused model computes them,
     in place where autograd allows that."""
@@ -194,9 +189,11 @@ def finish(step: Step, o: Operands) -> Tensor:
         # What computed y saved its input, not y.
         y = y.add_(o.residual) if ours and y.dtype == dtype else y + o.residual
         ours = True
-    in_place = _IN_PLACE.get(activation.name)
-    if in_place is not None and ours and not torch.compiler.is_compiling():
-        return in_place(y)
+    row = activation.row
+    # In place, one that reads its input would save its result instead: a caller's own in-place operation on that would
+    # be an error, which it is not in eager mode.
+    if row.in_place is not None and not row.reads_input and ours and not torch.compiler.is_compiling():
+        return row.in_place(y, *activation.params)
     return activation(y, None if o.slope is None else o.slope.to(y.dtype))
 
 

@@ -151,8 +151,8 @@ def test_launches_go_to_the_tensors_device(device: torch.device, monkeypatch: py
         def __exit__(self, *rest: object) -> None:
             entered.append(None)
 
-    real = conv.kernels.launch
-    monkeypatch.setattr(conv.kernels, "launch", lambda *a: (started.append(len(entered)), real(*a))[1])
+    real = conv._launch
+    monkeypatch.setattr(conv, "_launch", lambda *a: (started.append(len(entered)), real(*a))[1])
     step = LAYERS["rgb"]
     o = operands(step, 1, 2, 2)
     o = Operands(*(torch.ones_like(t).to(device) if isinstance(t, torch.Tensor) else t for t in o))

@@ -447,6 +447,20 @@ def test_an_output_that_is_too_small_has_a_reason() -> None:
 # --- what must not be lost --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", [name for name, row in ACTIVATIONS.items() if row.onednn is not None])
+def test_the_row_says_what_onednn_makes_of_nan(name: str) -> None:
+    activation = Activation(name)
+    spec = ConvSpec.make(16, 16, 3, padding=1, transposed=False)
+    x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0)).contiguous(
+        memory_format=torch.channels_last
+    )
+    method = onednn.Convolution(spec, tuple(x.shape), torch.float32)
+    packed_weight = method.pack(torch.full(spec.weight_shape, math.nan), None)
+    assert (
+        not method.run(x, packed_weight, onednn.post_op(activation), True).isnan().any()
+    ) == activation.row.loses_nan
+
+
 @dtypes
 @with_id(EPILOGUES)
 @pytest.mark.parametrize("where", ["weight", "bias", "x"])

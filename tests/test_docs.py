@@ -108,6 +108,26 @@ def test_references_in_docstrings(path: Path) -> None:
     assert not broken, broken
 
 
+def test_the_table_of_kernels() -> None:
+    """Every file and kernel stands in it, with a launcher that names the kernel and tests that there are."""
+    table = (ROOT / "kernels" / "__init__.py").read_text().split("Each kernel, ")[1].split("The folder")[0]
+    listed: dict[str, list[str]] = {}
+    launcher = ""
+    for line in re.findall(r"^    .*", table, re.M):
+        name, *rest = line.replace(",", " ").split()
+        if not line.startswith(" " * 8):
+            kernels = listed[name] = []
+            if rest[0].endswith(".py"):
+                launcher = (ROOT / rest[0]).read_text()
+                test = ROOT / rest[1]
+                assert all(t.is_file() for t in (test, *(test.parent / other for other in rest[2:]))), line
+        else:
+            kernels.append(name)
+            assert re.search(rf"\b{name}\b", launcher), f"{name} is not launched there"
+    files = {p.name: p.read_text() for p in (ROOT / "kernels").glob("*.py") if p.name != "__init__.py"}
+    assert listed == {f: re.findall(r"^def (\w+_kernel)\(", text, re.M) for f, text in files.items()}
+
+
 # --- pages ------------------------------------------------------------------------------------------------------------
 
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

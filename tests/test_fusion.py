@@ -44,6 +44,7 @@ FUSED: dict[str, tuple[list[nn.Module], int, Activation]] = {
     "leaky-relu": ([ct(), nn.LeakyReLU(0.2)], 2, Activation("leaky_relu", (0.2,))),
     "elu": ([ct(), nn.ELU(2)], 2, Activation("elu", (2.0,))),
     "silu": ([ct(), nn.SiLU()], 2, Activation("silu")),
+    "mish": ([ct(), nn.BatchNorm2d(6), nn.Mish()], 3, Activation("mish")),
     "gelu": ([ct(), nn.GELU()], 2, Activation("gelu")),
     "gelu-tanh": ([ct(), nn.GELU("tanh")], 2, Activation("gelu_tanh")),
     "sigmoid": ([ct(), nn.Sigmoid()], 2, Activation("sigmoid")),
@@ -175,7 +176,7 @@ UNFUSED: dict[str, tuple[list[nn.Module], int, str]] = {
     "activation-alone": ([nn.ReLU()], 0, "no convolution ahead"),
     "second-activation": ([ct(), nn.ReLU(), nn.Tanh()], 2, "no convolution ahead"),
     "norm-after-activation": ([ct(), nn.ReLU(), nn.BatchNorm2d(6)], 2, "no convolution ahead"),
-    "unknown-activation": ([ct(), nn.Mish()], 1, "Mish is no part"),
+    "unknown-activation": ([ct(), nn.Softplus()], 1, "Softplus is no part"),
     "subclass": ([Other(4, 6, 3)], 0, "subclass of ConvTranspose2d"),
     "lazy": ([nn.LazyConvTranspose2d(6, 3)], 0, "subclass of ConvTranspose2d"),
     "three-dimensions": ([nn.ConvTranspose3d(4, 6, 3)], 0, "no part"),
@@ -365,7 +366,7 @@ def test_the_weight_says_the_geometry_as_it_does_for_torch() -> None:
 
 
 def test_opaque_are_modules_that_are_not_pytorchs_own() -> None:
-    items = plan(nn.Linear(2, 2), Other(4, 6, 3), hooked(nn.ReLU(), "register_forward_hook"), nn.Mish())
+    items = plan(nn.Linear(2, 2), Other(4, 6, 3), hooked(nn.ReLU(), "register_forward_hook"), nn.Softplus())
     assert [i.opaque for i in items if isinstance(i, Unfused)] == [False, True, True, False]
 
 

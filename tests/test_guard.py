@@ -69,8 +69,8 @@ def starts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from cnnfast.gpu import conv
 
     record: list[int] = []
-    real = conv.kernels.launch
-    monkeypatch.setattr(conv.kernels, "launch", lambda x, *rest: (record.append(x.shape[0]), real(x, *rest))[1])
+    real = conv._launch
+    monkeypatch.setattr(conv, "_launch", lambda x, *rest: (record.append(x.shape[0]), real(x, *rest))[1])
     return record
 
 
@@ -243,13 +243,13 @@ def test_operands_at_odd_addresses_are_the_same_kernel(device: torch.device, sta
         return moved.copy_(t)
 
     seen = []
-    real = conv.kernels.launch
+    real = conv._launch
 
     def look(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, residual: Any, vectors: Any, *rest: Any) -> None:
         seen.extend(t.data_ptr() % 16 for t in (x, weight, y, *(v for v in vectors if v is not None)))
         real(x, weight, y, residual, vectors, *rest)
 
-    conv.kernels.launch = look  # the fixture `starts` puts the real one back
+    conv._launch = look  # the fixture `starts` puts the real one back
     moved = Operands(*(odd(t) if isinstance(t, torch.Tensor) else t for t in o))
     assert moved.x.data_ptr() % 16
     check(run(moved), o)
@@ -376,7 +376,7 @@ def test_a_kernel_fault_is_not_taken_for_a_failure(device: torch.device, monkeyp
     def broken(*args: Any) -> None:
         raise ValueError("a mistake")
 
-    monkeypatch.setattr(conv.kernels, "launch", broken)
+    monkeypatch.setattr(conv, "_launch", broken)
     for backend in ("auto", "triton"):
         with silent(), pytest.raises(ValueError, match="a mistake"):
             run(operands(device), backend=backend)
@@ -443,7 +443,7 @@ def test_out_of_memory_in_the_launch_is_the_caller_s(device: torch.device, monke
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(conv.kernels, "launch", full)
+    monkeypatch.setattr(conv, "_launch", full)
     with pytest.raises(torch.OutOfMemoryError):
         run(operands(device))
 

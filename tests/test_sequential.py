@@ -120,6 +120,7 @@ ACTIVATIONS: list[Callable[[int], nn.Module]] = [
     lambda c: nn.LeakyReLU(-0.5),
     lambda c: nn.ELU(0.7),
     lambda c: nn.SiLU(inplace=True),
+    lambda c: nn.Mish(),
     lambda c: nn.GELU(),
     lambda c: nn.GELU("tanh"),
     lambda c: nn.Tanh(),

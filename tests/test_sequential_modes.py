@@ -198,6 +198,8 @@ LAST: dict[str, list[nn.Module]] = {
     "hardtanh": [nn.Hardtanh()],
     "relu6-in-place": [nn.ReLU6(inplace=True)],
     "silu": [nn.SiLU(inplace=True)],
+    "mish": [nn.Mish()],
+    "mish-in-place": [nn.Mish(inplace=True)],
     "gelu": [nn.GELU()],
     "prelu": [nn.PReLU()],
     "tanh": [nn.Tanh()],

@@ -282,6 +282,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky-negative": lambda: nn.LeakyReLU(-0.5),
     "elu": nn.ELU,
     "silu": nn.SiLU,
+    "mish": nn.Mish,
     "gelu": nn.GELU,
     "gelu-tanh": lambda: nn.GELU("tanh"),
     "tanh": nn.Tanh,

@@ -223,7 +223,7 @@ def _hooks(
     found: list[StepRun | Unrun], meta: nn.Sequential, steps: list[FusedStep], calls: list[Call]
 ) -> dict[str, Any]:
     """Wrappers of `run_step`, of the launch and of the kernels' launcher that write to ``found``."""
-    run_step, run, start = chain.run_step, conv.run, conv.kernels.launch
+    run_step, run, start = chain.run_step, conv.run, conv._launch
 
     def step_seen(step: Step, o: Operands, *, channels_last: bool | None = None, **rest: Any) -> torch.Tensor:
         shape = (o.x.shape[0], step.spec.out_channels, *step.output_size(tuple(o.x.shape[2:])))
@@ -260,5 +260,5 @@ def _hooks(
     return {
         "cnnfast.nn.chain.run_step": step_seen,
         "cnnfast.gpu.conv.run": run_seen,
-        "cnnfast.gpu.conv.kernels.launch": started,
+        "cnnfast.gpu.conv._launch": started,
     }

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..activations import IN_PLACE, Activation
+from ..activations import Activation
 from ..memory_format import convert
 from ..spec import DTYPES, ConvSpec
 from ..step import Operands, Step
@@ -125,9 +125,6 @@ def _why_slower(step: Step, shape: tuple[int, ...], method: Method, isa: Instruc
     return _too_few(s, shape, 8e6)
 
 
-_LOSE_NAN = ("relu", "hardtanh")  # of oneDNN's post-ops; leaky_relu does with a slope of zero
-
-
 def _padded(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[:2], shape[2] + 2 * step.pad[0], shape[3] + 2 * step.pad[1])
 
@@ -177,11 +174,11 @@ def why_slower_plain(
         if isa < InstructionSet.AVX512 and intense and s.out_channels < 8:
             return None  # ATen takes two to four times as long as in channels-last
         return "the conversions to channels-last and back cost what packed operators save"
-    post = post_op(step.activation)
+    loses_nan = step.activation.row.loses_nan
     saved = after if norm else 0
-    if slopes == 1 or post.attr not in ("none", *_LOSE_NAN):
+    if slopes == 1 or post_op(step.activation).attr != "none" and not loses_nan:
         saved += after
-    elif post.attr in _LOSE_NAN and _check_pays(step, shape, dtype):
+    elif loses_nan and _check_pays(step, shape, dtype):
         saved += after - before * dtype.itemsize // 4
     if saved < 2**18:  # 50 us of a pass against what a call costs in Python with cold caches
         return "a pass over memory saved is too little or none, and the weight is small"
@@ -308,9 +305,8 @@ def _finish(y: torch.Tensor, activation: Activation, o: Operands) -> torch.Tenso
     """Residual and activation after the convolution, on a tensor that is ours: in float32 where there is a residual."""
     if o.residual is not None:
         y = y.float().add_(o.residual)
-    in_place = IN_PLACE.get(activation.name)
-    if in_place is not None:
-        return in_place(y, *activation.params)
+    if activation.row.in_place is not None:
+        return activation.row.in_place(y, *activation.params)
     return activation(y) if o.slope is None else _prelu(y, o.slope.to(y.dtype))
 
 
@@ -338,7 +334,7 @@ def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor | N
     x = convert(step.pad_input(x), method.dtype, True)
     post = _post(step, post, o)
     fused = post.fused
-    if fused and (post.attr in _LOSE_NAN or post.scalars == (0.0,)):
+    if fused and (step.activation.row.loses_nan or post.scalars == (0.0,)):  # leaky_relu's slope, which then does, too
         fused = (
             check_pays
             and finite

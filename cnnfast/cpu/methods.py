@@ -74,15 +74,9 @@ class PostOp(NamedTuple):
 
 
 def post_op(activation: Activation) -> PostOp:
-    """oneDNN's own name for an activation. It has none for elu and prelu (prelu's slopes are a tensor)."""
-    name = activation.name
-    if name in ("relu", "tanh", "sigmoid", "leaky_relu", "hardtanh"):
-        return PostOp(name, activation.params, "", True)
-    if name == "silu":
-        return PostOp("swish", (), "", True)
-    if name in ("gelu", "gelu_tanh"):
-        return PostOp("gelu", (), "tanh" if name == "gelu_tanh" else "none", True)
-    return PostOp(fused=name == "identity")
+    """An activation as oneDNN has it; nothing where it has none."""
+    form = activation.row.onednn
+    return PostOp() if form is None else PostOp(form[0], activation.params, form[1], True)
 
 
 # --- methods ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..activations import IN_PLACE
 from ..gradients import enter, keep_strides, plain
 from ..memory_format import convert, is_channels_last
 from ..reference import run_reference
@@ -114,7 +113,7 @@ def _finished(step: Step, o: Operands) -> Tensor:
         if z is not None:
             tail, norm = _after_norm(None, step.residual, step.activation), None
             o = o._replace(x=z, scale=None, shift=None)
-    function = IN_PLACE.get(step.activation.name) if step.activation.saves() == "y" else None
+    function = step.activation.row.in_place if step.activation.saves() == "y" else None
     if norm is None and o.residual is None and function is not None:
         return function(o.x, *step.activation.params)
     return reference.finish(tail, o)

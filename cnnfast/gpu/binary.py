@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,6 +64,12 @@ def empty_partials(like: torch.Tensor, shape: tuple[int, int, int]) -> tuple[tor
     count = stats.as_strided((segments, parts), (parts, 1))
     mean, m2 = stats.as_strided(shape, strides, total), stats.as_strided(shape, strides, total * (1 + c))
     return stats, Partials(count, mean, m2)
+
+
+@cache
+def unused(device: torch.device) -> torch.Tensor:
+    """What stands for partial sums where there are none: their type is part of the binary."""
+    return torch.empty(16, dtype=torch.float32, device=device)
 
 
 def aligned(t: torch.Tensor) -> torch.Tensor:

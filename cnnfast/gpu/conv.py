@@ -17,7 +17,7 @@ from ..norms import Partials
 from ..spec import INT32, Precision, tap_inverse
 from ..step import Operands, Step
 from . import guard, trial, tuned
-from .binary import MAX_REGISTERS, Binary, aligned, empty_partials
+from .binary import MAX_REGISTERS, Binary, aligned, empty_partials, unused
 from .conv_choice import choose_plan
 from .conv_plan import Plan
 from .devices import Device, allocate, cuda_index, on_device, precision_of, target_device
@@ -277,6 +277,31 @@ def _start_here(step: Step, o: Operands, channels_last: bool, launch: Launch) ->
     stats, partials = None, None
     if launch.parts is not None:
         stats, partials = empty_partials(y, (*launch.parts, launch.output_shape[1]))
-    eps = 0.0 if step.norm is None else float(step.norm.eps)
-    kernels.launch(x, weight, y, residual, vectors, stats, eps, launch)
+    _launch(x, weight, y, residual, vectors, stats, 0.0 if step.norm is None else float(step.norm.eps), launch)
     return y, partials
+
+
+def _launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    residual: torch.Tensor | None,
+    vectors: Sequence[torch.Tensor | None],
+    stats: torch.Tensor | None,
+    eps: float,
+    launch: Launch,
+) -> None:
+    """Fill y. x and weight in the kernel's layouts, y and residual in one memory format; ``vectors``: bias, mean, var,
+    scale, shift and slope, each (C_out,) or None; ``stats`` float32, of ``launch.parts`` parts, or None."""
+    n, c, oh, ow = launch.output_shape
+    splits, reduce = launch.plan.split_k, launch.reduce
+    if reduce is None:
+        work = unused(y.device) if launch.plan.splits else None
+    else:
+        work = y.new_empty((splits, n, oh, ow, c), dtype=torch.float32)
+    # With a split and without one the same arguments, so that it is the same binary.
+    launch.binary(
+        launch.grid, x, weight, y, work, residual, *vectors, stats, n, x.shape[2], x.shape[3], oh, ow, splits, eps
+    )
+    if reduce is not None:
+        reduce(launch.reduce_grid, work, y, residual, *vectors, stats, n, oh * ow, splits, eps)

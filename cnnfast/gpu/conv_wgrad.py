@@ -10,11 +10,10 @@ from functools import lru_cache, partial
 import torch
 
 from ..kernels import conv_wgrad as kernels
-from ..kernels.conv_transpose import unused
 from ..spec import INT32, ConvSpec, Precision
 from ..step import Step
 from . import guard, trial
-from .binary import MAX_REGISTERS, Binary, aligned
+from .binary import MAX_REGISTERS, Binary, aligned, unused
 from .conv_wgrad_plan import WgradPlan, choose_wgrad_plan
 from .devices import Device, cuda_index, on_device, precision_of, target_device
 from .observers import OBSERVERS, of_launch

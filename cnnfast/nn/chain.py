@@ -71,8 +71,6 @@ _PADS = (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.Replica
 # --- how a chain runs on an input -------------------------------------------------------------------------------------
 
 _MAX_BINDINGS = 64
-# PyTorch's derivatives of these read the input, unless in place: the result may be overwritten by whoever gets it.
-_READ_INPUT = ("leaky_relu", "elu", "hardtanh")
 
 
 class Run(NamedTuple):
@@ -187,7 +185,7 @@ class Chain:
         """The last step's run, with what its user can tell from eager mode."""
         s = self.steps[-1]
         by_kernel = not on_cpu(x) or backend == "triton"  # with a norm, its backward reads the norm's input alone
-        read_input = s.step.activation.name in _READ_INPUT and not s.overwrites
+        read_input = s.step.activation.row.reads_input and not s.overwrites  # whoever gets the result may overwrite it
         group = s.rule is not None and s.rule.kind == "group"
         return run._replace(
             apart=gradient and read_input and not (by_kernel and s.rule is not None),

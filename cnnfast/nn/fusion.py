@@ -159,8 +159,7 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
             base, last = replace(base, activation=activation), k
             slope = k if parts[k].tensors else None
             overwrites = parts[k].attributes[:1] == (True,)
-            # hardtanh and prelu allocate like their input; the others ask TensorIterator, which may choose anew.
-            in_place = in_place and (overwrites or activation.name in ("hardtanh", "prelu"))
+            in_place = in_place and (overwrites or activation.row.keeps_format)
         except NotFused as refused:
             reasons[k] = str(refused)
     while last + 1 < len(parts) and is_identity(parts[last + 1], ndim):
@@ -188,6 +187,6 @@ def _activation(part: Part, channels: int, weight: Tensor) -> Activation:
         check_vector(dense(slope), length, (weight.dtype,), weight)
     assert part.activation is not None
     activation = part.activation(*part.attributes)
-    if activation.name in ("leaky_relu", "elu") and activation.params[0] < 0 and part.attributes[0]:
+    if activation.saves() != activation.row.saves and part.attributes[0]:  # the result does not tell the derivative
         raise NotFused(f"in place with a parameter of {activation.params[0]}, it has no gradient")
     return activation

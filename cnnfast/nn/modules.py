@@ -7,14 +7,14 @@ compared; no value keeps a module or a tensor alive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..activations import Activation
+from ..activations import ACTIVATIONS, Activation, ActivationRow
 
 __all__ = ["HOOKS", "KINDS", "SHADOWS", "Kind", "Reading", "NotFused", "is_patched", "read"]
 
@@ -79,21 +79,24 @@ def _of_vectors(*tensors: Tensor | None) -> tuple[object, ...]:
     return tuple([None if t is None else (type(t), t.shape, t.dtype, t.device) for t in tensors])
 
 
-def _named(name: str) -> Callable[..., Activation]:
-    """The activation ``name`` from a module's attributes: ``inplace``, then its parameters."""
+def _activation_of(rows: Sequence[ActivationRow]) -> tuple[tuple[str, ...], Callable[..., Activation]]:
+    """Of a class with these rows: the attributes that tell its activation, and the function of their values."""
+    first = rows[0]
+    chooser = () if first.variant is None else first.variant[:1]
+    params = slice(1 if "inplace" in first.attributes else 0, len(first.attributes))
 
-    def make(inplace: bool, *params: object) -> Activation:
-        if not all(type(p) in (int, float) for p in params):
-            raise NotFused(f"its parameters {params} are not numbers")
-        return Activation(name, params)  # type: ignore[arg-type]
+    def make(*values: object) -> Activation:
+        if not all(type(p) in (int, float) for p in values[params]):
+            raise NotFused(f"its parameters {values[params]} are not numbers")
+        row = first
+        if chooser:
+            found = [r for r in rows if r.variant == (*chooser, values[-1])]
+            if not found:
+                raise NotFused(f"{chooser[0]}={values[-1]!r} is unknown")
+            (row,) = found
+        return Activation(row.name, values[params])  # type: ignore[arg-type]
 
-    return make
-
-
-def _gelu(approximate: str) -> Activation:
-    if approximate not in ("none", "tanh"):
-        raise NotFused(f"approximate={approximate!r} is unknown")
-    return Activation("gelu_tanh" if approximate == "tanh" else "gelu")
+    return first.attributes + chooser, make
 
 
 def _kinds() -> dict[type, Kind]:
@@ -134,16 +137,10 @@ def _kinds() -> dict[type, Kind]:
     add(nn.InstanceNorm1d, "norm instance", 1, (*tracked, "num_features"), _norm_tensors)
     add(nn.InstanceNorm2d, "norm instance", 2, (*tracked, "num_features"), _norm_tensors)
     add(nn.GroupNorm, "norm group", 0, ("eps", "num_groups"), _group_norm_tensors)
-    add(nn.ReLU, "activation", 0, ("inplace",), activation=_named("relu"))
-    add(nn.LeakyReLU, "activation", 0, ("inplace", "negative_slope"), activation=_named("leaky_relu"))
-    add(nn.ELU, "activation", 0, ("inplace", "alpha"), activation=_named("elu"))
-    add(nn.SiLU, "activation", 0, ("inplace",), activation=_named("silu"))
-    for clamp in (nn.Hardtanh, nn.ReLU6):
-        add(clamp, "activation", 0, ("inplace", "min_val", "max_val"), activation=_named("hardtanh"))
-    add(nn.GELU, "activation", 0, ("approximate",), activation=_gelu)
-    add(nn.Tanh, "activation", 0, activation=lambda: Activation("tanh"))
-    add(nn.Sigmoid, "activation", 0, activation=lambda: Activation("sigmoid"))
-    add(nn.PReLU, "activation", 0, (), _slope_tensor, lambda: Activation("prelu"))
+    for cls in dict.fromkeys(cls for row in ACTIVATIONS.values() for cls in row.modules):
+        rows = [row for row in ACTIVATIONS.values() if cls in row.modules]
+        attributes, activation = _activation_of(rows)
+        add(cls, "activation", 0, attributes, _slope_tensor if rows[0].slope else None, activation)
     add(nn.Identity, "identity", 0)
     add(nn.Dropout, "dropout", 0)
     add(nn.AlphaDropout, "dropout", 0)
