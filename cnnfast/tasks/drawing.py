@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ..arguments import positive, seed
+from ..cpu.packing import freeze
 from ..files import make_output_dir
 from ..memory_format import channels_last
 from ..messages import CnnfastWarning, UsageError
-from ..packing import freeze
 from . import evaluation
 from .emoji import load_emoji
 from .machine import REQUIRES, choose_device, require

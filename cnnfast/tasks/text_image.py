@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import cpu
+from ..cpu.inference import products_dtype
+from ..cpu.isa import instruction_set
 from ..generators import TextImageConfig, TextImageGenerator, create_model
 from ..memory_format import channels_last
 from .checkpoint import CheckpointError, difference, optimiser_fits
@@ -306,5 +307,5 @@ def image_loss(made: Tensor, images: Tensor) -> Tensor:
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies in bfloat16 by itself."""
     if device.type == "cpu":
-        return cpu.products_dtype(torch.bfloat16, cpu.instruction_set()) == torch.bfloat16
+        return products_dtype(torch.bfloat16, instruction_set()) == torch.bfloat16
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

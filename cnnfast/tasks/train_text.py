@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from ..env import __version__
+from .. import __version__
 from ..files import make_output_dir
 from . import evaluation, job
 from .drawing import Drawer
