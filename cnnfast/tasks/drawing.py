@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import positive, seed
 from ..cpu.packing import freeze
 from ..files import make_output_dir
 from ..memory_format import channels_last
 from ..messages import CnnfastWarning, UsageError
 from . import evaluation
+from .arguments import positive, seed
 from .emoji import load_emoji
 from .machine import REQUIRES, choose_device, require
 from .plots import is_picture, pixels, save_pixels

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..arguments import positive, seed
 from ..cpu.packing import freeze
 from ..files import make_output_dir
 from ..generators import DCGANGenerator, create_model
 from ..memory_format import channels_last
 from ..messages import UsageError
 from ..nn.layers import Sequential
+from .arguments import positive, seed
 from .machine import REQUIRES, choose_device, require, require_memory
 from .plots import grid, is_picture, pixels, save_pixels
 
