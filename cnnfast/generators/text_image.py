@@ -25,7 +25,7 @@ class TextImageConfig:
     block makes the ``nc`` channels of the image, twice as large as the last map, by a convolution of ``head_kernel``.
     """
 
-    words: int = 3700
+    words: int = 3577
     letters: int = 39
     word_width: int = 128
     letter_width: int = 24
