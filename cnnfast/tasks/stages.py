@@ -35,6 +35,7 @@ def run(
     style: Tensor,
     pixels: np.ndarray,
     *,
+    styled: nn.Module | None = None,
     name: str = "style",
     memory: float | None = None,
     side: int | None = None,
@@ -44,7 +45,8 @@ def run(
     """``pixels`` (H, W, 3) in the style that ``style`` (numbers,) says: of the same size, of the dtype ``result``
     (default: theirs). Integers are from 0 to their largest, floats from 0 to 1.
 
-    ``network`` is where and in the dtype in which it runs. ``memory``: bytes that may be taken besides the picture and
+    ``network`` is where and in the dtype in which it runs; ``styled``: what its `StyleTransfer.styled` gave for this
+    style, for callers with many pictures. ``memory``: bytes that may be taken besides the picture and
     its result, None: all that the whole takes. ``side``: of the tiles, instead; 0 for none. CnnfastError where less
     would have to be enough, or a result is not finite.
     """
@@ -53,7 +55,11 @@ def run(
         pixels = np.pad(pixels, ((0, max(0, _LEAST - h)), (0, max(0, _LEAST - w)), (0, 0)), "edge")
     target = np.dtype(pixels.dtype if result is None else result)
     with torch.inference_mode():
-        done = _whole(network, style, pixels, name, memory, target, on_progress) if not side else None
+        if not side:
+            styled = network.styled(style) if styled is None else styled
+            done = _whole(network, styled, pixels, name, memory, target, on_progress)
+        else:
+            done = None
         if done is None:
             done = _Run(network, style, pixels, name, on_progress).all(memory, side, target)
     return done[:h, :w]
@@ -66,7 +72,7 @@ def _where(network: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 def _whole(
     network: StyleTransfer,
-    style: Tensor,
+    styled: nn.Module,
     pixels: np.ndarray,
     name: str,
     memory: float | None,
@@ -78,7 +84,7 @@ def _whole(
     floats = _WHOLE * max(network.config.contract)
     if memory is not None and pixels.shape[0] * pixels.shape[1] * floats * dtype.itemsize > memory:
         return None
-    job = ImageJob(name, network.styled(style), halo=0, multiple=_DOWN, tiled=False)
+    job = ImageJob(name, styled, halo=0, multiple=_DOWN, tiled=False)
     try:
         return tiles.run(job, pixels, device=device, dtype=dtype, result=target, on_progress=on_progress)
     except CnnfastError as error:

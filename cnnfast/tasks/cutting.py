@@ -1,0 +1,229 @@
+"""``compose cutout``: people out of a picture, before another one or before nothing.
+
+Where they are says a small network, MediaPipe's, in 256x256 pixels; `matting` takes that to the picture's own edges.
+`Cutter` keeps the network for many pictures; `cut_out` is one call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..dispatch import backend as backend_context
+from ..generators import create_model
+from ..messages import UsageError
+from . import batch, matting, pictures
+from .machine import choose_device, choose_dtype, require, require_memory
+from .matting import Matte
+from .pictures import Picture
+from .tiles import white
+
+__all__ = ["Cutter", "add_command", "behind_of", "covering", "cut_out", "read", "smaller"]
+
+PACKAGES = MappingProxyType({"pillow": "PIL", "tqdm": "tqdm"})
+
+_SIDE = 256  # of the pictures that the network was trained on
+_WORK = 1024  # longer side, in pixels, of the picture on which edges are looked for
+_PERSON = 0.5  # of the mask, somewhere, below which nobody is there
+
+
+class Cutter:
+    """Cuts the people out of pictures and puts them before ``background``: a picture (of any size: it is enlarged or
+    made smaller to cover, and its middle is taken), a colour as Pillow names them ("white", "#204060"), or None,
+    before nothing. ``device``, ``dtype`` and ``backend`` as of `Enhancer`.
+
+    UsageError for what is not offered; WeightsError where weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        background: Any = None,
+        *,
+        device: str | None = None,
+        dtype: str | None = None,
+        backend: str | None = None,
+        sequential: type[nn.Sequential] | None = None,
+    ) -> None:
+        self.background = None if background is None else behind_of(background)
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(dtype, self.device)
+        self._backend = backend
+        made: dict[str, Any] = {} if sequential is None else {"sequential": sequential}
+        network = create_model("selfie", pretrained=True, **made).requires_grad_(False)
+        self.network = network.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def __call__(self, image: Any) -> Any:
+        """The people of a picture, of the kind that ``image`` is, see `pictures.through`; with alpha where there is
+        nothing behind them. ImageError where nobody is found."""
+        return pictures.through(self.picture, image, "cutout")
+
+    def picture(self, picture: Picture, on_progress: Callable[[float], object] | None = None) -> Picture:
+        """The same for a `Picture`, whose ``info`` goes along."""
+        matte = self.matte(picture)
+        pixels = picture.pixels
+        behind = None if self.background is None else covering(self.background, pixels)
+        done = matting.composed(pixels, matte, behind)
+        pictures.check_result(pixels, done, "cutout")
+        if on_progress is not None:
+            on_progress(1.0)
+        return Picture(done, picture.info)
+
+    def matte(self, picture: Picture) -> Matte:
+        """Where the people are. ImageError where nobody is found."""
+        h, w, c = picture.pixels.shape
+        require_memory(2 * h * w * c * picture.pixels.itemsize, f"a picture of {w}x{h}")
+        colours, alpha = _in_8_bits(picture.colours), picture.alpha
+        if alpha is not None and alpha.min() != alpha.max():
+            colours = pictures.spread_colours(colours, alpha)
+        mask = self.mask(colours)
+        if not mask.max() > _PERSON:
+            raise pictures.ImageError("shows nobody that the network finds")
+        longer = max(h, w)
+        size = tuple(max(1, round(n * min(1.0, _WORK / longer))) for n in (h, w))
+        return matting.matte_of(smaller(colours, size), _enlarged(mask, size), (h, w))
+
+    def mask(self, colours: np.ndarray) -> Tensor:
+        """What the network says of pixels (H, W, 1 or 3) uint8: float32 (256, 256) on the CPU, 1 where people are."""
+        x = smaller(colours, (_SIDE, _SIDE))[None].to(self.device, self.dtype)
+        with torch.inference_mode(), backend_context(self._backend) if self._backend is not None else nullcontext():
+            y = self.network(x.contiguous(memory_format=torch.channels_last))
+        if not torch.isfinite(y).all():
+            raise pictures.ImageError(f"gives values that are not finite in {self.dtype}: --dtype float32 may help")
+        return y[0, 0].float().cpu().clone()
+
+
+def cut_out(image: Any, background: Any = None, **options: Any) -> Any:
+    """The people of ``image`` before ``background``, or before nothing: see `Cutter`, whose options these are. A
+    picture of Pillow's gives one, an array gives one. For many pictures keep a `Cutter`."""
+    return Cutter(background, **options)(image)
+
+
+def _in_8_bits(colours: np.ndarray) -> np.ndarray:
+    """For the networks, which see no more."""
+    if colours.dtype == np.uint16:
+        return (colours >> 8).astype(np.uint8)
+    return colours if colours.dtype == np.uint8 else (colours.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def smaller(colours: np.ndarray, size: tuple[int, ...]) -> Tensor:
+    """Pixels (H, W, 1 or 3) uint8 at another size (height, width): float32 (3, h, w) in [0, 1]."""
+    from PIL import Image
+
+    image = Image.fromarray(np.ascontiguousarray(colours[..., 0] if colours.shape[2] == 1 else colours))
+    image = image.resize((size[1], size[0]), Image.Resampling.BICUBIC).convert("RGB")
+    return torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1).contiguous()
+
+
+def _enlarged(mask: Tensor, size: tuple[int, ...]) -> Tensor:
+    antialias = mask.shape[0] > size[0] or mask.shape[1] > size[1]
+    return nn.functional.interpolate(mask[None, None], size, mode="bilinear", antialias=antialias)[0, 0]
+
+
+# --- what is behind ---------------------------------------------------------------------------------------------------
+
+
+def behind_of(background: Any) -> Picture:
+    """A background as people give it: see `Cutter`. A colour is a picture of one pixel. UsageError for a text that is
+    no colour."""
+    if isinstance(background, Picture):
+        return background
+    if isinstance(background, np.ndarray):
+        return pictures.from_array(background)
+    require("cutout", {"pillow": "PIL"})
+    if not isinstance(background, str):
+        return pictures.from_pil(background)
+    from PIL import ImageColor
+
+    try:
+        colour = ImageColor.getrgb(background)
+    except ValueError as error:
+        raise UsageError(f"--background {background}: no such file, and no colour such as white or #204060") from error
+    return Picture(np.array(colour, np.uint8).reshape(1, 1, -1))
+
+
+def covering(background: Picture, pixels: np.ndarray) -> np.ndarray:
+    """The background as large as ``pixels`` (H, W, C) and of their dtype: the largest part of its middle that has their
+    proportions."""
+    h, w = pixels.shape[:2]
+    given = background.pixels
+    if given.shape[:2] == (1, 1):
+        return np.broadcast_to(_as_dtype(given, pixels.dtype), (h, w, given.shape[2]))
+    scale = max(h / given.shape[0], w / given.shape[1])
+    cut = tuple(min(n, max(1, round(m / scale))) for n, m in zip(given.shape, (h, w), strict=False))
+    top, left = (given.shape[0] - cut[0]) // 2, (given.shape[1] - cut[1]) // 2
+    part = given[top : top + cut[0], left : left + cut[1]]
+    colours = part.shape[2] - (part.shape[2] in (2, 4))
+    if colours < part.shape[2]:  # or hidden colours would come in at the rim
+        part = part.copy()
+        part[..., :colours] = pictures.spread_colours(part[..., :colours], part[..., colours:])
+    return _as_dtype(part if cut == (h, w) else pictures.resized(part, (h, w)), pixels.dtype)
+
+
+def _as_dtype(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if pixels.dtype == dtype:
+        return pixels
+    if pixels.dtype == np.uint8 and dtype == np.uint16:
+        return pixels.astype(np.uint16) * np.uint16(257)
+    values = pixels.astype(np.float32) / np.float32(white(pixels.dtype))
+    if dtype.kind == "f":
+        return values.astype(dtype)
+    return (values.clip(0, 1) * np.float32(white(dtype))).round().astype(dtype)
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def add_command(commands: Any, name: str, **options: Any) -> None:
+    """The subcommand ``name``; ``options`` are those of ``add_parser``."""
+    command = commands.add_parser(name, **options)
+    batch.add_batch_options(command)
+    command.add_argument(
+        "--background",
+        metavar="PICTURE|COLOUR",
+        help="what is put behind the people: a picture, or white, '#204060', ... (default: nothing; .png or .webp)",
+    )
+    batch.add_machine_options(command, memory=False)
+    command.set_defaults(work=_work)
+
+
+def read_behind(background: str) -> Picture:
+    """The value of ``--background``. A file comes first."""
+    if os.path.lexists(background):
+        return read(Path(background))
+    return behind_of(background)
+
+
+def read(path: Path) -> Picture:
+    """`pictures.read`, whose ImageError names the file."""
+    try:
+        return pictures.read(path)
+    except pictures.ImageError as error:
+        raise pictures.ImageError(f"{path} {error}") from error
+
+
+def _work(arguments: argparse.Namespace) -> int:
+    require("cutout", PACKAGES)
+    behind = None if arguments.background is None else read_behind(arguments.background)
+    transparent = behind is None or behind.has_alpha
+    written = pictures.TRANSPARENT if transparent else pictures.WRITTEN
+    items = batch.plan(arguments.inputs, arguments.output, arguments.recursive, written)
+    cutter = Cutter(behind, device=arguments.device, dtype=arguments.dtype, backend=arguments.backend)
+
+    def work(source: Path, target: Path, told: Callable[[float], object]) -> None:
+        picture = read(source)
+        try:
+            done = cutter.picture(picture, told)
+        except pictures.ImageError as error:
+            raise pictures.ImageError(f"{source} {error}") from error
+        pictures.write(target, done, arguments.png_level)
+
+    return batch.process(items, work, skip_existing=arguments.skip_existing)
