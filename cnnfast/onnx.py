@@ -131,7 +131,7 @@ def read_graph(data: bytes) -> Graph:
     for part in _bytes(graph[1]):
         node, tensors = _node(part)
         nodes.append(node)
-        if node.kind == "Constant" and "value" in tensors:
+        if node.kind == "Constant" and node.outputs and "value" in tensors:
             constants[node.outputs[0]] = tensors["value"]
     return Graph(tuple(nodes), constants)
 
@@ -185,7 +185,7 @@ def weights(graph: Graph) -> dict[str, np.ndarray]:
     they do not fit."""
     found = {k: a.astype(np.float32) for k, a in graph.constants.items() if a.dtype.kind == "f"}
     for node in graph.nodes:
-        if node.kind == "DequantizeLinear" and node.inputs[0] in graph.constants:
+        if node.kind == "DequantizeLinear" and node.outputs and node.inputs[:1] and node.inputs[0] in graph.constants:
             found[node.outputs[0]] = _dequantised(node, graph.constants)
     return found
 

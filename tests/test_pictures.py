@@ -227,6 +227,38 @@ def test_targets_that_cannot_be(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_goes_in_comes_out() -> None:
+    """Pillow's pictures, arrays and `Picture`: of one kind before and after."""
+
+    def doubled(picture: Picture) -> Picture:
+        return Picture(np.concatenate([picture.pixels] * 3, 2) if picture.pixels.shape[2] == 1 else picture.pixels)
+
+    colours, grey = noise(5, 7, 3), noise(5, 7)
+    np.testing.assert_array_equal(pictures.through(doubled, colours, "it"), colours)
+    assert pictures.through(doubled, grey, "it").shape == (5, 7, 3)  # what became colours stays so
+    assert pictures.through(lambda picture: picture, grey, "it").shape == (5, 7)
+    assert isinstance(pictures.through(doubled, Picture(colours), "it"), Picture)
+    assert pictures.through(doubled, Image.fromarray(colours), "it").mode == "RGB"
+    deep = noise(5, 7, dtype=np.uint16)
+    assert pictures.through(lambda picture: picture, Image.fromarray(deep), "it").mode == "I;16"
+    found = np.asarray(pictures.through(doubled, Image.fromarray(deep), "it"))  # Pillow has no colours of 16 bits
+    assert found.dtype == np.uint8 and np.abs(found[..., 0] - deep / 257).max() <= 0.5
+    for wrong in ("a.png", None, 3):
+        with pytest.raises(UsageError, match="expected a Pillow image or an array, got"):
+            pictures.through(doubled, wrong, "it")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_other_sizes(dtype: type) -> None:
+    top = 1 if dtype is np.float32 else np.iinfo(dtype).max
+    flat = np.full((9, 12, 2), top, dtype)
+    flat[..., 1] = top // 5
+    for size in ((3, 4), (20, 30), (1, 1)):
+        found = pictures.resized(flat, size)
+        assert found.shape == (*size, 2) and found.dtype == dtype
+        np.testing.assert_allclose(found, np.broadcast_to(flat[:1, :1], found.shape), rtol=1e-6)
+
+
 def test_black_results_are_refused() -> None:
     black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
     pictures.check_result(black, black, "it")

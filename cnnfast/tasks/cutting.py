@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from ..dispatch import backend as backend_context
 from ..generators import create_model
-from ..messages import UsageError
+from ..messages import CnnfastError, UsageError
 from . import batch, matting, pictures
 from .machine import choose_device, choose_dtype, require, require_memory
 from .matting import Matte
 from .pictures import Picture
 from .tiles import white
 
-__all__ = ["Cutter", "add_command", "behind_of", "covering", "cut_out", "read", "smaller"]
+__all__ = ["Cutter", "add_command", "behind_of", "covering", "cut_out", "enlarged", "read", "smaller"]
 
 PACKAGES = MappingProxyType({"pillow": "PIL", "tqdm": "tqdm"})
 
@@ -89,7 +89,7 @@ class Cutter:
             raise pictures.ImageError("shows nobody that the network finds")
         longer = max(h, w)
         size = tuple(max(1, round(n * min(1.0, _WORK / longer))) for n in (h, w))
-        return matting.matte_of(smaller(colours, size), _enlarged(mask, size), (h, w))
+        return matting.matte_of(smaller(colours, size), enlarged(mask, size), (h, w))
 
     def mask(self, colours: np.ndarray) -> Tensor:
         """What the network says of pixels (H, W, 1 or 3) uint8: float32 (256, 256) on the CPU, 1 where people are."""
@@ -97,7 +97,7 @@ class Cutter:
         with torch.inference_mode(), backend_context(self._backend) if self._backend is not None else nullcontext():
             y = self.network(x.contiguous(memory_format=torch.channels_last))
         if not torch.isfinite(y).all():
-            raise pictures.ImageError(f"gives values that are not finite in {self.dtype}: --dtype float32 may help")
+            raise CnnfastError(f"selfie in {str(self.dtype).removeprefix('torch.')} gave values that are not finite")
         return y[0, 0].float().cpu().clone()
 
 
@@ -123,7 +123,7 @@ def smaller(colours: np.ndarray, size: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.asarray(image, np.float32) / 255).permute(2, 0, 1).contiguous()
 
 
-def _enlarged(mask: Tensor, size: tuple[int, ...]) -> Tensor:
+def enlarged(mask: Tensor, size: tuple[int, ...]) -> Tensor:
     antialias = mask.shape[0] > size[0] or mask.shape[1] > size[1]
     return nn.functional.interpolate(mask[None, None], size, mode="bilinear", antialias=antialias)[0, 0]
 
@@ -139,8 +139,10 @@ def behind_of(background: Any) -> Picture:
     if isinstance(background, np.ndarray):
         return pictures.from_array(background)
     require("cutout", {"pillow": "PIL"})
-    if not isinstance(background, str):
+    if hasattr(background, "getexif"):
         return pictures.from_pil(background)
+    if not isinstance(background, str):
+        raise UsageError(f"expected a picture or a colour behind, got {type(background).__name__}")
     from PIL import ImageColor
 
     try:

@@ -188,7 +188,7 @@ class Enhancer:
         if alpha is not None and not solid:
             colours = pictures.spread_colours(colours, alpha)
         parts = 1 + (enlarges and not solid)
-        done = self._run(colours, tiles.part(on_progress, 0, parts))
+        done = self._run(colours, tiles.portion(on_progress, 0, parts))
         pictures.check_result(colours, done, " and ".join(job.name for job in self.jobs))
         if alpha is not None:
             if enlarges:
@@ -196,7 +196,7 @@ class Enhancer:
                 alpha = (
                     np.full(size, alpha.flat[0], alpha.dtype)
                     if solid
-                    else self._run(alpha, tiles.part(on_progress, 1, parts), denoise=False)
+                    else self._run(alpha, tiles.portion(on_progress, 1, parts), denoise=False)
                 )
             done = np.concatenate([done, alpha], 2)
         return Picture(done, picture.info)
@@ -219,7 +219,7 @@ class Enhancer:
                     dtype=self.dtype,
                     memory=memory,
                     result=given if last and pixels.shape else between,
-                    on_progress=tiles.part(on_progress, i, len(jobs)),
+                    on_progress=tiles.portion(on_progress, i, len(jobs)),
                 )
         return pixels if pixels.shape[:2] == size else pictures.resized(pixels, size)
 

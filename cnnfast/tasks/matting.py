@@ -61,7 +61,7 @@ class Matte:
         at = ((torch.arange(first, last) + 0.5) * (h / self.size[0]) - 0.5).clamp(0, h - 1)
         upper = at.floor().long()
         part = (at - upper)[:, None]
-        lines = torch.lerp(self.maps[:, upper], self.maps[:, (upper + 1).clamp(max=h - 1)], part.expand(-1, 1))
+        lines = torch.lerp(self.maps[:, upper], self.maps[:, (upper + 1).clamp(max=h - 1)], part)
         lines = F.interpolate(lines[None], (last - first, self.size[1]), mode="bilinear")
         return lines[0].permute(1, 2, 0).numpy()
 

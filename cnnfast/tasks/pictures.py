@@ -242,7 +242,7 @@ def through(work: Callable[[Picture], Picture], image: Any, job: str) -> Any:
     says), or an array (H, W) or (H, W, C), C from 1 to 4 as in `Picture`, uint8, uint16, or floats from 0 to 1.
 
     An array (H, W) gives one where the result has one channel. What Pillow has no 16 bits for becomes 8. UsageError for
-    other arrays; CnnfastError where Pillow is needed for ``job`` and is not installed.
+    other arrays and other things; CnnfastError where Pillow is needed for ``job`` and is not installed.
     """
     if isinstance(image, Picture):
         return work(image)
@@ -250,6 +250,8 @@ def through(work: Callable[[Picture], Picture], image: Any, job: str) -> Any:
         done = work(from_array(image)).pixels
         return done[..., 0] if image.ndim == 2 and done.shape[2] == 1 else done
     require(job, {"pillow": "PIL"})
+    if not hasattr(image, "getexif"):
+        raise UsageError(f"expected a Pillow image or an array, got {type(image).__name__}")
     result = work(from_pil(image))
     if result.pixels.dtype == np.uint16 and result.pixels.shape[2] != 1:
         result = Picture(_in_8_bits(result.pixels), result.info)

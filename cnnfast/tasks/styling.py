@@ -201,19 +201,21 @@ def weighted(style: Style) -> Weighted:
 
 
 def _one(item: Style) -> int | Picture:
-    if isinstance(item, (int, str)) and not isinstance(item, bool):
-        number = _number(item)
-        if number is not None:
-            return number
-        if isinstance(item, int) or not os.path.lexists(item):
-            known = ", ".join(STYLES)
-            raise UsageError(f"style {item}: expected one of {known}, 0 to {len(STYLES) - 1}, or a picture's path")
-    require("style", {"pillow": "PIL"})
     if isinstance(item, Picture):
         return item
     if isinstance(item, np.ndarray):
         return pictures.from_array(item)
-    return read(Path(item)) if isinstance(item, (str, os.PathLike)) else pictures.from_pil(item)
+    if isinstance(item, (int, str)) and not isinstance(item, bool):
+        number = _number(item)
+        if number is not None:
+            return number
+    if isinstance(item, (str, os.PathLike)) and os.path.lexists(item):
+        require("style", {"pillow": "PIL"})
+        return read(Path(item))
+    if hasattr(item, "getexif"):
+        return pictures.from_pil(item)
+    known = ", ".join(STYLES)
+    raise UsageError(f"style {item}: expected one of {known}, 0 to {len(STYLES) - 1}, or a picture or its path")
 
 
 def _number(item: int | str) -> int | None:

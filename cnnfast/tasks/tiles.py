@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..messages import CnnfastError, is_out_of_memory
 
-__all__ = ["ImageJob", "Means", "Sweep", "Tile", "cut", "part", "run", "side_that_fits", "store", "up", "white"]
+__all__ = ["ImageJob", "Means", "Sweep", "Tile", "cut", "portion", "run", "side_that_fits", "store", "up", "white"]
 
 _SMALLEST = 16  # pixels of a tile's side, below which memory is not the trouble
 # What a tile's side is at most: larger ones are no faster (their maps leave the caches), and progress is seldom told.
@@ -293,7 +293,7 @@ def store(y: Tensor, output: np.ndarray, tile: Tile, name: str) -> None:
     output[tile.top : bottom, tile.left : right] = y.cpu().numpy().astype(output.dtype)
 
 
-def part(on_progress: Callable[[float], object] | None, number: int, parts: int) -> Callable[[float], object] | None:
+def portion(on_progress: Callable[[float], object] | None, number: int, parts: int) -> Callable[[float], object] | None:
     """What to tell of the work ``number`` of so many that make a whole."""
     return None if on_progress is None else lambda done: on_progress((number + done) / parts)
 
