@@ -248,15 +248,11 @@ def test_what_goes_in_comes_out() -> None:
             pictures.through(doubled, wrong, "it")
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_other_sizes(dtype: type) -> None:
-    top = 1 if dtype is np.float32 else np.iinfo(dtype).max
-    flat = np.full((9, 12, 2), top, dtype)
-    flat[..., 1] = top // 5
-    for size in ((3, 4), (20, 30), (1, 1)):
-        found = pictures.resized(flat, size)
-        assert found.shape == (*size, 2) and found.dtype == dtype
-        np.testing.assert_allclose(found, np.broadcast_to(flat[:1, :1], found.shape), rtol=1e-6)
+def test_a_profile_of_greys_is_none_of_colours() -> None:
+    grey = Picture(noise(3, 4, 1), {"icc_profile": b"grey", "dpi": (72, 72)})
+    assert pictures.made_of(grey, noise(3, 4, 2)).info == grey.info
+    assert pictures.made_of(grey, noise(3, 4, 3)).info == {"dpi": (72, 72)}
+    assert pictures.made_of(Picture(noise(3, 4, 3), grey.info), noise(3, 4, 4)).info == grey.info
 
 
 def test_black_results_are_refused() -> None:

@@ -21,13 +21,12 @@ from torch import Tensor, nn
 from ..dispatch import backend as backend_context
 from ..generators import create_model
 from ..messages import CnnfastError, UsageError
-from . import batch, matting, pictures
+from . import batch, matting, pictures, pixels
 from .machine import choose_device, choose_dtype, require, require_memory
 from .matting import Matte
 from .pictures import Picture
-from .tiles import white
 
-__all__ = ["Cutter", "add_command", "behind_of", "covering", "cut_out", "enlarged", "read", "smaller"]
+__all__ = ["Cutter", "add_command", "behind_of", "cut_out", "enlarged", "read", "smaller"]
 
 PACKAGES = MappingProxyType({"pillow": "PIL", "tqdm": "tqdm"})
 
@@ -69,19 +68,21 @@ class Cutter:
     def picture(self, picture: Picture, on_progress: Callable[[float], object] | None = None) -> Picture:
         """The same for a `Picture`, whose ``info`` goes along."""
         matte = self.matte(picture)
-        pixels = picture.pixels
-        behind = None if self.background is None else covering(self.background, pixels)
-        done = matting.composed(pixels, matte, behind)
-        pictures.check_result(pixels, done, "cutout")
+        given, behind = picture.pixels, None
+        if self.background is not None:
+            profile = picture.info.get("icc_profile") if picture.colours.shape[2] == 3 else None
+            behind = pixels.covering(pixels.in_profile(self.background, profile), given)
+        done = matting.composed(given, matte, behind)
+        pictures.check_result(given, done, "cutout")
         if on_progress is not None:
             on_progress(1.0)
-        return Picture(done, picture.info)
+        return pictures.made_of(picture, done)
 
     def matte(self, picture: Picture) -> Matte:
         """Where the people are. ImageError where nobody is found."""
         h, w, c = picture.pixels.shape
         require_memory(2 * h * w * c * picture.pixels.itemsize, f"a picture of {w}x{h}")
-        colours, alpha = _in_8_bits(picture.colours), picture.alpha
+        colours, alpha = pixels.in_8_bits(picture.colours), picture.alpha
         if alpha is not None and alpha.min() != alpha.max():
             colours = pictures.spread_colours(colours, alpha)
         mask = self.mask(colours)
@@ -105,13 +106,6 @@ def cut_out(image: Any, background: Any = None, **options: Any) -> Any:
     """The people of ``image`` before ``background``, or before nothing: see `Cutter`, whose options these are. A
     picture of Pillow's gives one, an array gives one. For many pictures keep a `Cutter`."""
     return Cutter(background, **options)(image)
-
-
-def _in_8_bits(colours: np.ndarray) -> np.ndarray:
-    """For the networks, which see no more."""
-    if colours.dtype == np.uint16:
-        return (colours >> 8).astype(np.uint8)
-    return colours if colours.dtype == np.uint8 else (colours.clip(0, 1) * 255).round().astype(np.uint8)
 
 
 def smaller(colours: np.ndarray, size: tuple[int, ...]) -> Tensor:
@@ -150,35 +144,6 @@ def behind_of(background: Any) -> Picture:
     except ValueError as error:
         raise UsageError(f"--background {background}: no such file, and no colour such as white or #204060") from error
     return Picture(np.array(colour, np.uint8).reshape(1, 1, -1))
-
-
-def covering(background: Picture, pixels: np.ndarray) -> np.ndarray:
-    """The background as large as ``pixels`` (H, W, C) and of their dtype: the largest part of its middle that has their
-    proportions."""
-    h, w = pixels.shape[:2]
-    given = background.pixels
-    if given.shape[:2] == (1, 1):
-        return np.broadcast_to(_as_dtype(given, pixels.dtype), (h, w, given.shape[2]))
-    scale = max(h / given.shape[0], w / given.shape[1])
-    cut = tuple(min(n, max(1, round(m / scale))) for n, m in zip(given.shape, (h, w), strict=False))
-    top, left = (given.shape[0] - cut[0]) // 2, (given.shape[1] - cut[1]) // 2
-    part = given[top : top + cut[0], left : left + cut[1]]
-    colours = part.shape[2] - (part.shape[2] in (2, 4))
-    if colours < part.shape[2]:  # or hidden colours would come in at the rim
-        part = part.copy()
-        part[..., :colours] = pictures.spread_colours(part[..., :colours], part[..., colours:])
-    return _as_dtype(part if cut == (h, w) else pictures.resized(part, (h, w)), pixels.dtype)
-
-
-def _as_dtype(pixels: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if pixels.dtype == dtype:
-        return pixels
-    if pixels.dtype == np.uint8 and dtype == np.uint16:
-        return pixels.astype(np.uint16) * np.uint16(257)
-    values = pixels.astype(np.float32) / np.float32(white(pixels.dtype))
-    if dtype.kind == "f":
-        return values.astype(dtype)
-    return (values.clip(0, 1) * np.float32(white(dtype))).round().astype(dtype)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from . import batch, pictures, tiles, user_models
 from .data import photograph
 from .machine import choose_device, choose_dtype, memory_to_use, require, require_memory
 from .pictures import Picture
+from .pixels import resized
 from .tiles import ImageJob, Means
 
 __all__ = ["MODELS", "Enhancer", "add_command", "enhance", "evaluate", "job_of"]
@@ -221,7 +222,7 @@ class Enhancer:
                     result=given if last and pixels.shape else between,
                     on_progress=tiles.portion(on_progress, i, len(jobs)),
                 )
-        return pixels if pixels.shape[:2] == size else pictures.resized(pixels, size)
+        return pixels if pixels.shape[:2] == size else resized(pixels, size)
 
 
 def enhance(image: Any, scale: int | None = None, **options: Any) -> Any:

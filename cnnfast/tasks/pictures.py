@@ -35,8 +35,8 @@ __all__ = [
     "check_result",
     "from_array",
     "from_pil",
+    "made_of",
     "read",
-    "resized",
     "spread_colours",
     "through",
     "to_pil",
@@ -271,17 +271,12 @@ def _in_8_bits(pixels: np.ndarray) -> np.ndarray:
     return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
-def resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Pixels (H, W, C) as ``size`` (height, width), bicubic, with a low-pass where they become fewer; channel by
-    channel, for Pillow has no others but of 8 bits."""
-    from PIL import Image
-
-    result = np.empty((*size, pixels.shape[2]), pixels.dtype)
-    for c in range(pixels.shape[2]):
-        channel = Image.fromarray(pixels[..., c].astype(np.float32))
-        values = np.asarray(channel.resize(size[::-1], Image.Resampling.BICUBIC)).clip(0, white(pixels.dtype))
-        result[..., c] = values if pixels.dtype.kind == "f" else values.round()
-    return result
+def made_of(picture: Picture, pixels: np.ndarray) -> Picture:
+    """``pixels`` with the ``info`` of ``picture``; with colours that a grey one became its profile does not go along."""
+    made = Picture(pixels, picture.info)
+    if made.colours.shape[2] == picture.colours.shape[2]:
+        return made
+    return Picture(pixels, {key: value for key, value in picture.info.items() if key != "icc_profile"})
 
 
 def check_target(path: Path, picture: Picture | None = None, written: Sequence[str] = WRITTEN) -> None:

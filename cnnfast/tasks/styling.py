@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..dispatch import backend as backend_context
 from ..generators import create_model
 from ..messages import UsageError
-from . import batch, cutting, matting, pictures, stages, tiles
+from . import batch, matting, pictures, pixels, stages
 from .cutting import Cutter, read, smaller
 from .machine import choose_device, choose_dtype, memory_to_use, require, require_memory
 from .pictures import Picture
@@ -142,14 +142,14 @@ class Styler:
             done = matting.composed(colours, matte, behind=colours, front=done)
         if alpha is not None:
             done = np.concatenate([done, alpha], 2)
-        return Picture(done, picture.info)
+        return pictures.made_of(picture, done)
 
     def _run(self, colours: np.ndarray, on_progress: Callable[[float], object] | None) -> np.ndarray:
         h, w = colours.shape[:2]
         memory = self.memory if self.memory is not None else memory_to_use(self.device)
         scale = 1.0 if self.size is None else min(1.0, self.size / max(h, w))
         if scale < 1:
-            colours = pictures.resized(colours, (max(1, round(h * scale)), max(1, round(w * scale))))
+            colours = pixels.resized(colours, (max(1, round(h * scale)), max(1, round(w * scale))))
         with backend_context(self._backend) if self._backend is not None else nullcontext():
             done = stages.run(
                 self.network,
@@ -160,7 +160,7 @@ class Styler:
                 memory=memory,
                 on_progress=on_progress,
             )
-        return done if scale == 1 else pictures.resized(done, (h, w))
+        return done if scale == 1 else pixels.resized(done, (h, w))
 
 
 def style(image: Any, style: Style, **options: Any) -> Any:
@@ -239,20 +239,11 @@ def _predicted(found: Weighted, made: Mapping[str, Any]) -> Tensor:
     squares = []
     for item, _ in found:
         assert isinstance(item, Picture)
-        square = cutting.covering(_on_white(item), np.empty((_PREDICTED_FROM, _PREDICTED_FROM, 3), np.uint8))
+        square = pixels.covering(pixels.on_white(item), np.empty((_PREDICTED_FROM, _PREDICTED_FROM, 3), np.uint8))
         squares.append(smaller(square, (_PREDICTED_FROM, _PREDICTED_FROM)))
     with torch.inference_mode():
         vectors = network(torch.stack(squares))
     return (vectors * torch.tensor([weight for _, weight in found])[:, None]).sum(0).clone()
-
-
-def _on_white(picture: Picture) -> Picture:
-    alpha = picture.alpha
-    if alpha is None:
-        return picture
-    white = tiles.white(picture.pixels.dtype)
-    part = alpha.astype(np.float32) / np.float32(white)
-    return Picture((picture.colours * part + white * (1 - part)).astype(picture.pixels.dtype))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
