@@ -115,7 +115,7 @@ def read_graph(data: bytes) -> Graph:
     return Graph(operators, constants)
 
 
-def _of(items: list, number: int):  # type: ignore[no-untyped-def, type-arg]
+def _of(items: list, number: int):  # type: ignore[no-untyped-def]
     if number >= len(items):
         raise ValueError(f"number {number} of {len(items)} is asked for")
     return items[number]

@@ -53,9 +53,9 @@ def network(name: str, pretrained: bool = False, **options: Any) -> nn.Module:
 
 def negative(network: Network, numbers: Tensor, pixels: np.ndarray, **options: Any) -> np.ndarray:
     """Of a learnt style; of a picture its mean colour."""
-    if network.name == "style_any":
-        return np.broadcast_to(numbers.numpy(), pixels.shape).astype(pixels.dtype)
     top = 1 if pixels.dtype.kind == "f" else np.iinfo(pixels.dtype).max
+    if network.name == "style_any":
+        return (np.broadcast_to(numbers.numpy(), pixels.shape) * top).astype(pixels.dtype)
     return (top - pixels).astype(pixels.dtype)
 
 
@@ -203,7 +203,9 @@ def test_any_picture_is_a_style(plain: Path) -> None:
     clear = np.dstack([wide, np.zeros((40, 80, 1), np.uint8)])
     torch.testing.assert_close(Styler(clear).numbers, torch.ones(3), atol=1e-3, rtol=0)
     grey = np.full((9, 9), 51, np.uint8)
-    torch.testing.assert_close(Styler([(grey, 1), (wide, 3)]).numbers, torch.tensor([0.8, 0.2, 0.05]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        Styler([(grey, 1), (wide, 3)]).numbers, torch.tensor([0.8, 0.2, 0.05]), atol=1e-3, rtol=0
+    )
     done = style(noise(8, 8, 3).astype(np.float64), wide)
     np.testing.assert_allclose(done[0, 0], [1, 0.2, 0], atol=1e-3)
 
@@ -240,7 +242,9 @@ def test_people_before_nothing(plain: Path, dtype: type, channels: int) -> None:
     front, behind = inside()
     top = pixels.max()
     assert done.shape == (60, 80, 4) and done.dtype == dtype
-    np.testing.assert_array_equal(done[front], np.broadcast_to(person(channels=4, dtype=dtype)[front], done[front].shape))
+    np.testing.assert_array_equal(
+        done[front], np.broadcast_to(person(channels=4, dtype=dtype)[front], done[front].shape)
+    )
     assert (done[behind][:, 3] == 0).all() and done[..., 3].max() == top
     assert done[behind][:, 2].max() < 0.1 * top  # nothing of what was behind is in the file
 
@@ -253,7 +257,9 @@ def test_people_before_a_picture(plain: Path) -> None:
     halves[:, 100:] = 200
     wide = cut_out(pixels, halves)
     np.testing.assert_array_equal(wide[front], pixels[front])
-    assert set(np.unique(wide[behind][:, 1])) >= {0, 200} and (wide[:8, :30] == 0).all() and (wide[:8, 50:] == 200).all()
+    assert (
+        set(np.unique(wide[behind][:, 1])) >= {0, 200} and (wide[:8, :30] == 0).all() and (wide[:8, 50:] == 200).all()
+    )
     for grey in (np.full((7, 9), 51, np.uint8), np.full((7, 9), 51 * 257, np.uint16), np.full((7, 9, 1), 0.2)):
         done = cut_out(pixels, grey)
         assert (done[behind] == 51).all() and done.shape == pixels.shape
@@ -337,7 +343,11 @@ def test_cutouts_on_the_command_line(plain: Path, capsys: pytest.CaptureFixture[
         (["style", "rgb.png", "--style", "mosaic=-1"], 2, "weights of styles must be positive numbers"),
         (["style", "rgb.png", "--style", "mosaic=nan"], 2, "weights of styles must be positive numbers"),
         (["style", "rgb.png", "--style", "pop", "--style", "rgb.png"], 2, "they are of two networks"),
-        (["style", "rgb.png", "--style", "pop", "--strength", "1.5"], 2, "--strength 1.5: expected a number from 0 to 1"),
+        (
+            ["style", "rgb.png", "--style", "pop", "--strength", "1.5"],
+            2,
+            "--strength 1.5: expected a number from 0 to 1",
+        ),
         (["style", "rgb.png", "--style", "pop", "--strength", "nan"], 2, "--strength nan"),
         (["style", "rgb.png", "--style", "pop", "--size", "10"], 2, "--size 10: expected at least 32 pixels"),
         (["style", "rgba.png", "--style", "pop", "--output", "out.jpg"], 2, "out.jpg: JPEG has no transparency"),

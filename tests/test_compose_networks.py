@@ -136,10 +136,10 @@ def test_selfie_against_litert() -> None:
         other.set_tensor(other.get_input_details()[0]["index"], x.permute(0, 2, 3, 1).contiguous().numpy())
         other.invoke()
         expected = torch.from_numpy(other.get_tensor(other.get_output_details()[0]["index"]).copy())[..., 0]
-        assert expected.std() > 0.05
+        assert expected.std() > 0.03
         with torch.inference_mode():
             for _ in range(3):
-                assert (network(x)[:, 0] - expected).abs().max() < 1e-3
+                assert (network(x)[:, 0] - expected).abs().max() < 3e-4
 
 
 def session(data: bytes):  # type: ignore[no-untyped-def]

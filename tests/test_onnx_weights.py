@@ -11,7 +11,7 @@ from cnnfast import onnx as ours
 from cnnfast.ncnn import by_order
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
 KINDS = ["float32", "float64", "float16", "int8", "uint8", "int16", "uint16", "int32", "int64", "bool"]
 

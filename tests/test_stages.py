@@ -11,7 +11,7 @@ from cnnfast.generators.style import StyleConfig, StyleTransfer
 from cnnfast.messages import CnnfastError
 from cnnfast.tasks import stages
 
-SIZES = [(70, 45), (33, 64), (96, 96), (1, 1), (1, 60), (50, 3)]
+SIZES = [(70, 45), (33, 64), (96, 96), (1, 60), (50, 3)]
 
 
 def network(predicted: bool = False) -> tuple[StyleTransfer, torch.Tensor]:
@@ -36,16 +36,39 @@ def noise(h: int, w: int, dtype: type = np.float32) -> np.ndarray:
 @pytest.mark.parametrize("predicted", [False, True], ids=["learnt", "predicted"])
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_tiles_are_the_whole(size: tuple[int, int], predicted: bool) -> None:
-    """To 1e-9 in double precision; in single as far as that carries through so many norms."""
+    """To the rounding of what is kept, in double precision; in single as far as that carries through so many norms."""
     made, style = network(predicted)
     pixels = noise(*size, np.float64)
-    for dtype, most in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+    for dtype, most in ((torch.float64, 1e-7), (torch.float32, 1e-4)):
         made, style = made.to(dtype), style.to(dtype)
         whole = stages.run(made, style, pixels)
         assert whole.shape == (*size, 3) and whole.dtype == np.float64
         assert min(size) < 8 or whole.std() > 0.05
         for side in (16, 40):
             assert np.abs(stages.run(made, style, pixels, side=side) - whole).max() <= most
+
+
+@pytest.mark.parametrize("predicted", [False, True], ids=["learnt", "predicted"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (32, 48)], ids=lambda s: f"{s[0]}x{s[1]}")
+def test_pictures_of_one_colour(size: tuple[int, int], predicted: bool) -> None:
+    """What all pictures come to that differ from one colour by less and less, while that can be computed."""
+    made, style = network(predicted)
+    flat = np.full((*size, 3), 0.3) + (0.1, 0.3, 0.5)
+    found = stages.run(made, style, flat)
+    assert found.shape == flat.shape and (found == found[:1, :1]).all()
+    eight = stages.run(made, style, (flat * 255).round().astype(np.uint8))
+    assert np.abs(eight / 255.0 - found).max() <= 0.5 / 255 + 1e-6
+    norms = [layer.norm for layer in made.layers if layer.norm is not None]
+    with torch.no_grad():
+        for norm in norms[:-1]:  # with no factor nothing is enlarged
+            norm.gamma.weight.zero_()
+            if predicted:
+                norm.gamma.bias.zero_()
+        near = flat + 1e-3 * np.random.default_rng(0).random(flat.shape)
+        norms[-1].gamma.weight *= 0
+        if predicted:
+            norms[-1].gamma.bias.zero_()
+    np.testing.assert_allclose(found, stages.run(made, style, near), atol=1e-5)
 
 
 def test_statistics_of_each_tile_would_not_do() -> None:
@@ -98,8 +121,8 @@ def test_memory_bounds_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = max(seen)
     seen.clear()
     parts: list[float] = []
-    found = stages.run(plain, style, pixels, memory=3e6, on_progress=parts.append)
-    assert max(seen) * 4 < 3e6 < largest * 4 * 2 and max(seen) < largest / 2
+    found = stages.run(plain, style, pixels, memory=2e6, on_progress=parts.append)
+    assert max(seen) * 4 < 2e6 and max(seen) < largest / 2
     assert np.abs(found - whole).max() <= 1e-4
     assert parts == sorted(parts) and parts[-1] == pytest.approx(1) and len(parts) > 20
     with pytest.raises(CnnfastError, match="out of memory: style of 256x256 pixels needs .*--size"):

@@ -13,7 +13,7 @@ from torch import nn
 from cnnfast import tflite
 from cnnfast.ncnn import by_order
 
-# A table: field's number -> ("<i", 5), bytes, a list of tables.
+# A table: field's number -> ("<i", 5), bytes, an array, a list of tables.
 Table = Mapping[int, object]
 
 
@@ -28,10 +28,10 @@ def flatbuffer(root: Table, magic: bytes = b"TFL3") -> bytes:
     def refer(place: int, target: int) -> None:
         struct.pack_into("<I", data, place, target - place)
 
-    def vector(value: bytes | Sequence[Table]) -> int:
+    def vector(value: bytes | np.ndarray | Sequence[Table]) -> int:
         start = at_four()
-        if isinstance(value, bytes):
-            data.extend(struct.pack("<I", len(value)) + value)
+        if isinstance(value, (bytes, np.ndarray)):
+            data.extend(struct.pack("<I", len(value)) + bytes(value))
             return start
         data.extend(struct.pack("<I", len(value)) + bytes(4 * len(value)))
         for i, table in enumerate(value):
@@ -60,8 +60,8 @@ def flatbuffer(root: Table, magic: bytes = b"TFL3") -> bytes:
     return bytes(data)
 
 
-def ints(*values: int) -> bytes:
-    return np.array(values, "<i4").tobytes()
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, "<i4")
 
 
 def tensor(shape: Sequence[int], kind: int, buffer: int) -> Table:

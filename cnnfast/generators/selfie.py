@@ -1,7 +1,7 @@
 """MediaPipe's selfie segmentation (Google, 2021): a picture of people nearby -> where they are.
 
-MobileNetV3's blocks down to 1/16, and a way back up by bilinear doubling whose three skips are each weighed by what both
-together hold. TensorFlow's layers at stride 2 pad the lower and the right edge only.
+MobileNetV3's blocks down to 1/16, and a way back up by bilinear doubling whose three skips are each weighed by what
+both together hold. TensorFlow's layers at stride 2 pad the lower and the right edge only.
 """
 
 from __future__ import annotations

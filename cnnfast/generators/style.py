@@ -79,7 +79,14 @@ class _Layer(nn.Module):
     """A convolution with reflected borders, the norm behind it where there is one, and what surrounds both."""
 
     def __init__(
-        self, channels: tuple[int, int], kernel_size: int, stride: int, up: int, act: str, config: StyleConfig, norm: bool
+        self,
+        channels: tuple[int, int],
+        kernel_size: int,
+        stride: int,
+        up: int,
+        act: str,
+        config: StyleConfig,
+        norm: bool,
     ) -> None:
         super().__init__()
         before, after = channels
@@ -169,7 +176,7 @@ class StyleTransfer(nn.Module):
     @property
     def layers(self) -> tuple[_Layer, ...]:
         """In the order of computation."""
-        return (*self.contract, *(layer for pair in self.res for layer in pair), *self.expand)  # type: ignore[arg-type, union-attr]
+        return tuple(module for module in self.modules() if isinstance(module, _Layer))
 
     @property
     def sections(self) -> tuple[Section, ...]:

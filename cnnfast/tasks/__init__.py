@@ -1,8 +1,8 @@
 """Whole jobs on top of the library, for the command line and for programs. Nothing of the library imports them.
 
 ``enhance(image, ...)``, ``style(image, ...)`` and ``cut_out(image, ...)``, and `Enhancer`, `Styler` and `Cutter`, which
-keep their networks for many pictures, are loaded on first use. Modules are named after the work and functions after what
-they do, so that no name means both.
+keep their networks for many pictures, are loaded on first use. Modules are named after the work and functions after
+what they do, so that no name means both.
 """
 
 from __future__ import annotations

@@ -64,9 +64,7 @@ def add_machine_options(command: argparse.ArgumentParser, memory: bool = True) -
 # --- which ------------------------------------------------------------------------------------------------------------
 
 
-def plan(
-    inputs: Sequence[Path], output: Path, recursive: bool = False, written: Sequence[str] = WRITTEN
-) -> list[Item]:
+def plan(inputs: Sequence[Path], output: Path, recursive: bool = False, written: Sequence[str] = WRITTEN) -> list[Item]:
     """What is to be made of what, in the order of names.
 
     One picture goes to ``output`` itself where that is no folder and is named like a picture; otherwise ``output`` is a

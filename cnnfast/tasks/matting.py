@@ -1,8 +1,8 @@
 """From a coarse mask to a cut-out: how much of each pixel belongs to it, and of what colour that part is.
 
 All that needs surroundings is computed on a smaller picture; at the full size every pixel stands by itself, so that
-pictures of any size take rows of memory only. The mask follows the picture's edges by a guided filter (He, Sun and Tang,
-"Guided Image Filtering", 2013, and "Fast Guided Filter", 2015); colours at soft edges, which hold some of the old
+pictures of any size take rows of memory only. The mask follows the picture's edges by a guided filter (He, Sun and
+Tang, "Guided Image Filtering", 2013, and "Fast Guided Filter", 2015); colours at soft edges, which hold some of the old
 background, are parted as in "Approximate Fast Foreground Colour Estimation" (Forte, 2021).
 """
 
@@ -125,8 +125,8 @@ def _strips(size: tuple[int, int]) -> Iterator[slice]:
 
 def _floats(pixels: np.ndarray) -> np.ndarray:
     """In [0, 1], in float32 where they are not in float64."""
-    dtype = np.float64 if pixels.dtype == np.float64 else np.float32
-    return pixels.astype(dtype) / dtype(white(pixels.dtype))
+    values: np.ndarray = pixels.astype(np.float64 if pixels.dtype == np.float64 else np.float32)
+    return values / values.dtype.type(white(pixels.dtype))
 
 
 def _steep(alpha):  # type: ignore[no-untyped-def]
@@ -141,7 +141,7 @@ def _mean(x: Tensor, radius: int) -> Tensor:
 
 
 def _guided(image: Tensor, mask: Tensor, radius: int, eps: float) -> Tensor:
-    """Three factors and a summand (4, h, w) which make the mask of the picture's colours, the best around each pixel."""
+    """Three factors and a summand (4, h, w) that make the mask of the picture's colours, the best around each pixel."""
     pairs = torch.stack([image[i] * image[j] for i in range(3) for j in range(3)])
     means = _mean(torch.cat([image, mask[None], image * mask, pairs]), radius)
     of_image, of_mask, of_both, of_pairs = means[:3], means[3:4], means[4:7], means[7:]

@@ -272,7 +272,7 @@ def _in_8_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 def made_of(picture: Picture, pixels: np.ndarray) -> Picture:
-    """``pixels`` with the ``info`` of ``picture``; with colours that a grey one became its profile does not go along."""
+    """``pixels`` with the ``info`` of ``picture``; without its profile where grey became colours."""
     made = Picture(pixels, picture.info)
     if made.colours.shape[2] == picture.colours.shape[2]:
         return made

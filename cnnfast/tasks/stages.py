@@ -54,6 +54,8 @@ def run(
     if min(h, w) < _LEAST:
         pixels = np.pad(pixels, ((0, max(0, _LEAST - h)), (0, max(0, _LEAST - w)), (0, 0)), "edge")
     target = np.dtype(pixels.dtype if result is None else result)
+    if (pixels == pixels[:1, :1]).all():
+        return _flat(network, style, (h, w), target)
     with torch.inference_mode():
         if not side:
             styled = network.styled(style) if styled is None else styled
@@ -63,6 +65,17 @@ def run(
         if done is None:
             done = _Run(network, style, pixels, name, on_progress).all(memory, side, target)
     return done[:h, :w]
+
+
+def _flat(network: StyleTransfer, style: Tensor, size: tuple[int, int], target: np.dtype) -> np.ndarray:
+    """Of a picture of one colour: there the norms' results are their summands, whatever the colour; in floating point
+    they would enlarge roundings, one after the other, until noise is all that is seen."""
+    norm = network.layers[-1].norm
+    assert norm is not None
+    with torch.no_grad():
+        colour = torch.sigmoid(norm.vectors(style)[1]).double().cpu().numpy()
+    values = colour * tiles.white(target)
+    return np.broadcast_to(values if target.kind == "f" else values.round(), (*size, 3)).astype(target)
 
 
 def _where(network: nn.Module) -> tuple[torch.device, torch.dtype]:
