@@ -22,10 +22,9 @@ def scene(h: int = 240, w: int = 320) -> tuple[np.ndarray, np.ndarray, np.ndarra
 
 
 def coarse(alpha: np.ndarray, cell: int = 8) -> torch.Tensor:
-    """As a network of few pixels sees it: large cells, half a cell out of place."""
+    """As a network of few pixels sees it: large cells, two pixels out of place."""
     small = nn.functional.avg_pool2d(torch.from_numpy(alpha[..., 0])[None, None], cell)
-    small = small.roll(1, 3)
-    return nn.functional.interpolate(small, alpha.shape[:2], mode="bilinear")[0, 0]
+    return nn.functional.interpolate(small, alpha.shape[:2], mode="bilinear")[0, 0].roll(2, 1)
 
 
 def matte(picture: np.ndarray, mask: torch.Tensor, shrink: int = 1) -> Matte:
@@ -46,15 +45,13 @@ def test_edges_follow_the_picture(shrink: int) -> None:
 
 
 def test_colours_at_the_edge_are_those_in_front() -> None:
-    """Before white: as if it had been taken there; the plain way keeps the green behind it."""
+    """In the picture they are mixed with the green behind it."""
     picture, alpha, front = scene()
-    white = np.ones_like(picture)
-    truth = alpha * front + (1 - alpha)
-    edge = ((alpha > 0.1) & (alpha < 0.9))[..., 0]
     made = matte(picture, torch.from_numpy(alpha[..., 0].copy()))
-    found = composed(picture, made, behind=white)
-    plain = alpha * picture + (1 - alpha) * white
-    assert np.abs(found - truth)[edge].mean() < np.abs(plain - truth)[edge].mean() / 2
+    found, share = made.rows(picture, 0)
+    edge = ((share > 0.1) & (share < 0.9))[..., 0]
+    assert edge.sum() > 500
+    assert np.abs(found - front)[edge].mean() < np.abs(picture - front)[edge].mean() / 2
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32, np.float64])
@@ -79,7 +76,7 @@ def test_inside_and_outside_nothing_changes(dtype: type) -> None:
     transparent = composed(pixels, made)
     assert transparent.shape == (60, 80, 4)
     np.testing.assert_array_equal(transparent[found == 1][:, :3], pixels[found == 1])
-    np.testing.assert_array_equal(transparent[..., 3] == 0, found == 0)
+    assert (transparent[..., 3][found == 0] == 0).all() and (transparent[..., 3][found > 0.01] > 0).all()
 
 
 def test_rows_are_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """``compose cutout``: people out of a picture, before another one or before nothing.
 
-Where they are says a small network, MediaPipe's, in 256x256 pixels; `matting` takes that to the picture's own edges.
+Where they are says a small network, MediaPipe's, of some 256x256 pixels. It is asked at several sizes, and again about
+the part where it sees somebody; `matting` takes that to the picture's own edges.
 `Cutter` keeps the network for many pictures; `cut_out` is one call.
 """
 
@@ -30,8 +31,12 @@ __all__ = ["Cutter", "add_command", "behind_of", "cut_out", "enlarged", "read", 
 
 PACKAGES = MappingProxyType({"pillow": "PIL", "tqdm": "tqdm"})
 
-_SIDE = 256  # of the pictures that the network was trained on
-_WORK = 1024  # longer side, in pixels, of the picture on which edges are looked for
+# Sizes at which the network is asked, of whose answers the mean is better than each: squares as it was trained on, and
+# the picture's own proportions with as many pixels as a square of this side.
+_SQUARES, _SIDES = (256, 320), (224, 256, 288)
+_MULTIPLE = 16
+_MARGIN = 0.1  # of its size, around the part about which the network is asked again
+_WORK = 512  # longer side, in pixels, of the picture on which edges are looked for
 _PERSON = 0.5  # of the mask, somewhere, below which nobody is there
 
 
@@ -85,18 +90,42 @@ class Cutter:
         colours, alpha = pixels.in_8_bits(picture.colours), picture.alpha
         if alpha is not None and alpha.min() != alpha.max():
             colours = pictures.spread_colours(colours, alpha)
-        mask = self.mask(colours)
-        if not mask.max() > _PERSON:
-            raise pictures.ImageError("shows nobody that the network finds")
-        longer = max(h, w)
-        size = tuple(max(1, round(n * min(1.0, _WORK / longer))) for n in (h, w))
-        return matting.matte_of(smaller(colours, size), enlarged(mask, size), (h, w))
+        small = smaller(colours, _within(_WORK, h, w))
+        return matting.matte_of(small, self.mask(colours), (h, w))
 
     def mask(self, colours: np.ndarray) -> Tensor:
-        """What the network says of pixels (H, W, 1 or 3) uint8: float32 (256, 256) on the CPU, 1 where people are."""
-        x = smaller(colours, (_SIDE, _SIDE))[None].to(self.device, self.dtype)
+        """Where people are in pixels (H, W, 1 or 3) uint8: float32 from 0 to 1 (h, w), of the same proportions and at
+        most 512 pixels long, on the CPU. ImageError where nobody is found."""
+        h, w = colours.shape[:2]
+        size = _within(_WORK, h, w)
+        mask = self._asked(colours, size)
+        rows, columns = ((mask > _PERSON).any(1 - i).nonzero().flatten() for i in (0, 1))
+        if not len(rows):
+            raise pictures.ImageError("shows nobody that the network finds")
+        (top, bottom), (left, right) = (_around(n, m) for n, m in ((rows, size[0]), (columns, size[1])))
+        part = (
+            slice(top * h // size[0], -(-bottom * h // size[0])),
+            slice(left * w // size[1], -(-right * w // size[1])),
+        )
+        again = torch.zeros_like(mask)
+        again[top:bottom, left:right] = self._asked(colours[part], (bottom - top, right - left))
+        return again if again.max() > _PERSON else mask
+
+    def _asked(self, colours: np.ndarray, size: tuple[int, int]) -> Tensor:
+        """The mean of the network's answers, as ``size``."""
+        h, w = colours.shape[:2]
+        fitting = [_multiples(side * (h / w) ** 0.5, side * (w / h) ** 0.5) for side in _SIDES]
+        total = torch.zeros(size)
+        sizes = [*((side, side) for side in _SQUARES), *fitting]
+        for one in sizes:
+            total += enlarged(self.answer(smaller(colours, one)), size)
+        return total / len(sizes)
+
+    def answer(self, x: Tensor) -> Tensor:
+        """What the network says of a picture (3, h, w) in [0, 1], multiples of 16: float32 (h, w) on the CPU."""
+        x = x[None].to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
         with torch.inference_mode(), backend_context(self._backend) if self._backend is not None else nullcontext():
-            y = self.network(x.contiguous(memory_format=torch.channels_last))
+            y = self.network(x)
         if not torch.isfinite(y).all():
             raise CnnfastError(f"selfie in {str(self.dtype).removeprefix('torch.')} gave values that are not finite")
         return y[0, 0].float().cpu().clone()
@@ -106,6 +135,25 @@ def cut_out(image: Any, background: Any = None, **options: Any) -> Any:
     """The people of ``image`` before ``background``, or before nothing: see `Cutter`, whose options these are. A
     picture of Pillow's gives one, an array gives one. For many pictures keep a `Cutter`."""
     return Cutter(background, **options)(image)
+
+
+def _within(longest: int, h: int, w: int) -> tuple[int, int]:
+    scale = min(1.0, longest / max(h, w))
+    return max(1, round(h * scale)), max(1, round(w * scale))
+
+
+def _multiples(h: float, w: float) -> tuple[int, int]:
+    """The next multiples of 16, for long pictures not beyond what such a network is good for."""
+    most = 4 * max(_SIDES)
+    h, w = (min(max(n, _MULTIPLE), most) for n in (h, w))
+    return round(h / _MULTIPLE) * _MULTIPLE, round(w / _MULTIPLE) * _MULTIPLE
+
+
+def _around(found: Tensor, size: int) -> tuple[int, int]:
+    """From the first to behind the last of these positions, and a margin."""
+    first, last = int(found[0]), int(found[-1]) + 1
+    margin = round(_MARGIN * (last - first))
+    return max(first - margin, 0), min(last + margin, size)
 
 
 def smaller(colours: np.ndarray, size: tuple[int, ...]) -> Tensor:
