@@ -134,7 +134,7 @@ def cast(o: Operands, dtype: torch.dtype) -> Operands:
     return Operands(*(v.detach().cpu().type(dtype) if isinstance(v, torch.Tensor) else v for v in o))
 
 
-def reference(step: Step, o: Operands, tf32: bool) -> tuple[torch.Tensor, torch.Tensor, float]:
+def reference(step: Step, o: Operands, tf32: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`cnnfast.tolerance.expected`, computed on the CPU."""
     return expected(step, Operands(*(v.cpu() if isinstance(v, torch.Tensor) else v for v in o)), tf32)
 

@@ -76,7 +76,8 @@ def check(seq: nn.Sequential, x: Tensor, inputs: int = 1) -> None:
     """seq(x) is what nn.Sequential of the same modules gives: values by the tolerance rule, dtype, strides.
 
     With ``inputs`` > 1, also for more inputs like x (a CPU packs a weight that it meets again); the rule is applied to
-    all results together, since a maximum over a handful of numbers says little.
+    all results together: of one or two numbers that were rounded several times, those of the yardstick may be right by
+    luck.
     """
     plain = nn.Sequential(OrderedDict(seq._modules))
     exact = copy.deepcopy(plain).double()
