@@ -199,7 +199,7 @@ class StyleTransfer(nn.Module):
 
         made = self._sequential
         blocks = [_Residual(made(*run(pair))) for pair in self.res]  # type: ignore[arg-type]
-        return made(*run(self.contract), *blocks, *run(self.expand))  # type: ignore[arg-type]
+        return made(*run(self.contract), *blocks, *run(self.expand)).train(self.training)  # type: ignore[arg-type]
 
     def part(self, layers: Sequence[int], style: Tensor, moments: Sequence[Moments | None], raw: bool) -> nn.Sequential:
         """The layers with these numbers, one after the other, for one style and with the moments given. ``raw``: of the
@@ -207,9 +207,8 @@ class StyleTransfer(nn.Module):
         found = [self.layers[i] for i in layers]
         last = len(found) - 1
         pairs = enumerate(zip(found, moments, strict=True))
-        return self._sequential(
-            *(module for i, (layer, m) in pairs for module in layer.modules_for(style, m, raw and i == last))
-        )
+        made = (module for i, (layer, m) in pairs for module in layer.modules_for(style, m, raw and i == last))
+        return self._sequential(*made).eval()
 
     def forward(self, x: Tensor, style: Tensor | None = None) -> Tensor:
         """``style`` None: as much of each number, 1 in all."""

@@ -85,8 +85,8 @@ def matte_of(small: Tensor, mask: Tensor, size: tuple[int, int]) -> Matte:
 def composed(
     pixels: np.ndarray, matte: Matte, behind: np.ndarray | None = None, front: np.ndarray | None = None
 ) -> np.ndarray:
-    """A picture's cut-out before ``behind``, or before nothing: pixels (H, W, C) as of `Picture`, of the dtype of
-    ``pixels``, with alpha where one of both lets something through.
+    """A picture's cut-out before ``behind``, or before nothing: pixels (H, W, C) as of `pictures.Picture`, of the dtype
+    of ``pixels``, with alpha where one of both lets something through.
 
     ``behind`` has the size and the dtype of ``pixels``, the number of channels need not be the same. ``front`` (H, W, 1
     or 3): other colours than the picture's. Transparency of ``pixels`` counts. Pixels wholly in front or behind are
