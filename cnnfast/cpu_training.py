@@ -152,8 +152,13 @@ def _batch_norm(y: Tensor, call: NormCall, shifted: bool = False) -> Tensor:
 def _instance_norm(y: Tensor, call: NormCall) -> Tensor:
     """InstanceNorm as the BatchNorm of every image: ATen's own brings y into NCHW and back (and for a batch of one, its
     input gradient is wrong where the incoming gradient is channels-last)."""
-    call = call._replace(norm=Norm("batch", eps=call.norm.eps))
-    images = [_batch_norm(image, call) for image in y.split(1)]
+    from .ops.norm_aten import of_large_image
+
+    as_batch = call._replace(norm=Norm("batch", eps=call.norm.eps))
+    images = []
+    for image in y.split(1):
+        exact = of_large_image(image, call)
+        images.append(_batch_norm(image, as_batch) if exact is None else exact)
     return images[0] if len(images) == 1 else torch.cat(images)
 
 

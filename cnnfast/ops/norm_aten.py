@@ -13,11 +13,13 @@ from torch import Tensor
 from ..activations import Activation
 from ..norms import NormCall
 
-__all__ = ["composition", "per_channel", "run"]
+__all__ = ["composition", "of_large_image", "per_channel", "run"]
 
 # These save their result in either form. In place, other activations would keep a copy of their input, or save their
 # result where eager's saves the input: a caller's own in-place operation on the result would then be an error.
 _IN_PLACE = {"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_}
+
+_FEW = 512  # values whose sum in float32 is as exact as each of them
 
 
 def per_channel(v: Tensor, like: Tensor) -> Tensor:
@@ -76,11 +78,52 @@ def _by_torch(x: Tensor, call: NormCall) -> Tensor:
     if norm.kind == "instance" and measured and x.shape[0] != 1:
         return F.instance_norm(x, mean, var, weight, bias, measured, momentum, norm.eps)
     if norm.kind == "instance":
+        exact = of_large_image(x, call)
+        if exact is not None:
+            return exact
         # Of one image it is the batch norm (whose gradient is right where that of F.instance_norm is not, on a CPU, for
         # a channels-last gradient), without the check of F.batch_norm that eps is positive.
         cudnn = torch.backends.cudnn.enabled
         return torch.batch_norm(x, weight, bias, mean, var, measured, momentum, norm.eps, cudnn)
     return F.batch_norm(x, mean, var, weight, bias, measured, momentum, norm.eps)
+
+
+def of_large_image(x: Tensor, call: NormCall) -> Tensor | None:
+    """The instance norm of one image whose values, channels-last, PyTorch's CPU kernel would add up one after the other
+    in float32: of a million values three digits are lost. (An InstanceNorm module converts to NCHW, whose kernel does
+    not.) None for others, and where a gradient is wanted: there that stays."""
+    given = (x, call.weight, call.bias)
+    if (
+        not call.measured
+        or call.running_mean is not None
+        or call.running_var is not None
+        or x.device.type != "cpu"
+        or x.dtype != torch.float32
+        or x.dim() != 4
+        or x.shape[0] != 1
+        or x.is_contiguous()
+        or not x.is_contiguous(memory_format=torch.channels_last)
+        or torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given))
+    ):
+        return None
+    mean, var = _moments(x)
+    return torch.batch_norm(x, call.weight, call.bias, mean, var, False, 0.0, call.norm.eps, False)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C,) of the one image of a channels-last tensor."""
+    rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+    mean = _sums(rows) / len(rows)
+    var = _sums((rows - mean.float()).square_()) / len(rows)
+    return mean.float(), var.float()
+
+
+def _sums(rows: Tensor) -> Tensor:
+    """Of (n, C) float32, in float64: (C,). Few values are added in float32."""
+    whole = len(rows) // _FEW * _FEW
+    parts = rows[:whole].view(-1, _FEW, rows.shape[1]).sum(1)
+    return parts.sum(0, dtype=torch.float64) + rows[whole:].sum(0, dtype=torch.float64)
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
