@@ -19,22 +19,24 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from . import __version__
 from .messages import LOGGER, CnnfastError, CnnfastWarning, UsageError, one_line
 
 
-def _env(arguments: argparse.Namespace) -> int:
-    from . import env
+def _loaded(name: str) -> Any:
+    """A module of the package, loaded when a command runs: the parser alone needs no torch."""
+    return importlib.import_module(f".{name}", __package__)
 
-    print(env.report())
+
+def _env(arguments: argparse.Namespace) -> int:
+    print(_loaded("tasks.env").report())
     return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from . import demo
-
+    demo = _loaded("tasks.demo")
     return demo.run(
         demo.Options(
             output=arguments.output,
@@ -49,12 +51,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _models(arguments: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from .generators import list_models
-    from .weights import PRETRAINED
-
     rows = []
-    for name in list_models():
-        entry = PRETRAINED.get(name)
+    for name in _loaded("generators").list_models():
+        entry = _loaded("generators.weights").PRETRAINED.get(name)
         about = "no trained weights" if entry is None else f"{entry.about}; {entry.licence}; {entry.file.requirement}"
         rows.append((name, about))
     print(tabulate(rows, tablefmt="plain", disable_numparse=True))
@@ -64,10 +63,9 @@ def _models(arguments: argparse.Namespace) -> int:
 def _tune(arguments: argparse.Namespace) -> int:
     import torch
 
-    from . import tuning
-
-    return tuning.run(
-        tuning.Options(
+    tune = _loaded("tasks.tune")
+    return tune.run(
+        tune.Options(
             models=tuple(arguments.models),
             batches=tuple(arguments.batch),
             dtypes=tuple(getattr(torch, name) for name in arguments.dtype),
@@ -78,16 +76,12 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 
 def _train_gan(arguments: argparse.Namespace) -> int:
-    from .tasks import train
-
     # Only what was given is there: a resumed run takes the rest from its checkpoint.
-    return train.run(**{k: v for k, v in vars(arguments).items() if k not in ("work", "debug")})
+    return _loaded("tasks.train").run(**{k: v for k, v in vars(arguments).items() if k not in ("work", "debug")})
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from .tasks import train
-
-    return train.sample(arguments.checkpoint, arguments.output, arguments.count, arguments.seed)
+    return _loaded("tasks.train").sample(arguments.checkpoint, arguments.output, arguments.count, arguments.seed)
 
 
 def _number(text: str) -> int | None:

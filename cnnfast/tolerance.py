@@ -39,8 +39,9 @@ from typing import Any
 
 import torch
 
-from .block import Operands, Step, run_reference
-from .spec import Activation
+from .activations import Activation
+from .reference import conv_weight, run_reference
+from .step import Operands, Step
 
 __all__ = ["Limits", "expected", "limits", "round_tf32", "verdict"]
 
@@ -199,7 +200,7 @@ def expected(step: Step, o: Operands, tf32: bool) -> tuple[torch.Tensor, torch.T
         # The kernel multiplies what an upsampling's taps sum to, rounded; a torch user's convolution rounds the taps.
         wide = wide._replace(x=round_tf32(wide.x), weight=round_tf32(wide.weight))
     elif step.upsample is not None and o.x.dtype != torch.float32:
-        wide = wide._replace(x=step.pad_input(wide.x), weight=step.conv_weight(o.weight).type(torch.float32))
+        wide = wide._replace(x=step.pad_input(wide.x), weight=conv_weight(step, o.weight).type(torch.float32))
         run = replace(step, upsample=None, pad=(0, 0))
     before = run_reference(replace(step, activation=Activation()), exact)
     slope = exact.slope if step.activation.name == "prelu" else None

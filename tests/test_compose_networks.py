@@ -14,7 +14,7 @@ from cnnfast.fetch import WeightsError
 from cnnfast.generators import create_model
 from cnnfast.generators.selfie import Selfie, SelfieConfig
 from cnnfast.generators.style import StyleConfig, StylePredictor, StylePredictorConfig, StyleTransfer
-from cnnfast.weights import PRETRAINED
+from cnnfast.generators.weights import PRETRAINED
 
 SMALL: dict[str, tuple[Callable[..., nn.Module], object, int]] = {
     "selfie": (Selfie, SelfieConfig(4), 64),

@@ -14,9 +14,8 @@ import torch
 from torch import nn
 
 import cnnfast
-from cnnfast import weights
-from cnnfast.generators import DCGANConfig, DCGANGenerator, create_model, list_models
-from cnnfast.weights import PRETRAINED, WeightsError
+from cnnfast.generators import DCGANConfig, DCGANGenerator, create_model, list_models, weights
+from cnnfast.generators.weights import PRETRAINED, WeightsError
 
 from .tolerance import assert_close
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from cnnfast import onnx as ours
-from cnnfast.ncnn import by_order
+from cnnfast.generators import onnx as ours
+from cnnfast.generators.ncnn import by_order
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402

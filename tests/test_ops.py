@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cnnfast
 from cnnfast import ops, reference
-from cnnfast.spec import ACTIVATIONS, Activation
+from cnnfast.activations import ACTIVATIONS, Activation
 
 from .tolerance import assert_close
 
@@ -476,7 +476,7 @@ def test_autocast_mixes_dtypes_as_torch_does() -> None:
 @pytest.mark.parametrize("backend", ["auto", "aten"])
 def test_cpu_tensors_never_reach_triton(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = rand(2, 32, 4, 4), rand(32, 32, 4, 4)
-    launch = pytest.importorskip("cnnfast.ops.launch", reason="triton is not installed", exc_type=ImportError)
+    launch = pytest.importorskip("cnnfast.gpu.conv", reason="triton is not installed", exc_type=ImportError)
     monkeypatch.setattr(launch, "run", lambda *a, **k: pytest.fail("launched"))
     ops.conv_transpose2d(x, w, None, 2, 1, backend=backend)
 

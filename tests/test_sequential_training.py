@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast import chain, cpu
+from cnnfast.cpu import inference
+from cnnfast.nn import chain
 
 from .test_sequential import stack_profile, stacks
 from .tolerance import assert_close
@@ -34,13 +35,13 @@ def one_thread() -> Iterator[None]:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kind of norm of every fused step that ran, in order ("" where it measures nothing)."""
     ran: list[str] = []
-    real = chain.core.run_step
+    real = chain.run_step
 
-    def spy(step, operands, *, norm=None, **kwargs):  # type: ignore[no-untyped-def]
-        ran.append("" if norm is None else norm.norm.kind)
-        return real(step, operands, norm=norm, **kwargs)
+    def spy(step, operands, **kwargs):  # type: ignore[no-untyped-def]
+        ran.append(step.norm.kind if step.measured else "")
+        return real(step, operands, **kwargs)
 
-    monkeypatch.setattr(chain.core, "run_step", spy)
+    monkeypatch.setattr(chain, "run_step", spy)
     return ran
 
 
@@ -281,6 +282,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "leaky-negative": lambda: nn.LeakyReLU(-0.5),
     "elu": nn.ELU,
     "silu": nn.SiLU,
+    "mish": nn.Mish,
     "gelu": nn.GELU,
     "gelu-tanh": lambda: nn.GELU("tanh"),
     "tanh": nn.Tanh,
@@ -332,8 +334,10 @@ def test_autocast_without_gradients(steps: list[str]) -> None:
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_autocast_without_gradients_packs_the_parameters(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[torch.dtype] = []
-    pack = cpu._pack
-    monkeypatch.setattr(cpu, "_pack", lambda method, step, o: packed.append(o.weight.dtype) or pack(method, step, o))
+    pack = inference._pack
+    monkeypatch.setattr(
+        inference, "_pack", lambda method, step, o: packed.append(o.weight.dtype) or pack(method, step, o)
+    )
     plain = nn.Sequential(nn.ConvTranspose2d(64, 32, 4, 2, 1), NORMS[norm][0](32), nn.ReLU()).eval()
     ours = cnnfast.Sequential(*copy.deepcopy(plain))
     x = torch.randn(2, 64, 12, 10)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from cnnfast import tflite
-from cnnfast.ncnn import by_order
+from cnnfast.generators import tflite
+from cnnfast.generators.ncnn import by_order
 
 # A table: field's number -> ("<i", 5), bytes, an array, a list of tables.
 Table = Mapping[int, object]

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
-from cnnfast.block import Operands, Step, Upsample, run_reference, upsample_step
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.activations import Activation
+from cnnfast.reference import run_reference
+from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step, Upsample, upsample_step
 from cnnfast.tolerance import expected, limits, round_tf32, verdict
 
 from .tolerance import assert_close

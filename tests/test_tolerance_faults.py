@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnnfast.block import Operands, Step, run_reference
 from cnnfast.reference import conv as convolution
+from cnnfast.reference import conv_weight, run_reference
 from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step
 from cnnfast.tolerance import expected, round_tf32, verdict
 
 from .cases import PRECISIONS, Case, conv, upsample
@@ -64,19 +65,16 @@ class Layer(NamedTuple):
             wide = wide._replace(x=round_tf32(wide.x), weight=round_tf32(wide.weight))
         step = self.step
         if step.upsample is not None and o.x.dtype != torch.float32:
-            summed = step.conv_weight(o.weight).float()
+            summed = conv_weight(step, o.weight).float()
             wide = wide._replace(x=step.pad_input(wide.x), weight=summed)
             step = replace(step, upsample=None, pad=(0, 0))
         across = 1 if step.upsample is not None or not step.spec.transposed else 0  # the weight's input channels
-        bare = replace(step, activation=type(step.activation)())
         blocks = zip(reversed(wide.x.split(32, 1)), reversed(wide.weight.split(32, across)), strict=True)
-        total = sum(run_reference(_narrow(bare, x.shape[1]), Operands(x, w)) for x, w in blocks)
+        total = sum(run_reference(_narrow(step.bare, x.shape[1]), Operands(x, w)) for x, w in blocks)
         assert isinstance(total, Tensor)
         if wide.bias is not None:
             total = total + wide.bias[:, None, None]
-        epilogue = wide._replace(bias=None, x=total, weight=torch.eye(total.shape[1])[:, :, None, None])
-        identity = Step(ConvSpec.make(total.shape[1], total.shape[1], 1, transposed=False), step.activation)
-        return run_reference(identity, epilogue).type(o.x.dtype)
+        return run_reference(step.tail, wide.after(total)).type(o.x.dtype)
 
 
 def _narrow(step: Step, channels: int) -> Step:

@@ -19,14 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast import cpu, cpu_training, onednn
 from cnnfast.activations import ACTIVATIONS, Activation
-from cnnfast.block import Operands, Step, Upsample, plain_step, upsample_step
-from cnnfast.norms import Norm, NormCall
+from cnnfast.cpu import inference as cpu_inference
+from cnnfast.cpu import methods
+from cnnfast.cpu import training as cpu_training
+from cnnfast.norms import Norm
 from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step, Upsample, norm_step, plain_step, upsample_step
 from cnnfast.tolerance import expected, limits, verdict
 
-pytestmark = pytest.mark.skipif(onednn.why_missing() is not None, reason=str(onednn.why_missing()))
+from .cases import fitted
+
+pytestmark = pytest.mark.skipif(methods.why_missing() is not None, reason=str(methods.why_missing()))
 
 SEED = int(os.environ.get("CNNFAST_SEED", "10"))
 FEW, MANY = 150, 2000
@@ -129,7 +133,7 @@ def operands(
     epilogue = r.choose.choice(("", "", "norm", "norm", "scale"))
     if epilogue == "norm":
         low = -2 if dtype == torch.float16 else -4
-        o = o._replace(mean=r.normal(c), var=r.powers(low, 1, c), eps=1e-5, scale=r.normal(c), shift=r.normal(c))
+        o = o._replace(mean=r.normal(c), var=r.powers(low, 1, c), scale=r.normal(c), shift=r.normal(c))
     elif epilogue == "scale":
         o = o._replace(scale=r.powers(-3, 1, c), shift=r.normal(c))
     if r.maybe(0.25):
@@ -139,23 +143,28 @@ def operands(
     return o._replace(x=o.x.contiguous(memory_format=CL), weight=nn.Parameter(o.weight.contiguous(memory_format=CL)))
 
 
-def inference(r: Random, force: Callable[[type[onednn.Method]], None]) -> Iterator[Result]:
+def inference(r: Random, force: Callable[[type[methods.Method]], None]) -> Iterator[Result]:
     while True:  # what is run packed: little work is ATen's
         step, shape, weight_shape = random_step(r)
         dtype = r.dtype()
         o = operands(r, step, shape, weight_shape, dtype)
-        if cpu.why_not(step, o) is None:
+        step = fitted(step, o)
+        if cpu_inference.why_not(step, o) is None:
             break
     spec = step.spec
     if spec.transposed and shape[2:] != (1, 1):
         force(
-            r.choose.choice([onednn.Deconvolution, *(m for m in (onednn.Gathered, onednn.Merged) if m.applies(spec))])
+            r.choose.choice(
+                [methods.Deconvolution, *(m for m in (methods.Gathered, methods.Merged) if m.applies(spec))]
+            )
         )
     with torch.no_grad():
-        found = (cpu.run(step, o, True) for _ in range(3))  # packed when it is met again
+        found = (cpu_inference.run(step, o, True) for _ in range(3))  # packed when it is met again
         y = next(y for y in found if y is not None)
         exact, yardstick, before = expected(step, o, False)
-    what = f"{step.describe()} {step.activation.name} {tuple(shape)} {cpu.method_name(step, o.x.shape, dtype)}"
+    what = (
+        f"{step.describe()} {step.activation.name} {tuple(shape)} {cpu_inference.method_name(step, o.x.shape, dtype)}"
+    )
     yield Result(what, y, exact, yardstick, before)
 
 
@@ -258,8 +267,9 @@ def norms(r: Random) -> Iterator[Result]:
         parts = x.split(1 if kind == "instance" else n)
         return torch.cat([F.batch_norm(part, None, None, weight, bias, True) for part in parts])
 
-    call = NormCall(Norm(kind, groups if kind == "group" else 1), weight, bias)
-    y = cpu_training._finish(x.clone(memory_format=CL), call, Activation(), Operands(x, x))
+    norm = Norm(kind, groups if kind == "group" else 1)
+    o = Operands(x.clone(memory_format=CL), scale=weight, shift=bias)
+    y = cpu_training._finished(norm_step(norm), o)
     exact = by_torch(x.contiguous().double())
     yield Result(f"{kind} {tuple(x.shape)} {groups}", y, exact, worst([by_torch(x.contiguous()), last(x)], exact))
 
@@ -267,7 +277,7 @@ def norms(r: Random) -> Iterator[Result]:
 # --- the study --------------------------------------------------------------------------------------------------------
 
 
-def results(index: int, force: Callable[[type[onednn.Method]], None]) -> Iterator[Result]:
+def results(index: int, force: Callable[[type[methods.Method]], None]) -> Iterator[Result]:
     r = Random(index)
     kind = r.choose.choices((inference, training, norms), (70, 20, 10))[0]
     return inference(r, force) if kind is inference else kind(r)  # type: ignore[operator]
@@ -278,11 +288,11 @@ def test_nothing_right_is_refused(count: int, monkeypatch: pytest.MonkeyPatch, s
     most, most_rms, compared, refused = 0.0, 0.0, 0, []
     for index in range(count):
         with monkeypatch.context() as patch:
-            cpu._plan.cache_clear()
+            cpu_inference._way.cache_clear()
 
-            def force(method: type[onednn.Method], patch: pytest.MonkeyPatch = patch) -> None:
-                patch.setattr(cpu, "_method", lambda *_: method)
-                cpu._plan.cache_clear()
+            def force(method: type[methods.Method], patch: pytest.MonkeyPatch = patch) -> None:
+                patch.setattr(cpu_inference, "_method", lambda *_: method)
+                cpu_inference._way.cache_clear()
 
             found = list(results(index, force))
         for name, actual, exact, yardstick, before in found:
@@ -294,7 +304,7 @@ def test_nothing_right_is_refused(count: int, monkeypatch: pytest.MonkeyPatch, s
             most = max(most, (error / allowed.each).max().item())
             most_rms = max(most_rms, error.square().mean().sqrt().item() / max(allowed.rms, 1e-300))
             compared += 1
-    cpu._plan.cache_clear()
+    cpu_inference._way.cache_clear()
     state(
         f"tolerance, {count} random cases of seed {SEED}: {compared} results, {len(refused)} refused; at most "
         f"{100 * most:.0f} % of the limit of an element, {100 * most_rms:.0f} % of that of the RMS"

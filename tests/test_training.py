@@ -55,7 +55,7 @@ class Case:
         if self.activation is None:
             return y
         params = () if self.param is None else (self.param,)
-        return cnnfast.spec.Activation(self.activation, params)(y)
+        return cnnfast.activations.Activation(self.activation, params)(y)
 
     def rounded(self, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
         """`reference`; of an upsampling, with the summed weight rounded to ``dtype``, which is what gets multiplied."""
@@ -66,7 +66,7 @@ class Case:
             summed = collapse_weight(w, (2, 2))
             summed = summed + (summed.to(dtype).to(w.dtype) - summed).detach()
             y = F.conv_transpose2d(x, summed, b, 2, 1)
-            return y if self.activation is None else cnnfast.spec.Activation(self.activation)(y)
+            return y if self.activation is None else cnnfast.activations.Activation(self.activation)(y)
 
         return run
 

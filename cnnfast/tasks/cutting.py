@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from ..dispatch import backend as backend_context
 from ..generators import create_model
-from ..layers import Sequential
 from ..messages import CnnfastError, UsageError
+from ..nn.layers import Sequential
 from . import batch, matting, pictures, pixels
 from .machine import choose_device, choose_dtype, require, require_memory
 from .matting import Matte

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..env import __version__
 from ..files import make_output_dir
 from ..generators import DCGANConfig
 from ..messages import CnnfastError, UsageError, one_line
 from .checkpoint import CheckpointError, load_checkpoint, load_generator, save_checkpoint
 from .data import load_images
+from .env import __version__
 from .gan import CHANGEABLE, CURVES, Options, Trainer, least_memory
 from .interrupt import Interrupt
 from .machine import REQUIRES, choose_device, device_text, require, require_memory
