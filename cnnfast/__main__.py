@@ -109,6 +109,7 @@ def _seed(text: str) -> int:
 # The image tasks: name -> (module of `tasks`, whose add_command makes the subcommand; what it is for).
 _TASKS = {
     "enhance": ("enhancement", "make pictures larger, take noise out of them"),
+    "compose": ("composing", "a style for a picture, people before another background"),
 }
 
 
