@@ -101,6 +101,7 @@ _TASKS = {
     "generate": ("sampling", "images from noise: faces, eyes"),
     "draw": ("drawing", "an image from a text: emoji, eyes"),
     "enhance": ("enhancement", "make pictures larger, take noise out of them"),
+    "compose": ("composing", "a style for a picture, people before another background"),
 }
 
 

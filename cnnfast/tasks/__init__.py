@@ -1,8 +1,8 @@
 """Whole jobs on top of the library, for the command line and for programs. Nothing of the library imports them.
 
-``draw(text)``, ``enhance(image, ...)`` and ``generate(model, count)`` are loaded on first use, and so are `Drawer`,
-`Enhancer` and `Sampler`, which keep their networks for many images. Modules are named after the work and functions
-after what they do, so that no name means both.
+``draw(text)``, ``enhance(image, ...)``, ``generate(model, count)``, ``style(image, ...)`` and ``cut_out(image, ...)``,
+and `Drawer`, `Enhancer`, `Sampler`, `Styler` and `Cutter`, which keep their networks for many pictures, are loaded on
+first use. Modules are named after the work and functions after what they do, so that no name means both.
 """
 
 from __future__ import annotations
@@ -11,20 +11,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cutting import Cutter as Cutter
+    from .cutting import cut_out as cut_out
     from .drawing import Drawer as Drawer
     from .drawing import draw as draw
     from .enhancement import Enhancer as Enhancer
     from .enhancement import enhance as enhance
     from .sampling import Sampler as Sampler
     from .sampling import generate as generate
+    from .styling import Styler as Styler
+    from .styling import style as style
 
 _EXPORTS = {
+    "Cutter": "cutting",
     "Drawer": "drawing",
     "Enhancer": "enhancement",
     "Sampler": "sampling",
+    "Styler": "styling",
+    "cut_out": "cutting",
     "draw": "drawing",
     "enhance": "enhancement",
     "generate": "sampling",
+    "style": "styling",
 }
 
 __all__ = [*_EXPORTS]

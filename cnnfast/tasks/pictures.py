@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +21,32 @@ from ..files import write_atomically
 from ..messages import CnnfastError, UsageError, one_line
 from . import png16
 from .images import ImageError
+from .machine import require
+from .tiles import white
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["READ", "WRITTEN", "Picture", "check_result", "from_pil", "read", "to_pil", "write"]
+__all__ = [
+    "READ",
+    "TRANSPARENT",
+    "WRITTEN",
+    "Picture",
+    "check_result",
+    "from_array",
+    "from_pil",
+    "made_of",
+    "read",
+    "spread_colours",
+    "through",
+    "to_pil",
+    "turned",
+    "write",
+]
 
 READ = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 WRITTEN = (".jpeg", ".jpg", ".png", ".webp")
+TRANSPARENT = (".png", ".webp")
 
 _LARGEST_SIDE = {"JPEG": 65535, "WEBP": 16383}
 _QUALITY = 95  # of JPEG and WebP
@@ -40,10 +58,12 @@ _SRGB_SPACES = ("CMYK", "YCbCr", "LAB", "HSV")
 @dataclass(frozen=True)
 class Picture:
     """``pixels`` (H, W, C) uint8 or uint16: grey, grey and alpha, RGB or RGBA. ``info``: what Pillow calls so, as far
-    as it goes along: ``icc_profile``, ``exif``, ``xmp`` (bytes), ``dpi``, ``text`` (PNG's)."""
+    as it goes along: ``icc_profile``, ``exif``, ``xmp`` (bytes), ``dpi``, ``text`` (PNG's). ``orientation``: how it was
+    turned and mirrored when it was read (EXIF's 1 to 8)."""
 
     pixels: np.ndarray
     info: Mapping[str, Any] = field(default_factory=dict)
+    orientation: int = 1
 
     @property
     def colours(self) -> np.ndarray:
@@ -116,7 +136,7 @@ def from_pil(image: Image.Image, deep: Callable[[], np.ndarray] | None = None) -
     with _told():
         orientation = image.getexif().get(_ORIENTATION, 1)
         if deep is not None:
-            pixels = _turned(deep(), orientation)
+            pixels = turned(deep(), orientation)
             upright = ImageOps.exif_transpose(image)
         else:
             upright = ImageOps.exif_transpose(image)
@@ -136,7 +156,7 @@ def from_pil(image: Image.Image, deep: Callable[[], np.ndarray] | None = None) -
         exif = upright.getexif() if isinstance(upright, Image.Image) else None
         if exif:
             info["exif"] = _exif(exif)
-        return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, info)
+        return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, info, orientation)
 
 
 def _exif(exif: Image.Exif) -> bytes:
@@ -148,7 +168,7 @@ def _exif(exif: Image.Exif) -> bytes:
     return exif.tobytes()
 
 
-def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """As EXIF's orientation (1 to 8) says."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
@@ -171,7 +191,7 @@ def _deep_grey(image: Image.Image, orientation: int) -> np.ndarray:
     if isinstance(key, int):
         alpha = np.where(values == key, 0, 65535).astype(np.uint16)
         values = np.dstack([values, alpha])
-    return _turned(values, orientation)
+    return turned(values, orientation)
 
 
 def _as_colours(image: Image.Image) -> Image.Image:
@@ -217,11 +237,55 @@ def to_pil(picture: Picture) -> Image.Image:
     return image
 
 
-def check_target(path: Path, picture: Picture | None = None) -> None:
-    """UsageError where a picture, or this one, cannot be written under this name."""
-    if path.suffix.lower() not in WRITTEN:
-        raise UsageError(f"{path}: pictures are written as {', '.join(WRITTEN)}")
-    if picture is not None and picture.has_alpha and path.suffix.lower() in (".jpg", ".jpeg"):
+def through(work: Callable[[Picture], Picture], image: Any, job: str) -> Any:
+    """What ``work`` makes of a picture, of the kind that ``image`` is: a `Picture`, a Pillow image (turned as its EXIF
+    says), or an array (H, W) or (H, W, C), C from 1 to 4 as in `Picture`, uint8, uint16, or floats from 0 to 1.
+
+    An array (H, W) gives one where the result has one channel. What Pillow has no 16 bits for becomes 8. UsageError for
+    other arrays and other things; CnnfastError where Pillow is needed for ``job`` and is not installed.
+    """
+    if isinstance(image, Picture):
+        return work(image)
+    if isinstance(image, np.ndarray):
+        done = work(from_array(image)).pixels
+        return done[..., 0] if image.ndim == 2 and done.shape[2] == 1 else done
+    require(job, {"pillow": "PIL"})
+    if not hasattr(image, "getexif"):
+        raise UsageError(f"expected a Pillow image or an array, got {type(image).__name__}")
+    result = work(from_pil(image))
+    if result.pixels.dtype == np.uint16 and result.pixels.shape[2] != 1:
+        result = Picture(_in_8_bits(result.pixels), result.info)
+    return to_pil(result)
+
+
+def from_array(image: np.ndarray) -> Picture:
+    """As `through` says."""
+    if image.ndim not in (2, 3) or (image.ndim == 3 and not 1 <= image.shape[2] <= 4) or 0 in image.shape:
+        raise UsageError(f"expected an array (H, W) or (H, W, 1 to 4), got {image.shape}")
+    if image.dtype not in (np.uint8, np.uint16) and image.dtype.kind != "f":
+        raise UsageError(f"expected an array of uint8, uint16 or floats from 0 to 1, got {image.dtype}")
+    return Picture(image[..., None] if image.ndim == 2 else image)
+
+
+def _in_8_bits(pixels: np.ndarray) -> np.ndarray:
+    return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def made_of(picture: Picture, pixels: np.ndarray) -> Picture:
+    """``pixels`` with the ``info`` of ``picture``; without its profile where grey became colours."""
+    made = Picture(pixels, picture.info)
+    if made.colours.shape[2] == picture.colours.shape[2]:
+        return made
+    return Picture(pixels, {key: value for key, value in picture.info.items() if key != "icc_profile"})
+
+
+def check_target(path: Path, picture: Picture | None = None, written: Sequence[str] = WRITTEN) -> None:
+    """UsageError where a picture, or this one, or one of a job whose results are ``written`` so, cannot be written
+    under this name."""
+    suffix = path.suffix.lower()
+    if suffix not in WRITTEN:
+        raise UsageError(f"{path}: pictures are written as {', '.join(written)}")
+    if suffix not in (TRANSPARENT if picture is not None and picture.has_alpha else written):
         raise UsageError(f"{path}: JPEG has no transparency: write a .png or .webp")
 
 
@@ -242,7 +306,7 @@ def write(path: Path, picture: Picture, png_level: int = 1) -> None:
         write_atomically(path, png16.encode(picture.pixels, png_level, _chunks(info)))
         return
     if deep and kind != "PNG":
-        picture = Picture(((picture.pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8), info)
+        picture = Picture(_in_8_bits(picture.pixels), info)
     options: dict[str, Any] = {k: info[k] for k in ("icc_profile", "exif", "dpi") if k in info}
     if kind == "PNG":
         options |= {"compress_level": png_level, "pnginfo": _png_text(info)}
@@ -287,3 +351,29 @@ def check_result(before: np.ndarray, after: np.ndarray, what: str) -> None:
     seen to where they are computed)."""
     if after.size and before.any() and not after.any():
         raise CnnfastError(f"{what} gave a black picture: nothing is written; --dtype float32 may help")
+
+
+def spread_colours(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """The colours where nothing is seen of them (``alpha`` is 0) made those of their surroundings: what lies there
+    (black, mostly) would come out as a rim. By halves: each pixel of a smaller picture is the mean of those seen."""
+    seen = (alpha > 0).astype(np.float32)
+    if not seen.any() or seen.all():
+        return colours
+    levels = [(colours * seen, seen)]
+    while max(levels[-1][1].shape[:2]) > 1:
+        levels.append(tuple(_halved(a) for a in levels[-1]))  # type: ignore[arg-type]
+    total, weight = levels[-1]
+    mean = total / weight
+    for total, weight in reversed(levels[:-1]):
+        h, w = weight.shape[:2]
+        coarse = mean.repeat(2, 0)[:h].repeat(2, 1)[:, :w]
+        mean = np.where(weight > 0, total / np.maximum(weight, 1e-9), coarse)
+    if colours.dtype.kind != "f":
+        mean = mean.round().clip(0, white(colours.dtype))
+    return np.where(alpha > 0, colours, mean.astype(colours.dtype))
+
+
+def _halved(a: np.ndarray) -> np.ndarray:
+    h, w = a.shape[:2]
+    a = np.pad(a, ((0, h % 2), (0, w % 2), (0, 0)))
+    return a[::2, ::2] + a[1::2, ::2] + a[::2, 1::2] + a[1::2, 1::2]
