@@ -22,7 +22,7 @@ from cnnfast.__main__ import main
 from cnnfast.fetch import WeightsError
 from cnnfast.generators import DCGANConfig
 from cnnfast.messages import UsageError
-from cnnfast.tasks import data, losses, train
+from cnnfast.tasks import data, job, losses, train
 from cnnfast.tasks.checkpoint import CheckpointError, load_checkpoint, load_generator, save_checkpoint
 from cnnfast.tasks.data import SETS, DataError, load_images, sample_order
 from cnnfast.tasks.discriminator import DCGANDiscriminator
@@ -519,10 +519,10 @@ def test_a_full_disk_ends_with_a_message(
 ) -> None:
     assert main(arguments(folder, tmp_path / "out", "--epochs", "1")) == 0
 
-    def full(path: Path, state: dict[str, object]) -> None:
+    def full(path: Path, state: dict[str, object], name: str) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(train, "save_checkpoint", full)
+    monkeypatch.setattr(job, "save_checkpoint", full)
     assert main(arguments(folder, tmp_path / "out", "--resume", "--epochs", "2")) == 1
     said = capsys.readouterr().err
     assert said.startswith("error: No space left on device. ") and "is as it was after step 3. Go on with: " in said

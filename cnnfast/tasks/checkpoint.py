@@ -16,24 +16,26 @@ from ..generators import DCGANGenerator, create_model
 from ..messages import CnnfastError, one_line
 from ..weights import load_tensors
 
-__all__ = ["FORMAT", "CheckpointError", "difference", "load_checkpoint", "load_generator", "save_checkpoint"]
+__all__ = ["CheckpointError", "difference", "load_checkpoint", "load_generator", "save_checkpoint"]
 
-FORMAT = "cnnfast gan 1"
+
+def _format(job: str) -> str:
+    return f"cnnfast {job} 1"
 
 
 class CheckpointError(CnnfastError):
     """A checkpoint that is missing, damaged or of something else; the message says what to do."""
 
 
-def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors, numbers, strings and containers of them). OSError where that fails: the file at
-    ``path``, if any, is then as it was."""
+def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any], job: str = "gan") -> None:
+    """Write ``state`` (tensors, numbers, strings and containers of them) of ``train JOB``. OSError where that fails:
+    the file at ``path``, if any, is then as it was."""
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
+    torch.save({"format": _format(job), **state}, buffer)
     write_atomically(Path(path), buffer.getvalue())
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_checkpoint(path: str | os.PathLike[str], job: str = "gan") -> dict[str, Any]:
     """What `save_checkpoint` wrote, tensors on the CPU. CheckpointError for anything else."""
     path = Path(path)
     if not os.path.isfile(path):
@@ -48,8 +50,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         state = load_tensors(data)
     except ValueError as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no checkpoint of `python -m cnnfast train gan` of this version ({FORMAT})")
+    if not isinstance(state, dict) or state.get("format") != _format(job):
+        raise CheckpointError(
+            f"{path} is no checkpoint of `python -m cnnfast train {job}` of this version ({_format(job)})"
+        )
     return state
 
 
