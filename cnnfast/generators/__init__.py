@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from .. import trained
 from ..layers import Sequential
 from ..messages import one_line
 from ..ncnn import by_order
@@ -18,9 +19,10 @@ from .dcgan import DCGANConfig, DCGANGenerator
 from .rrdb import RRDB, RRDBConfig
 from .span import SPAN, SPANConfig
 from .srvgg import SRVGG, SRVGGConfig
+from .unet import RepairConfig, RepairUNet
 from .waifu2x import CUNet, CUNetConfig, UpConv7, UpConv7Config
 
-__all__ = ["DCGANConfig", "DCGANGenerator", "create_model", "list_models"]
+__all__ = ["DCGANConfig", "DCGANGenerator", "RepairConfig", "RepairUNet", "create_model", "list_models"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class _Family:
     module: Callable[..., nn.Module]
 
 
-# A name in PRETRAINED has trained weights, those of the configuration here.
+# A name in _TRAINED has trained weights, those of the configuration here.
 _MODELS: Mapping[str, _Family] = MappingProxyType(
     {
         "dcgan": _Family(DCGANConfig(), DCGANGenerator),
@@ -43,13 +45,16 @@ _MODELS: Mapping[str, _Family] = MappingProxyType(
         "srvgg_x4": _Family(SRVGGConfig(), SRVGG),
         "rrdb_x4": _Family(RRDBConfig(), RRDB),
         "rrdb_anime_x4": _Family(RRDBConfig(blocks=6), RRDB),
+        "repair": _Family(RepairConfig(), RepairUNet),
     }
 )
+# Names with trained weights: those that are fetched and those that ship with the package.
+_TRAINED = (*PRETRAINED, *trained.SHIPPED)
 
 
 def list_models(pretrained: bool | None = None) -> list[str]:
     """Names that `create_model` knows; ``pretrained`` True or False: only those with or without trained weights."""
-    return [name for name in _MODELS if pretrained is None or (name in PRETRAINED) == pretrained]
+    return [name for name in _MODELS if pretrained is None or (name in _TRAINED) == pretrained]
 
 
 def create_model(
@@ -79,18 +84,21 @@ def create_model(
             f"unknown option {', '.join(unknown)} for model {name!r}: expected some of {', '.join(options)}"
         )
     pretrained = pretrained or weights_file is not None
-    if pretrained and name not in PRETRAINED:
+    if pretrained and name not in _TRAINED:
         raise ValueError(
-            f"model {name!r} has no trained weights; those that have: {', '.join(PRETRAINED)} "
+            f"model {name!r} has no trained weights; those that have: {', '.join(_TRAINED)} "
             "(your own: model.load_state_dict(torch.load(path, weights_only=True)))"
         )
     if pretrained and config:
         raise ValueError(f"the trained weights of {name!r} fix its configuration: drop {', '.join(sorted(config))}")
     model = family.module(replace(family.config, **config), sequential=sequential)
     if pretrained:
-        state = load_weights(name, weights_file)
         try:
-            model.load_state_dict(by_order(model, state) if PRETRAINED[name].by_order else state)
+            if name in trained.SHIPPED:
+                model.load_state_dict(trained.state_dict(trained.load(name, weights_file)))
+            else:
+                state = load_weights(name, weights_file)
+                model.load_state_dict(by_order(model, state) if PRETRAINED[name].by_order else state)
         except ValueError as error:
             raise WeightsError(f"the weights of {name!r} are not those of its network: {one_line(error)}") from error
         model.eval()

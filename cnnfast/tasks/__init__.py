@@ -1,7 +1,8 @@
 """Whole jobs on top of the library, for the command line and for programs. Nothing of the library imports them.
 
-``enhance(image, ...)`` and ``Enhancer`` (which keeps its networks for many pictures) are loaded on first use. Modules
-are named after the work and functions after what they do, so that no name means both.
+``enhance(image, ...)`` and ``repair(image, mask)``, and `Enhancer` and `Repairer`, which keep their networks for many
+pictures, are loaded on first use. Modules are named after the work and functions after what they do, so that no name
+means both.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .enhancement import Enhancer as Enhancer
     from .enhancement import enhance as enhance
+    from .repairing import Repairer as Repairer
+    from .repairing import repair as repair
 
-_EXPORTS = {"Enhancer": "enhancement", "enhance": "enhancement"}
+_EXPORTS = {"Enhancer": "enhancement", "Repairer": "repairing", "enhance": "enhancement", "repair": "repairing"}
 
 __all__ = [*_EXPORTS]
 

@@ -16,7 +16,14 @@ from ..generators import DCGANGenerator, create_model
 from ..messages import CnnfastError, one_line
 from ..weights import load_tensors
 
-__all__ = ["CheckpointError", "difference", "load_checkpoint", "load_generator", "save_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "difference",
+    "load_checkpoint",
+    "load_generator",
+    "optimiser_fits",
+    "save_checkpoint",
+]
 
 
 def _format(job: str) -> str:
@@ -93,3 +100,19 @@ def difference(module: torch.nn.Module, state: object) -> str | None:
             expected = f"{tuple(tensor.shape)} of {tensor.dtype}"
             return f"{name} has the shape {tuple(found.shape)} of {found.dtype}, expected {expected}"
     return None
+
+
+def optimiser_fits(optimiser: torch.optim.Optimizer, state: Any, begun: bool) -> bool:
+    """Whether ``load_state_dict`` takes ``state`` and an Adam goes on from it; ``begun``: it has made steps."""
+    groups = optimiser.param_groups
+    try:
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in state["param_groups"]]:
+            return False
+        shapes = [p.shape for g in groups for p in g["params"]]
+        return not begun or all(
+            state["state"][i][name].shape == shape
+            for i, shape in enumerate(shapes)
+            for name in ("exp_avg", "exp_avg_sq")
+        )
+    except (KeyError, TypeError, AttributeError):
+        return False

@@ -195,7 +195,7 @@ class Enhancer:
         enlarges = self.scale != 1
         solid = alpha is None or bool((alpha == alpha.flat[0]).all())
         if alpha is not None and not solid:
-            colours = _filled(colours, alpha)
+            colours = pictures.spread_colours(colours, alpha)
         parts = 1 + (enlarges and not solid)
         done = self._run(colours, _part(on_progress, 0, parts))
         pictures.check_result(colours, done, " and ".join(job.name for job in self.jobs))
@@ -253,32 +253,6 @@ def _smaller(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         values = np.asarray(channel.resize(size[::-1], Image.Resampling.BICUBIC)).clip(0, tiles.white(pixels.dtype))
         result[..., c] = values if pixels.dtype.kind == "f" else values.round()
     return result
-
-
-def _filled(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """The colours where nothing is seen of them made those of their surroundings: what lies there (black, mostly) would
-    come out as a rim. By halves: each pixel of a smaller picture is the mean of those that are seen."""
-    seen = (alpha > 0).astype(np.float32)
-    if not seen.any() or seen.all():
-        return colours
-    levels = [(colours * seen, seen)]
-    while max(levels[-1][1].shape[:2]) > 1:
-        levels.append(tuple(_halved(a) for a in levels[-1]))  # type: ignore[arg-type]
-    total, weight = levels[-1]
-    mean = total / weight
-    for total, weight in reversed(levels[:-1]):
-        h, w = weight.shape[:2]
-        coarse = mean.repeat(2, 0)[:h].repeat(2, 1)[:, :w]
-        mean = np.where(weight > 0, total / np.maximum(weight, 1e-9), coarse)
-    if colours.dtype.kind != "f":
-        mean = mean.round().clip(0, tiles.white(colours.dtype))
-    return np.where(alpha > 0, colours, mean.astype(colours.dtype))
-
-
-def _halved(a: np.ndarray) -> np.ndarray:
-    h, w = a.shape[:2]
-    a = np.pad(a, ((0, h % 2), (0, w % 2), (0, 0)))
-    return a[::2, ::2] + a[1::2, ::2] + a[::2, 1::2] + a[1::2, 1::2]
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from torch.optim.swa_utils import AveragedModel
 from ..generators import DCGANConfig, create_model
 from ..layers import Sequential
 from ..memory_format import channels_last
-from .checkpoint import CheckpointError, difference
+from .checkpoint import CheckpointError, difference, optimiser_fits
 from .data import generator_of, sample_order
 from .discriminator import DCGANDiscriminator
 from .losses import LOSSES, critic_terms
 
-__all__ = ["CURVES", "LAYERS", "Options", "Trainer", "least_memory"]
+__all__ = ["CURVES", "LAYERS", "Options", "Trainer", "fingerprint", "least_memory"]
 
 LAYERS = {"cnnfast": Sequential, "torch": nn.Sequential}
 
@@ -217,12 +217,9 @@ class Trainer:
             found = difference(module, state.get(name))
             if found is not None:
                 return f"{name}: {found}"
+        saved = state.get("optimisers")
         for name, optimiser in self.optimisers.items():
-            try:
-                fits = _same_shapes(optimiser, state["optimisers"][name], begun=steps > 0)
-            except (KeyError, TypeError, AttributeError):
-                fits = False
-            if not fits:
+            if not isinstance(saved, Mapping) or not optimiser_fits(optimiser, saved.get(name), begun=steps > 0):
                 return f"the {name}'s optimiser is not of its parameters"
         return None
 
@@ -248,17 +245,6 @@ class Trainer:
                 target.lerp_(value, weight)
             else:
                 target.copy_(value)
-
-
-def _same_shapes(optimiser: torch.optim.Optimizer, state: Any, begun: bool) -> bool:
-    """Whether ``load_state_dict`` takes ``state`` and Adam can go on from it."""
-    groups = optimiser.param_groups
-    if [len(g["params"]) for g in groups] != [len(g["params"]) for g in state["param_groups"]]:
-        return False
-    shapes = [p.shape for g in groups for p in g["params"]]
-    return not begun or all(
-        state["state"][i][name].shape == shape for i, shape in enumerate(shapes) for name in ("exp_avg", "exp_avg_sq")
-    )
 
 
 def least_memory(config: DCGANConfig, batch: int) -> int:

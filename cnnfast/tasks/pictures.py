@@ -21,11 +21,23 @@ from ..files import write_atomically
 from ..messages import CnnfastError, UsageError, one_line
 from . import png16
 from .images import ImageError
+from .tiles import white
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["READ", "WRITTEN", "Picture", "check_result", "from_pil", "read", "to_pil", "write"]
+__all__ = [
+    "READ",
+    "WRITTEN",
+    "Picture",
+    "check_result",
+    "from_pil",
+    "read",
+    "spread_colours",
+    "to_pil",
+    "turned",
+    "write",
+]
 
 READ = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 WRITTEN = (".jpeg", ".jpg", ".png", ".webp")
@@ -40,10 +52,12 @@ _SRGB_SPACES = ("CMYK", "YCbCr", "LAB", "HSV")
 @dataclass(frozen=True)
 class Picture:
     """``pixels`` (H, W, C) uint8 or uint16: grey, grey and alpha, RGB or RGBA. ``info``: what Pillow calls so, as far
-    as it goes along: ``icc_profile``, ``exif``, ``xmp`` (bytes), ``dpi``, ``text`` (PNG's)."""
+    as it goes along: ``icc_profile``, ``exif``, ``xmp`` (bytes), ``dpi``, ``text`` (PNG's). ``orientation``: how it was
+    turned and mirrored when it was read (EXIF's 1 to 8)."""
 
     pixels: np.ndarray
     info: Mapping[str, Any] = field(default_factory=dict)
+    orientation: int = 1
 
     @property
     def colours(self) -> np.ndarray:
@@ -116,7 +130,7 @@ def from_pil(image: Image.Image, deep: Callable[[], np.ndarray] | None = None) -
     with _told():
         orientation = image.getexif().get(_ORIENTATION, 1)
         if deep is not None:
-            pixels = _turned(deep(), orientation)
+            pixels = turned(deep(), orientation)
             upright = ImageOps.exif_transpose(image)
         else:
             upright = ImageOps.exif_transpose(image)
@@ -136,7 +150,7 @@ def from_pil(image: Image.Image, deep: Callable[[], np.ndarray] | None = None) -
         exif = upright.getexif() if isinstance(upright, Image.Image) else None
         if exif:
             info["exif"] = _exif(exif)
-        return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, info)
+        return Picture(pixels[..., None] if pixels.ndim == 2 else pixels, info, orientation)
 
 
 def _exif(exif: Image.Exif) -> bytes:
@@ -148,7 +162,7 @@ def _exif(exif: Image.Exif) -> bytes:
     return exif.tobytes()
 
 
-def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """As EXIF's orientation (1 to 8) says."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
@@ -171,7 +185,7 @@ def _deep_grey(image: Image.Image, orientation: int) -> np.ndarray:
     if isinstance(key, int):
         alpha = np.where(values == key, 0, 65535).astype(np.uint16)
         values = np.dstack([values, alpha])
-    return _turned(values, orientation)
+    return turned(values, orientation)
 
 
 def _as_colours(image: Image.Image) -> Image.Image:
@@ -287,3 +301,29 @@ def check_result(before: np.ndarray, after: np.ndarray, what: str) -> None:
     seen to where they are computed)."""
     if after.size and before.any() and not after.any():
         raise CnnfastError(f"{what} gave a black picture: nothing is written; --dtype float32 may help")
+
+
+def spread_colours(colours: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    """The colours where nothing is seen of them (``alpha`` is 0) made those of their surroundings: what lies there
+    (black, mostly) would come out as a rim. By halves: each pixel of a smaller picture is the mean of those seen."""
+    seen = (alpha > 0).astype(np.float32)
+    if not seen.any() or seen.all():
+        return colours
+    levels = [(colours * seen, seen)]
+    while max(levels[-1][1].shape[:2]) > 1:
+        levels.append(tuple(_halved(a) for a in levels[-1]))  # type: ignore[arg-type]
+    total, weight = levels[-1]
+    mean = total / weight
+    for total, weight in reversed(levels[:-1]):
+        h, w = weight.shape[:2]
+        coarse = mean.repeat(2, 0)[:h].repeat(2, 1)[:, :w]
+        mean = np.where(weight > 0, total / np.maximum(weight, 1e-9), coarse)
+    if colours.dtype.kind != "f":
+        mean = mean.round().clip(0, white(colours.dtype))
+    return np.where(alpha > 0, colours, mean.astype(colours.dtype))
+
+
+def _halved(a: np.ndarray) -> np.ndarray:
+    h, w = a.shape[:2]
+    a = np.pad(a, ((0, h % 2), (0, w % 2), (0, 0)))
+    return a[::2, ::2] + a[1::2, ::2] + a[::2, 1::2] + a[1::2, 1::2]
