@@ -184,10 +184,10 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
         help="a network that refines filled holes, on photographs: pictures, loss curve, checkpoints, weights",
         argument_default=argparse.SUPPRESS,
     )
-    command.add_argument("--epochs", type=positive, help="of 250 steps (32)")
+    command.add_argument("--epochs", type=positive, help="of 250 steps (24)")
     command.add_argument("--batch-size", type=positive, help="patches of a step (16)")
     command.add_argument("--size", type=positive, metavar="PIXELS", help="of a patch's side, a multiple of 8 (64)")
-    command.add_argument("--lr", type=float, help="AdamW's, at its highest (1e-3)")
+    command.add_argument("--lr", type=float, help="AdamW's, at its highest (2e-3)")
     command.add_argument("--seed", type=seed, help="of weights, patches and damage (0)")
     command.add_argument("--width", type=positive, help="channels at a half of the picture's size (48)")
     command.add_argument("--amp", choices=["auto", "bf16", "none"], help="autocast (auto: where it is native)")

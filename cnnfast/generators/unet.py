@@ -1,8 +1,8 @@
 """A small U-Net (Ronneberger et al., 2015) that refines a picture whose holes have been filled smoothly.
 
-The picture and its mask come in at half their size (a pixel unshuffle), go down to an eighth by strided convolutions,
-up again by transposed ones, and what is to be added inside the mask comes out. Convolutions without norms: a result
-depends on at most `RepairUNet.halo` pixels around it. Every layer is of a `cnnfast.Sequential`.
+The picture, what is known of it and the mask come in at half their size (a pixel unshuffle), go down to an eighth by
+strided convolutions, up again by transposed ones, and what is to be added inside the mask comes out. Convolutions
+without norms: a result depends on at most `RepairUNet.halo` pixels around it. Every layer is of a `cnnfast.Sequential`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class RepairUNet(nn.Module):
         super().__init__()
         self.config = config if config is not None else RepairConfig()
         a, b, c = self.config.widths
-        self.enter = _convolutions(16, a, a, sequential=sequential)
+        self.enter = _convolutions(4 * 7, a, a, sequential=sequential)
         self.down1 = _convolutions(a, b, b, sequential=sequential, strided=True)
         self.down2 = _convolutions(b, c, c, c, sequential=sequential, strided=True)
         self.up2 = sequential(nn.ConvTranspose2d(c, b, 4, 2, 1), nn.LeakyReLU(_SLOPE))
@@ -82,8 +82,11 @@ class RepairUNet(nn.Module):
         return x.to(next(self.parameters()))
 
     def forward(self, x: Tensor) -> Tensor:
-        half = self.enter(F.pixel_unshuffle(x * 2 - 1, 2).contiguous(memory_format=torch.channels_last))
+        filled, mask = x[:, :3] * 2 - 1, x[:, 3:]
+        # A convolution cannot multiply: of what is known alone it makes the means that leave the filling out.
+        inputs = torch.cat([filled, filled * (1 - mask), mask * 2 - 1], 1)
+        half = self.enter(F.pixel_unshuffle(inputs, 2).contiguous(memory_format=torch.channels_last))
         quarter = self.down1(half)
         y = self.join2(torch.cat([self.up2(self.down2(quarter)), quarter], 1))
         y = self.join1(torch.cat([self.up1(y), half], 1))
-        return x[:, :3] + self.leave(y) * x[:, 3:]
+        return x[:, :3] + self.leave(y) * mask

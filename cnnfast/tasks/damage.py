@@ -13,9 +13,9 @@ KINDS = ("scratches", "holes", "text")
 _AREA = 64 * 64  # pixels on which as much is drawn as the functions below say
 
 
-def draw_mask(rng: np.random.Generator, size: tuple[int, int], kind: str) -> np.ndarray:
-    """Bool (H, W), True inside: ``kind`` is one of `KINDS`, or "mixed": scratches and holes. About a twelfth of the
-    pixels, at least one.
+def draw_mask(rng: np.random.Generator, size: tuple[int, int], kind: str, dense: int = 1) -> np.ndarray:
+    """Bool (H, W), True inside: ``kind`` is one of `KINDS`, or "mixed": scratches and holes. A few percent of the
+    pixels, at least one; about ``dense`` times as much.
 
     Scratches are bent lines, 1 to 4 pixels wide; holes are ellipses with half axes of 2 to 9, some larger; text has
     letters 10 to 32 pixels high. The letters are Pillow's own, and change with its version.
@@ -25,15 +25,15 @@ def draw_mask(rng: np.random.Generator, size: tuple[int, int], kind: str) -> np.
     h, w = size
     image = Image.new("L", (w, h))
     draw = ImageDraw.Draw(image)
-    many = max(1, h * w // _AREA)
+    many, few = (dense * max(1, h * w // _AREA // part) for part in (2, 3))
     if kind in ("scratches", "mixed"):
-        for _ in range(rng.integers(1, 4) * max(1, many // 2)):
+        for _ in range(rng.integers(1, 4) * many):
             _scratch(draw, rng, h, w)
     if kind in ("holes", "mixed"):
-        for _ in range(rng.integers(1, 3) * max(1, many // 2)):
+        for _ in range(rng.integers(1, 3) * many):
             _hole(draw, rng, h, w)
     if kind == "text":
-        for _ in range(rng.integers(1, 3) * max(1, many // 3)):
+        for _ in range(rng.integers(1, 3) * few):
             _text(draw, rng, h, w)
     mask = np.array(image) > 127
     if not mask.any():  # all of it fell outside
