@@ -15,6 +15,7 @@ from torch import nn
 import cnnfast
 from cnnfast import weights
 from cnnfast.generators import DCGANConfig, DCGANGenerator, create_model, list_models
+from cnnfast.trained import SHIPPED
 from cnnfast.weights import PRETRAINED, WeightsError
 
 # The generator of pytorch/examples with its default arguments.
@@ -123,7 +124,7 @@ def test_list_models() -> None:
     assert list_models()[:3] == ["dcgan", "dcgan_faces", "span_x2"]
     assert set(list_models(pretrained=True)) == set(list_models()) - {"dcgan"}
     assert list_models(pretrained=False) == ["dcgan"]
-    assert set(PRETRAINED) == set(list_models(pretrained=True))
+    assert {*PRETRAINED, *SHIPPED} == set(list_models(pretrained=True))
 
 
 def test_create_model_passes_the_configuration_on() -> None:

@@ -111,6 +111,7 @@ class Repairer:
         whole, inside = picture.pixels.copy(), marked[region.slices]
         h, w = inside.shape
         require_memory(h * w * 4 * (3 * whole.shape[2] + 8), f"a part of {w}x{h} pixels")
+        _tell_of_large_holes(inside)
         part = Picture(whole[region.slices])
         colours, alpha = part.colours, part.alpha
         passes = 1
@@ -131,14 +132,6 @@ class Repairer:
     ) -> np.ndarray:
         """New values (N, C) of the pixels (H, W, C) that are ``inside``, of their dtype."""
         white = tiles.white(pixels.dtype)
-        far = depth(inside)
-        if far is not None and far.max() > SMALL:
-            warnings.warn(
-                f"a hole is {2 * int(far.max())} pixels wide: this is for small ones, up to {2 * SMALL}; the middle of "
-                "a larger one becomes a smooth surface (white in the mask is what is repaired)",
-                CnnfastWarning,
-                stacklevel=4,
-            )
         filled = fill(pixels.astype(np.float32) / np.float32(white), inside)
         colours = np.broadcast_to(filled, (*inside.shape, 3)) if filled.shape[2] == 1 else filled
         result = filled.copy()
@@ -164,6 +157,17 @@ def repair(image: Any, mask: Any, **options: Any) -> Any:
     """``image`` repaired where ``mask`` is white: see `Repairer`, whose options these are. A picture of Pillow's gives
     one, an array gives one. For many pictures keep a `Repairer`."""
     return Repairer(**options)(image, mask)
+
+
+def _tell_of_large_holes(inside: np.ndarray) -> None:
+    far = depth(inside)
+    if far is not None and far.max() > SMALL:
+        warnings.warn(
+            f"a hole is {2 * int(far.max())} pixels wide: this is for small ones, up to {2 * SMALL}; the middle of a "
+            "larger one becomes a smooth surface (white in the mask is what is repaired)",
+            CnnfastWarning,
+            stacklevel=4,
+        )
 
 
 def _part(on_progress: Callable[[float], object] | None, number: int, parts: int) -> Callable[[float], object] | None:
