@@ -7,6 +7,7 @@ import gzip
 import importlib.util
 import io
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -124,6 +125,20 @@ def _raccoon(data: bytes) -> Image.Image:
     return Image.frombytes("RGB", (1024, 768), bz2.decompress(data))
 
 
+class _Plain(pickle.Unpickler):
+    """Lists and numbers, and nothing that runs code."""
+
+    def find_class(self, module: str, name: str) -> object:
+        raise pickle.UnpicklingError(f"{module}.{name} is no number")
+
+
+def _ascent(data: bytes) -> Image.Image:
+    """512 rows of 512 values from 0 to 255."""
+    from PIL import Image
+
+    return Image.fromarray(np.array(_Plain(io.BytesIO(data)).load(), np.uint8)).convert("RGB")
+
+
 def _resize(images: Tensor, size: int) -> Tensor:
     """Float images in [0, 1], any size -> uint8 of ``size``, bicubic (with low-pass where they shrink)."""
     images = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=size < images.shape[-1])
@@ -190,13 +205,22 @@ _SCIKIT_LEARN = {
     "pip_options": (*_LINUX, "manylinux_2_28_x86_64"),
 }
 
-# The last that holds a photograph.
+# The last that holds photographs.
 _SCIPY = {
     "package": "scipy",
     "version": "1.9.3",
     "wheel": "scipy-1.9.3-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
     "wheel_sha256": "abaf921531b5aeaafced90157db505e10345e45038c39e5d9b6c7922d68085cb",
     "wheel_size": 33430216,
+    "pip_options": (*_LINUX, "manylinux_2_17_x86_64"),
+}
+
+_MATPLOTLIB = {
+    "package": "matplotlib",
+    "version": "3.11.2",
+    "wheel": "matplotlib-3.11.2-cp311-cp311-manylinux2014_x86_64.manylinux_2_17_x86_64.whl",
+    "wheel_sha256": "07d9b9fa60cd4c393692f50d0bb03123242ddf61c99bb0e95e75feb354e7c1a8",
+    "wheel_size": 9854405,
     "pip_options": (*_LINUX, "manylinux_2_17_x86_64"),
 }
 
@@ -233,6 +257,19 @@ TRAINING: Mapping[str, Photograph] = MappingProxyType(
             parse=_raccoon,
         ),
         **_photographs(
+            _SCIPY,
+            ("scipy/misc/ascent.dat", "e8a84939484463ab8051aedc5b40aa262ab33a91d6458a6cd13c6a1cad5a023d", 527630),
+            parse=_ascent,
+        ),
+        **_photographs(
+            _MATPLOTLIB,
+            (
+                "matplotlib/mpl-data/sample_data/grace_hopper.jpg",
+                "a8ca6d734765703b09728ab47fe59f473d93ae3967fc24c7c0288c3c7adb7130",
+                61306,
+            ),
+        ),
+        **_photographs(
             _SCIKIT_LEARN,
             (
                 "sklearn/datasets/images/china.jpg",
@@ -247,6 +284,7 @@ TRAINING: Mapping[str, Photograph] = MappingProxyType(
         ),
         **_photographs(
             _SCIKIT_IMAGE,
+            ("skimage/data/rocket.jpg", "c2dd0de7c538df8d111e479619b129464d0269d0ae5fd18ca91d33a7fdfea95c", 112525),
             (
                 "skimage/data/hubble_deep_field.jpg",
                 "3a19c5dd8a927a9334bb1229a6d63711b1c0c767fb27e2286e7c84a3e2c2f5f4",
