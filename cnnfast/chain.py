@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from . import cpu, cpu_training
 from .block import Operands
 from .convolutions import DTYPES
-from .dispatch import is_batched, resolve_backend
+from .dispatch import resolve_backend
 from .fusion import FusedStep
+from .gradients import enter, plain, squeezed
+from .memory_format import has_both, is_channels_last, new_strides
 from .modules import Reading
 from .ops import core
 from .ops.normalise import normalise
@@ -25,11 +27,6 @@ __all__ = ["Bound", "Chain", "Run"]
 
 
 # --- the memory format of eager mode ----------------------------------------------------------------------------------
-
-
-def _both_layouts(channels: int, size: Sequence[int]) -> bool:
-    """Whether a tensor of these sizes is contiguous and channels-last at once."""
-    return channels == 1 or all(n == 1 for n in size)
 
 
 def _eager_layout(step: FusedStep, channels_last: bool, size: Sequence[int], out: Sequence[int]) -> bool:
@@ -44,11 +41,11 @@ def _eager_layout(step: FusedStep, channels_last: bool, size: Sequence[int], out
     if rule is not None and (rule.norm.kind == "instance" or rule.norm.kind == "group" and step.device.type != "cpu"):
         return False
     if step.ndim == 1:  # ATen makes 3-D inputs contiguous first, and so does padding
-        channels_last = channels_last and _both_layouts(spec.in_channels, size) and not any(step.step.pad)
+        channels_last = channels_last and has_both(spec.in_channels, size) and not any(step.step.pad)
         if step.norm is not None:
             return False
     channels_last = channels_last or step.weight_channels_last
-    if _both_layouts(spec.out_channels, out):
+    if has_both(spec.out_channels, out):
         return channels_last and step.in_place and not (spec.out_channels == 1 and all(n == 1 for n in out))
     return channels_last
 
@@ -70,36 +67,16 @@ def _pads(module: nn.Module) -> bool:
 _PADS = (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d)
 
 
-def _no_gain_in_training(step: FusedStep) -> str | None:
+def _no_gain_in_training(step: FusedStep, channels_last: bool) -> str | None:
     """Why a step that needs a gradient gains nothing on a CPU: a plain convolution is ATen's in any case. (An
-    InstanceNorm module would convert to NCHW, a SyncBatchNorm's wants a GPU.)"""
-    rule = step.rule
+    InstanceNorm module would convert to NCHW, a SyncBatchNorm's wants a GPU. And of an input that is
+    ``channels_last``, a module's weight that is contiguous as well would get a gradient in other strides.)"""
+    spec, rule = step.step.spec, step.rule
     better = rule is not None and (rule.synchronised or rule.norm.kind == "instance" and step.ndim == 2)
-    if step.step.spec.transposed or step.step.upsample is not None or better:
+    both = channels_last and has_both(spec.in_channels // spec.groups, spec.kernel_size)
+    if spec.transposed or step.step.upsample is not None or better or both and not step.weight_channels_last:
         return None
     return "in training, PyTorch's modules of a plain convolution are as fast on a CPU"
-
-
-class _Entry(torch.autograd.Function):
-    """x in ``dtype``, with ``convert`` channels-last; its gradient in the memory format of eager mode."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, convert: bool, of_gradient: bool) -> Tensor:
-        ctx.dtype, ctx.of_gradient = x.dtype, of_gradient
-        y = _converted(x, dtype, True) if convert else x.to(dtype)
-        return x.view_as(x) if y is x else y
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        if is_batched(grad):  # in no memory format
-            return grad.to(ctx.dtype), None, None, None
-        return _converted(grad, ctx.dtype, ctx.of_gradient), None, None, None
-
-
-def _converted(t: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    if t.device.type == "cpu":
-        return cpu.convert(t, dtype, channels_last)
-    return t.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 # --- how a chain runs on an input -------------------------------------------------------------------------------------
@@ -178,7 +155,7 @@ class Chain:
         if x.dim() != first.ndim + 2 or x.numel() == 0:
             return f"an input of shape {tuple(x.shape)} is no batch for a {first.ndim}-D convolution"
         shapes = [torch.Size((*x.shape[:2], *(1,) * (2 - first.ndim), *x.shape[2:]))]
-        eager = [core.is_channels_last(x if first.ndim == 2 else x.contiguous().unsqueeze(2))]
+        eager = [is_channels_last(x if first.ndim == 2 else x.contiguous().unsqueeze(2))]
         for s in self.steps:
             n, channels, *size = shapes[-1]
             if channels != s.step.spec.in_channels:
@@ -203,7 +180,7 @@ class Chain:
                 how = reads[i : i + 2]
                 if s.measured and any(how) and not eager[i + 1] and s.rule.norm.kind != "instance":  # type: ignore[union-attr]
                     continue  # ATen's statistics are less exact in channels-last, cpu_training's are not
-                why[i] = _no_gain_in_training(s) if gradient else self._no_gain(s, shapes[i], how, reading, low)
+                why[i] = _no_gain_in_training(s, how[0]) if gradient else self._no_gain(s, shapes[i], how, reading, low)
             if why[0] is not None and None not in why and (inside == eager[1:] or gradient and first.ndim == 1):
                 return why[0]
             if first.ndim == 1:  # modules would convert on the way in and out
@@ -218,7 +195,7 @@ class Chain:
             for s, run in zip(self.steps, runs, strict=True)
         ]
         padded = any(_pads(reading.modules[k]) for k in first.slots)
-        of_gradient = first.ndim == 2 and (eager[0] or first.weight_channels_last and not padded)
+        of_gradient = eager[0] or first.weight_channels_last and not padded
         return Bound(tuple(runs), low, convert, of_gradient)
 
     def _last(self, run: Run, device: str, backend: str, low: torch.dtype | None, gradient: bool) -> Run:
@@ -281,12 +258,13 @@ class Chain:
             for k in s.slots:
                 x = reading.modules[k](x)
             x = cpu.convert(x, x.dtype, run.channels_last)
-        if _both_layouts(x.shape[1], x.shape[2:]):
+        if has_both(x.shape[1], x.shape[2:]):
             last = bound.runs[-1].channels_last
-            if x.stride() != _strides(x.shape, last):
+            if not x.requires_grad:
+                x = plain(x, last)
+            elif x.stride() != new_strides(x.shape, last):  # a copy: a backward may have saved x
                 x = x.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
-        # No view in autograd's eyes, as eager's result is none: it may be detached and overwritten in place.
-        return torch.ops.aten._unsafe_view(x, (*x.shape[:2], x.shape[3])) if ndim == 1 else x
+        return squeezed(x, 2) if ndim == 1 else x
 
 
 def _enter(x: Tensor, ndim: int, bound: Bound) -> Tensor:
@@ -295,9 +273,10 @@ def _enter(x: Tensor, ndim: int, bound: Bound) -> Tensor:
         x = x.unsqueeze(2)
     dtype = bound.low or x.dtype
     if torch.is_grad_enabled() and x.requires_grad:
-        if bound.convert or x.dtype != dtype or core.is_channels_last(x) != bound.of_gradient:
-            return _Entry.apply(x, dtype, bound.convert, bound.of_gradient)
-        return x
+        same = not bound.convert and x.dtype == dtype and is_channels_last(x) == bound.of_gradient
+        if same and not has_both(x.shape[1], x.shape[2:]):
+            return x
+        return enter(x, dtype, True if bound.convert else None, bound.of_gradient)
     if not bound.convert:
         return x if x.dtype == dtype else x.to(dtype)
     if x.dtype == dtype:  # the cheaper call, on a path that counts microseconds
@@ -350,9 +329,3 @@ def _operands(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]]) -> Op
         return Operands(x, weight, bias, slope=slope)
     mean, var, scale, shift = tensors[s.norm]
     return Operands(x, weight, bias, mean, var, s.eps, scale, shift, None, slope)
-
-
-def _strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
-    """Those of a new tensor in this format: where it has both, they tell the next convolution which one to take."""
-    _, c, h, w = shape
-    return (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from .block import Step, Upsample
-from .chain import _both_layouts, _eager_layout, _operands, _strides
+from .chain import _eager_layout, _operands
 from .dispatch import cuda_why_not, spec_why_not, triton_why_not
 from .fusion import FusedStep, Unfused, plan_modules
+from .memory_format import has_both, is_channels_last, new_strides
 from .modules import HOOKS, KINDS, read
 from .norm_modules import NormRule
 from .norms import Norm
@@ -248,7 +249,7 @@ def _run(seq: nn.Sequential, steps: tuple[FusedStep, ...], plan: Traced, x: Any,
         return _modules(seq, slots, plan, x)
     low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
     ndim = steps[0].ndim
-    channels_last = core.is_channels_last(x if ndim == 2 else x.contiguous().unsqueeze(2))
+    channels_last = is_channels_last(x if ndim == 2 else x.contiguous().unsqueeze(2))
     for i, planned in enumerate(steps):
         s = _rebuilt(planned)
         own_slots = range(s.slots[0], s.slots[-1] + 1)
@@ -272,8 +273,8 @@ def _run(seq: nn.Sequential, steps: tuple[FusedStep, ...], plan: Traced, x: Any,
             x = _modules(seq, own_slots, plan, x)
             if last and ndim == 2:
                 x = core.to_format(x, channels_last)
-        if last and _both_layouts(s.step.spec.out_channels, out):
-            strides = _strides((x.shape[0], s.step.spec.out_channels, *out), channels_last)
+        if last and has_both(s.step.spec.out_channels, out):
+            strides = new_strides((x.shape[0], s.step.spec.out_channels, *out), channels_last)
             x = x.as_strided(x.shape, strides if ndim == 2 else (*strides[:2], strides[3]))
     return x
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .block import PADDING_MODES, Step, Upsample, plain_step, upsample_step
 from .dispatch import spec_why_not
 from .modules import Refused
-from .spec import Activation, ConvSpec
+from .spec import MAX_SCALE, Activation, ConvSpec
 
 __all__ = [
     "MAX_SCALE",
@@ -31,8 +31,6 @@ __all__ = [
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
-# Nearest upsampling reads floor(o * float32(1/r)): it repeats each pixel r times for every r up to 40, not for r = 41.
-MAX_SCALE = 32
 
 
 class Part(NamedTuple):

@@ -21,6 +21,8 @@ from torch import Tensor
 from . import reference
 from .cpu import convert, gathers, products_dtype
 from .dispatch import is_batched
+from .gradients import enter, keep_strides, restrided
+from .memory_format import new_strides
 from .onednn import (
     Deconvolution,
     Gathered,
@@ -34,7 +36,7 @@ from .onednn import (
 )
 from .spec import ConvSpec
 
-__all__ = ["Ways", "convolution", "suited", "ways"]
+__all__ = ["Ways", "by_aten", "convolution", "suited", "ways"]
 
 
 class Ways(NamedTuple):
@@ -102,10 +104,21 @@ def _takes_patches(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, i
     return rows <= 1024 and weights * dtype.itemsize > cache_bytes()
 
 
+def by_aten(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether ATen's own convolution runs ``spec`` on a contiguous x of this shape, forward and backward, as fast as
+    channels-last: a plain one (oneDNN brings it into a layout of its own in any case), little work, other dtypes."""
+    how = ways(spec, shape, dtype, lowered_products())
+    if how != ("aten", "aten", dtype):
+        return False
+    return not spec.transposed or dtype == torch.float64 or _macs(spec, shape) < _LEAST
+
+
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    """x (N, C_in, H, W) -> (N, C_out, OH, OW), channels-last and new; x, weight and bias of one dtype."""
+    """x (N, C_in, H, W) -> (N, C_out, OH, OW), channels-last and new; x, weight and bias of one dtype. The weight's
+    gradient has the weight's strides."""
     how = ways(spec, tuple(x.shape), x.dtype, lowered_products())
     x = convert(x, x.dtype, True)
+    weight = keep_strides(weight, True)
     # ATen takes twice as long for a transposed convolution's weight gradient where it sums the bias's beside it.
     apart = bias is not None and spec.transposed and _macs(spec, x.shape) >= _LEAST
     if how == ("aten", "aten", x.dtype) and (not apart or x.dtype == torch.float64):
@@ -139,10 +152,9 @@ class _Convolution(torch.autograd.Function):
         grad = convert(grad, dtype, True)
         with torch._C._DisableAutocast():  # which lowers matrix products, but no convolution's gradients
             dx, dw, db = _BACKWARD[how.backward](grad, x.to(dtype), weight.to(dtype), ctx.bias_size, spec, need)
-        dx = None if dx is None else dx.to(x.dtype)
+        dx = None if dx is None else _plain(dx.to(x.dtype))
         db = None if db is None else db.to(x.dtype)
-        if dw is not None:  # in the parameter's strides: autograd would copy it, and DDP complains
-            dw = torch.empty_like(weight).copy_(dw) if dw.stride() != weight.stride() else dw.to(weight.dtype)
+        dw = None if dw is None else restrided(dw, torch.empty_like(weight, device="meta").stride(), weight.dtype)
         return dx, dw, db, None, None
 
 
@@ -150,9 +162,7 @@ def _plain(y: Tensor) -> Tensor:
     """A channels-last y with the strides of a new one. (Where a dimension of size 1 has another stride, as after
     cropping, ATen takes y for NCHW: the gradients of its batch norm are wrong then, for some formats of its result's.)
     """
-    _, c, h, w = y.shape
-    strides = (h * w * c, 1, w * c, c)
-    return y if y.stride() == strides else y.as_strided(y.shape, strides)
+    return restrided(y, new_strides(y.shape, True))
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -169,9 +179,11 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 def suited(x: Tensor, weight: Tensor, times: int = 1) -> Tensor:
-    """x in NCHW where the weight is and outweighs it (or what it becomes, ``times`` as large): ATen would bring the
-    weight into channels-last first."""
-    return x.contiguous() if weight.is_contiguous() and weight.numel() > 4 * times * x.numel() else x
+    """A channels-last x in NCHW where the weight is and outweighs it (or what it becomes, ``times`` as large): ATen
+    would bring the weight into channels-last first. Its gradient stays channels-last."""
+    if not weight.is_contiguous() or weight.numel() <= 4 * times * x.numel():
+        return x
+    return enter(x, x.dtype, False, True) if torch.is_grad_enabled() and x.requires_grad else x.contiguous()
 
 
 def _forward_aten(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:

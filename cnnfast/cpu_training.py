@@ -17,10 +17,12 @@ from torch import Tensor
 
 from . import cpu, reference
 from .activations import IN_PLACE
-from .block import Operands, Step
+from .block import Operands, Step, run_reference
 from .cpu import products_dtype
-from .cpu_convolution import convolution, suited
+from .cpu_convolution import by_aten, convolution, suited
 from .dispatch import is_batched
+from .gradients import enter, keep_strides, plain
+from .memory_format import is_channels_last
 from .norms import Norm, NormCall
 from .onednn import instruction_set, lowered_products
 from .spec import Activation
@@ -37,7 +39,15 @@ def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool, *, 
     if torch.is_autocast_enabled("cpu"):  # it would round what is done in float32 on purpose
         with torch.autocast("cpu", enabled=False):
             return run(step, o, norm, channels_last, new=new)
-    x = cpu.convert(o.x, o.x.dtype, True)
+    x = o.x
+    # Of x's gradient: as torch's convolution has it, and its padding.
+    of_gradient = is_channels_last(x) or is_channels_last(o.weight) and not any(step.pad)
+    if norm is None and not (channels_last or of_gradient) and _gains_nothing(step, x):
+        return run_reference(step, o._replace(weight=keep_strides(o.weight.to(x.dtype), False)))
+    if torch.is_grad_enabled() and x.requires_grad and not (of_gradient and is_channels_last(x)):
+        x = enter(x, x.dtype, True, of_gradient)
+    else:
+        x = cpu.convert(x, x.dtype, True)
     o = o._replace(x=x)
     if o.mean is not None or o.scale is not None or o.shift is not None:
         y = _convolved(step, x, o)
@@ -47,7 +57,8 @@ def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool, *, 
         y = reference.epilogue(y, o.scale, o.shift, o.residual, step.activation, o.slope)
     else:
         packed = cpu.run(*_bare(step, o), True) if not new and packs(step, o, norm) else None
-        y = _finish(_convolved(step, x, o) if packed is None else packed, norm, step.activation, o)
+        y = _convolved(step, x, o) if packed is None else packed
+        y = _finish(y if norm is not None else plain(y, channels_last), norm, step.activation, o)
     return cpu.convert(y, y.dtype, channels_last)
 
 
@@ -66,15 +77,26 @@ def packs(step: Step, o: Operands, norm: NormCall | None) -> bool:
     return cpu.why_not(*_bare(step, o)) is None
 
 
+def _gains_nothing(step: Step, x: Tensor) -> bool:
+    """Whether the convolution is ATen's in any case, and no faster channels-last than the conversions cost. (Tiny
+    images are safer as they are, too: channels-last, oneDNN's convolutions read past the end of some, torch 2.13.)"""
+    if step.upsample is not None:
+        return lowered_products() or not collapses(step, x.shape, x.dtype)
+    n, c, h, w = x.shape
+    return by_aten(step.spec, (n, c, h + 2 * step.pad[0], w + 2 * step.pad[1]), x.dtype)
+
+
 def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
     """The convolution of ``step`` and its bias."""
     u, weight = step.upsample, o.weight.to(x.dtype)
     if u is None:
         return convolution(step.pad_input(x), weight, o.bias, step.spec)
     if lowered_products() or not collapses(step, x.shape, x.dtype):
-        x = suited(x, weight, math.prod(u.scale))
-        return reference.upsample_conv(x, weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
-    return convolution(step.pad_input(x), summed_weight(weight, u.scale, step.spec.groups), o.bias, step.spec)
+        nchw = suited(x, weight, math.prod(u.scale))
+        weight = keep_strides(weight, True if nchw is x else None)
+        return reference.upsample_conv(nchw, weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
+    weight = summed_weight(keep_strides(weight, None), u.scale, step.spec.groups)
+    return convolution(step.pad_input(x), weight, o.bias, step.spec)
 
 
 # --- upsampling + convolution -----------------------------------------------------------------------------------------

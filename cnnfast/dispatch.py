@@ -18,12 +18,14 @@ from .spec import ConvSpec, Precision
 
 __all__ = [
     "BACKENDS",
+    "NO_DEVICE",
     "allocate",
     "backend",
     "check_backend",
     "conv_tf32",
     "cuda_why_not",
     "is_batched",
+    "launch_why_not",
     "on_device",
     "precision_of",
     "resolve_backend",
@@ -96,6 +98,31 @@ def cuda_why_not(index: int) -> str | None:
     return None
 
 
+NO_DEVICE = "no CUDA device"
+
+
+def launch_why_not(device: torch.device) -> str | None:
+    """Why an explicit ``backend="triton"`` can launch nothing on tensors of ``device``, or None where it can: on a CUDA
+    device, under Triton's interpreter, and on whatever Triton's active driver takes (one that emulates or records says
+    so by its ``get_active_torch_device``)."""
+    reason = triton_why_not()
+    if reason is not None:
+        return reason
+    if device.type == "cuda":
+        return cuda_why_not(device.index or 0)
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    if knobs.runtime.interpret:
+        return None if device.type == "cpu" else f"the tensors are on {device}, Triton's interpreter runs on the CPU"
+    try:
+        active = driver.active
+    except RuntimeError:  # Triton finds no driver for this machine
+        return NO_DEVICE
+    taken = active.get_active_torch_device().type
+    return None if taken == device.type else f"the tensors are on {device}, Triton launches on {taken}"
+
+
 MIN_CHANNELS = 16  # of a group: one tensor-core fragment
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LIMIT = 2**31
@@ -137,7 +164,8 @@ def _step_why_not(
 
 def why_not(step: Step, operands: Operands, few_channels: bool = False) -> str | None:
     """Why the Triton kernel cannot run this step on these tensors, or None. The one predicate that decides a
-    fallback. ``few_channels``: fewer than a tensor core's fragment are right, if slow, and not refused."""
+    fallback. ``few_channels``: fewer than a tensor core's fragment are right, if slow, and not refused. (Whether
+    anything can be launched on tensors that are not on a CUDA device is `launch_why_not`'s to say.)"""
     x = operands.x
     reason = triton_why_not()
     if reason is None and x.is_cuda:

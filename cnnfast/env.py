@@ -146,7 +146,7 @@ def triton_off(index: int | None = None) -> str | None:
     if problem is not None:
         return problem
     if cuda_error() is not None:
-        return "no CUDA device"
+        return dispatch.NO_DEVICE
     if index is not None and index >= torch.cuda.device_count():
         return f"cuda:{index} does not exist: there are {torch.cuda.device_count()} CUDA devices"
     return dispatch.cuda_why_not(torch.cuda.current_device() if index is None else index)

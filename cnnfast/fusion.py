@@ -27,9 +27,9 @@ from .convolutions import (
     transposed_step,
     upsampled_step,
 )
+from .memory_format import is_channels_last
 from .modules import HOOKS, KINDS, SHADOWS, Reading, Refused, is_patched, read
 from .norm_modules import NormRule, norm_rule
-from .ops.core import is_channels_last
 from .spec import Activation
 
 __all__ = ["FusedStep", "Unfused", "plan_modules"]

@@ -19,8 +19,8 @@ from torch.utils._device import DeviceContext
 
 from . import guard
 from .chain import Chain
-from .dispatch import resolve_backend
-from .fusion import Unfused, plan_modules
+from .dispatch import launch_why_not, resolve_backend, spec_why_not
+from .fusion import FusedStep, Unfused, plan_modules
 from .modules import Reading, read
 from .ops import core
 from .packing import PACKS
@@ -111,7 +111,8 @@ class Sequential(nn.Sequential):
         """What is fused and why the rest is not, a line for each step or module. ``input`` is not run.
 
         With an ``input``, also what depends on it (its dtype, a gradient, autocast): for the whole, and for the steps
-        that come first. On a GPU, a step whose kernel failed at its first use says so (`cnnfast.guard`).
+        that come first. On a GPU, a step whose kernel failed at its first use says so (`cnnfast.guard`). Where the
+        context's backend is "triton", what a step cannot run by, and would raise.
         """
         reading = read(self._modules.values(), _FORWARDS)
         why = None if input is None else why_not_now(input)
@@ -125,6 +126,8 @@ class Sequential(nn.Sequential):
             for i, s in enumerate(item.steps):
                 names = " + ".join(type(reading.modules[k]).__name__ for k in s.slots)
                 reason = bound if bound is None or isinstance(bound, str) else bound.runs[i].as_modules
+                if reason is None and resolve_backend(None) == "triton":
+                    reason = _why_not_triton(s, reading)
                 done = "fused" if reason is None else f"could be fused, but: {reason}"
                 for failure in guard.failures(s.step, s.dtype, s.device):
                     done += f", but PyTorch's operators run: the kernel {failure}"
@@ -150,6 +153,16 @@ class Sequential(nn.Sequential):
         state = self.__dict__.copy()
         state.pop("_plan", None)
         return state
+
+
+def _why_not_triton(s: FusedStep, reading: Reading) -> str | None:
+    """Why an explicit ``backend="triton"`` would raise, as far as that does not depend on the input."""
+    gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for k in s.slots for t in reading.tensors[k]
+    )
+    # Few channels are no obstacle to training (`core.run_step`).
+    reason = None if gradient or s.measured else spec_why_not(s.step.spec)
+    return reason or launch_why_not(s.device)
 
 
 _FORWARDS = (nn.Sequential.forward, Sequential.forward)

@@ -23,6 +23,8 @@ from .activations import ACTIVATIONS, Activation, ActivationRow
 
 __all__ = [
     "ACTIVATIONS",
+    "MAX_SCALE",
+    "MAX_STRIDE",
     "Activation",
     "ActivationRow",
     "ConvSpec",
@@ -85,6 +87,11 @@ def phases_1d(kernel: int, stride: int, padding: int, dilation: int, transposed:
         taps = -(-(kernel - tap0) // tap_step)
         out.append(Phase(r, taps, tap0, tap_step, (c - dilation * tap0) // stride, -(dilation // g)))
     return tuple(out)
+
+
+MAX_STRIDE = 4096  # of a transposed convolution: its phases are written out, and there are as many
+# Nearest upsampling reads floor(o * float32(1/r)): it repeats each pixel r times for every r up to 40, not for r = 41.
+MAX_SCALE = 32
 
 
 def _tuple(value: int | Sequence[int], n: int) -> tuple[int, ...]:
@@ -152,6 +159,8 @@ class ConvSpec:
             raise ValueError(f"kernel_size must be positive, got {self.kernel_size}")
         if min(self.stride) < 1:
             raise ValueError(f"non-positive stride is not supported, got {self.stride}")
+        if self.transposed and max(self.stride) > MAX_STRIDE:
+            raise ValueError(f"a transposed convolution's stride may be {MAX_STRIDE} at most, got {self.stride}")
         if min(self.dilation) < 1:
             raise ValueError(f"dilation should be greater than zero, got {self.dilation}")
         if min(self.padding) < 0:
@@ -286,11 +295,13 @@ def collapse_upsample(
 
     ``y[o] = sum_t W[t] x[(o + t - p) // r]``: tap ``j`` of the result holds the sum of the taps ``t`` with
     ``k-1-j <= t < k-1-j+r`` (`reference.collapse_weight`), its kernel is ``k + r - 1``, its stride ``r`` and its
-    padding ``k - 1 - p``. Needs ``p <= k - 1``.
+    padding ``k - 1 - p``. ValueError unless ``p <= k - 1`` and ``r <= MAX_SCALE``.
     """
     for k, p in zip(kernel_size, padding, strict=True):
         if p > k - 1:
             raise ValueError(f"padding={tuple(padding)} must be smaller than kernel_size={tuple(kernel_size)}")
+    if max(scale) > MAX_SCALE:
+        raise ValueError(f"scale_factor={tuple(scale)} is larger than {MAX_SCALE}")
     return ConvSpec.make(
         in_channels,
         out_channels,

@@ -6,10 +6,13 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import cnnfast
 from cnnfast import dispatch
@@ -165,6 +168,102 @@ def test_explicit_triton_that_cannot(how: str) -> None:
         complexes = torch.randn(1, 32, 4, 4, dtype=torch.complex64)
         with pytest.raises(RuntimeError, match=r"cannot run this: dtype torch\.complex64"):
             cnnfast.ops.conv_transpose2d(complexes, complexes.new_zeros(32, 8, 4, 4), backend=name)
+
+
+# --- where nothing can be launched ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_driver(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """As on a machine without a GPU. The driver's place, to put one there."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from triton import knobs
+    from triton.runtime.driver import driver
+
+    def none() -> None:
+        raise RuntimeError("0 active drivers ([]). There should only be one.")
+
+    monkeypatch.setattr(driver, "_active", None)
+    monkeypatch.setattr(driver, "_default", None)
+    monkeypatch.setattr(sys.modules["triton.runtime.driver"], "_create_driver", none)
+    monkeypatch.setattr(knobs.runtime, "interpret", False)
+    return driver
+
+
+X, W = torch.randn(1, 32, 4, 4), torch.randn(32, 32, 3, 3)
+CALLS: dict[str, Callable[..., torch.Tensor]] = {
+    "conv_transpose1d": lambda **k: cnnfast.ops.conv_transpose1d(X[:, :, 0], W[..., 0], **k),
+    "conv_transpose2d": lambda **k: cnnfast.ops.conv_transpose2d(X, W, **k),
+    "conv1d": lambda **k: cnnfast.ops.conv1d(X[:, :, 0], W[..., 0], **k),
+    "conv2d": lambda **k: cnnfast.ops.conv2d(X, W, **k),
+    "with a gradient": lambda **k: cnnfast.ops.conv2d(X, W.clone().requires_grad_(), **k),
+    "upsample_conv2d": lambda **k: cnnfast.ops.upsample_conv2d(X, W, **k),
+    "batch_norm": lambda **k: cnnfast.ops.batch_norm(X, None, None, training=True, **k),
+    "instance_norm": lambda **k: cnnfast.ops.instance_norm(X, **k),
+    "group_norm": lambda **k: cnnfast.ops.group_norm(X, 4, **k),
+}
+
+
+@pytest.mark.parametrize("how", ["keyword", "context"])
+@pytest.mark.parametrize("name", CALLS)
+def test_triton_without_a_gpu(name: str, how: str, no_driver: Any) -> None:
+    """Said in the words of ``cnnfast env``."""
+    assert dispatch.NO_DEVICE == "no CUDA device"
+    with cnnfast.backend("triton" if how == "context" else "auto"):
+        with pytest.raises(RuntimeError, match='^backend="triton" cannot run this: no CUDA device$'):
+            CALLS[name](**({"backend": "triton"} if how == "keyword" else {}))
+    assert CALLS[name]().isfinite().all()
+
+
+def test_explain_without_a_gpu(no_driver: Any) -> None:
+    """What would raise is not called fused."""
+    model = cnnfast.Sequential(nn.ConvTranspose2d(32, 32, 4, 2, 1), nn.BatchNorm2d(32), nn.ReLU()).eval()
+    few = cnnfast.Sequential(nn.ConvTranspose2d(8, 32, 4, 2, 1), nn.ReLU()).eval().requires_grad_(False)
+    assert model.explain().endswith(" fused") and few.explain().endswith(" fused")
+    with cnnfast.backend("triton"):
+        for said in (model.explain(), model.explain(X)):
+            assert said == "0-2: ConvTranspose2d + BatchNorm2d + ReLU could be fused, but: no CUDA device"
+        assert few.explain().endswith("could be fused, but: 8 input channels per group are fewer than 16")
+        for mode in (torch.no_grad, torch.enable_grad, torch.inference_mode):
+            with mode(), pytest.raises(RuntimeError, match='^backend="triton" cannot run this: no CUDA device$'):
+                model(X)
+    with cnnfast.backend("aten"):
+        assert model.explain(X).endswith(" fused")
+
+
+def test_what_stands_in_place_of_a_gpu_is_asked(no_driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An active driver says which tensors it takes; Triton's interpreter takes those of the CPU."""
+    from triton import knobs
+
+    class Driver:
+        def __init__(self, device: str) -> None:
+            self.device = device
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device(self.device)
+
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    assert dispatch.launch_why_not(cpu) == dispatch.launch_why_not(meta) == "no CUDA device"
+    no_driver.set_active(Driver("cpu"))
+    assert dispatch.launch_why_not(cpu) is None
+    assert dispatch.launch_why_not(meta) == "the tensors are on meta, Triton launches on cpu"
+    no_driver.set_active(Driver("cuda"))
+    assert dispatch.launch_why_not(cpu) == "the tensors are on cpu, Triton launches on cuda"
+    with pytest.raises(RuntimeError, match="cannot run this: the tensors are on cpu, Triton launches on cuda$"):
+        CALLS["conv2d"](backend="triton")
+    monkeypatch.setattr(knobs.runtime, "interpret", True)
+    assert dispatch.launch_why_not(cpu) is None
+    assert dispatch.launch_why_not(meta) == "the tensors are on meta, Triton's interpreter runs on the CPU"
+
+
+def test_a_recording_driver_is_launched_on(no_driver: Any) -> None:
+    from benchmarks.inspector import recording
+
+    model = cnnfast.Sequential(nn.ConvTranspose2d(32, 32, 4, 2, 1), nn.ReLU()).eval()
+    with recording(90) as calls, cnnfast.backend("triton"), torch.no_grad():
+        assert model.explain(X).endswith(" fused")
+        model(X)
+    assert calls and dispatch.launch_why_not(torch.device("cpu")) == "no CUDA device"
 
 
 # --- numerics ---------------------------------------------------------------------------------------------------------

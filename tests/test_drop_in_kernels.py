@@ -101,3 +101,16 @@ def test_a_result_is_no_view(device: torch.device, launches: list[str]) -> None:
         loss_of(y.cpu()).backward()
         assert launches and model[0].weight.grad is not None
         assert y.detach_() is y and not y.requires_grad
+
+
+def test_an_overwritten_result_of_one_dimension_is_noticed(device: torch.device, launches: list[str]) -> None:
+    """By the backward that has saved it."""
+    model = cnnfast.Sequential(nn.ConvTranspose1d(16, 16, 4, 2, 1), nn.Tanh()).to(device)
+    w = model[0].weight
+    x = x2d(2, 16, 9).to(device)
+    with cnnfast.backend("triton"):
+        for y in (model(x), cnnfast.ops.conv_transpose1d(x, w, None, 2, 1, activation="tanh")):
+            assert launches and not y._is_view()
+            y.mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                y.sum().backward()

@@ -91,6 +91,8 @@ CASES = (
     case(
         "groups", T2, (2, 64, 3, 4), (64, 32, 4, 4), stride=2, padding=1, groups=2, activation="leaky_relu", param=0.2
     ),
+    case("grey", T2, (2, 32, 4, 5), (32, 1, 4, 4), stride=2, padding=1, channels_last=False),
+    case("one-column", "conv_transpose1d", (2, 32, 9), (32, 32, 1), activation="relu"),
     case("one-dimension", "conv_transpose1d", (2, 32, 9), (32, 16, 16), stride=8, padding=4, activation="tanh"),
     case("discriminator", C2, (2, 32, 8, 8), (48, 32, 4, 4), stride=2, padding=1, activation="leaky_relu", param=0.2),
     case("discriminator-first", C2, (2, 3, 9, 8), (32, 3, 4, 4), stride=2, padding=1, activation="silu"),
@@ -160,6 +162,8 @@ def check(c: Case, precision: str, device: torch.device, how: Callable[..., list
     for name, (a, e, s) in of.items():
         assert_close(a, e, s, f"{c.name} {precision} d{name}")
     if how is first:
+        like = first(c.reference, [t.detach().cpu().float() for t in ours], dy.float())
+        assert [t.stride() for t in got[:2]] == [t.stride() for t in like[:2]], "result and input's gradient as torch's"
         assert got[2].stride() == ours[1].stride(), "a weight's gradient has its strides"
 
 

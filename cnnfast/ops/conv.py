@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..spec import Activation
-from .arguments import ActivationParam
-from .convolution import DOC, Epilogue, Ints, convolve
+from .arguments import ActivationParam, Epilogue, Ints
+from .convolution import DOC, convolve
 
 __all__ = ["conv1d", "conv2d"]
 

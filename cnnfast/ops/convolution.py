@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from .. import dispatch, reference
 from ..block import Operands, Step
-from ..spec import Activation, ConvSpec
-from .arguments import ActivationParam, autocast, check_residual, check_slope, check_vectors, parse_activation
-from .core import run_step
+from ..gradients import enter, plain, squeezed
+from ..memory_format import is_channels_last
+from ..spec import MAX_STRIDE, Activation, ConvSpec
+from .arguments import (
+    Epilogue,
+    Ints,
+    as_ints,
+    autocast,
+    check_devices,
+    check_reach,
+    check_residual,
+    check_slope,
+    check_types,
+    check_vectors,
+    epilogue,
+    mixes,
+    parse_activation,
+)
+from .core import run_step, watched
 
-__all__ = ["DOC", "Epilogue", "Ints", "convolve"]
+__all__ = ["DOC", "convolve", "finish", "fused", "takes"]
 
-Ints = int | Sequence[int]
-
-_TORCH: dict[tuple[int, bool], Callable[..., torch.Tensor]] = {
+_TORCH: dict[tuple[int, bool], Callable[..., Tensor]] = {
     (1, True): F.conv_transpose1d,
     (2, True): F.conv_transpose2d,
     (1, False): F.conv1d,
@@ -38,37 +55,43 @@ DOC = """{ndim}-D {kind}, then ``act(scale * (conv + bias) + shift + residual)``
         bias: (C_out,) or None.
         {geometry}
         scale, shift: (C_out,), any floating dtype, or None.
-        residual: the output's shape and the input's dtype, or None.
+        residual: the output's shape and the input's dtype, or None. Under autocast any floating dtype: the result then
+            has the wider one of the two, as of ``conv(input) + residual``.
         activation: an `Activation`, or its name in `cnnfast.spec.ACTIVATIONS`, or None.
         activation_param: a number (slope of leaky_relu, alpha of elu), two (bounds of hardtanh), or prelu's weight, a
             tensor of 1 or C_out elements.
         backend: "auto", "triton", "aten", or None for the context's (`cnnfast.backend`).
 
     Returns:
-        The output in the input's dtype, channels_last where input or weight is (as torch's).
+        The output in the input's dtype, channels_last where input or weight is (as torch's). The input's gradient is
+        in that memory format, too; a weight's has the weight's strides.
 
     Raises:
         RuntimeError: what torch raises; ``backend="triton"`` where the kernel cannot run this, with the reason.
+        TypeError: an argument of a wrong type.
         ValueError: an unknown activation or backend; scale, shift, residual or activation_param of a wrong shape.
 
     Differentiable any number of times.
     """
 
 
-class Epilogue(NamedTuple):
-    """The keyword arguments that all of them have."""
+class Geometry(NamedTuple):
+    """The arguments that say how; a plain convolution's output padding is 0."""
 
-    scale: torch.Tensor | None
-    shift: torch.Tensor | None
-    residual: torch.Tensor | None
-    activation: Activation | str | None
-    activation_param: ActivationParam
-    backend: str | None
+    stride: Ints
+    padding: Ints | str
+    output_padding: Ints
+    groups: int
+    dilation: Ints
 
-
-class _Call(NamedTuple):
-    step: Step
-    size: tuple[int, ...]  # of the output
+    @classmethod
+    def of(cls, stride: Any, padding: Any, output_padding: Any, groups: Any, dilation: Any) -> Geometry | None:
+        """In ints and tuples of ints; None where torch's own function is to judge."""
+        p = padding if type(padding) is str else as_ints(padding)
+        s, op, g, d = as_ints(stride), as_ints(output_padding), as_ints(groups), as_ints(dilation)
+        if s is None or p is None or op is None or d is None or not isinstance(g, int):
+            return None
+        return cls(s, p, op, g, d)
 
 
 @lru_cache(maxsize=4096)
@@ -77,44 +100,40 @@ def _resolve(
     transposed: bool,
     input_shape: tuple[int, ...],
     weight_shape: tuple[int, ...],
-    stride: Ints | None,
-    padding: Ints | str | None,
-    output_padding: Ints | None,
-    groups: int | None,
-    dilation: Ints | None,
+    given: Geometry,
     activation: Activation,
-) -> _Call | None:
-    """The step of these arguments and its output size; None where they describe no convolution of a non-empty image:
-    torch's own function then decides, and raises its own error."""
+) -> Step | None:
+    """The step of these arguments; None where they describe no convolution of a non-empty image: torch's own function
+    then decides, and raises its own error."""
     if len(weight_shape) != ndim + 2 or len(input_shape) not in (ndim + 1, ndim + 2):
         return None
-    if stride is None or padding is None or output_padding is None or groups is None or dilation is None:
-        return None
-    if isinstance(padding, str):
-        if transposed:
+    pads = given.padding
+    if isinstance(pads, str):
+        named = None if transposed else _named_padding(pads, weight_shape[2:], given.stride, given.dilation)
+        if named is None:
             return None
-        padding = _named_padding(padding, weight_shape[2:], stride, dilation)
-        if padding is None:
-            return None
-    first, second = weight_shape[0], weight_shape[1] * groups
+        pads = named
+    first, second = weight_shape[0], weight_shape[1] * given.groups
     try:
         spec = ConvSpec.make(
             *((first, second) if transposed else (second, first)),
             weight_shape[2:],
-            stride,
-            padding,
-            output_padding,
-            groups,
-            dilation,
+            given.stride,
+            pads,
+            given.output_padding,
+            given.groups,
+            given.dilation,
             transposed=transposed,
             ndim=ndim,
         )
-        spec.output_size(input_shape[-ndim:])
+        size = spec.output_size(input_shape[-ndim:])
     except ValueError:
         return None
     if input_shape[-ndim - 1] != spec.in_channels or min(input_shape[-ndim:]) < 1:
         return None
-    return _Call(Step(spec.as_2d(), activation), spec.output_size(input_shape[-ndim:]))
+    if not torch.compiler.is_compiling() and math.prod((*size, spec.out_channels, *input_shape[: -ndim - 1])) >= 2**60:
+        return None
+    return Step(spec.as_2d(), activation)
 
 
 def _named_padding(name: str, kernel: Sequence[int], stride: Ints, dilation: Ints) -> tuple[int, ...] | None:
@@ -129,103 +148,147 @@ def _named_padding(name: str, kernel: Sequence[int], stride: Ints, dilation: Int
     return tuple(r // 2 for r in reach)
 
 
-def _hashable(value: Any) -> Ints | None:
-    """An int or a tuple of ints; None for anything else, which torch's own function judges (and which a cache
-    would confuse with an int that equals it)."""
-    if type(value) is int:
-        return value
-    if isinstance(value, list | tuple) and all(type(v) is int for v in value):
-        return tuple(value)
+# --- what all convolutions end in -------------------------------------------------------------------------------------
+
+
+def takes(x: Tensor, w: Tensor, b: Tensor | None, channels: int | None) -> str | None:
+    """Why torch's own function is to judge these tensors of one device (or to run them: meta tensors), or None."""
+    dtype = x.dtype
+    if x.device.type == "meta":
+        return "its tensors are on meta"
+    if not dtype.is_floating_point or w.dtype != dtype:
+        return f"dtype {dtype}" if w.dtype == dtype else f"the input is {dtype}, the weight {w.dtype}"
+    if b is not None and (b.shape != (channels,) or b.dtype != dtype):
+        return f"a bias of shape {tuple(b.shape)} and {b.dtype}"
+    if x.layout is not torch.strided or w.layout is not torch.strided:
+        return "an operand is not a dense tensor"
+    if not torch.compiler.is_compiling() and (x.is_neg() or w.is_neg()):  # whose memory holds other numbers
+        return "an operand is a lazy negation"
     return None
 
 
-def _by_torch(y: torch.Tensor, ndim: int, e: Epilogue, activation: Activation, slope: Any) -> torch.Tensor:
+def finish(y: Tensor, ndim: int, e: Epilogue, activation: Activation, slope: Tensor | None) -> Tensor:
     """The epilogue on what torch's own convolution gave, with the checks of a fused step."""
-    unbatched = y.dim() == ndim + 1
-    residual = e.residual
+    unbatched, residual = y.dim() == ndim + 1, e.residual
     check_vectors(y, y.shape[-ndim - 1], scale=e.scale, shift=e.shift)
     check_slope(y, slope)
     if residual is not None:
         check_residual(y, residual, y.shape)
         residual = residual.unsqueeze(0) if unbatched else residual
-    y = reference.epilogue(y.unsqueeze(0) if unbatched else y, e.scale, e.shift, residual, activation, slope)
+    apply = epilogue if mixes(y, residual) else reference.epilogue
+    y = apply(y.unsqueeze(0) if unbatched else y, e.scale, e.shift, residual, activation, slope)
     return y.squeeze(0) if unbatched else y
+
+
+def _bare(step: Step) -> Step:
+    return replace(step, activation=Activation())
+
+
+def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epilogue, slope: Tensor | None) -> Tensor:
+    """``step`` on tensors that `takes` accepts and that fit it: x (N, C, *size) or (C, *size)."""
+    unbatched = x.dim() == ndim + 1
+    if unbatched:
+        x = x.unsqueeze(0)
+    channels_last = ndim == 2 and is_channels_last(x)  # of one dimension, ATen makes the input contiguous first
+    if ndim == 1:
+        x, w = x.unsqueeze(-2), w.unsqueeze(-2)
+    channels_last = channels_last or is_channels_last(w)
+    compiling = torch.compiler.is_compiling()
+    if ndim == 1 and not (channels_last or compiling) and is_channels_last(x):
+        x = enter(x, x.dtype, None, False) if torch.is_grad_enabled() and x.requires_grad else x
+    residual = e.residual
+    if e.scale is not None or e.shift is not None:
+        check_vectors(x, step.spec.out_channels, scale=e.scale, shift=e.shift)
+    if slope is not None:
+        check_slope(x, slope)
+    mixed = False
+    if residual is not None:
+        size = step.output_size((x.shape[2], x.shape[3]))[2 - ndim :]
+        check_residual(x, residual, (*(() if unbatched else x.shape[:1]), step.spec.out_channels, *size))
+        residual = residual.unsqueeze(0) if unbatched else residual
+        residual = residual.unsqueeze(-2) if ndim == 1 else residual
+        mixed = mixes(x, residual)
+    if mixed:
+        y = run_step(_bare(step), Operands(x, w, b), channels_last=channels_last, backend=e.backend)
+        y = epilogue(y, e.scale, e.shift, residual, step.activation, slope)
+    else:
+        o = Operands(x, w, b, None, None, 0.0, e.scale, e.shift, residual, slope)
+        y = run_step(step, o, channels_last=channels_last, backend=e.backend)
+        if not (compiling or y.requires_grad) and (y.shape[1] == 1 or y.shape[2] == y.shape[3] == 1):
+            y = y if watched(y) else plain(y, channels_last)
+    if ndim == 1:
+        y = y.squeeze(-2) if compiling or watched(y) else squeezed(y, 2)
+    return y.squeeze(0) if unbatched else y
+
+
+# --- plain and transposed convolutions --------------------------------------------------------------------------------
 
 
 def convolve(
     ndim: int,
     transposed: bool,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     stride: Ints,
     padding: Ints | str,
     output_padding: Ints,
     groups: int,
     dilation: Ints,
     e: Epilogue,
-) -> torch.Tensor:
+) -> Tensor:
     """``act(scale * (conv(input) + bias) + shift + residual)``; ``output_padding`` is 0 for a plain convolution."""
     dispatch.check_backend(e.backend)
     geometry = (
         (stride, padding, output_padding, groups, dilation) if transposed else (stride, padding, dilation, groups)
     )
     function = _TORCH[ndim, transposed]
-    if not isinstance(input, torch.Tensor) or not isinstance(weight, torch.Tensor):
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
         function(input, weight, bias, *geometry)
         raise TypeError(f"input and weight must be tensors, got {type(input).__name__} and {type(weight).__name__}")
-    weight_shape, channels = weight.shape, 0
-    if len(weight_shape) > 1 and type(groups) is int:
-        channels = weight_shape[1] * groups if transposed else weight_shape[0]
+    check_types(bias, e)
+    given, channels = Geometry.of(stride, padding, output_padding, groups, dilation), None
+    if given is not None and weight.dim() > 1:
+        channels = weight.shape[1] * given.groups if transposed else weight.shape[0]
     act, slope = parse_activation(e.activation, e.activation_param, channels)
     x, w, b = autocast(input, weight, bias)
-    resolve = _resolve.__wrapped__ if torch.compiler.is_compiling() else _resolve  # symbolic sizes have no hash
-    call = resolve(
-        ndim,
-        transposed,
-        x.shape,
-        weight_shape,
-        _hashable(stride),
-        padding if type(padding) is str else _hashable(padding),
-        _hashable(output_padding),
-        groups if type(groups) is int else None,
-        _hashable(dilation),
-        act,
-    )
-    dtype, device = x.dtype, x.device
-    if (
-        call is None
-        or not dtype.is_floating_point
-        or w.dtype != dtype
-        or w.device != device
-        or (b is not None and (b.shape != (channels,) or b.dtype != dtype or b.device != device))
-    ):
-        if w.device != device:  # torch's own words, which its meta kernels forget to say
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, "
-                f"{device} and {w.device}!"
-            )
+    if w.device != x.device or b is not None and b.device != x.device:
+        check_devices(x, w, b)
+    compiling = torch.compiler.is_compiling()
+    reason: str | None = f"an empty input, or sizes such as padding={padding!r} that no kernel has"
+    if given is not None:
+        resolve = _resolve.__wrapped__ if compiling else _resolve  # symbolic sizes have no hash
+        step = resolve(ndim, transposed, x.shape, w.shape, given, act)
+        if step is not None:
+            reason = takes(x, w, b, channels)
+            if reason is None:
+                return fused(step, ndim, x, w, b, e, slope)
+        elif not compiling:
+            _check_sizes(transposed, x.shape, w.shape, given)
+    if transposed and given is not None and _crashes(x, given.stride):
+        y = function(x.double(), w.double(), None if b is None else b.double(), *geometry).to(x.dtype)
+    else:
         y = function(x, w, b, *geometry)
-        if dispatch.resolve_backend(e.backend) == "triton":
-            raise RuntimeError(
-                f'backend="triton" cannot run this: dtype {dtype}, an empty input or an uneven padding={padding!r}'
-            )
-        return _by_torch(y, ndim, e, act, slope)
-    residual = e.residual
-    if e.scale is not None or e.shift is not None:
-        check_vectors(x, channels, scale=e.scale, shift=e.shift)
-    if slope is not None:
-        check_slope(x, slope)
-    if residual is not None:
-        check_residual(x, residual, (*x.shape[: -ndim - 1], channels, *call.size))
-    unbatched = x.dim() == ndim + 1
-    if unbatched:
-        x, residual = x.unsqueeze(0), None if residual is None else residual.unsqueeze(0)
-    if ndim == 1:
-        x, w = x.unsqueeze(-2), w.unsqueeze(-2)
-        residual = None if residual is None else residual.unsqueeze(-2)
-    o = Operands(x, w, b, None, None, 0.0, e.scale, e.shift, residual, slope)
-    y = run_step(call.step, o, backend=e.backend)
-    if ndim == 1:
-        y = y.squeeze(-2)
-    return y.squeeze(0) if unbatched else y
+    if dispatch.resolve_backend(e.backend) == "triton":
+        raise RuntimeError(f'backend="triton" cannot run this: {reason}')
+    return finish(y, ndim, e, act, slope)
+
+
+def _crashes(x: Tensor, stride: Ints) -> bool:
+    """Whether oneDNN's deconvolution may end the process (seen for strides of 100,000, torch 2.13); it takes no
+    float64."""
+    huge = max((stride,) if isinstance(stride, int) else stride, default=1) > MAX_STRIDE
+    return huge and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _check_sizes(transposed: bool, shape: Sequence[int], weight_shape: Sequence[int], given: Geometry) -> None:
+    """`check_reach` of arguments of whatever lengths; where these do not fit, torch says so."""
+    ndim = len(weight_shape) - 2
+    if ndim < 1 or len(shape) < ndim + 1:
+        return
+    sizes = []
+    for v in (given.stride, given.padding, given.output_padding, given.dilation):
+        each = (0,) if isinstance(v, str) else (v,) if isinstance(v, int) else tuple(v)
+        sizes.append(each * ndim if len(each) == 1 else each)
+    if all(len(v) == ndim for v in sizes):
+        check_reach(transposed, shape[-ndim:], weight_shape[2:], *sizes)

@@ -9,26 +9,12 @@ from torch.autograd import forward_ad
 
 from .. import cpu, cpu_training, dispatch
 from ..block import Operands, Step, run_reference
+from ..gradients import enter
+from ..memory_format import is_channels_last
 from ..norms import NormCall
 from ..spec import Activation
 
-__all__ = ["by_torch", "is_channels_last", "needs_gradient", "run_step", "to_format", "watched"]
-
-
-def is_channels_last(t: torch.Tensor) -> bool:
-    """ATen's ``suggest_memory_format`` of a 4-D tensor: strides ordered C < W < H < N, sizes of one not deciding
-    alone."""
-    s = t.stride()
-    if t.dim() != 4 or s[1] == 0:
-        return False
-    size, least = t.shape, 0
-    for d in (1, 3, 2, 0):
-        if size[d] == 0 or s[d] < least:
-            return False
-        if d == 0 and least == s[1]:
-            return False
-        least = s[d] * size[d] if size[d] > 1 else s[d]
-    return True
+__all__ = ["by_torch", "needs_gradient", "run_step", "to_format", "watched"]
 
 
 def to_format(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
@@ -82,12 +68,16 @@ def run_step(
         return traced_step(step, o, norm, channels_last, backend)
     name = dispatch.resolve_backend(backend)
     unseen = watched(o.x)
+    if gradient and not (channels_last or unseen) and o.residual is not None and o.residual.requires_grad:
+        o = o._replace(residual=enter(o.residual, o.residual.dtype, None, False))  # gradients inside are channels-last
     if name == "triton" or (name == "auto" and o.x.is_cuda and not unseen):
         if unseen:
             reason: str | None = "a tensor subclass, transform, tracer, dispatch mode or forward-mode AD is active"
         else:
             # A training step's convolutions of few channels run where they are asked for.
             reason = dispatch.why_not(step, o, few_channels=training and name == "triton")
+            if reason is None and name == "triton":
+                reason = dispatch.launch_why_not(o.x.device)
         if reason is None and training:
             from . import training as with_gradients  # imports triton
 

@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
+from ..gradients import enter, restrided
+from ..memory_format import is_channels_last, new_strides
 from ..norms import Norm, NormCall
 from ..spec import Activation
-from .arguments import ActivationParam, check_residual, check_slope, check_vectors, parse_activation
-from .core import is_channels_last
+from .arguments import (
+    ActivationParam,
+    as_ints,
+    check_residual,
+    check_slope,
+    check_tensor,
+    check_vectors,
+    epilogue,
+    mixes,
+    parse_activation,
+)
+from .core import watched
 from .norm_aten import run as run_by_torch
 from .normalise import check_sizes, normalise
+
+CL = torch.channels_last
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "norm_act"]
 
@@ -47,19 +62,24 @@ def norm_act(
         running_mean, running_var: (C,) or None. With ``use_input_stats`` they move by ``momentum`` in place as those of
             `torch.nn.functional.batch_norm` and ``instance_norm``; without, they are the statistics.
         process_group: statistics over all its processes (SyncBatchNorm; kind "batch"). Once differentiable.
-        residual: the input's shape and dtype, or None.
+        residual: the input's shape and dtype, or None. Under autocast any floating dtype: the result then has the wider
+            one of the two, as of ``norm(input) + residual``.
         activation, activation_param, backend: as of `cnnfast.ops.conv_transpose2d`.
 
     Returns:
         The input's shape, dtype and memory format. (Under CUDA autocast a group norm gives float32, as torch's.)
 
     Raises:
+        TypeError: an argument of a wrong type.
         ValueError: statistics of a single value (torch's words); arguments of a wrong shape; unknown names.
         RuntimeError: what torch raises; ``backend="triton"`` where the kernels cannot run this, with the reason.
     """
     dispatch.check_backend(backend)
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a tensor, got {type(input).__name__}")
+    if not isinstance(norm, Norm):
+        raise TypeError(f"norm must be a cnnfast.norms.Norm, got {type(norm).__name__}")
+    check_tensor("residual", residual, "a tensor of the input's shape")
     if process_group is not None and norm.kind != "batch":
         raise ValueError(f"process_group takes a norm of kind 'batch', got {norm.kind!r}")
     call = NormCall(norm, weight, bias, running_mean, running_var, use_input_stats, momentum, process_group)
@@ -68,18 +88,27 @@ def norm_act(
     check_slope(input, slope)
     if residual is not None:
         check_residual(input, residual, input.shape)
-    if input.dim() not in (2, 3, 4) or not input.is_floating_point() or not _fits(input, call):
+    unfit = _unfit(input, call)
+    if unfit is not None or input.dim() not in (2, 3, 4):
         if dispatch.resolve_backend(backend) == "triton":
-            raise RuntimeError(
-                f'backend="triton" cannot run this: the input has shape {tuple(input.shape)} and dtype {input.dtype}'
-            )
-        return run_by_torch(input, call, residual, act, slope)
+            what = unfit or f"the input has shape {tuple(input.shape)}"
+            raise RuntimeError(f'backend="triton" cannot run this: {what}')
+        if unfit is None and not mixes(input, residual):
+            return run_by_torch(input, call, residual, act, slope)
+        y = run_by_torch(input, call, None, Activation(), None) if unfit is None else _by_torch_itself(input, call)
+        return epilogue(y, None, None, residual, act, slope)
     check_sizes(input, call)  # which names the shape as the caller has it
     missing = 4 - input.dim()
     x, res = (_as_4d(t) for t in (input, residual))
     assert x is not None
-    last = not missing and is_channels_last(x)  # torch gives three dimensions contiguous
-    y = normalise(x, call, res, act, slope, channels_last=last, backend=backend)
+    last = not missing and _is_last(x, call)  # torch gives three dimensions contiguous
+    if not (torch.compiler.is_compiling() or watched(x)):
+        x, res = _arranged(x, last, norm), res if res is None else _entered(res, last)
+    if mixes(input, residual):
+        y = normalise(x, call, None, Activation(), None, channels_last=last, backend=backend)
+        y = epilogue(y, None, None, res, act, slope)
+    else:
+        y = normalise(x, call, res, act, slope, channels_last=last, backend=backend)
     return y[:, :, 0, 0] if missing == 2 else y.squeeze(2) if missing else y
 
 
@@ -90,21 +119,61 @@ def _as_4d(t: Tensor | None) -> Tensor | None:
     return t.unsqueeze(2) if t.dim() == 3 else t[:, :, None, None]
 
 
-def _fits(x: Tensor, call: NormCall) -> bool:
-    """Whether the vectors are of C elements on x's device, and all that the norm needs is there. What does not fit is
-    torch's own function's to judge."""
-    c, device = x.shape[1], x.device
-    vectors = (call.weight, call.bias, call.running_mean, call.running_var)
+def _entered(t: Tensor, last: bool) -> Tensor:
+    return enter(t, t.dtype, None, last) if torch.is_grad_enabled() and t.requires_grad else t
+
+
+def _arranged(x: Tensor, last: bool, norm: Norm) -> Tensor:
+    """x as PyTorch's operators bear it, its gradient channels-last if ``last``."""
+    # Where sizes of one have strides that say otherwise, the gradient of ATen's batch norm is wrong.
+    odd = not x.is_contiguous() and x.is_contiguous(memory_format=CL) and x.stride() != new_strides(x.shape, True)
+    # Gradients inside may come in the other format: those of group and instance norms on a CPU are contiguous.
+    if odd or is_channels_last(x) != last or last and norm.kind in ("group", "instance"):
+        x = _entered(x, last)
+    return restrided(x, new_strides(x.shape, True)) if odd else x
+
+
+def _is_last(x: Tensor, call: NormCall) -> bool:
+    """Whether torch's result is channels-last: its batch norm looks at the memory alone."""
+    looks = call.norm.kind == "batch" and not x.is_contiguous() and x.is_contiguous(memory_format=CL)
+    return looks or is_channels_last(x)
+
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def _unfit(x: Tensor, call: NormCall) -> str | None:
+    """Why torch's own function is to judge the call, or to run it; None where x (N, C, ...) and the vectors, of C
+    elements each on x's device, are there and real, and the numbers are numbers."""
     if call.norm.kind == "affine":
-        check_vectors(x, c, weight=call.weight, bias=call.bias)
-    elif (
-        not call.use_input_stats
-        and call.norm.kind != "group"
-        and (call.running_mean is None or call.running_var is None)
-    ):
-        return False
-    ok = all(v is None or v.shape == (c,) and v.device == device and v.is_floating_point() for v in vectors)
-    return ok and c > 0 and c % call.norm.groups == 0
+        if not x.is_floating_point():
+            raise ValueError(f"input must be floating point, got {x.dtype}")
+        check_vectors(x, x.shape[1] if x.dim() > 1 else 1, weight=call.weight, bias=call.bias)
+        return None
+    plain = x.dtype in _DTYPES and x.layout is torch.strided and x.device.type != "meta" and x.dim() > 1
+    if not plain:
+        return f"the input has shape {tuple(x.shape)} and dtype {x.dtype} on {x.device}"
+    c, eps = x.shape[1], call.norm.eps
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        v = getattr(call, name)
+        if v is None:
+            if name.startswith("running") and not call.use_input_stats and call.norm.kind != "group":
+                return f"{name} is missing"
+        elif not isinstance(v, Tensor) or v.shape != (c,) or v.device != x.device or v.dtype not in _DTYPES:
+            return f"{name} is no real vector of {c} elements on {x.device}"
+    if not all(type(v) in (int, float) for v in (eps, call.momentum)) or type(call.use_input_stats) is not bool:
+        return f"eps={eps!r}, momentum={call.momentum!r} and use_input_stats={call.use_input_stats!r}"
+    if not 0.0 < eps < float("inf"):
+        return f"eps={eps}"
+    return f"{call.norm.groups} groups of {c} channels" if c % call.norm.groups else None
+
+
+def _by_torch_itself(x: Tensor, call: NormCall) -> Tensor:
+    norm, weight, bias, mean, var, measured, momentum, _ = call
+    if norm.kind == "group":
+        return F.group_norm(x, norm.groups, weight, bias, norm.eps)
+    function = F.batch_norm if norm.kind == "batch" else F.instance_norm
+    return function(x, mean, var, weight, bias, measured, momentum, norm.eps)
 
 
 def batch_norm(
@@ -123,10 +192,6 @@ def batch_norm(
     backend: str | None = None,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`, then ``act(... + residual)`` (`norm_act` says how)."""
-    if training and eps <= 0.0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
-    if eps < 0.0:
-        raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     return norm_act(
         input, Norm("batch", eps=eps), weight, bias, running_mean=running_mean, running_var=running_var,
         use_input_stats=training, momentum=momentum, residual=residual, activation=activation,
@@ -170,10 +235,12 @@ def group_norm(
     backend: str | None = None,
 ) -> Tensor:
     """`torch.nn.functional.group_norm`, then ``act(... + residual)`` (`norm_act` says how)."""
-    if type(num_groups) is not int or num_groups < 1:
+    # A tensor of one dimension torch takes for a convolution's groups alone.
+    groups = None if isinstance(num_groups, Tensor) and num_groups.dim() else as_ints(num_groups)
+    if type(groups) is not int or groups < 1:
         F.group_norm(input, num_groups, weight, bias, eps)
-        raise ValueError(f"num_groups={num_groups} must be a positive int")
+        raise ValueError(f"num_groups={num_groups!r} must be a positive int")
     return norm_act(
-        input, Norm("group", num_groups, eps), weight, bias, residual=residual, activation=activation,
+        input, Norm("group", groups, eps), weight, bias, residual=residual, activation=activation,
         activation_param=activation_param, backend=backend,
     )  # fmt: skip

@@ -74,9 +74,12 @@ def _by_torch(x: Tensor, call: NormCall) -> Tensor:
         x = x.contiguous() if x.device.type == "cpu" else x
         return F.group_norm(x, norm.groups, weight, bias, norm.eps)
     if norm.kind == "instance" and measured and x.shape[0] != 1:
-        # Of one image it is the batch norm (whose gradient is right where that of F.instance_norm is not, on a CPU, for
-        # a channels-last gradient).
         return F.instance_norm(x, mean, var, weight, bias, measured, momentum, norm.eps)
+    if norm.kind == "instance":
+        # Of one image it is the batch norm (whose gradient is right where that of F.instance_norm is not, on a CPU, for
+        # a channels-last gradient), without the check of F.batch_norm that eps is positive.
+        cudnn = torch.backends.cudnn.enabled
+        return torch.batch_norm(x, weight, bias, mean, var, measured, momentum, norm.eps, cudnn)
     return F.batch_norm(x, mean, var, weight, bias, measured, momentum, norm.eps)
 
 

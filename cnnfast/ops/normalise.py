@@ -70,6 +70,8 @@ def normalise(
         unseen = watched(x)
         reason = "a tensor subclass, transform, tracer, dispatch mode or forward-mode AD is active" if unseen else None
         reason = reason or why_not(x, *vectors, residual, slope)
+        if reason is None and name == "triton":
+            reason = dispatch.launch_why_not(x.device)
         if reason is None:
             from . import norm_autograd  # imports triton
 

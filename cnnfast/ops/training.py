@@ -20,10 +20,12 @@ from torch import Tensor
 from .. import dispatch, reference
 from ..activations import activation_derivative
 from ..block import Operands, Step
+from ..gradients import enter, restrided
+from ..memory_format import has_both, is_channels_last, new_strides
 from ..norms import Norm, NormCall, Partials
 from ..spec import Activation, ConvSpec
 from . import launch, wgrad
-from .core import is_channels_last, to_format
+from .core import to_format
 from .normalise import activation_backward, normalise
 from .weights import summed_weight
 
@@ -82,6 +84,8 @@ def _how_of_input(spec: ConvSpec, size: tuple[int, int], channels_last: bool, re
 def _launches(x: Tensor, weight: Tensor, how: How) -> bool:
     """Whether the kernel is to run. Few channels are no obstacle to it where it is required."""
     reason = dispatch.why_not(how.bare, Operands(x, weight), few_channels=how.required)
+    if reason is None and how.required:
+        reason = dispatch.launch_why_not(x.device)
     if reason is not None and how.required:
         raise RuntimeError(f'backend="triton" cannot run this: {reason}')
     return reason is None
@@ -116,13 +120,15 @@ def _input_gradient(grad: Tensor, weight: Tensor, size: tuple[int, int], channel
     """Of a convolution of x with spatial ``size``, for the gradient of its result."""
     dx = convolution(grad, weight, None, _how_of_input(how.spec, size, channels_last, how.required))
     # An output padding that reaches the stride gives the adjoint positions that x does not have.
-    return dx[:, :, : size[0], : size[1]] if dx.shape[2:] != size else dx
+    return to_format(dx[:, :, : size[0], : size[1]], channels_last) if dx.shape[2:] != size else dx
 
 
 def conv_setup(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, how: How) -> None:
     need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
     ctx.how, ctx.size = how, tuple(x.shape[2:])
-    ctx.channels_last = is_channels_last(x) or x.shape[1] == 1 or x.shape[2:].numel() == 1
+    # Of x's gradient, as of torch's convolution. Where its memory fits both formats, the kernels store channels-last.
+    ctx.like_torch = is_channels_last(x) or is_channels_last(weight)
+    ctx.channels_last = ctx.like_torch or has_both(x.shape[1], x.shape[2:])
     ctx.bias_dtype = None if bias is None or not need_bias else bias.dtype
     ctx.save_for_backward(
         x if need_weight else None,
@@ -144,6 +150,8 @@ def conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None,
     else:
         grad, db = activation_backward(grad, y, how.activation, bias=bias_dtype is not None, backend=how.backend)
     dx = _input_gradient(grad, weight, ctx.size, ctx.channels_last, how) if need_x else None
+    if dx is not None and ctx.channels_last != ctx.like_torch and not dispatch.is_batched(dx):
+        dx = restrided(dx, new_strides(dx.shape, ctx.like_torch))
     dw = weight_gradient(x, grad, weight, _how(how.spec, _IDENTITY, True, how.required)) if need_weight else None
     return dx, dw, None if db is None or bias_dtype is None else db.to(bias_dtype)
 
@@ -235,7 +243,10 @@ def _norm_of(o: Operands) -> NormCall | None:
 def run(step: Step, o: Operands, norm: NormCall | None, channels_last: bool, required: bool) -> Tensor:
     """The step with gradients, and with a norm after the convolution, whose statistics come out of its epilogue where
     tiles allow it. ``required``: RuntimeError where a kernel cannot run, instead of PyTorch's operators."""
-    x, weight = step.pad_input(o.x), summed_weight(step, o.weight, required)
+    x, weight = o.x, summed_weight(step, o.weight, required)
+    if any(step.pad):
+        x = enter(x, x.dtype, None, is_channels_last(x)) if _recorded(x) else x
+        x = step.pad_input(x)
     call = _norm_of(o) if norm is None else norm
     if call is None and o.residual is None and step.activation.saves() != "x":
         return convolution(x, weight, o.bias, _how(step.spec, step.activation, channels_last, required))

@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
+from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from .. import dispatch, reference
-from ..block import Operands, Step, Upsample, upsample_step
+from ..block import PADDING_MODES, Step, Upsample, upsample_step
 from ..spec import Activation
-from .arguments import ActivationParam, autocast, check_residual, check_slope, check_vectors, parse_activation
-from .core import run_step
+from .arguments import (
+    INT64,
+    ActivationParam,
+    Epilogue,
+    Ints,
+    as_ints,
+    autocast,
+    check_devices,
+    check_reach,
+    check_types,
+    parse_activation,
+)
+from .convolution import finish, fused, takes
 
 __all__ = ["upsample_conv2d"]
 
-Ints = int | Sequence[int]
 
-
-def _pair(name: str, value: Ints) -> tuple[int, int]:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
-        raise ValueError(f"{name} must be an int or two ints, got {value!r}")
+def _pair(name: str, value: Any) -> tuple[int, int]:
+    ints = as_ints(value)
+    pair = (ints, ints) if type(ints) is int else ints
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        several = value if isinstance(value, list | tuple) else (value,)
+        kind = ValueError if all(isinstance(v, Integral) and type(v) is not bool for v in several) else TypeError
+        raise kind(f"{name} must be an int or two ints, of 64 bits, got {value!r}")
     return pair[0], pair[1]
+
+
+def _factors(value: Any) -> tuple[int, int]:
+    """Whole floats are taken too: `torch.nn.Upsample` makes one of its factor."""
+
+    def whole(v: Any) -> Any:
+        return int(v) if isinstance(v, float) and v.is_integer() else v
+
+    factors = _pair("scale_factor", type(value)(map(whole, value)) if type(value) in (list, tuple) else whole(value))
+    if min(factors) < 1:
+        raise ValueError(f"scale_factor must be positive, got {factors}")
+    return factors
 
 
 @lru_cache(maxsize=4096)
@@ -32,21 +61,21 @@ def _step(weight_shape: tuple[int, ...], upsample: Upsample, groups: int, activa
 
 
 def upsample_conv2d(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
     scale_factor: Ints = 2,
     padding: Ints | None = None,
     padding_mode: str = "zeros",
     groups: int = 1,
     *,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
     activation: Activation | str | None = None,
     activation_param: ActivationParam = None,
     backend: str | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """``act(scale * (conv2d(pad(interpolate(input, scale_factor, "nearest"))) + bias) + shift + residual)``.
 
     The upsampled tensor never exists: within a block of ``r x r`` outputs a kernel of ``k`` taps meets at most
@@ -56,12 +85,12 @@ def upsample_conv2d(
     Args:
         input: (N, C_in, H, W) or (C_in, H, W); float32, float16 or bfloat16 for the fast paths.
         weight: (C_out, C_in/groups, kh, kw) with odd kh and kw, the input's dtype, as `torch.nn.functional.conv2d`
-        takes it.
+            takes it.
         bias: (C_out,) or None.
         scale_factor: integer upsampling factor, or one per dimension.
         padding: of the convolution, in upsampled pixels, at most k - 1; None for (k - 1) / 2, which keeps the size.
         padding_mode: "zeros", "replicate" or "reflect" (that of at most scale_factor - 1 pixels is replication; a
-        larger one runs unfused).
+            larger one runs unfused).
         groups: as in torch.
         scale, shift, residual, activation, activation_param, backend: as in `conv_transpose2d`.
 
@@ -69,74 +98,71 @@ def upsample_conv2d(
         (N, C_out, H * r + 2 * padding - kh + 1, ...) in the input's dtype.
 
     Raises:
+        TypeError: an argument of a wrong type.
         ValueError: an even kernel, a scale factor or padding that is no fit, an unknown padding mode, activation or
-        backend.
+            backend.
         RuntimeError: what torch raises; ``backend="triton"`` where the kernel cannot run this, with the reason.
     """
     dispatch.check_backend(backend)
+    if not isinstance(input, Tensor) or not isinstance(weight, Tensor):
+        raise TypeError(f"input and weight must be tensors, got {type(input).__name__} and {type(weight).__name__}")
+    e = Epilogue(scale, shift, residual, activation, activation_param, backend)
+    check_types(bias, e)
     if weight.dim() != 4:
         raise ValueError(f"weight must be (C_out, C_in/groups, kh, kw), got shape {tuple(weight.shape)}")
     kh, kw = weight.shape[2:]
     if kh % 2 == 0 or kw % 2 == 0:
         raise ValueError(f"kernel size must be odd, got {(kh, kw)}")
-    factor = _pair("scale_factor", scale_factor)
-    if min(factor) < 1:
-        raise ValueError(f"scale_factor must be positive, got {factor}")
+    factor = _factors(scale_factor)
     pad = ((kh - 1) // 2, (kw - 1) // 2) if padding is None else _pair("padding", padding)
     if min(pad) < 0:
         raise ValueError(f"padding must not be negative, got {pad}")
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"padding_mode={padding_mode!r} must be one of {PADDING_MODES}")
     act, slope = parse_activation(activation, activation_param, weight.shape[0])
     x, w, b = autocast(input, weight, bias)
+    check_devices(x, w, b)
     if x.dim() not in (3, 4):
         raise RuntimeError(
             f"expected 3D (unbatched) or 4D (batched) input to upsample_conv2d, got shape {tuple(x.shape)}"
         )
-    upsample = Upsample(factor, pad, padding_mode)
-    unbatched = x.dim() == 3
-    x = x.unsqueeze(0) if unbatched else x
-    residual = residual.unsqueeze(0) if unbatched and residual is not None else residual
-    reason = None
+    whole_groups = as_ints(groups)
+    if type(whole_groups) is not int:
+        F.conv2d(x, w, b, 1, 0, 1, groups)  # says what is wrong with it
+        raise TypeError(f"groups must be an int, got {groups!r}")
+    step = None
     try:
         make = _step.__wrapped__ if torch.compiler.is_compiling() else _step
-        step = make(tuple(w.shape), upsample, groups, act)
+        step = make(tuple(w.shape), Upsample(factor, pad, padding_mode), whole_groups, act)
+        reason = takes(x, w, b, w.shape[0]) or _unfit(x, step)
     except ValueError as error:
-        if padding_mode != "reflect" and not (
-            padding_mode == "zeros" and any(p > k - 1 for p, k in zip(pad, (kh, kw), strict=True))
-        ):
-            raise
         reason = str(error)
-    if reason is None:
-        reason = _unfit(x, w, b, step)
-    if reason is not None:  # torch's operators run it, or say what is wrong
-        y = reference.upsample_conv(x, w, b, factor, pad, padding_mode, groups)
-        if dispatch.resolve_backend(backend) == "triton":
-            raise RuntimeError(f'backend="triton" cannot run this: {reason}')
-        check_vectors(y, y.shape[1], scale=scale, shift=shift)
-        check_slope(y, slope)
-        if residual is not None:
-            check_residual(y, residual, y.shape)
-        y = reference.epilogue(y, scale, shift, residual, act, slope)
-        return y.squeeze(0) if unbatched else y
-    check_vectors(x, step.spec.out_channels, scale=scale, shift=shift)
-    check_slope(x, slope)
-    if residual is not None:
-        check_residual(x, residual, (x.shape[0], step.spec.out_channels, *step.output_size((x.shape[2], x.shape[3]))))
-    o = Operands(x, w, b, scale=scale, shift=shift, residual=residual, slope=slope)
-    y = run_step(step, o, backend=backend)
-    return y.squeeze(0) if unbatched else y
+    if not torch.compiler.is_compiling() and (reason is not None or max(pad) > 2**16):
+        _check_sizes(x, w, factor, pad)
+    if step is not None and reason is None:
+        return fused(step, 2, x, w, b, e, slope)
+    # torch's operators run it, or say what is wrong.
+    four = x if x.dim() == 4 else x.unsqueeze(0)
+    y = reference.upsample_conv(four, w, b, factor, pad, padding_mode, whole_groups)
+    if dispatch.resolve_backend(backend) == "triton":
+        raise RuntimeError(f'backend="triton" cannot run this: {reason}')
+    return finish(y if x.dim() == 4 else y.squeeze(0), 2, e, act, slope)
 
 
-def _unfit(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor | None, step: Step) -> str | None:
-    if x.shape[1] != step.spec.in_channels:
-        return f"input has {x.shape[1]} channels, weight expects {step.spec.in_channels}"
-    if x.dtype != w.dtype or x.device != w.device:
-        return f"input is {x.dtype} on {x.device}, weight {w.dtype} on {w.device}"
-    if b is not None and (b.shape != (step.spec.out_channels,) or b.dtype != x.dtype or b.device != x.device):
-        return f"bias of shape {tuple(b.shape)}, {b.dtype} on {b.device}"
-    if min(x.shape[2:]) < 1:
-        return f"empty image of size {tuple(x.shape[2:])}"
-    try:
-        step.output_size((x.shape[2], x.shape[3]))
-    except ValueError as error:
-        return str(error)
+def _unfit(x: Tensor, step: Step) -> str | None:
+    """Why x (N, C, H, W) or (C, H, W) does not fit the step. ValueError where it has no output for x's size."""
+    if x.shape[-3] != step.spec.in_channels:
+        return f"input has {x.shape[-3]} channels, weight expects {step.spec.in_channels}"
+    if min(x.shape[-2:]) < 1:
+        return f"empty image of size {tuple(x.shape[-2:])}"
+    step.output_size((x.shape[-2], x.shape[-1]))
     return None
+
+
+def _check_sizes(x: Tensor, w: Tensor, factor: Sequence[int], pad: Sequence[int]) -> None:
+    """RuntimeError where the upsampled and padded input is beyond 64 bits: torch's padding would end the process."""
+    size = [n * r for n, r in zip(x.shape[-2:], factor, strict=True)]
+    check_reach(False, size, w.shape[2:], (1, 1), pad, (0, 0), (1, 1))
+    padded = [n + 2 * p for n, p in zip(size, pad, strict=True)]
+    if math.prod((*x.shape[:-2], *padded, x.element_size())) >= INT64:
+        raise RuntimeError(f"an input upsampled to {tuple(size)} and padded by {tuple(pad)} is larger than any memory")

@@ -11,6 +11,7 @@ import torch
 
 from .. import dispatch, guard, trial
 from ..block import Step
+from ..gradients import restrided
 from ..kernels.weight import gather_weight_kernel
 from ..plan import Lowering, tap_map
 from ..spec import Activation, summed_taps
@@ -243,7 +244,7 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, step: Step, back: bool, required: bool) -> torch.Tensor:
-        ctx.how, ctx.like = (step, not back, required), (weight.shape, weight.stride())
+        ctx.how, ctx.like = (step, not back, required), torch.empty_like(weight, device="meta").stride()
         return _summed(weight, step, back, required)
 
     @staticmethod
@@ -252,10 +253,7 @@ class _Summed(torch.autograd.Function):
             return _sum_by_torch(grad, *ctx.how[:2]), None, None, None
         with dispatch.on_device(grad):
             dw = _Summed.apply(grad, *ctx.how)
-        shape, stride = ctx.like
-        if dw.stride() != stride and not torch.is_grad_enabled():  # a parameter's gradient has its strides
-            dw = torch.empty_strided(shape, stride, dtype=dw.dtype, device=dw.device).copy_(dw)
-        return dw, None, None, None
+        return restrided(dw, ctx.like), None, None, None  # a parameter's gradient has its strides
 
 
 def summed_weight(step: Step, weight: torch.Tensor, required: bool = False) -> torch.Tensor:
