@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ pytest.importorskip("tqdm", reason="tqdm is not installed")
 
 from cnnfast.__main__ import main
 from cnnfast.fetch import WeightsError
-from cnnfast.tasks import repair_training, repairing, train_repair
+from cnnfast.tasks import data, repair_training, repairing, train_repair
 from cnnfast.tasks.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from cnnfast.tasks.damage import KINDS, draw_mask
 from cnnfast.tasks.filling import biharmonic
@@ -49,6 +51,14 @@ def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def arguments(*more: str) -> list[str]:
     return ["train", "repair", "--width", "6", "--batch-size", "3", "--size", "32", "--device", "cpu", *more]
+
+
+def test_a_photograph_that_is_a_pickle_runs_no_code() -> None:
+    rows = np.arange(512 * 512).reshape(512, 512) % 251
+    picture = data._ascent(pickle.dumps(rows.tolist(), protocol=2))
+    np.testing.assert_array_equal(np.array(picture), rows[..., None].repeat(3, 2))
+    with pytest.raises(pickle.UnpicklingError, match="is no number"):
+        data._ascent(pickle.dumps(os.getcwd))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "mixed"])
