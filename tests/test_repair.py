@@ -5,8 +5,11 @@ Most run on a network of random weights in the layout of ``train repair``, as it
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +28,13 @@ from cnnfast.__main__ import main
 from cnnfast.fetch import WeightsError
 from cnnfast.generators import RepairConfig, RepairUNet
 from cnnfast.messages import CnnfastWarning, UsageError
-from cnnfast.tasks import pictures
+from cnnfast.tasks import damage, pictures, repair_training
 from cnnfast.tasks.data import HELD_OUT, TRAINING
 from cnnfast.tasks.filling import fill
 from cnnfast.tasks.masks import mask_for
 from cnnfast.tasks.pictures import Picture
 from cnnfast.tasks.repair_weights import load_network, save_network
-from cnnfast.tasks.repairing import Repairer, mask_of
+from cnnfast.tasks.repairing import Repairer, Row, evaluate, mask_of, table
 
 
 def random_network(widths: tuple[int, int, int] = (12, 16, 24), seed: int = 0) -> RepairUNet:
@@ -366,3 +369,29 @@ def test_the_network_in_plain_pytorch() -> None:
 def test_no_picture_is_both_trained_and_measured_on() -> None:
     assert not set(HELD_OUT) & set(TRAINING)
     assert not {p.file.sha256 for p in HELD_OUT.values()} & {p.file.sha256 for p in TRAINING.values()}
+
+
+def test_the_shipped_weights() -> None:
+    """Small, and of the recipe as it stands."""
+    assert len(resources.files(trained).joinpath(trained.SHIPPED["repair"].file).read_bytes()) < 3_000_000
+    about = json.loads(str(trained.load("repair")["about"]))
+    recipe = {k: v for k, v in asdict(repair_training.Options()).items() if k not in repair_training.CHANGEABLE}
+    assert about["options"] == recipe
+    assert about["steps"] == recipe["epochs"] * repair_training.STEPS_PER_EPOCH
+
+
+def rows_of(names: list[str], turns: int) -> list[Row]:
+    try:
+        return evaluate(names, turns)
+    except WeightsError as error:
+        pytest.skip(f"the photographs cannot be had: {error}")
+
+
+def test_figures() -> None:
+    rows = rows_of(["camera"], 1)
+    assert [(row.damage, row.photograph) for row in rows] == [(kind, "camera") for kind in damage.KINDS]
+    assert all(20 < row.biharmonic < 40 and row.gain == row.repaired - row.biharmonic for row in rows)
+    assert sum(row.gain for row in rows) / len(rows) > 0.3
+    said = table(rows)
+    assert len(said.splitlines()) == 2 + len(rows) + 1
+    assert said.endswith(f"better in {sum(row.gain > 0 for row in rows)} of 3 cases")

@@ -98,6 +98,15 @@ def test_what_a_step_sees() -> None:
     torch.testing.assert_close(trainer.repaired(x), x[:, :3].clamp(0, 1), rtol=0, atol=1e-6)  # a new one does nothing
 
 
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    trainer = Trainer(replace(TINY, lr=0.5, epochs=10), tiny_pictures(), CPU)  # 2500 steps
+    rates = []
+    for trainer.steps in (0, 24, 49, 1500, 1750, 2000, 2499):
+        trainer.step()
+        rates.append(trainer.optimiser.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.01, 0.25, 0.5, 0.5, 0.375, 0.25, 0.0005])
+
+
 def test_it_learns() -> None:
     """Stripes, which no smooth surface is."""
     picture = np.zeros((64, 64, 3), np.uint8)

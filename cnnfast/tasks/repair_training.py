@@ -33,6 +33,7 @@ CHANGEABLE = ("layers", "device", "output")
 
 STEPS_PER_EPOCH = 250
 _WARM_UP = 50  # steps
+_FALL = 0.4  # the part of the training in which the learning rate falls
 _SMALLEST = 1e-8  # of a mean squared error: flat pictures are filled without any
 _KINDS = ("scratches", "holes", "text", "mixed")
 # A patch counts for the less, the worse its biharmonic filling is: by these means of absolute and squared errors.
@@ -45,8 +46,8 @@ class Options:
     """What is trained. ``size``: pixels of a patch's side; ``width``: channels at a half of the picture's size.
     ``amp``: "bf16", "none", or "auto": bf16 where the processor (or GPU) has instructions for it.
 
-    An epoch is `STEPS_PER_EPOCH` steps; the learning rate falls from ``lr`` to nothing over all ``epochs``, so that a
-    resumed run cannot change their number.
+    An epoch is `STEPS_PER_EPOCH` steps; at the end of all ``epochs`` the learning rate falls from ``lr`` to nothing,
+    so that a resumed run cannot change their number.
     """
 
     epochs: int = 24
@@ -214,9 +215,9 @@ class Trainer:
         self.curves = list(curves)
 
     def _schedule(self) -> float:
-        """The learning rate's part at this step: a short rise, then half a cosine down to almost nothing."""
-        done = self.steps / (self.options.epochs * STEPS_PER_EPOCH)
-        return min(1.0, (self.steps + 1) / _WARM_UP) * (0.5 * (1 + math.cos(math.pi * min(done, 1.0))) + 0.005)
+        """The learning rate's part at this step: a short rise, then 1, and at the end a line down to nothing."""
+        left = 1 - self.steps / (self.options.epochs * STEPS_PER_EPOCH)
+        return min((self.steps + 1) / _WARM_UP, 1.0, left / _FALL)
 
 
 def losses(made: Tensor, filled: Tensor, truth: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tabulate import tabulate
 from torch import Tensor, nn
 
 from ..dispatch import backend as backend_context
@@ -35,7 +36,7 @@ from .pictures import Picture
 from .repair_weights import load_network
 from .tiles import ImageJob
 
-__all__ = ["SMALL", "Repairer", "Row", "add_command", "evaluate", "repair"]
+__all__ = ["SMALL", "Repairer", "Row", "add_command", "evaluate", "repair", "table"]
 
 PACKAGES = MappingProxyType({"pillow": "PIL", "scikit-image": "skimage", "tqdm": "tqdm"})
 
@@ -273,6 +274,16 @@ def evaluate(names: Sequence[str] = tuple(HELD_OUT), turns: int = 2, **options: 
                 plain = (biharmonic(damaged / 255, mask) * 255).round()
                 rows.append(Row(kind, name, _psnr(plain, truth, mask), _psnr(repairer(damaged, mask), truth, mask)))
     return rows
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The figures, case by case, and their mean."""
+    cells = [(r.damage, r.photograph, f"{r.biharmonic:.2f}", f"{r.repaired:.2f}", f"{r.gain:+.2f}") for r in rows]
+    gain = sum(r.gain for r in rows) / len(rows)
+    better = sum(r.gain > 0 for r in rows)
+    headers = ("damage", "photograph", "biharmonic, dB", "repaired, dB", "gain")
+    lines = tabulate(cells, headers, disable_numparse=True, colalign=("left", "left", "right", "right", "right"))
+    return f"{lines}\nmean gain {gain:+.2f} dB, better in {better} of {len(rows)} cases"
 
 
 def _psnr(made: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> float:

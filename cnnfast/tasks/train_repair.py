@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tabulate import tabulate
 
 from ..env import __version__
 from ..files import make_output_dir
@@ -24,7 +23,7 @@ from .plots import draw_curves, save_grid
 from .repair_training import CHANGEABLE, CURVES, STEPS_PER_EPOCH, Options, Pictures, Trainer
 from .repair_weights import save_network
 
-__all__ = ["WEIGHTS", "run", "table"]
+__all__ = ["WEIGHTS", "run"]
 
 WEIGHTS = "repair.npz"
 _SHOWN = 16  # patches of the sample grids
@@ -35,16 +34,6 @@ def run(*, resume: bool = False, **given: Any) -> int:
     requires = MappingProxyType({**REQUIRES, **repairing.PACKAGES})
     kind = Job("repair", requires, Options, CHANGEABLE, ("layers",), CURVES, _start, _about, _paint, _paint, _end)
     return job.run(kind, resume=resume, **given)
-
-
-def table(rows: list[repairing.Row]) -> str:
-    """The figures, case by case, and their mean."""
-    cells = [(r.damage, r.photograph, f"{r.biharmonic:.2f}", f"{r.repaired:.2f}", f"{r.gain:+.2f}") for r in rows]
-    gain = sum(r.gain for r in rows) / len(rows)
-    better = sum(r.gain > 0 for r in rows)
-    headers = ("damage", "photograph", "biharmonic, dB", "repaired, dB", "gain")
-    lines = tabulate(cells, headers, disable_numparse=True, colalign=("left", "left", "right", "right", "right"))
-    return f"{lines}\nmean gain {gain:+.2f} dB, better in {better} of {len(rows)} cases"
 
 
 def _start(options: Options) -> Trainer:
@@ -87,4 +76,4 @@ def _end(trainer: Trainer) -> str:
     about = {"options": given, "steps": trainer.steps, "cnnfast": __version__, "torch": torch.__version__}
     save_network(output / WEIGHTS, trainer.network, about)
     rows = repairing.evaluate(weights_file=output / WEIGHTS, device=str(trainer.device))
-    return f"wrote {output / CHECKPOINT}, {WEIGHTS}, samples/ and loss.png\n{table(rows)}"
+    return f"wrote {output / CHECKPOINT}, {WEIGHTS}, samples/ and loss.png\n{repairing.table(rows)}"
