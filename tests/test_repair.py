@@ -372,12 +372,14 @@ def test_no_picture_is_both_trained_and_measured_on() -> None:
 
 
 def test_the_shipped_weights() -> None:
-    """Small, and of the recipe as it stands."""
+    """Small, and of the recipe as it stands, with what the command says."""
     assert len(resources.files(trained).joinpath(trained.SHIPPED["repair"].file).read_bytes()) < 3_000_000
     about = json.loads(str(trained.load("repair")["about"]))
-    recipe = {k: v for k, v in asdict(repair_training.Options()).items() if k not in repair_training.CHANGEABLE}
-    assert about["options"] == recipe
-    assert about["steps"] == recipe["epochs"] * repair_training.STEPS_PER_EPOCH
+    before, _, epochs = trained.SHIPPED["repair"].command.partition(" --epochs ")
+    assert before == "python -m cnnfast train repair"
+    recipe = asdict(repair_training.Options(epochs=int(epochs)))
+    assert about["options"] == {k: v for k, v in recipe.items() if k not in repair_training.CHANGEABLE}
+    assert about["steps"] == int(epochs) * repair_training.STEPS_PER_EPOCH
 
 
 def rows_of(names: list[str], turns: int) -> list[Row]:

@@ -43,7 +43,7 @@ SHIPPED: Mapping[str, Shipped] = MappingProxyType(
             "repair.npz",
             "a U-Net that refines filled holes, trained on eleven photographs",
             "MIT",
-            "python -m cnnfast train repair",
+            "python -m cnnfast train repair --epochs 8",
         ),
     }
 )
