@@ -34,10 +34,11 @@ test: $(call installed,test) ## the tests, about ten minutes on two cores
 test-all: $(call installed,test) ## every test: all architectures and dtypes
 	$(RUN) tests/run.py --all
 
-check: $(call installed,dev) ## ruff and mypy
+check: $(call installed,dev) ## ruff, mypy, and that imports go one way
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy cnnfast
+	$(RUN) -c "import sys; from importlinter.cli import lint_imports_command as lint; sys.exit(lint())" --no-cache
 
 docs: $(call installed,dev) ## the API reference, made from the docstrings: out/docs/cnnfast.html
 	$(RUN) -m pdoc -o out/docs cnnfast

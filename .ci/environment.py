@@ -27,7 +27,7 @@ SIZES = {
     "demo": "matplotlib, pillow, tqdm and what they need: about 30 MB; trained weights, at the first demo: 13 MB",
     "test": "pytest, hypothesis, onnx, matplotlib, scikit-image and what they need: about 120 MB",
     "bench": "pytest-benchmark, onnx, onnxruntime, openvino and what they need: about 130 MB",
-    "dev": "mypy, pdoc, ruff: about 30 MB",
+    "dev": "import-linter, mypy, pdoc, ruff: about 35 MB",
 }
 
 # Run by an interpreter: the versions of torch and of what must fit it, those outside of the environment itself.

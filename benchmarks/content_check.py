@@ -1,7 +1,7 @@
 """``python -m benchmarks.content_check``: what it costs on a CPU that no old weight is ever served.
 
-Every call hashes every bit of every weight (`cnnfast.packing`). Two tables: the rate of that hash beside other ways to
-see a change and beside a copy, and its share of a DCGAN's call. Times are medians of interleaved repeats.
+Every call hashes every bit of every weight (`cnnfast.cpu.packing`). Two tables: the rate of that hash beside other ways
+to see a change and beside a copy, and its share of a DCGAN's call. Times are medians of interleaved repeats.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import cnnfast
+from cnnfast.cpu.packing import _content
 from cnnfast.generators import create_model
-from cnnfast.packing import _content
 from cnnfast.timing import Timing, measure
 
 from .report import environment

@@ -22,15 +22,17 @@ import triton
 from torch import nn
 
 import cnnfast
-from cnnfast.block import Operands, Step
+from cnnfast.activations import Activation
 from cnnfast.files import write_atomically
-from cnnfast.ops import launch
-from cnnfast.ops.core import run_step
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.gpu.observers import observed
+from cnnfast.norms import Norm
+from cnnfast.ops.run import run_step
+from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step
 from cnnfast.timing import Timing, measure
 
 from . import cases
-from .inspector import target
+from .rehearse.inspector import target
 from .report import environment, machine_name
 
 LIMIT_US = 40.0
@@ -56,7 +58,7 @@ def _operands(spec: ConvSpec, batch: int, size: int, dtype: torch.dtype) -> Oper
     x = torch.randn(batch, spec.in_channels, size, size).to(dtype, memory_format=torch.channels_last)
     weight = torch.randn(spec.weight_shape).to(dtype, memory_format=torch.channels_last)
     vectors = {name: torch.rand(spec.out_channels).to(dtype) + 0.5 for name in ("mean", "var", "scale", "shift")}
-    return Operands(x, weight, eps=1e-5, **vectors)
+    return Operands(x, weight, **vectors)
 
 
 def triton_calls(dtype: torch.dtype = torch.float16) -> list[HostCall]:
@@ -69,7 +71,7 @@ def triton_calls(dtype: torch.dtype = torch.float16) -> list[HostCall]:
     }
     for name, (channels_in, channels_out, stride, padding, batch, size) in shapes.items():
         spec = ConvSpec.make(channels_in, channels_out, 4, stride, padding, ndim=2)
-        step, o = Step(spec, Activation("relu")), _operands(spec, batch, size, dtype)
+        step, o = Step(spec, Activation("relu"), norm=Norm("running")), _operands(spec, batch, size, dtype)
         calls.append(
             HostCall(
                 f"run_step, BatchNorm and ReLU, {name}",
@@ -99,12 +101,10 @@ def triton_calls(dtype: torch.dtype = torch.float16) -> list[HostCall]:
 
 def launches(call: Callable[[], object]) -> list[str]:
     """The plans that one call launches."""
-    before, launch.LAUNCHES = launch.LAUNCHES, []
-    try:
+    seen: list[str] = []
+    with observed(launch=seen.append):
         call()
-        return launch.LAUNCHES
-    finally:
-        launch.LAUNCHES = before
+    return seen
 
 
 BLOCKS: dict[str, Callable[[int, int], list[nn.Module]]] = {

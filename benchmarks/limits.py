@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from cnnfast.devices import Device
+from cnnfast.gpu.devices import Device
 
 from .timers import Timer, once
 
@@ -57,7 +57,8 @@ def bound(macs: int, least_bytes: int, ceilings: Ceilings) -> Bound:
 
 
 def datasheet(device: Device, dtype: torch.dtype, tf32: bool = False) -> Ceilings:
-    """Of a GPU in `cnnfast.plan.DEVICES`. ValueError for float32 without TF32: the table has tensor cores' rates."""
+    """Of a GPU in `cnnfast.gpu.devices.DEVICES`. ValueError for float32 without TF32: the table has tensor cores'
+    rates."""
     if dtype == torch.float32 and not tf32:
         raise ValueError(f"no rate of float32 without TF32 is known of {device.name}: give float16, bfloat16 or tf32")
     macs = device.mma_per_clock * device.multiprocessors * device.clock_mhz * 1e6 / (2 if tf32 else 1)

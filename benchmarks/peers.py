@@ -1,4 +1,9 @@
-"""The implementations that are compared, on a CPU with as many threads as torch uses."""
+"""The implementations that are compared: on a CPU with as many threads as torch uses, on a GPU with and without a CUDA
+graph.
+
+Every one is checked before it is timed (`Workload.check`), which on a GPU also is its warm-up: compilation, cuDNN's
+search and the proof of a kernel at its first launch happen there.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,7 @@ import importlib.util
 import os
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +19,24 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import cnnfast
+from cnnfast.gpu.observers import observed
 
+from .timers import captured
 from .workload import Implementation, NotAvailable, Prepared, Workload
 
-__all__ = ["EAGER", "IMPLEMENTATIONS", "SUITE_IMPLEMENTATIONS", "named", "path_of"]
+__all__ = [
+    "COMPILED",
+    "EAGER",
+    "GPU_IMPLEMENTATIONS",
+    "GRAPH",
+    "IMPLEMENTATIONS",
+    "SUITE_IMPLEMENTATIONS",
+    "backend",
+    "fused",
+    "named",
+    "path_of",
+]
+
 
 # --- torch ------------------------------------------------------------------------------------------------------------
 
@@ -26,10 +46,13 @@ def _formats(w: Workload, channels_last: bool) -> None:
         raise NotAvailable("a 1-D input has no channels_last")
 
 
-def _eager(channels_last: bool) -> Callable[[Workload], Prepared]:
+def _eager(channels_last: bool | None) -> Callable[[Workload], Prepared]:
+    """``channels_last`` None: where there is such a thing."""
+
     def prepare(w: Workload) -> Prepared:
-        _formats(w, channels_last)
-        return Prepared(w.call(w.modules(channels_last=channels_last), channels_last))
+        _formats(w, bool(channels_last))
+        last = w.has_formats if channels_last is None else channels_last
+        return Prepared(w.call(w.modules(channels_last=last), last))
 
     return prepare
 
@@ -81,18 +104,10 @@ def path_of(call: Callable[[], object], gradients: bool = False) -> str:
     """What ran in a call: Triton launches by plan, operators by name, as observed (not as planned). In inference mode,
     unless it takes ``gradients``."""
     launches: list[str] = []
-    launch = None
-    if importlib.util.find_spec("triton") is not None:
-        from cnnfast.ops import launch  # type: ignore[no-redef]
-
-        before, launch.LAUNCHES = launch.LAUNCHES, launches
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports to stderr that it starts and stops
-    try:
-        with torch.inference_mode(not gradients), profile(activities=[ProfilerActivity.CPU]) as trace:
+    with observed(launch=launches.append), torch.inference_mode(not gradients):
+        with profile(activities=[ProfilerActivity.CPU]) as trace:
             call()
-    finally:
-        if launch is not None:
-            launch.LAUNCHES = before
     seen = Counter({f"Triton {name}": n for name, n in Counter(launches).items()})
     for event in trace.events() or ():
         if event.name in _PATHS:
@@ -188,6 +203,7 @@ def _openvino_path(model: Any) -> str:
 
 EAGER = ("eager", "eager channels_last")
 
+
 IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("eager", _eager(False)),
     Implementation("eager channels_last", _eager(True)),
@@ -226,3 +242,67 @@ SUITE_IMPLEMENTATIONS: dict[str, tuple[str, ...]] = {
         "cnnfast frozen",
     ),
 }
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+GRAPH = ", CUDA graph"
+
+
+def backend() -> str:
+    """What a user has on a GPU: Triton where it applies. A machine that only pretends to have one (a function mode of
+    torch) runs Triton's kernels where they are asked for."""
+    return "auto" if torch.version.cuda is not None else "triton"
+
+
+def fused(w: Workload) -> cnnfast.Sequential:
+    """The modules as a user has them who wants speed on a GPU: weights in the order in which the kernels read them."""
+    model = cnnfast.channels_last(w.modules(cnnfast.Sequential))
+    assert isinstance(model, cnnfast.Sequential)
+    return model
+
+
+def _on_gpu(w: Workload) -> Prepared:
+    """`cnnfast.Sequential`. NotAvailable where no step of it runs as a Triton kernel; RuntimeError where one that could
+    was given up at its first use (`cnnfast.gpu.guard`)."""
+    model = fused(w)
+    plain = w.call(model, True)
+
+    def call() -> object:
+        with cnnfast.backend(backend()):
+            return plain()
+
+    with torch.inference_mode(not w.gradients):
+        call()
+    given_up = [line for line in model.explain().splitlines() if "PyTorch's operators run" in line]
+    if given_up:
+        raise RuntimeError("; ".join(given_up))
+    path = path_of(call, w.gradients)
+    if "Triton" not in path:
+        raise NotAvailable(f"no step of it has a Triton kernel: {path or 'no convolution seen'}")
+    return Prepared(call, path=lambda: path_of(call, w.gradients))
+
+
+def _graph(prepare: Callable[[Workload], Prepared]) -> Callable[[Workload], Prepared]:
+    """The same, captured by `torch.cuda.graph`; what is timed is a replay."""
+
+    def graphed(w: Workload) -> Prepared:
+        ready = prepare(w)
+        # A first capture in inference mode leaves generator state behind that no later one may write (PyTorch #166792).
+        with torch.inference_mode(False), torch.set_grad_enabled(w.gradients):
+            return replace(ready, call=captured(ready.call))
+
+    return graphed
+
+
+GPU_IMPLEMENTATIONS: tuple[Implementation, ...] = (
+    Implementation("eager", _eager(False)),
+    Implementation("eager channels_last", _eager(None)),
+    Implementation("eager channels_last" + GRAPH, _graph(_eager(None))),
+    Implementation("torch.compile", _compiled(None)),
+    Implementation("torch.compile max-autotune", _compiled(None, "max-autotune")),
+    Implementation("cnnfast", _on_gpu),
+    Implementation("cnnfast" + GRAPH, _graph(_on_gpu)),
+    Implementation("cnnfast under torch.compile", _compiled(None, container=cnnfast.Sequential)),
+)
+COMPILED = ("torch.compile", "torch.compile max-autotune")  # on a GPU

@@ -12,7 +12,7 @@ from typing import Any
 from cnnfast.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-DEFAULT = ROOT / "benchmarks" / "results" / "intel-xeon-processor-amx" / "bench.json"
+DEFAULT = ROOT / "benchmarks" / "results" / "amd-epyc-avx512-bf16" / "bench.json"
 # Whole generators and blocks, as a reader knows them.
 NAMES = {
     "dcgan64": "DCGAN 64x64",

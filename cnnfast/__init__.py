@@ -10,43 +10,43 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import guard as guard
     from . import ops as ops
+    from .activations import Activation as Activation
+    from .cpu.packing import freeze as freeze
+    from .cpu.packing import invalidate as invalidate
+    from .cpu.packing import unfreeze as unfreeze
     from .dispatch import backend as backend
     from .generators import create_model as create_model
     from .generators import list_models as list_models
-    from .guard import warmup as warmup
-    from .layers import ConvTranspose2dNormActivation as ConvTranspose2dNormActivation
-    from .layers import Sequential as Sequential
+    from .gpu import guard as guard
+    from .gpu.tuning import tune as tune
+    from .gpu.warmup import warmup as warmup
     from .memory_format import channels_last as channels_last
     from .messages import CnnfastWarning as CnnfastWarning
-    from .packing import freeze as freeze
-    from .packing import invalidate as invalidate
-    from .packing import unfreeze as unfreeze
-    from .spec import Activation as Activation
+    from .nn.layers import ConvTranspose2dNormActivation as ConvTranspose2dNormActivation
+    from .nn.layers import Sequential as Sequential
     from .spec import ConvSpec as ConvSpec
-    from .tuning import tune as tune
 
 __version__ = "0.1.0"
 
-# Public name -> the module that holds it; a module's own name is the module.
+# Public name -> the module that holds it; a name with a dot ahead is the module.
 _EXPORTS = {
-    "Activation": "spec",
+    "Activation": "activations",
     "CnnfastWarning": "messages",
     "ConvSpec": "spec",
-    "ConvTranspose2dNormActivation": "layers",
-    "Sequential": "layers",
+    "ConvTranspose2dNormActivation": "nn.layers",
+    "Sequential": "nn.layers",
     "backend": "dispatch",
     "channels_last": "memory_format",
     "create_model": "generators",
-    "freeze": "packing",
-    "guard": "guard",
-    "invalidate": "packing",
+    "freeze": "cpu.packing",
+    "guard": ".gpu.guard",
+    "invalidate": "cpu.packing",
     "list_models": "generators",
-    "ops": "ops",
-    "tune": "tuning",
-    "unfreeze": "packing",
-    "warmup": "guard",
+    "ops": ".ops",
+    "tune": "gpu.tuning",
+    "unfreeze": "cpu.packing",
+    "warmup": "gpu.warmup",
 }
 
 __all__ = ["__version__", *_EXPORTS]
@@ -62,8 +62,9 @@ del _root
 def __getattr__(name: str) -> Any:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{_EXPORTS[name]}", __name__)
-    value = module if _EXPORTS[name] == name else getattr(module, name)
+    where = _EXPORTS[name]
+    module = importlib.import_module("." + where.removeprefix("."), __name__)
+    value = module if where.startswith(".") else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -25,16 +25,18 @@ from .arguments import positive, seed
 from .messages import LOGGER, CnnfastError, CnnfastWarning, UsageError, one_line
 
 
-def _env(arguments: argparse.Namespace) -> int:
-    from . import env
+def _loaded(name: str) -> Any:
+    """A module of the package, loaded when a command runs: the parser alone needs no torch."""
+    return importlib.import_module(f".{name}", __package__)
 
-    print(env.report())
+
+def _env(arguments: argparse.Namespace) -> int:
+    print(_loaded("tasks.env").report())
     return 0
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from . import demo
-
+    demo = _loaded("tasks.demo")
     return demo.run(
         demo.Options(
             output=arguments.output,
@@ -49,13 +51,10 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _models(arguments: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from .generators import list_models
-    from .trained import SHIPPED
-    from .weights import PRETRAINED
-
     rows = []
-    for name in list_models():
-        fetched, shipped = PRETRAINED.get(name), SHIPPED.get(name)
+    for name in _loaded("generators").list_models():
+        fetched = _loaded("generators.weights").PRETRAINED.get(name)
+        shipped = _loaded("trained").SHIPPED.get(name)
         about = "no trained weights"
         if fetched is not None:
             about = f"{fetched.about}; {fetched.licence}; {fetched.file.requirement}"
@@ -69,10 +68,9 @@ def _models(arguments: argparse.Namespace) -> int:
 def _tune(arguments: argparse.Namespace) -> int:
     import torch
 
-    from . import tuning
-
-    return tuning.run(
-        tuning.Options(
+    tune = _loaded("tasks.tune")
+    return tune.run(
+        tune.Options(
             models=tuple(arguments.models),
             batches=tuple(arguments.batch),
             dtypes=tuple(getattr(torch, name) for name in arguments.dtype),
@@ -88,21 +86,15 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train_gan(arguments: argparse.Namespace) -> int:
-    from .tasks import train
-
-    return train.run(**_given(arguments))
+    return _loaded("tasks.train").run(**_given(arguments))
 
 
 def _train_repair(arguments: argparse.Namespace) -> int:
-    from .tasks import train_repair
-
-    return train_repair.run(**_given(arguments))
+    return _loaded("tasks.train_repair").run(**_given(arguments))
 
 
 def _sample(arguments: argparse.Namespace) -> int:
-    from .tasks import train
-
-    return train.sample(arguments.checkpoint, arguments.output, arguments.count, arguments.seed)
+    return _loaded("tasks.train").sample(arguments.checkpoint, arguments.output, arguments.count, arguments.seed)
 
 
 # The image tasks: name -> (module of `tasks`, whose add_command makes the subcommand; what it is for).

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu
 from .dispatch import is_batched
-from .memory_format import has_both, is_channels_last, new_strides
+from .memory_format import convert, has_both, is_channels_last, new_strides
 
 __all__ = ["enter", "keep_strides", "plain", "restrided", "squeezed"]
 
@@ -31,24 +30,18 @@ def restrided(t: Tensor, strides: Sequence[int], dtype: torch.dtype | None = Non
     return t if t.stride() == strides else t.as_strided(t.shape, strides)
 
 
-def _converted(t: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    if t.device.type == "cpu":
-        return cpu.convert(t, dtype, channels_last)
-    return t.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
 class _Entry(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, channels_last: bool | None, of_gradient: bool) -> Tensor:
         ctx.dtype, ctx.of_gradient = x.dtype, of_gradient
-        y = x.to(dtype) if channels_last is None else _converted(x, dtype, channels_last)
+        y = x.to(dtype) if channels_last is None else convert(x, dtype, channels_last)
         return x.detach() if y is x else y  # an alias: `view_as` would change the strides of sizes of one
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         if is_batched(grad):  # in no memory format
             return grad.to(ctx.dtype), None, None, None
-        grad = _converted(grad, ctx.dtype, ctx.of_gradient)
+        grad = convert(grad, ctx.dtype, ctx.of_gradient)
         return restrided(grad, new_strides(grad.shape, ctx.of_gradient)), None, None, None
 
 

@@ -4,12 +4,21 @@ kernels read them."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-__all__ = ["channels_last", "has_both", "is_channels_last", "new_strides"]
+__all__ = [
+    "channels_last",
+    "convert",
+    "has_both",
+    "is_channels_last",
+    "new_strides",
+    "suggests_channels_last",
+    "to_format",
+]
+
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -17,16 +26,20 @@ M = TypeVar("M", bound=nn.Module)
 def is_channels_last(t: torch.Tensor) -> bool:
     """ATen's ``suggest_memory_format`` of a 4-D tensor: strides ordered C < W < H < N, sizes of one not deciding
     alone."""
-    s = t.stride()
-    if t.dim() != 4 or s[1] == 0:
+    return suggests_channels_last(t.shape, t.stride())
+
+
+def suggests_channels_last(size: Sequence[int], strides: Sequence[int]) -> bool:
+    """`is_channels_last` of a tensor of this size and with these strides."""
+    if len(size) != 4 or strides[1] == 0:
         return False
-    size, least = t.shape, 0
+    least = 0
     for d in (1, 3, 2, 0):
-        if size[d] == 0 or s[d] < least:
+        if size[d] == 0 or strides[d] < least:
             return False
-        if d == 0 and least == s[1]:
+        if d == 0 and least == strides[1]:
             return False
-        least = s[d] * size[d] if size[d] > 1 else s[d]
+        least = strides[d] * size[d] if size[d] > 1 else strides[d]
     return True
 
 
@@ -57,3 +70,46 @@ def channels_last(module: M) -> M:
             weight = m.weight
             weight.data = weight.data.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2)
     return module
+
+
+def to_format(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _transposed(t: torch.Tensor) -> torch.Tensor:
+    """``t.contiguous()`` of a channels-last tensor with large images, as one matrix transposition for each image.
+
+    ATen does those in blocks but on one thread; its general copy strides through memory (seven times slower was seen).
+    """
+    n, c, h, w = t.shape
+    y = t.new_empty(t.shape)
+    for image, source in zip(y, t.permute(0, 2, 3, 1), strict=True):
+        image.view(c, h * w).copy_(source.reshape(h * w, c).t())
+    return y
+
+
+class _Transposed(torch.autograd.Function):
+    """`_transposed` with a gradient, which is in whatever format it comes."""
+
+    @staticmethod
+    def forward(ctx: Any, t: torch.Tensor) -> torch.Tensor:
+        return _transposed(t)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+def convert(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
+    """``t`` (N, C, H, W) in this dtype and memory format; itself where it is that already."""
+    if not channels_last and t.is_contiguous():
+        return t.to(dtype)
+    image = t.numel() // max(1, t.shape[0])
+    large = image >= 2**20 and t.shape[1] >= 32 or image >= 2**18 and t.shape[1] >= 64
+    if large and not channels_last and t.is_cpu and torch.get_num_threads() <= 4:
+        t = t.to(dtype, memory_format=torch.channels_last)
+        return _Transposed.apply(t) if t.requires_grad else _transposed(t)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    if t.dtype == dtype:  # the cheaper call, on a path that counts microseconds
+        return t.contiguous(memory_format=memory_format)
+    return t.to(dtype, memory_format=memory_format)

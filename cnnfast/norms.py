@@ -1,22 +1,27 @@
-"""What a normalisation computes (`Norm`), one application of it (`NormCall`), and statistics by parts (`Partials`)."""
+"""What a normalisation computes (`Norm`), and statistics by parts (`Partials`)."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["KINDS", "Norm", "NormCall", "Partials"]
+__all__ = ["KINDS", "MEASURED", "Norm", "Partials", "check_values", "per_channel"]
 
-KINDS = ("batch", "instance", "group", "affine")
+
+MEASURED = ("batch", "instance", "group")
+KINDS = (*MEASURED, "running", "affine")
 
 
 @dataclass(frozen=True)
 class Norm:
     """``(x - mean) / sqrt(var + eps) * weight + bias`` with the (biased) statistics of each channel over the batch
-    ("batch") or over each image ("instance"), of each of ``groups`` groups of channels of each image ("group"), or
-    with mean 0 and deviation 1 ("affine")."""
+    ("batch") or over each image ("instance"), of each of ``groups`` groups of channels of each image ("group"), with
+    mean and variance that are given ("running": a BatchNorm in eval mode), or with mean 0 and deviation 1
+    ("affine")."""
 
     kind: str
     groups: int = 1
@@ -29,32 +34,18 @@ class Norm:
             raise ValueError(f"groups={self.groups} must be positive")
 
     @property
+    def measured(self) -> bool:
+        """Whether the statistics are the input's."""
+        return self.kind in MEASURED
+
+    @property
     def per_image(self) -> bool:
         """Whether every image has statistics of its own."""
         return self.kind in ("instance", "group")
 
-
-class NormCall(NamedTuple):
-    """One application of a norm. Vectors of C elements, any floating dtype.
-
-    With ``use_input_stats``, running tensors that are given move by ``momentum`` towards the input's statistics, in
-    place, as `torch.nn.functional.batch_norm` and ``instance_norm`` do it (the variance unbiased); without, they are
-    the statistics. ``process_group``: the statistics are those of all its processes' inputs together (SyncBatchNorm).
-    """
-
-    norm: Norm
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
-    use_input_stats: bool = True
-    momentum: float = 0.1  # the factor itself, never None
-    process_group: Any = None
-
-    @property
-    def measured(self) -> bool:
-        """Whether the statistics are the input's."""
-        return self.use_input_stats and self.norm.kind != "affine"
+    def join(self, channels: int) -> int:
+        """Channels that share statistics."""
+        return channels // self.groups if self.kind == "group" else 1
 
 
 class Partials(NamedTuple):
@@ -64,3 +55,28 @@ class Partials(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # (S, P)
     mean: Tensor  # (S, P, C)
     m2: Tensor  # (S, P, C): the sum of squares about the part's own mean
+
+
+def per_channel(v: Tensor, like: Tensor) -> Tensor:
+    """(C,) as (C, 1, ...): broadcast against ``like``."""
+    return v.reshape(-1, *(1,) * (like.dim() - 2))
+
+
+def check_values(shape: Sequence[int], norm: Norm | None, *, several: bool = False) -> None:
+    """torch's own errors where a norm of an input (N, C, *size) takes statistics of one value. ``several``: those of
+    several processes."""
+    if norm is None or not norm.measured:
+        return
+    n, c, *size = shape
+    values, kind = math.prod(size), norm.kind
+    if kind == "instance" and values == 1:
+        raise ValueError(f"Expected more than 1 spatial element when training, got input size {_size(shape)}")
+    if kind == "batch" and values * n == 1 and not several:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {_size(shape)}")
+    if kind == "group" and values * n * (c // norm.groups) == 1:
+        shape = [n * c // norm.groups, norm.groups, *size]
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"torch.Size({list(shape)})"

@@ -19,20 +19,17 @@ from functools import cache, cached_property
 
 import torch
 
-from .activations import ACTIVATIONS, Activation, ActivationRow
-
 __all__ = [
-    "ACTIVATIONS",
+    "DTYPES",
+    "INT32",
+    "ConvSpec",
     "MAX_SCALE",
     "MAX_STRIDE",
-    "Activation",
-    "ActivationRow",
-    "ConvSpec",
     "Phase",
     "Precision",
     "collapse_upsample",
-    "summed_taps",
     "phases_1d",
+    "summed_taps",
     "tap_inverse",
 ]
 
@@ -314,6 +311,13 @@ def collapse_upsample(
 
 
 # --- precision --------------------------------------------------------------------------------------------------------
+
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Of what any fast path runs: kernels, and oneDNN's packed operators."""
+
+INT32 = 2**31
+"""Elements of a tensor from which on its offsets do not fit 32 bits."""
 
 
 @dataclass(frozen=True)

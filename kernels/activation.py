@@ -39,6 +39,16 @@ def _logistic(x):
 
 
 @triton.jit
+def _tanh_softplus(x):
+    # t = tanh(log(1 + exp(x))) and 1 - t^2, as fractions of sums of positive numbers: no overflow, no cancellation.
+    e = tl.exp(-tl.abs(x))
+    n = tl.where(x < 0, e * (2.0 + e), 1.0 + 2.0 * e)
+    rest = tl.where(x < 0, 2.0, 2.0 * e * e)
+    d = n + rest
+    return n / d, rest * (n + d) / (d * d)
+
+
+@triton.jit
 def act(x, slope, P0: tl.constexpr, P1: tl.constexpr, ACT: tl.constexpr):
     """Activation ``ACT`` of x (float32). ``slope`` is PReLU's weight, broadcast against x; P0 and P1 are the
     parameters.
@@ -55,6 +65,9 @@ def act(x, slope, P0: tl.constexpr, P1: tl.constexpr, ACT: tl.constexpr):
         x = tl.where(x < 0, _expm1_negative(tl.minimum(x, 0.0)) * P0, x)
     elif ACT == "silu":
         x = x * _sigmoid(x)
+    elif ACT == "mish":
+        t, rest = _tanh_softplus(x)
+        x = x * t
     elif ACT == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif ACT == "gelu_tanh":
@@ -103,6 +116,11 @@ def act_grad(saved, slope, P0: tl.constexpr, P1: tl.constexpr, ACT: tl.constexpr
         tl.static_assert(OF == "x", "the output of silu does not determine its derivative")
         s, ds = _logistic(saved)
         d = s + saved * ds
+    elif ACT == "mish":
+        tl.static_assert(OF == "x", "the output of mish does not determine its derivative")
+        s, ds = _logistic(saved)
+        t, rest = _tanh_softplus(saved)
+        d = t + saved * s * rest
     elif ACT == "gelu":
         tl.static_assert(OF == "x", "the output of gelu does not determine its derivative")
         density = tl.exp(-0.5 * saved * saved) * 0.3989422804014327

@@ -1,97 +1,34 @@
-"""Transposed and plain convolution as a gather, with epilogue: y = act((conv(x) + bias - mean) * s + shift +
-residual).
+"""Transposed and plain convolution as a gather, with its epilogue.
+
+    y = act((conv(x) + bias - mean) * rsqrt(var + eps) * scale + shift + residual)
 
 Implicit GEMM over the input grid. For a phase (rh, rw) of the output, with q = (qh, qw) on the input grid:
 
-    y[n, SH*qh + rh, SW*qw + rw, c] = epilogue(sum_{taps j} sum_k x[n, qh + off_h(j), qw + off_w(j), k] * w[tap(j), k,
-    c])
+    conv(x)[n, SH*qh + rh, SW*qw + rw, c] = sum over taps j and channels k of
+        x[n, qh + off_h(j), qw + off_w(j), k] * w[tap(j), k, c]
 
 A plain convolution has one phase, and reads at (stride * qh + off_h(j), stride * qw + off_w(j)).
 
 M = rows (n, qh, qw) of the phase; N = output channels; K = taps of the phase x input channels of the group, taps
-outside.
-x and y are channels-last, dense; w is addressed by constant strides (group, tap, k, column), so that a
+outside. x and y are channels-last, dense; w is addressed by constant strides (group, tap, k, column), so that a
 channels-last parameter is read in place. One program owns a BLOCK_M x BLOCK_N tile of one phase, group and K split.
 
 With MERGE_H x MERGE_W > 1 the columns are (a, b, channel): one pass over x feeds all phases, and the store puts column
 (a, b, c) of row q at output (MERGE_H*qh + a, MERGE_W*qw + b, c). That is how few output channels, a 1x1 input, kernel =
 stride and a pixel shuffle are done; the gather is then a plain convolution over the union of the phases'
 neighbourhoods.
+
+Where K is split, `split_k_epilogue_kernel` adds the parts and does the rest.
 """
 
 from __future__ import annotations
 
-from functools import cache
-
-import torch
 import triton
 import triton.language as tl
 
-from .activation import act
+from .epilogue import finish, round_tf32
 from .indexing import border, inside, phase_taps, tile_order
 from .statistics import emit_statistics, store_statistics
-
-
-@triton.jit
-def round_tf32(v):
-    """float32 to TF32's mantissa, to nearest and ties away: the tensor core would truncate."""
-    # In floats, because a test for NaN costs predicates, which the compiler packs into bit masks: sign and exponent are
-    # a power of two, of which 2^-11 is half of TF32's last place. NaN and infinity stay; a denormal is cut.
-    power = (v.to(tl.int32, bitcast=True) & -8388608).to(tl.float32, bitcast=True)
-    rounded = v + power * 0.00048828125
-    return (rounded.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _vector(ptr, offs, mask, default: tl.constexpr):
-    if ptr is None:
-        return tl.full(offs.shape, default, tl.float32)
-    else:
-        return tl.load(ptr + offs, mask=mask, other=default).to(tl.float32)
-
-
-@triton.jit
-def finish(
-    acc,
-    offs,
-    mask,
-    chan,
-    chan_mask,
-    y_ptr,
-    residual_ptr,
-    bias_ptr,
-    mean_ptr,
-    var_ptr,
-    scale_ptr,
-    shift_ptr,
-    slope_ptr,
-    eps,
-    SLOPES: tl.constexpr,
-    P0: tl.constexpr,
-    P1: tl.constexpr,
-    ACT: tl.constexpr,
-):
-    """The epilogue and the store. acc (BLOCK_M, BLOCK_N) float32 to ``offs`` of y where ``mask``; chan (BLOCK_N,) its
-    output channels. Every pointer but y's may be None. Returns the values as stored."""
-    if bias_ptr is not None or mean_ptr is not None:
-        center = _vector(bias_ptr, chan, chan_mask, 0.0) - _vector(mean_ptr, chan, chan_mask, 0.0)
-        acc += center[None, :]
-    if var_ptr is not None or scale_ptr is not None:
-        factor = _vector(scale_ptr, chan, chan_mask, 1.0)
-        if var_ptr is not None:
-            factor *= tl.rsqrt(_vector(var_ptr, chan, chan_mask, 1.0) + eps)
-        acc *= factor[None, :]
-    if shift_ptr is not None:
-        acc += _vector(shift_ptr, chan, chan_mask, 0.0)[None, :]
-    if residual_ptr is not None:
-        acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if ACT == "prelu":
-        slope = _vector(slope_ptr, chan * (1 if SLOPES > 1 else 0), chan_mask, 0.0)[None, :]
-    else:
-        slope = 0.0
-    acc = act(acc, slope, P0, P1, ACT).to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + offs, acc, mask=mask)
-    return acc
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "SPLITS"])
@@ -226,8 +163,7 @@ def conv_transpose_kernel(
             bits |= on.to(tl.int32) << j
         bits = bits[:, None]
 
-    # --- the product: taps outside, channels inside, one loop; a trip is UNROLL channel blocks of one tap
-    # ---------------
+    # --- the product: taps outside, channels inside, one loop; a trip is UNROLL channel blocks of one tap -------------
     merged = offs_n // CHANNELS_OUT
     a_h = merged // MERGE_W
     if W_ROW > 0:
@@ -372,26 +308,3 @@ def split_k_epilogue_kernel(
         emit_statistics(
             y, offs_m < total, rows, stats_ptr, part, tl.num_programs(0), chan, col_mask, tl.program_id(1) == 0, COUT
         )
-
-
-def launch(x, weight, y, residual, vectors, stats, eps, how) -> None:
-    """Fill y. x (N, C_in, H, W) and weight in the kernel's layouts, y and residual in one memory format; ``vectors``
-    are bias, mean, var, scale, shift and slope, each (C_out,) or None; ``stats`` float32, of ``how.parts`` parts, or
-    None; ``how`` is `cnnfast.ops.launch.Launch`."""
-    n, _, h, w = x.shape
-    _, c, oh, ow = y.shape
-    splits = how.plan.split_k
-    if how.reduce is None:
-        work = unused(y.device) if how.plan.splits else None
-        how.binary(how.grid, x, weight, y, work, residual, *vectors, stats, n, h, w, oh, ow, splits, eps)
-        return
-    work = y.new_empty((splits, n, oh, ow, c), dtype=torch.float32)
-    # The same arguments as without a split, so that it is the same binary.
-    how.binary(how.grid, x, weight, y, work, residual, *vectors, stats, n, h, w, oh, ow, splits, eps)
-    how.reduce(how.reduce_grid, work, y, residual, *vectors, stats, n, oh * ow, splits, eps)
-
-
-@cache
-def unused(device) -> torch.Tensor:
-    """What stands for the partial sums where there are none: their type is part of the binary."""
-    return torch.empty(16, dtype=torch.float32, device=device)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .conv_transpose import round_tf32
+from .epilogue import round_tf32
 from .indexing import inside
 
 

@@ -1,4 +1,5 @@
-"""Device functions that place a program: tile order, and the taps of a phase (`cnnfast.spec.phases_1d`, restated)."""
+"""Device functions that place a program: of a convolution, its tile and the taps of its phase
+(`cnnfast.spec.phases_1d`, restated); of a normalisation, its part of a segment."""
 
 from __future__ import annotations
 
@@ -62,3 +63,36 @@ def border(i, size, MODE: tl.constexpr):
         return tl.minimum(tl.maximum(i, 0), size - 1)
     else:
         return size - 1 - tl.abs(size - 1 - tl.abs(i))
+
+
+@triton.jit
+def part_of_segment(
+    ROWS, PARTS, TILES, C: tl.constexpr, ROWS_BY: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """What program (segment, part; block of channels) owns: (ROWS, segment, first row, rows, channels (BLOCK_C,), which
+    of these there are). ROWS comes back as what ROWS_BY divides, spelt out for the compiler."""
+    ROWS = ROWS // ROWS_BY * ROWS_BY
+    pid = tl.program_id(0)
+    segment = pid // PARTS
+    first = (pid - segment * PARTS) * TILES * BLOCK_M
+    here = tl.minimum(TILES * BLOCK_M, ROWS - first) // ROWS_BY * ROWS_BY
+    chan = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return ROWS, segment, first, here, chan, chan < C
+
+
+@triton.jit
+def part_base(ptr, segment, first, ROWS, C: tl.constexpr, LAST: tl.constexpr):
+    """Where row ``first`` of a segment starts. Offsets from here fit 32 bits, this one need not."""
+    if LAST:
+        return ptr + (segment.to(tl.int64) * ROWS + first) * C
+    else:
+        return ptr + segment.to(tl.int64) * ROWS * C + first
+
+
+@triton.jit
+def offsets(rows, chan, ROWS, C: tl.constexpr, LAST: tl.constexpr):
+    """Of a tile (BLOCK_M, BLOCK_C), from `part_base`."""
+    if LAST:
+        return rows[:, None] * C + chan[None, :]
+    else:
+        return chan[None, :] * ROWS + rows[:, None]

@@ -17,57 +17,24 @@ import triton
 import triton.language as tl
 
 from .activation import act
+from .epilogue import slopes, vector
+from .indexing import offsets, part_base, part_of_segment
+from .statistics import center_and_scale
+
+# Neither parts (slices of one workspace) nor vectors (a user's buffers) need lie at multiples of 16 bytes; a binary for
+# each combination would be many.
+PARTIALS = ["count_ptr", "mean_ptr", "m2_ptr", "out_mean_ptr", "out_rstd_ptr", "out_var_ptr"]
+RUNNING = ["running_mean_ptr", "running_var_ptr"]
+VECTORS = ["mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "slope_ptr", "mean1_ptr", "mean2_ptr"]
 
 
 @triton.jit
-def vector(ptr, offs, mask, default: tl.constexpr):
-    """Elements of a vector of any dtype in float32; ``default`` where there is no vector."""
-    if ptr is None:
-        return tl.full(offs.shape, default, tl.float32)
-    else:
-        return tl.load(ptr + offs, mask=mask, other=default).to(tl.float32)
-
-
-@triton.jit
-def part_base(ptr, segment, first, ROWS, C: tl.constexpr, LAST: tl.constexpr):
-    """Where row ``first`` of a segment starts. Offsets from here fit 32 bits, this one need not."""
-    if LAST:
-        return ptr + (segment.to(tl.int64) * ROWS + first) * C
-    else:
-        return ptr + segment.to(tl.int64) * ROWS * C + first
-
-
-@triton.jit
-def offsets(rows, chan, ROWS, C: tl.constexpr, LAST: tl.constexpr):
-    """Of a tile (BLOCK_M, BLOCK_C), from `part_base`."""
-    if LAST:
-        return rows[:, None] * C + chan[None, :]
-    else:
-        return chan[None, :] * ROWS + rows[:, None]
-
-
-@triton.jit
-def center_and_scale(
-    mean_ptr,  # (segments or 1, C / JOIN), or None: 0
-    rstd_ptr,  # the same; the variance where VAR; None: 1
-    segment,
-    chan,
-    mask,
-    eps,
-    C: tl.constexpr,
-    JOIN: tl.constexpr,
-    EACH: tl.constexpr,
-    VAR: tl.constexpr,
-):
-    """(mean, 1/deviation) of each channel."""
-    offs = chan // JOIN
-    if EACH:
-        offs += segment * (C // JOIN)
-    mean = vector(mean_ptr, offs, mask, 0.0)
-    rstd = vector(rstd_ptr, offs, mask, 1.0)
-    if VAR:
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(rstd + eps))
-    return mean, rstd
+def _total(x, JOIN: tl.constexpr):
+    """Sum of a (parts, channels) tile: over the parts, and over the channels where they share statistics."""
+    s = tl.sum(x, 0)
+    if JOIN > 1:
+        s = tl.sum(s, 0)
+    return s
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -89,13 +56,7 @@ def partial_stats_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Count, mean and sum of squares about it, of each channel over the part."""
-    ROWS = ROWS // ROWS_BY * ROWS_BY
-    pid = tl.program_id(0)
-    segment = pid // PARTS
-    first = (pid - segment * PARTS) * TILES * BLOCK_M
-    here = tl.minimum(TILES * BLOCK_M, ROWS - first) // ROWS_BY * ROWS_BY
-    chan = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    chan_mask = chan < C
+    ROWS, segment, first, here, chan, chan_mask = part_of_segment(ROWS, PARTS, TILES, C, ROWS_BY, BLOCK_M, BLOCK_C)
     x_ptr = part_base(x_ptr, segment, first, ROWS, C, X_LAST)
     mean = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
@@ -116,26 +77,11 @@ def partial_stats_kernel(
     center += tl.sum((mean - center[None, :]) * n[:, None], 0) / count
     d = mean - center[None, :]
     m2 = tl.sum(m2 + d * d * n[:, None], 0)
-    offs = pid.to(tl.int64) * C + chan
+    part = tl.program_id(0)  # of those of all segments
+    offs = part.to(tl.int64) * C + chan
     tl.store(mean_ptr + offs, center, mask=chan_mask)
     tl.store(m2_ptr + offs, m2, mask=chan_mask)
-    tl.store(count_ptr + pid + tl.arange(0, 1), tl.full((1,), 0.0, tl.float32) + count, mask=tl.program_id(1) == 0)
-
-
-@triton.jit
-def _total(x, JOIN: tl.constexpr):
-    """Sum of a (parts, channels) tile: over the parts, and over the channels where they share statistics."""
-    s = tl.sum(x, 0)
-    if JOIN > 1:
-        s = tl.sum(s, 0)
-    return s
-
-
-# Neither parts (slices of one workspace) nor vectors (a user's buffers) need lie at multiples of 16 bytes; a binary for
-# each combination would be many.
-PARTIALS = ["count_ptr", "mean_ptr", "m2_ptr", "out_mean_ptr", "out_rstd_ptr", "out_var_ptr"]
-RUNNING = ["running_mean_ptr", "running_var_ptr"]
-VECTORS = ["mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "slope_ptr", "mean1_ptr", "mean2_ptr"]
+    tl.store(count_ptr + part + tl.arange(0, 1), tl.full((1,), 0.0, tl.float32) + count, mask=tl.program_id(1) == 0)
 
 
 @triton.jit(do_not_specialize=["PARTS", "eps", "momentum", "keep"], do_not_specialize_on_alignment=PARTIALS + RUNNING)
@@ -244,17 +190,11 @@ def norm_act_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    ROWS = ROWS // ROWS_BY * ROWS_BY
-    pid = tl.program_id(0)
-    segment = pid // PARTS
-    first = (pid - segment * PARTS) * TILES * BLOCK_M
-    here = tl.minimum(TILES * BLOCK_M, ROWS - first) // ROWS_BY * ROWS_BY
-    chan = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    chan_mask = chan < C
+    ROWS, segment, first, here, chan, chan_mask = part_of_segment(ROWS, PARTS, TILES, C, ROWS_BY, BLOCK_M, BLOCK_C)
     mean, rstd = center_and_scale(mean_ptr, rstd_ptr, segment, chan, chan_mask, eps, C, JOIN, EACH, VAR)
     scale = rstd * vector(weight_ptr, chan, chan_mask, 1.0)
     shift = vector(bias_ptr, chan, chan_mask, 0.0)
-    slope = vector(slope_ptr, chan * (1 if SLOPES > 1 else 0), chan_mask, 0.0)[None, :]
+    slope = slopes(slope_ptr, chan, chan_mask, SLOPES)
     x_ptr = part_base(x_ptr, segment, first, ROWS, C, X_LAST)
     y_ptr = part_base(y_ptr, segment, first, ROWS, C, Y_LAST)
     if residual_ptr is not None:

@@ -15,7 +15,12 @@ import triton
 import triton.language as tl
 
 from .activation import act_grad
-from .norm_act import VECTORS, center_and_scale, offsets, part_base, vector
+from .epilogue import slopes, vector
+from .indexing import offsets, part_base, part_of_segment
+from .norm_act import VECTORS
+from .statistics import center_and_scale
+
+GRADIENTS = ["bias_grad_ptr", "weight_grad_ptr", "slope_grad_ptr", "mean1_ptr", "mean2_ptr", "weight_ptr"]
 
 
 @triton.jit
@@ -77,17 +82,11 @@ def grad_sums_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    ROWS = ROWS // ROWS_BY * ROWS_BY
-    pid = tl.program_id(0)
-    segment = pid // PARTS
-    first = (pid - segment * PARTS) * TILES * BLOCK_M
-    here = tl.minimum(TILES * BLOCK_M, ROWS - first) // ROWS_BY * ROWS_BY
-    chan = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    chan_mask = chan < C
+    ROWS, segment, first, here, chan, chan_mask = part_of_segment(ROWS, PARTS, TILES, C, ROWS_BY, BLOCK_M, BLOCK_C)
     mean, rstd = center_and_scale(mean_ptr, rstd_ptr, segment, chan, chan_mask, eps, C, JOIN, EACH, VAR)
     weight = vector(weight_ptr, chan, chan_mask, 1.0)
     bias = vector(bias_ptr, chan, chan_mask, 0.0)
-    slope = vector(slope_ptr, chan * (1 if SLOPES > 1 else 0), chan_mask, 0.0)[None, :]
+    slope = slopes(slope_ptr, chan, chan_mask, SLOPES)
     x_ptr = part_base(x_ptr, segment, first, ROWS, C, X_LAST)
     grad_ptr = part_base(grad_ptr, segment, first, ROWS, C, Y_LAST)
     if saved_ptr is not None:
@@ -109,14 +108,11 @@ def grad_sums_kernel(
         if SLOPE_SUM:
             sum_slope += tl.where(z > 0, 0.0, grad * z)
     parts = tl.num_programs(0).to(tl.int64) * C
-    out = sums_ptr + pid.to(tl.int64) * C + chan
+    out = sums_ptr + tl.program_id(0).to(tl.int64) * C + chan
     tl.store(out, tl.sum(sum_dz, 0), mask=chan_mask)
     tl.store(out + parts, tl.sum(sum_dz_xhat, 0), mask=chan_mask)
     if SLOPE_SUM:
         tl.store(out + 2 * parts, tl.sum(sum_slope, 0), mask=chan_mask)
-
-
-GRADIENTS = ["bias_grad_ptr", "weight_grad_ptr", "slope_grad_ptr", "mean1_ptr", "mean2_ptr", "weight_ptr"]
 
 
 @triton.jit(do_not_specialize=["SEGMENTS", "PARTS", "COUNT"], do_not_specialize_on_alignment=GRADIENTS)
@@ -227,18 +223,12 @@ def grad_apply_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    ROWS = ROWS // ROWS_BY * ROWS_BY
-    pid = tl.program_id(0)
-    segment = pid // PARTS
-    first = (pid - segment * PARTS) * TILES * BLOCK_M
-    here = tl.minimum(TILES * BLOCK_M, ROWS - first) // ROWS_BY * ROWS_BY
-    chan = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    chan_mask = chan < C
+    ROWS, segment, first, here, chan, chan_mask = part_of_segment(ROWS, PARTS, TILES, C, ROWS_BY, BLOCK_M, BLOCK_C)
     mean, rstd = center_and_scale(mean_ptr, rstd_ptr, segment, chan, chan_mask, eps, C, JOIN, EACH, VAR)
     mean1, mean2 = center_and_scale(mean1_ptr, mean2_ptr, segment, chan, chan_mask, eps, C, JOIN, EACH, False)
     weight = vector(weight_ptr, chan, chan_mask, 1.0)
     bias = vector(bias_ptr, chan, chan_mask, 0.0)
-    slope = vector(slope_ptr, chan * (1 if SLOPES > 1 else 0), chan_mask, 0.0)[None, :]
+    slope = slopes(slope_ptr, chan, chan_mask, SLOPES)
     x_ptr = part_base(x_ptr, segment, first, ROWS, C, X_LAST)
     dx_ptr = part_base(dx_ptr, segment, first, ROWS, C, X_LAST)
     grad_ptr = part_base(grad_ptr, segment, first, ROWS, C, Y_LAST)
@@ -286,13 +276,7 @@ def act_backward_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """An activation's backward with the sums that are a convolution's bias gradient."""
-    ROWS = ROWS // ROWS_BY * ROWS_BY
-    pid = tl.program_id(0)
-    segment = pid // PARTS
-    first = (pid - segment * PARTS) * TILES * BLOCK_M
-    here = tl.minimum(TILES * BLOCK_M, ROWS - first) // ROWS_BY * ROWS_BY
-    chan = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    chan_mask = chan < C
+    ROWS, segment, first, here, chan, chan_mask = part_of_segment(ROWS, PARTS, TILES, C, ROWS_BY, BLOCK_M, BLOCK_C)
     grad_ptr = part_base(grad_ptr, segment, first, ROWS, C, Y_LAST)
     if OF != "":
         saved_ptr = part_base(saved_ptr, segment, first, ROWS, C, Y_LAST)
@@ -309,4 +293,4 @@ def act_backward_kernel(
             tl.store(dz_ptr + offs, dz, mask=mask)
         total += dz.to(tl.float32)
     if sums_ptr is not None:
-        tl.store(sums_ptr + pid.to(tl.int64) * C + chan, tl.sum(total, 0), mask=chan_mask)
+        tl.store(sums_ptr + tl.program_id(0).to(tl.int64) * C + chan, tl.sum(total, 0), mask=chan_mask)

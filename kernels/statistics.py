@@ -1,9 +1,12 @@
-"""Device functions that give the statistics of a convolution's result with the result, by parts (`cnnfast.norms`)."""
+"""Device functions that give the statistics of a convolution's result with the result, by parts (`cnnfast.norms`), and
+that read the statistics by which a tensor is normalised."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .epilogue import vector
 
 
 @triton.jit
@@ -24,3 +27,27 @@ def emit_statistics(v, row_mask, rows, stats_ptr, part, parts, chan, chan_mask, 
     mean = tl.sum(tl.where(row_mask[:, None], v, 0.0), 0) / count
     d = tl.where(row_mask[:, None], v - mean[None, :], 0.0)
     store_statistics(stats_ptr, part, parts, count, mean, tl.sum(d * d, 0), chan, chan_mask, first, COUT)
+
+
+@triton.jit
+def center_and_scale(
+    mean_ptr,  # (segments or 1, C / JOIN), or None: 0
+    rstd_ptr,  # the same; the variance where VAR; None: 1
+    segment,
+    chan,
+    mask,
+    eps,
+    C: tl.constexpr,
+    JOIN: tl.constexpr,
+    EACH: tl.constexpr,
+    VAR: tl.constexpr,
+):
+    """(mean, 1/deviation) of each channel."""
+    offs = chan // JOIN
+    if EACH:
+        offs += segment * (C // JOIN)
+    mean = vector(mean_ptr, offs, mask, 0.0)
+    rstd = vector(rstd_ptr, offs, mask, 1.0)
+    if VAR:
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(rstd + eps))
+    return mean, rstd

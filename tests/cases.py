@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
-from cnnfast import dispatch
-from cnnfast.block import Operands, Step, Upsample, plain_step, upsample_step
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.activations import Activation
+from cnnfast.gpu.devices import precision_of, target_device
+from cnnfast.norms import Norm
+from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step, Upsample, plain_step, upsample_step
 from cnnfast.tolerance import expected
 
 from .tolerance import assert_close
 
-__all__ = ["Case", "PRECISIONS", "check", "conv", "reference", "upsample"]
+__all__ = ["Case", "PRECISIONS", "check", "conv", "fitted", "reference", "upsample"]
 
 CHANNELS_LAST, CONTIGUOUS = torch.channels_last, torch.contiguous_format
 
@@ -55,6 +57,10 @@ class Case:
     channels_last: bool = True
     plan: tuple[tuple[str, Any], ...] = ()
 
+    def __post_init__(self) -> None:
+        norm = Norm("running") if self.norm else None
+        object.__setattr__(self, "step", replace(self.step, norm=norm, residual=self.residual))
+
     def operands(self, dtype: torch.dtype, device: torch.device | str) -> Operands:
         """Standard normal input, weights of about unit gain; the same numbers for every dtype and device."""
         g = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
@@ -71,7 +77,7 @@ class Case:
         o = Operands(x, weight, rand(c, to=dtype) if self.bias else None)
         if self.norm:
             var = torch.rand(c, generator=g) + 0.1
-            o = o._replace(mean=rand(c), var=var, eps=1e-5, scale=rand(c), shift=rand(c))
+            o = o._replace(mean=rand(c), var=var, scale=rand(c), shift=rand(c))
         if self.residual:
             o = o._replace(residual=rand(self.batch, c, *self.step.output_size(self.size), to=dtype))
         if self.slopes:
@@ -81,6 +87,14 @@ class Case:
             x=o.x.contiguous(memory_format=self.x_format),
             weight=o.weight.contiguous(memory_format=self.weight_format),
         )
+
+
+def fitted(step: Step, o: Operands) -> Step:
+    """``step`` with the norm and the residual for which ``o`` has tensors."""
+    affine = o.scale is not None or o.shift is not None
+    kind = "running" if o.mean is not None else "affine" if affine else None
+    norm = step.norm if step.norm is not None and step.norm.kind == kind else Norm(kind) if kind else None
+    return replace(step, norm=norm, residual=o.residual is not None)
 
 
 def conv(
@@ -134,15 +148,15 @@ def cast(o: Operands, dtype: torch.dtype) -> Operands:
     return Operands(*(v.detach().cpu().type(dtype) if isinstance(v, torch.Tensor) else v for v in o))
 
 
-def reference(step: Step, o: Operands, tf32: bool) -> tuple[torch.Tensor, torch.Tensor, float]:
+def reference(step: Step, o: Operands, tf32: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`cnnfast.tolerance.expected`, computed on the CPU."""
     return expected(step, Operands(*(v.cpu() if isinstance(v, torch.Tensor) else v for v in o)), tf32)
 
 
 def check(case: Case, precision: str, device: torch.device, launches: list[str]) -> torch.Tensor:
     """Launch the case and hold it against float64; assert what was launched and the result's memory format."""
-    from cnnfast.ops import launch
-    from cnnfast.ops.core import run_step
+    from cnnfast.gpu import conv as launch
+    from cnnfast.ops.run import run_step
 
     from .conftest import conv_precision
 
@@ -152,7 +166,7 @@ def check(case: Case, precision: str, device: torch.device, launches: list[str])
     with conv_precision(switch), torch.no_grad():
         if case.plan:
             padded = tuple(n + 2 * p for n, p in zip(case.size, case.step.pad, strict=True))
-            numerics, target = dispatch.precision_of(dtype), dispatch.target_device(o.x)
+            numerics, target = precision_of(dtype), target_device(o.x)
             chosen = launch.choose_plan(case.step.spec, case.batch, padded, numerics, target)
             y = launch.run(case.step, o, case.channels_last, replace(chosen, **dict(case.plan)))
         else:

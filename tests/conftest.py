@@ -68,13 +68,13 @@ def interpreter() -> None:
 
 
 @pytest.fixture
-def launches(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launches(device: torch.device) -> Iterator[list[str]]:
     """The plans of the Triton launches of the test, in order."""
-    from cnnfast.ops import launch
+    from cnnfast.gpu.observers import observed
 
     record: list[str] = []
-    monkeypatch.setattr(launch, "LAUNCHES", record)
-    return record
+    with observed(launch=record.append):
+        yield record
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def binaries_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    from cnnfast.ops.binary import Binary
+    from cnnfast.gpu.binary import Binary
 
     real = Binary.__call__
 

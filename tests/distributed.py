@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import cnnfast
-from cnnfast import chain
+from cnnfast.nn import chain
 from cnnfast.norms import Norm
 
 from .test_training_features import CL, Models, Outcome, everything
@@ -149,15 +149,15 @@ def main(rank: int, folder: Path) -> None:
         "second": lambda: second_derivative(rank),
         "careless": lambda: careless(rank),
     }
-    results, real = {}, chain.core.run_step
+    results, real = {}, chain.run_step
     for name, job in jobs.items():
         fused: list[str] = []
 
-        def spy(*args: Any, norm: Any = None, fused: list[str] = fused, **kwargs: Any) -> Tensor:
-            fused.append("" if norm is None else norm.norm.kind)
-            return real(*args, norm=norm, **kwargs)
+        def spy(step: Any, o: Any, fused: list[str] = fused, **kwargs: Any) -> Tensor:
+            fused.append(step.norm.kind if step.measured else "")
+            return real(step, o, **kwargs)
 
-        chain.core.run_step = spy
+        chain.run_step = spy
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             found = job()

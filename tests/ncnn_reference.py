@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnnfast.ncnn import Layer, read_param, read_weights
+from cnnfast.generators.ncnn import Layer, read_param, read_weights
 
 
 def run(param: str, data: bytes, x: Tensor) -> Tensor:

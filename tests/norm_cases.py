@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from cnnfast.activations import Activation, activation_derivative
-from cnnfast.norms import Norm, NormCall
-from cnnfast.ops.norm_aten import composition
-from cnnfast.ops.normalise import normalise
+from cnnfast.norms import Norm
+from cnnfast.ops.run import run_step
+from cnnfast.reference import composition
+from cnnfast.step import Operands, Step, norm_step
 
 from .tolerance import assert_close
 
-__all__ = ["FORMATS", "NormCase", "Tensors", "check", "compute", "expect", "magnitudes", "spread"]
+__all__ = ["FORMATS", "NormCase", "Tensors", "check", "compute", "expect", "spread"]
 
 FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
 
@@ -85,17 +86,25 @@ class NormCase:
             t.var = (torch.rand(c, generator=g) + 0.5) * self.deviation**2
         return t.map(lambda v: v.to(device))
 
-    def call(self, t: Tensors) -> NormCall | None:
-        if self.norm is None:
-            return None
-        return NormCall(self.norm, t.weight, t.bias, t.mean, t.var, use_input_stats=self.measured)
+    @property
+    def kind(self) -> Norm | None:
+        """What the norm is with ``measured``."""
+        return self.norm if self.measured or self.norm is None else Norm("running", eps=self.norm.eps)
+
+    @property
+    def step(self) -> Step:
+        return norm_step(self.kind, self.residual, self.activation)
+
+    def operands(self, t: Tensors) -> Operands:
+        affine = (t.weight, t.bias) if self.norm is not None else (None, None)
+        return Operands(t.x, None, None, t.mean, t.var, *affine, t.residual, t.slope)  # type: ignore[arg-type]
 
 
 def compute(case: NormCase, t: Tensors, dtype: torch.dtype, stored: torch.dtype | None = None) -> dict[str, Tensor]:
     """The result and the gradients on the CPU in ``dtype`` by the elementary composition. ``stored``: where the
     backward takes the activation's derivative of the result, it takes it of the result as this dtype holds it."""
     t = t.map(lambda v: v.detach().cpu().type(dtype).requires_grad_())
-    z = composition(t.x, case.call(t))
+    z = composition(case.kind, case.operands(t))
     if t.residual is not None:
         z = z + t.residual
     y = case.activation(z, t.slope)
@@ -108,41 +117,21 @@ def compute(case: NormCase, t: Tensors, dtype: torch.dtype, stored: torch.dtype 
     return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def magnitudes(case: NormCase, t: Tensors) -> dict[str, float]:
-    """What float32 rounds on the way to a result: the largest value before the activation, and the largest partial sum
-    of each gradient that is a sum over the positions (in their order)."""
-    t = t.map(lambda v: v.detach().cpu().double())
-    call = case.call(t)
-    xhat = composition(t.x, None if call is None else call._replace(weight=None, bias=None))
-    z = composition(t.x, call)
-    z = (z if t.residual is None else z + t.residual).requires_grad_()
-    (dz,) = torch.autograd.grad(case.activation(z, t.slope), z, t.grad)
-    z = z.detach()
-    terms = {"weight": dz * xhat, "bias": dz, "slope": torch.where(z > 0, 0.0, t.grad * z)}
-    by_channel = {n: v.transpose(0, 1).flatten(1) for n, v in terms.items()}
-    if case.slopes == 1:
-        by_channel["slope"] = by_channel["slope"].reshape(1, -1)
-    sums = {n: v.cumsum(1).abs().max().item() for n, v in by_channel.items()}
-    return {"y": z.abs().max().item(), **sums}
-
-
 def expect(case: NormCase, t: Tensors, got: dict[str, Tensor], what: str) -> None:
     """Each of ``got`` under the tolerance rule: the yardstick is float32 arithmetic on the same operands, its results
     rounded once to the dtype of ours."""
     exact, yardstick = compute(case, t, torch.float64), compute(case, t, torch.float32, t.x.dtype)
-    rounded = magnitudes(case, t)
     assert got.keys() == exact.keys()
     for name, ours in got.items():
-        yard = yardstick[name].type(ours.dtype)
-        assert_close(ours, exact[name], yard, f"{case.id}, {what}: {name}", rounded.get(name, 0.0))
+        assert_close(ours, exact[name], yardstick[name].type(ours.dtype), f"{case.id}, {what}: {name}")
 
 
 def spread(case: NormCase, t: Tensors, backend: str, create_graph: bool = False) -> dict[str, Tensor]:
-    """The result and the gradients through `normalise`; tensors as given, with gradients."""
+    """The result and the gradients through `run_step`; tensors as given, with gradients."""
     leaves = {n: v for n, v in t.leaves().items() if case.norm is not None or n not in ("weight", "bias")}
     for v in leaves.values():
         v.requires_grad_()
-    y = normalise(t.x, case.call(t), t.residual, case.activation, t.slope, channels_last=case.y_last, backend=backend)
+    y = run_step(case.step, case.operands(t), channels_last=case.y_last, backend=backend)
     assert y.is_contiguous(memory_format=FORMATS[case.y_last])
     assert y.dtype == t.x.dtype
     grads = torch.autograd.grad(y, list(leaves.values()), t.grad, create_graph=create_graph)
@@ -156,7 +145,7 @@ def check(case: NormCase, dtype: torch.dtype, device: torch.device, launches: li
     t = case.tensors(dtype, device)
     launches.clear()
     got = spread(case, t, "triton")
-    forward = ["norm-statistics", "norm-merge"] if case.call(t) is not None and case.call(t).measured else []
+    forward = ["norm-statistics", "norm-merge"] if case.step.measured else []
     backward = ["norm-grad-sums", "norm-grad-finish"] if case.norm is not None or case.slopes else []
     if case.norm is not None and not case.measured and not case.affine:
         backward = []

@@ -85,7 +85,7 @@ def test_values(activation: Activation, device: torch.device) -> None:
 
 @pytest.mark.parametrize("activation", activations(), ids=str)
 def test_nan_and_infinities(activation: Activation, device: torch.device) -> None:
-    """As the table's function in float64 (silu and gelu of -inf are NaN: a product with zero)."""
+    """As the table's function in float64 (silu, mish and gelu of -inf are NaN: a product with zero)."""
     x = torch.tensor([float("nan"), float("inf"), float("-inf")], device=device)
     y, want = device_function(activation, x).cpu().double(), expected(activation, x)
     assert want[0].isnan()
@@ -93,9 +93,9 @@ def test_nan_and_infinities(activation: Activation, device: torch.device) -> Non
 
 
 def test_small_arguments_keep_their_relative_accuracy(device: torch.device) -> None:
-    """tanh, elu and silu are about linear at 0: no cancellation may eat their digits."""
+    """tanh, elu, silu and the like are about linear at 0: no cancellation may eat their digits."""
     x = torch.cat([torch.logspace(-8, -1, 200), -torch.logspace(-8, -1, 200)]).to(device)
-    for name in ("tanh", "elu", "silu", "gelu", "gelu_tanh"):
+    for name in ("tanh", "elu", "silu", "mish", "gelu", "gelu_tanh"):
         y, exact = device_function(Activation(name), x).cpu().double(), expected(Activation(name), x)
         assert ((y - exact).abs() <= 1e-6 * exact.abs()).all(), name
 
@@ -139,7 +139,7 @@ def test_derivative_of_the_table(activation: Activation, of: str) -> None:
 
 def test_derivative_refuses_what_cannot_be() -> None:
     y = torch.ones(3)
-    for activation in (Activation("silu"), *NEGATIVE):
+    for activation in (Activation("silu"), Activation("mish"), *NEGATIVE):
         assert activation.saves() == "x"
         with pytest.raises(ValueError, match="does not determine"):
             activation_derivative(activation, y, of="y")

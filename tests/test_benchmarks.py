@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import cases, compare, limits, memory, peers, report, timers
-from benchmarks.markdown import markdown
+from benchmarks.report import markdown
 from benchmarks.workload import TOLERANCES, Implementation, NotAvailable, Prepared, Workload
 from cnnfast.timing import Timing
 
@@ -153,7 +153,7 @@ def test_least_time_is_the_larger_of_two(macs, least, seconds, by):
 
 
 def test_a_data_sheet_says_that_it_is_one():
-    from cnnfast.devices import DEVICES
+    from cnnfast.gpu.devices import DEVICES
 
     found = limits.datasheet(DEVICES[80], torch.float16)
     assert found.source == "data sheet of A100" and found.flops == pytest.approx(312e12, rel=0.01)
@@ -297,7 +297,7 @@ def test_limited_instruction_set_reexecutes(monkeypatch):
 def test_host_time_calls_reach_the_launch():
     pytest.importorskip("triton")
     from benchmarks import host_time
-    from benchmarks.inspector import target
+    from benchmarks.rehearse.inspector import target
 
     with torch.inference_mode(), target(90):
         calls = {c.name: c for c in host_time.triton_calls()}
@@ -308,7 +308,7 @@ def test_host_time_calls_reach_the_launch():
 def test_host_time_of_training_is_of_the_kernels():
     pytest.importorskip("triton")
     from benchmarks import host_time
-    from benchmarks.inspector import target
+    from benchmarks.rehearse.inspector import target
 
     with target(90):
         for c in host_time.training_calls():

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import agree, cases, plots, readme, report
-from benchmarks.markdown import markdown
 from benchmarks.peers import IMPLEMENTATIONS
-from benchmarks.report import Report
+from benchmarks.report import Report, markdown
 from benchmarks.rows import OTHERS, OURS, Entry, Row
 from cnnfast.timing import Timing
 

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import cnnfast
-from cnnfast.block import Operands, Step
+from cnnfast.gpu.norm_act_backward import _activation, _backward
 from cnnfast.norms import Norm
 from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -25,9 +26,10 @@ from triton import knobs  # noqa: E402
 from triton.compiler import CompiledKernel  # noqa: E402
 from triton.runtime import jit  # noqa: E402
 
-from benchmarks.inspector import StubDriver, recording, target  # noqa: E402
-from cnnfast.ops import launch, norm_plan, training, weights, wgrad  # noqa: E402
-from cnnfast.ops.binary import Binary  # noqa: E402
+from benchmarks.rehearse.inspector import StubDriver, recording, target  # noqa: E402
+from cnnfast.gpu import conv, conv_autograd, conv_wgrad, norm_act, norm_act_plan  # noqa: E402
+from cnnfast.gpu import weight as weights
+from cnnfast.gpu.binary import Binary  # noqa: E402
 
 GRID = (3, 2, 1)
 
@@ -124,7 +126,7 @@ def test_a_weight_of_another_dtype_is_gathered_by_another_binary() -> None:
     with recording(90) as calls, torch.no_grad():
         for dtype in (torch.float16, torch.float32):
             x, w = torch.zeros(1, 64, 4, 4, dtype=dtype), torch.zeros(64, 3, 4, 4, dtype=dtype)
-            launch.run(step, Operands(x, w), True)
+            conv.run(step, Operands(x, w), True)
     gathers = [c.job.signature["w_ptr"] for c in calls if c.job.function == "gather_weight_kernel"]
     assert gathers == ["*fp16", "*fp32"]
 
@@ -153,15 +155,15 @@ def test_a_later_training_step_looks_up_and_nothing_else(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caches = (
-        launch.prepare, wgrad.prepare, weights._gather, weights._sum, norm_plan.statistics_of, norm_plan.merge_of,
-        norm_plan._forward, norm_plan._backward, norm_plan._activation, training._how, training._how_of_input,
+        conv.prepare, conv_wgrad.prepare, weights._gather, weights._sum, norm_act.statistics_of, norm_act.merge_of,
+        norm_act._forward, _backward, _activation, conv_autograd._of_input,
     )  # fmt: skip
     for cached in caches:
         cached.cache_clear()
     with recording(90) as calls:
         train(name, torch.zeros(2, 32, 4, 4, dtype=dtype))
         first, misses = len(calls), [cached.cache_info().misses for cached in caches]
-        for module in (launch, wgrad, weights, norm_plan):
+        for module in (conv, conv_wgrad, weights, norm_act_plan):
             monkeypatch.setattr(module, "Binary", None)
         train(name, torch.zeros(2, 32, 4, 4, dtype=dtype))
     assert len(calls) == 2 * first and [c.job.key for c in calls[:first]] == [c.job.key for c in calls[first:]]

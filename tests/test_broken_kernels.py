@@ -24,9 +24,10 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import cases  # noqa: E402
-from benchmarks.inspections import Inspections  # noqa: E402
-from benchmarks.rehearse import Row, rehearse  # noqa: E402
-from cnnfast.ops import launch  # noqa: E402
+from benchmarks.rehearse.__main__ import rehearse  # noqa: E402
+from benchmarks.rehearse.analysis import Row  # noqa: E402
+from benchmarks.rehearse.inspections import Inspections  # noqa: E402
+from cnnfast.gpu import conv as launch  # noqa: E402
 
 from .cases import check, conv  # noqa: E402
 
@@ -175,9 +176,9 @@ def test_wrong_values(fault: str, device: torch.device, launches: list[str], rep
 OVERFLOW = """
 import importlib, sys
 import torch
-from cnnfast.block import Operands, Step
-from cnnfast.ops import launch
-from cnnfast.ops.core import run_step
+from cnnfast.step import Operands, Step
+from cnnfast.gpu import conv as launch
+from cnnfast.ops.run import run_step
 from cnnfast.spec import ConvSpec
 
 if len(sys.argv) > 1:

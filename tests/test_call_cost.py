@@ -5,6 +5,7 @@ No GPU: a driver for one that is not there records every launch and what it woul
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,23 +13,26 @@ import torch
 from torch import nn
 
 import cnnfast
-from cnnfast.block import Operands, Step, Upsample, upsample_step
-from cnnfast.choice import BINARIES
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.activations import Activation
+from cnnfast.gpu.conv_choice import BINARIES
+from cnnfast.norms import Norm
+from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step, Upsample, upsample_step
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks.inspector import ARCHS, Call, recording  # noqa: E402
-from cnnfast.ops import launch  # noqa: E402
+from benchmarks.rehearse.inspector import ARCHS, Call, recording  # noqa: E402
+from cnnfast.gpu import conv  # noqa: E402
 
 RELU = Activation("relu")
+BN = Norm("running")
 LAYERS = {
-    "dcgan": Step(ConvSpec.make(128, 64, 4, 2, 1), RELU),
-    "cyclegan": Step(ConvSpec.make(128, 64, 3, 2, 1, 1), RELU),
-    "rgb": Step(ConvSpec.make(64, 3, 4, 2, 1), Activation("tanh")),
-    "plain": Step(ConvSpec.make(64, 64, 3, 1, 1, transposed=False), RELU),
-    "upsample": upsample_step(64, 64, (3, 3), Upsample((2, 2), (1, 1))),
-    "vocoder": Step(ConvSpec.make(64, 32, (1, 16), (1, 8), (0, 4)), Activation("leaky_relu", (0.1,))),
+    "dcgan": Step(ConvSpec.make(128, 64, 4, 2, 1), RELU, norm=BN),
+    "cyclegan": Step(ConvSpec.make(128, 64, 3, 2, 1, 1), RELU, norm=BN),
+    "rgb": Step(ConvSpec.make(64, 3, 4, 2, 1), Activation("tanh"), norm=BN),
+    "plain": Step(ConvSpec.make(64, 64, 3, 1, 1, transposed=False), RELU, norm=BN),
+    "upsample": replace(upsample_step(64, 64, (3, 3), Upsample((2, 2), (1, 1))), norm=BN),
+    "vocoder": Step(ConvSpec.make(64, 32, (1, 16), (1, 8), (0, 4)), Activation("leaky_relu", (0.1,)), norm=BN),
 }
 # (batch, height, width): multiples of 16 and ones, on which Triton specialises arguments, odd ones, small and large.
 SIZES = (
@@ -46,7 +50,7 @@ def operands(step: Step, batch: int, h: int, w: int, dtype: torch.dtype = torch.
     weight = torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
     x = torch.empty(batch, s.in_channels, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
     vectors = [torch.empty(s.out_channels) for _ in range(4)]
-    return Operands(x, weight, None, vectors[0], vectors[1], 1e-5, vectors[2], vectors[3])
+    return Operands(x, weight, None, vectors[0], vectors[1], vectors[2], vectors[3])
 
 
 def binaries(calls: list[Call]) -> set[str]:
@@ -62,7 +66,7 @@ def test_a_layer_has_few_binaries_over_many_sizes(name: str, arch: int) -> None:
     for dtype in (torch.float16, torch.float32):
         with recording(arch) as calls, torch.no_grad():
             for size in SIZES:
-                launch.run(step, operands(step, *size, dtype=dtype), True)
+                conv.run(step, operands(step, *size, dtype=dtype), True)
         assert len(SIZES) <= len(calls)
         assert 1 <= len(binaries(calls)) <= BINARIES == 3, [c.job.function for c in calls]
         assert len({c.job.key for c in calls} - binaries(calls)) <= 1, "one more that gathers the weight"
@@ -74,12 +78,12 @@ def test_batch_height_and_width_are_no_compile_keys(name: str) -> None:
     step = LAYERS[name]
     with recording(90) as calls:
         o = operands(step, 2, 4, 6)
-        launch.run(step, o, True)
-        plan = launch.lookup(step, o, True).plan
+        conv.run(step, o, True)
+        plan = conv.lookup(step, o, True).plan
         for size in SIZES:
             if step.spec.transposed and size[1:] == (1, 1):
                 continue
-            launch.run(step, operands(step, *size), True, plan)
+            conv.run(step, operands(step, *size), True, plan)
     first, *_ = (c for c in calls if c.job.function == "conv_transpose_kernel")
     assert {c.job.key for c in calls if c.job.function == "conv_transpose_kernel"} == {first.job.key}
 
@@ -96,7 +100,7 @@ def test_odd_addresses_and_layouts_are_no_compile_keys() -> None:
     assert moved.x.data_ptr() % 16 and moved.shift.data_ptr() % 16
     with recording(90) as calls:
         for each in (o, moved, strided):
-            launch.run(step, each, True)
+            conv.run(step, each, True)
     assert len(binaries(calls)) == 1 and len(calls) == 3
 
 
@@ -104,13 +108,13 @@ def test_a_later_call_looks_up_and_nothing_else(monkeypatch: pytest.MonkeyPatch)
     step = LAYERS["dcgan"]
     o = operands(step, 2, 4, 6)
     with recording(90) as calls:
-        launch.run(step, o, True)
-        before = launch.prepare.cache_info()
-        monkeypatch.setattr(launch, "choose_plan", None)
-        monkeypatch.setattr(launch, "constants", None)
-        monkeypatch.setattr(launch.guard, "first_use", None)
-        launch.run(step, o, True)
-    after = launch.prepare.cache_info()
+        conv.run(step, o, True)
+        before = conv.prepare.cache_info()
+        monkeypatch.setattr(conv, "choose_plan", None)
+        monkeypatch.setattr(conv, "constants", None)
+        monkeypatch.setattr(conv.guard, "first_use", None)
+        conv.run(step, o, True)
+    after = conv.prepare.cache_info()
     assert after.misses == before.misses and after.hits == before.hits + 1
     assert len(calls) == 2 and len(binaries(calls)) == 1
 
@@ -147,17 +151,17 @@ def test_launches_go_to_the_tensors_device(device: torch.device, monkeypatch: py
         def __exit__(self, *rest: object) -> None:
             entered.append(None)
 
-    real = launch.kernels.launch
-    monkeypatch.setattr(launch.kernels, "launch", lambda *a: (started.append(len(entered)), real(*a))[1])
+    real = conv._launch
+    monkeypatch.setattr(conv, "_launch", lambda *a: (started.append(len(entered)), real(*a))[1])
     step = LAYERS["rgb"]
     o = operands(step, 1, 2, 2)
     o = Operands(*(torch.ones_like(t).to(device) if isinstance(t, torch.Tensor) else t for t in o))
     index = o.x.device.index or 0
-    launch.run(step, o, True)
+    conv.run(step, o, True)
     assert started == [0] and entered == [], "the current device is the right one"
     if not o.x.is_cuda:
         return
     monkeypatch.setattr(torch.cuda, "current_device", lambda: index + 1)
     monkeypatch.setattr(torch.cuda, "device", Entered)
-    launch.run(step, o, True)
+    conv.run(step, o, True)
     assert started == [0, 1] and entered == [o.x.device, None]

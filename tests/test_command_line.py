@@ -22,14 +22,15 @@ import numpy as np
 import pytest
 import torch
 
-from cnnfast import demo, env, generators, weights
+from cnnfast import generators
 from cnnfast.__main__ import main
 from cnnfast.fetch import cached_path
+from cnnfast.generators import weights
+from cnnfast.generators.weights import PRETRAINED
 from cnnfast.messages import LOGGER, CnnfastError, UsageError, one_line
-from cnnfast.tasks import train
+from cnnfast.tasks import demo, env, train
 from cnnfast.tasks.checkpoint import save_checkpoint
 from cnnfast.tasks.gan import Options, Trainer
-from cnnfast.weights import PRETRAINED
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -513,7 +514,7 @@ def test_closed_streams() -> None:
 @posix
 def test_ctrl_c(place: Path) -> None:
     """In the middle of an import, at the earliest moment that a person could."""
-    code = "import sys, signal, cnnfast.env as env, cnnfast.__main__ as m\n"
+    code = "import sys, signal, cnnfast.tasks.env as env, cnnfast.__main__ as m\n"
     code += "env.report = lambda: signal.raise_signal(signal.SIGINT)\nsys.exit(m.main(['env']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

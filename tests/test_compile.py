@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast import packing
-from cnnfast.compiled import PLANS
+from cnnfast.cpu import packing
+from cnnfast.nn.traced import PLANS
 
 from .tolerance import assert_close
 

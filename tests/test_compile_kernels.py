@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.compiled import PLANS
-from cnnfast.ops import core, library_convolution, library_training
+from cnnfast.gpu import traced
+from cnnfast.memory_format import to_format
+from cnnfast.nn.traced import PLANS
+from cnnfast.reference import run_reference
 from cnnfast.tolerance import verdict
 
 from .conftest import conv_precision
@@ -160,13 +162,12 @@ def test_functions_with_gradients(compiler: torch.device, launches: list[str]) -
 @pytest.mark.parametrize("name", STEPS)
 def test_fakes_on_the_kernels(device: torch.device, launches: list[str], name: str) -> None:
     """What the kernels return has the shapes, dtypes and strides that the fakes say."""
-    step, _, _ = operands(name)
+    operands(name)
     found = calls(name, device, "triton")
     assert launches
     for func, args in found:
         name = func._schema.name.split("::")[1]
-        module = library_training if "norm" in name else library_convolution
-        fake_of = getattr(module, name + "_fake")
+        fake_of = getattr(traced, name)._abstract_fn
         outs, fakes = ([o] if isinstance(o, Tensor) else list(o) for o in (func(*args), fake_of(*args)))
         for out, fake in zip(outs, fakes, strict=True):
             said = (tuple(fake.shape), fake.dtype, fake.stride())
@@ -176,20 +177,20 @@ def test_fakes_on_the_kernels(device: torch.device, launches: list[str], name: s
 @pytest.mark.parametrize("name", STEPS)
 def test_gradients_on_the_kernels(device: torch.device, launches: list[str], name: str) -> None:
     """Values and gradients of the operators, called outside of compiled code, equal the composition's."""
-    step, o, norm = operands(name, device)
+    step, o = operands(name, device)
     with conv_precision("ieee"):
-        y = library_training.run(step, o, norm, True, "triton")
+        y = traced.run(step, o, True, "triton")
         assert launches
         grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-        found = [y, *torch.autograd.grad(y, leaves(o, norm), grad.to(device))]
+        found = [y, *torch.autograd.grad(y, leaves(o), grad.to(device))]
     by_torch = []
     for dtype in (torch.float64, torch.float32):
-        step, o, norm = operands(name, dtype=dtype)
-        y = core.by_torch(step, o, norm, True)
-        by_torch.append([y, *torch.autograd.grad(y, leaves(o, norm), grad.to(dtype))])
+        step, o = operands(name, dtype=dtype)
+        y = to_format(run_reference(step, o), True)
+        by_torch.append([y, *torch.autograd.grad(y, leaves(o), grad.to(dtype))])
     for k, (got, want, yardstick) in enumerate(zip(found, *by_torch, strict=True)):
         assert got.shape == yardstick.shape and got.dtype == yardstick.dtype
-        if not (k == 3 and norm is not None and norm.measured):  # a bias ahead of statistics: rounding alone
+        if not (k == 3 and step.measured):  # a bias ahead of statistics: rounding alone
             close(got, want, yardstick, f"result {k}")
 
 

@@ -9,11 +9,13 @@ from functools import cache
 import pytest
 import torch
 
-from cnnfast.block import Operands, Step
-from cnnfast.choice import choose_plan
-from cnnfast.devices import DEVICES
-from cnnfast.plan import Plan, lower
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.activations import Activation
+from cnnfast.gpu.conv_choice import choose_plan
+from cnnfast.gpu.conv_plan import Plan, lower
+from cnnfast.gpu.devices import DEVICES
+from cnnfast.norms import Norm
+from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step
 
 from .test_plan import BATCHES, HALF, LAYERS
 
@@ -21,13 +23,13 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 import triton.language as tl  # noqa: E402
 
 from benchmarks import cases  # noqa: E402
-from benchmarks import rehearse_training as train  # noqa: E402
-from benchmarks.inspections import Inspections  # noqa: E402
-from benchmarks.inspector import ARCHS, Report, inspect, recording, target  # noqa: E402
-from benchmarks.launches import NUMERICS  # noqa: E402
-from benchmarks.rehearsal import Analysis  # noqa: E402
-from benchmarks.rehearse import Rehearsal, rehearse  # noqa: E402
-from cnnfast.ops import launch  # noqa: E402
+from benchmarks.rehearse import training as train  # noqa: E402
+from benchmarks.rehearse.__main__ import rehearse  # noqa: E402
+from benchmarks.rehearse.analysis import Analysis, Rehearsal  # noqa: E402
+from benchmarks.rehearse.inspections import Inspections  # noqa: E402
+from benchmarks.rehearse.inspector import ARCHS, Report, inspect, recording, target  # noqa: E402
+from benchmarks.rehearse.launches import NUMERICS  # noqa: E402
+from cnnfast.gpu import conv  # noqa: E402
 
 FAST = (80, 90)
 # A layer of each regime and of each kind: implicit GEMM, few columns, 1x1 input, split K, plain, one-dimensional.
@@ -137,9 +139,9 @@ def report_of(arch: int, plan: Plan) -> Report:
         for shape in ((16, LONG.in_channels, 8, 8), LONG.weight_shape)
     )
     v = torch.empty(LONG.out_channels, dtype=torch.float16)
-    operands = Operands(x, weight, None, v, v, 1e-5, v, v)
+    operands = Operands(x, weight, None, v, v, v, v)
     with recording(arch) as calls:
-        launch.run(Step(LONG, Activation("relu")), operands, True, plan)
+        conv.run(Step(LONG, Activation("relu"), norm=Norm("running")), operands, True, plan)
     (call,) = calls
     report = Inspections(0).of([call.job])[call.job.key]
     assert isinstance(report, Report), report

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cnnfast import dispatch
-from cnnfast.block import Operands
+from cnnfast.gpu.devices import precision_of, target_device
 from cnnfast.norms import Partials
+from cnnfast.step import Operands
 
 from .cases import PRECISIONS, Case, conv
 from .conftest import conv_precision
@@ -45,9 +45,9 @@ NOT = (  # tiles that cross images; phases of several sizes; columns of several 
 
 
 def launch(c: Case, o: Operands, statistics: str | None) -> tuple[torch.Tensor, Partials | None]:
-    from cnnfast.ops import launch as ops
+    from cnnfast.gpu import conv as ops
 
-    numerics, target = dispatch.precision_of(o.x.dtype), dispatch.target_device(o.x)
+    numerics, target = precision_of(o.x.dtype), target_device(o.x)
     chosen = ops.choose_plan(c.step.spec, c.batch, c.size, numerics, target, c.channels_last)
     both = ops.run_with_statistics(c.step, o, c.channels_last, statistics, replace(chosen, **dict(c.plan)))
     assert both is not None

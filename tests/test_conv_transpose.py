@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cnnfast.block import Step, run_reference
-from cnnfast.ops.core import run_step
-from cnnfast.spec import ACTIVATIONS, Activation
+from cnnfast.activations import ACTIVATIONS, Activation
+from cnnfast.ops.run import run_step
+from cnnfast.reference import run_reference
+from cnnfast.step import Step
 
 from .cases import CONTIGUOUS, PRECISIONS, Case, cast, check, conv, upsample
 from .conftest import conv_precision
@@ -201,7 +202,7 @@ def test_addresses_beyond_2_31(
     case: Case, device: torch.device, launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The int64 image base of huge tensors, forced: the result must be the same to the bit."""
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv as launch
 
     expected = check(case, "fp16", device, launches)
     real, seen = launch.constants, []

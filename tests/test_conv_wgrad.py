@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from cnnfast import reference
-from cnnfast.devices import DEVICES, device_for
-from cnnfast.dispatch import tf32_convolutions
+from cnnfast.gpu.conv_wgrad_plan import SIZES, choose_wgrad_plan, is_valid_wgrad
+from cnnfast.gpu.devices import DEVICES, device_for, target_device, tf32_convolutions
 from cnnfast.spec import ConvSpec, Precision
 from cnnfast.tolerance import round_tf32
-from cnnfast.wgrad import SIZES, choose_wgrad_plan, is_valid_wgrad
 
 from .tolerance import assert_close
 
@@ -103,8 +102,7 @@ def operands(c: Case, precision: Precision) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def run(c: Case, precision: Precision, device: torch.device) -> torch.Tensor:
-    from cnnfast import dispatch
-    from cnnfast.ops import wgrad
+    from cnnfast.gpu import conv_wgrad
 
     x, dy = (t.to(device) for t in operands(c, precision))
     layout = torch.channels_last if c.channels_last else torch.contiguous_format
@@ -112,11 +110,11 @@ def run(c: Case, precision: Precision, device: torch.device) -> torch.Tensor:
     plan = None
     if c.plan:
         grid = (x if c.spec.transposed else dy).shape[2:]
-        target = dispatch.target_device(x)
+        target = target_device(x)
         plan = replace(choose_wgrad_plan(c.spec, c.batch, tuple(grid), precision, target), **dict(c.plan))
         assert is_valid_wgrad(plan, precision, target)
     with tf32_convolutions(precision.tf32):
-        dw = wgrad.run(x, dy, c.spec, like, plan)
+        dw = conv_wgrad.run(x, dy, c.spec, like, plan)
     assert dw is not None and dw.stride() == like.stride() and dw.dtype == x.dtype
     return dw
 
@@ -149,27 +147,27 @@ def test_runs_are_equal_to_the_bit(name: str, device: torch.device) -> None:
 @pytest.mark.parametrize("name", ["transposed", "box-beyond-every-edge"])
 def test_offsets_of_64_bits(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
     """The binary for tensors of 2^31 elements and more, on smaller ones."""
-    from cnnfast.ops import wgrad
-    from cnnfast.ops.binary import Binary
+    from cnnfast.gpu import conv_wgrad
+    from cnnfast.gpu.binary import Binary
 
-    def prepare(*args: Any) -> wgrad.WgradLaunch:
+    def prepare(*args: Any) -> conv_wgrad.WgradLaunch:
         launch = real(*args)
         kernel, values = launch.binary.kernel, launch.binary.constants
         constants = dict(zip(kernel.arg_names[-len(values) :], values, strict=True))
         assert constants["BIG"] is False
         return replace(launch, binary=Binary(kernel, {**constants, "BIG": True}, **launch.binary.options))
 
-    real = wgrad.prepare
-    monkeypatch.setattr(wgrad, "prepare", prepare)
+    real = conv_wgrad.prepare
+    monkeypatch.setattr(conv_wgrad, "prepare", prepare)
     check(of(name), PRECISIONS["fp16"], device)
 
 
 def test_empty(device: torch.device) -> None:
-    from cnnfast.ops import wgrad
+    from cnnfast.gpu import conv_wgrad
 
     spec = ConvSpec.make(32, 16, 4, 2, 1)
     like = torch.empty(spec.weight_shape, device=device)
-    dw = wgrad.run(torch.empty(0, 32, 4, 4, device=device), torch.empty(0, 16, 8, 8, device=device), spec, like)
+    dw = conv_wgrad.run(torch.empty(0, 32, 4, 4, device=device), torch.empty(0, 16, 8, 8, device=device), spec, like)
     assert dw is not None and dw.shape == like.shape and not dw.any()
 
 

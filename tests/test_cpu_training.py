@@ -6,8 +6,10 @@ between them is tested for each instruction set by name.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,12 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from cnnfast import cpu, cpu_convolution, cpu_training, onednn, reference
-from cnnfast.block import Operands, Step, Upsample, plain_step, run_reference, upsample_step
-from cnnfast.cpu_convolution import Ways, ways
-from cnnfast.norms import Norm, NormCall
-from cnnfast.onednn import InstructionSet
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast import reference
+from cnnfast.activations import Activation
+from cnnfast.cpu import conv_autograd, inference, methods, training
+from cnnfast.cpu.conv_autograd import Ways, ways
+from cnnfast.cpu.isa import InstructionSet
+from cnnfast.norms import Norm
+from cnnfast.reference import run_reference
+from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step, Upsample, norm_step, plain_step, upsample_step
 
 from .tolerance import assert_close
 
@@ -28,7 +33,7 @@ CL = torch.channels_last
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 BATCH = 8  # enough values for a maximum of errors to say something
-packed = pytest.mark.skipif(onednn.why_missing() is not None, reason=str(onednn.why_missing()))
+packed = pytest.mark.skipif(methods.why_missing() is not None, reason=str(methods.why_missing()))
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["1thread", "2threads"])
@@ -89,11 +94,11 @@ METHODS = {
 def force(monkeypatch: pytest.MonkeyPatch, how: Ways) -> list[str]:
     """Make every convolution run this way; returns what has run."""
     ran: list[str] = []
-    monkeypatch.setattr(cpu_convolution, "ways", lambda *arguments: how)
-    monkeypatch.setattr(cpu_convolution, "_LEAST", 0)
+    monkeypatch.setattr(conv_autograd, "ways", lambda *arguments: how)
+    monkeypatch.setattr(conv_autograd, "_LEAST", 0)
     for table, name, kind in (
-        (cpu_convolution._FORWARD, how.forward, "forward"),
-        (cpu_convolution._BACKWARD, how.backward, "backward"),
+        (conv_autograd._FORWARD, how.forward, "forward"),
+        (conv_autograd._BACKWARD, how.backward, "backward"),
     ):
 
         def spy(*args, real=table[name], text=f"{kind} {name}"):  # type: ignore[no-untyped-def]
@@ -129,7 +134,7 @@ def test_every_way_equals_torch(
     ran = force(monkeypatch, Ways(forward, backward, compute))
     tensors = operands(spec, size, dtype, channels_last)
     compare(
-        lambda x, w, b: cpu_convolution.convolution(x, w, b, spec),
+        lambda x, w, b: conv_autograd.convolution(x, w, b, spec),
         lambda x, w, b: reference.conv(x, w, b, spec),
         tensors,
         dtype,
@@ -153,7 +158,7 @@ def test_second_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = gradients(by_torch, tensors, grad, torch.float64, second=True)
     yardstick = gradients(by_torch, tensors, grad, torch.float32, second=True)
     ours = gradients(
-        lambda x, w, b: cpu_convolution.convolution(x, w, b, spec), tensors, grad, torch.float32, second=True
+        lambda x, w, b: conv_autograd.convolution(x, w, b, spec), tensors, grad, torch.float32, second=True
     )
     for a, e, y in zip(ours, exact, yardstick, strict=True):
         assert_close(a, e, y, name)
@@ -168,12 +173,12 @@ def test_only_the_gradients_that_are_needed(name: str, monkeypatch: pytest.Monke
     full = [t.requires_grad_() for t in operands(spec, size, torch.float32, True)]
     for t, other in zip(full, tensors, strict=True):
         t.data.copy_(other)
-    y = cpu_convolution.convolution(*full, spec)
+    y = conv_autograd.convolution(*full, spec)
     grad = torch.randn_like(y)
     expected = torch.autograd.grad(y, full, grad)
     for mask in range(1, 8):
         leaves = [t.detach().clone().requires_grad_(bool(mask >> i & 1)) for i, t in enumerate(tensors)]
-        cpu_convolution.convolution(*leaves, spec).backward(grad)
+        conv_autograd.convolution(*leaves, spec).backward(grad)
         for t, e in zip(leaves, expected, strict=True):
             assert (t.grad is None) != t.requires_grad
             assert t.grad is None or torch.equal(t.grad, e)
@@ -190,7 +195,7 @@ def test_the_weight_gradient_has_the_strides_of_the_weight(
     force(monkeypatch, Ways("aten", backward, torch.float32))
     x, w, _ = operands(spec, size, torch.float32, channels_last)
     w = w.bfloat16().requires_grad_()
-    y = cpu_convolution.convolution(x.bfloat16(), w, None, spec)
+    y = conv_autograd.convolution(x.bfloat16(), w, None, spec)
     (dw,) = torch.autograd.grad(y.sum(), w)
     assert dw.stride() == w.stride() and dw.dtype == w.dtype
 
@@ -200,7 +205,7 @@ def test_a_result_may_be_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ConvSpec.make(*METHODS["phases"][0])
     force(monkeypatch, Ways("aten", "patches", torch.float32))
     x, w, b = (t.requires_grad_() for t in operands(spec, (3, 4), torch.float32, True))
-    y = cpu_convolution.convolution(x, w, b, spec)
+    y = conv_autograd.convolution(x, w, b, spec)
     expected = torch.autograd.grad(torch.relu(y).sum(), (x, w, b), retain_graph=True)
     found = torch.autograd.grad(torch.relu_(y).sum(), (x, w, b))
     assert all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
@@ -209,13 +214,13 @@ def test_a_result_may_be_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["product", "phases", "merged"])
 def test_repeats_are_bit_identical(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     geometry, size, forward, backward = METHODS[name]
-    if onednn.why_missing() is not None and forward == "merged":
-        pytest.skip(str(onednn.why_missing()))
+    if methods.why_missing() is not None and forward == "merged":
+        pytest.skip(str(methods.why_missing()))
     spec = ConvSpec.make(*geometry)
     force(monkeypatch, Ways(forward, backward, torch.float32))
     tensors = operands(spec, size, torch.float32, True)
     grad = torch.randn(BATCH, spec.out_channels, *spec.output_size(size))
-    runs = [gradients(lambda *t: cpu_convolution.convolution(*t, spec), tensors, grad, torch.float32) for _ in range(3)]
+    runs = [gradients(lambda *t: conv_autograd.convolution(*t, spec), tensors, grad, torch.float32) for _ in range(3)]
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 
@@ -231,7 +236,7 @@ def test_a_nan_stays_a_nan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     grad = torch.randn(BATCH, spec.out_channels, *spec.output_size(size))
     grad[1, 0, grad.shape[2] // 4 * 2, grad.shape[3] // 4 * 2] = math.nan  # (dilated: odd outputs have no taps)
     expected = gradients(lambda *t: reference.conv(*t, spec), tensors, grad, torch.float64)
-    found = gradients(lambda *t: cpu_convolution.convolution(*t, spec), tensors, grad, torch.float32)
+    found = gradients(lambda *t: conv_autograd.convolution(*t, spec), tensors, grad, torch.float32)
     for a, e in zip(found, expected, strict=True):
         assert e.isnan().any() and a.isnan()[e.isnan()].all()
 
@@ -271,8 +276,8 @@ def test_the_rule(
     expected: tuple[object, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cpu_convolution, "instruction_set", lambda: InstructionSet[isa])
-    for module in (cpu_convolution, cpu):
+    monkeypatch.setattr(conv_autograd, "instruction_set", lambda: InstructionSet[isa])
+    for module in (conv_autograd, inference):
         monkeypatch.setattr(module, "cache_bytes", lambda: 2**21)
     assert ways.__wrapped__(ConvSpec.make(*geometry), shape, dtype) == expected
 
@@ -287,13 +292,13 @@ def test_float64_is_left_to_aten() -> None:
 
 def collapsed(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
-    real = cpu_training.summed_weight
+    real = training.summed_weight
 
     def spy(*args):  # type: ignore[no-untyped-def]
         seen.append(True)
         return real(*args)
 
-    monkeypatch.setattr(cpu_training, "summed_weight", spy)
+    monkeypatch.setattr(training, "summed_weight", spy)
     return seen
 
 
@@ -311,8 +316,8 @@ UPSAMPLES = {
 def test_upsampling_and_convolution(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     c_in, c_out, kernel, upsample, groups, size = UPSAMPLES[name]
     step = upsample_step(c_in, c_out, kernel, upsample, groups)
-    monkeypatch.setattr(cpu_training, "instruction_set", lambda: InstructionSet.AVX2)
-    cpu_training.collapses.cache_clear()
+    monkeypatch.setattr(training, "instruction_set", lambda: InstructionSet.AVX2)
+    training.collapses.cache_clear()
     seen = collapsed(monkeypatch)
     x, b = torch.randn(2, c_in, *size), torch.randn(c_out)
     w = torch.randn(c_out, c_in // groups, *kernel) / math.sqrt(c_in * math.prod(kernel))
@@ -331,14 +336,14 @@ def test_upsampling_and_convolution(name: str, dtype: torch.dtype, monkeypatch: 
     few = name == "few"
     low = dtype != torch.float32
     compare(
-        lambda x, w, b: cpu_training.run(step, Operands(x, w, b), None, True),
+        lambda x, w, b: training.run(step, Operands(x, w, b), True),
         eager if few or not low else rounded,
         tensors,
         dtype,
         name,
     )
     assert bool(seen) != few
-    cpu_training.collapses.cache_clear()
+    training.collapses.cache_clear()
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
@@ -383,9 +388,9 @@ def channels_last(norm: Norm) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 def finish(norm: Norm | None, activation: Activation = Activation(), residual: Tensor | None = None):  # noqa: B008
     def f(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-        call = None if norm is None else NormCall(norm, weight, bias)
         y = x.contiguous(memory_format=CL).clone(memory_format=CL)
-        return cpu_training._finish(y, call, activation, Operands(x, x, residual=residual))
+        o = Operands(y, scale=weight, shift=bias, residual=residual)
+        return training._finished(norm_step(norm, residual is not None, activation), o)
 
     return f
 
@@ -424,13 +429,14 @@ def test_running_statistics(name: str, mean: float) -> None:
     x = torch.randn(n, 6, 32, 32) * 0.1 + mean
     start = torch.randn(6), torch.rand(6)
     expected = tuple(t.double() for t in start)
-    found = tuple(t.clone() for t in start)
+    found, yardstick = (tuple(t.clone() for t in start) for _ in range(2))
     for _ in range(3):
-        F.batch_norm(x.double(), *expected, training=True, momentum=0.3)
-        call = NormCall(Norm(name), None, None, *found, True, 0.3)
-        cpu_training._finish(x.contiguous(memory_format=CL), call, Activation(), Operands(x, x))
-    for a, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.double(), e, rtol=3e-6, atol=1e-6)
+        for stats in (expected, yardstick):
+            F.batch_norm(x.to(stats[0].dtype), *stats, training=True, momentum=0.3)
+        o = Operands(x.contiguous(memory_format=CL), mean=found[0], var=found[1], momentum=0.3)
+        training._finished(norm_step(Norm(name)), o)
+    for a, e, y in zip(found, expected, yardstick, strict=True):
+        assert_close(a, e, y)
 
 
 def test_two_forwards_then_a_backward() -> None:
@@ -440,23 +446,23 @@ def test_two_forwards_then_a_backward() -> None:
     total = torch.zeros(())
     for mean in (0.0, 1000.0, 0.0):
         x = (torch.randn(4, 6, 8, 8) + mean).contiguous(memory_format=CL)
-        call = NormCall(Norm("batch"), weight, None, *running)
-        total = total + cpu_training._finish(x, call, Activation("relu"), Operands(x, x)).square().sum()
+        o = Operands(x, mean=running[0], var=running[1], scale=weight)
+        step = norm_step(Norm("batch"), False, Activation("relu"))
+        total = total + training._finished(step, o).square().sum()
     total.backward()
     assert weight.grad is not None and bool(weight.grad.isfinite().all())
 
 
-@pytest.mark.parametrize("kind", ["batch", "instance"])
 @pytest.mark.parametrize("n", [1, 3])
-def test_running_statistics_in_use(kind: str, n: int) -> None:
+def test_running_statistics_in_use(n: int) -> None:
     x, weight, bias = torch.randn(n, 6, 5, 4), torch.rand(6) + 0.5, torch.randn(6)
     mean, var = torch.randn(6), torch.rand(6) + 0.5
     grad = torch.randn(x.shape).contiguous(memory_format=CL)
 
     def ours(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         stats = mean.to(x.dtype), var.to(x.dtype)
-        call = NormCall(Norm(kind), weight, bias, *stats, use_input_stats=False)
-        return cpu_training._finish(x.contiguous(memory_format=CL), call, Activation(), Operands(x, x))
+        o = Operands(x.contiguous(memory_format=CL), None, None, *stats, weight, bias)  # type: ignore[arg-type]
+        return training._finished(norm_step(Norm("running")), o)
 
     def by_torch(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.batch_norm(x.contiguous(), mean.to(x.dtype), var.to(x.dtype), weight, bias)
@@ -465,7 +471,7 @@ def test_running_statistics_in_use(kind: str, n: int) -> None:
     exact = gradients(by_torch, tensors, grad.contiguous(), torch.float64)
     yardstick = gradients(by_torch, tensors, grad.contiguous(), torch.float32)
     for a, e, y in zip(gradients(ours, tensors, grad, torch.float32), exact, yardstick, strict=True):
-        assert_close(a, e, y, kind)
+        assert_close(a, e, y)
 
 
 @pytest.mark.parametrize(
@@ -502,9 +508,9 @@ ACTS = [
 
 def whole(step: Step, norm: Norm | None, channels_last: bool):
     def f(x: Tensor, w: Tensor, b: Tensor, scale: Tensor, shift: Tensor, slope: Tensor, residual: Tensor) -> Tensor:
-        call = None if norm is None else NormCall(norm, scale, shift)
-        o = Operands(x, w, b, slope=slope if step.activation.name == "prelu" else None, residual=residual)
-        return cpu_training.run(step, o, call, channels_last)
+        s, vectors = slope if step.activation.name == "prelu" else None, (scale, shift) if norm is not None else ()
+        o = Operands(x, w, b, None, None, *(vectors or (None, None)), residual, s)
+        return training.run(replace(step, norm=norm, residual=True), o, channels_last)
 
     return f
 
@@ -540,8 +546,9 @@ def test_formats_and_dtypes(channels_last: bool, x_last: bool, dtype: torch.dtyp
     step = Step(ConvSpec.make(16, 12, 4, 2, 1), Activation("relu"))
     x = torch.randn(2, 16, 5, 6).to(dtype, memory_format=CL if x_last else torch.contiguous_format).requires_grad_()
     w = nn.Parameter((torch.randn(16, 12, 4, 4) / 8).to(dtype))
-    for norm in (None, NormCall(Norm("batch"), torch.ones(12), torch.zeros(12))):
-        y = cpu_training.run(step, Operands(x, w), norm, channels_last)
+    for norm in (None, Norm("batch")):
+        o = Operands(x, w) if norm is None else Operands(x, w, scale=torch.ones(12), shift=torch.zeros(12))
+        y = training.run(replace(step, norm=norm), o, channels_last)
         assert y.dtype == dtype
         assert y.is_contiguous(memory_format=CL if channels_last else torch.contiguous_format)
         x.grad = w.grad = None
@@ -552,15 +559,16 @@ def test_formats_and_dtypes(channels_last: bool, x_last: bool, dtype: torch.dtyp
 def test_a_large_result_in_nchw() -> None:
     """Beyond the size at which the conversion is done in blocks."""
     step = Step(ConvSpec.make(8, 64, 2, 2), Activation())
-    x = torch.randn(1, 8, 64, 64, requires_grad=True)
-    w = torch.randn(8, 64, 2, 2, requires_grad=True)
-    y = cpu_training.run(step, Operands(x, w), None, False)
-    expected = F.conv_transpose2d(x, w, stride=2)
-    grad = torch.randn(y.shape)
-    assert y.is_contiguous()
-    torch.testing.assert_close(y, expected)
-    for a, e in zip(torch.autograd.grad(y, (x, w), grad), torch.autograd.grad(expected, (x, w), grad), strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-3)
+    x, w = torch.randn(1, 8, 64, 64), torch.randn(8, 64, 2, 2)
+    ours = functools.partial(training.run, step, channels_last=False)
+    assert ours(Operands(x, w)).is_contiguous()
+    compare(
+        lambda x, w: ours(Operands(x, w)),
+        lambda x, w: F.conv_transpose2d(x, w, stride=2),
+        (x, w),
+        torch.float32,
+        "64 channels of 128x128",
+    )
 
 
 @packed
@@ -569,13 +577,14 @@ def test_weights_are_packed_where_no_gradient_is_needed(kind: str, monkeypatch: 
     step = Step(ConvSpec.make(64, 32, 4, 2, 1), Activation("relu"))
     x, w = torch.randn(2, 64, 8, 8), nn.Parameter(torch.randn(64, 32, 4, 4) / 16)
     ran: list[torch.Tensor | None] = []
-    real = cpu.run
-    monkeypatch.setattr(cpu, "run", lambda step, o, last: ran.append(real(step, o, last)) or ran[-1])
-    expected = cpu_training.run(step, Operands(x, w), NormCall(Norm(kind)), True)
+    real = inference.run
+    monkeypatch.setattr(inference, "run", lambda step, o, last: ran.append(real(step, o, last)) or ran[-1])
+    step = replace(step, norm=Norm(kind))
+    expected = training.run(step, Operands(x, w), True)
     assert not ran and expected.requires_grad
     with torch.no_grad():
         for met in range(2):
-            y = cpu_training.run(step, Operands(x, w), NormCall(Norm(kind)), True)
+            y = training.run(step, Operands(x, w), True)
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
             assert [done is not None for done in ran] == ([False, True][: met + 1] if kind == "instance" else [])
 
@@ -585,18 +594,18 @@ def test_autocast_does_not_round_products_in_float32(monkeypatch: pytest.MonkeyP
     force(monkeypatch, Ways("aten", "patches", torch.float32))
     seen: list[torch.dtype] = []
     monkeypatch.setitem(
-        cpu_convolution._FORWARD, "aten", lambda x, w, b, s: seen.append(reference.conv(x, w, b, s).dtype) or x
+        conv_autograd._FORWARD, "aten", lambda x, w, b, s: seen.append(reference.conv(x, w, b, s).dtype) or x
     )
     o = Operands(*(t.bfloat16() for t in operands(spec, (3, 4), torch.float32, True)))
     with torch.autocast("cpu", torch.bfloat16):
-        cpu_training.run(plain_step(spec), o, None, True)
+        training.run(plain_step(spec), o, True)
     assert seen == [torch.float32]
 
 
 def test_without_gradients_there_is_no_graph() -> None:
     step = Step(ConvSpec.make(100, 64, 4), Activation("relu"))
     with torch.no_grad():
-        y = cpu_training.run(step, Operands(torch.randn(2, 100, 1, 1), torch.randn(100, 64, 4, 4)), None, True)
+        y = training.run(step, Operands(torch.randn(2, 100, 1, 1), torch.randn(100, 64, 4, 4)), True)
     assert not y.requires_grad
 
 
@@ -606,6 +615,5 @@ def test_operands_are_not_written_to() -> None:
     before = [t.clone() for t in tensors]
     x, w, b, residual = tensors
     for norm in (None, *NORMS.values()):
-        call = None if norm is None else NormCall(norm)
-        cpu_training.run(step, Operands(x, w, b, residual=residual), call, True)
+        training.run(replace(step, norm=norm, residual=True), Operands(x, w, b, residual=residual), True)
     assert all(torch.equal(a, e) for a, e in zip(tensors, before, strict=True))

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from cnnfast import CnnfastWarning, demo, env
+from cnnfast import CnnfastWarning
 from cnnfast.__main__ import main
-from cnnfast.demo import Options, Row
 from cnnfast.generators import DCGANConfig, DCGANGenerator
 from cnnfast.messages import CnnfastError, UsageError
+from cnnfast.tasks import demo, env
+from cnnfast.tasks.demo import Options, Row
 from cnnfast.timing import Timing
 
 image_module = pytest.importorskip("PIL.Image")

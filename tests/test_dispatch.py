@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import textwrap
@@ -16,8 +17,10 @@ from torch import nn
 
 import cnnfast
 from cnnfast import dispatch
-from cnnfast.block import Operands, Step
+from cnnfast.gpu.devices import allocate, conv_tf32, precision_of
+from cnnfast.gpu.why_not import NO_DEVICE, cuda_why_not, launch_why_not, triton_why_not, why_not
 from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step
 
 GOOD = ConvSpec.make(32, 32, 4, 2, 1)
 
@@ -31,7 +34,7 @@ def operands(spec: ConvSpec, dtype: torch.dtype = torch.float32, size: tuple[int
 @pytest.fixture
 def with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if triton were installed, whether it is or not."""
-    monkeypatch.setattr(dispatch, "triton_why_not", lambda: None)
+    monkeypatch.setattr("cnnfast.gpu.why_not.triton_why_not", lambda: None)
 
 
 REASONS = {
@@ -63,7 +66,7 @@ REASONS = {
 @pytest.mark.parametrize("name", REASONS)
 def test_why_not(name: str) -> None:
     spec, change, reason = REASONS[name]
-    assert dispatch.why_not(Step(spec), operands(spec, **change)) == reason
+    assert why_not(Step(spec), operands(spec, **change)) == reason
 
 
 @pytest.mark.usefixtures("with_triton")
@@ -77,29 +80,29 @@ def test_why_not_is_none(dtype: torch.dtype) -> None:
         ConvSpec.make(32, 32, 3, (2, 1), transposed=False),
     ]
     for spec in fits:
-        assert dispatch.why_not(Step(spec), operands(spec, dtype)) is None
+        assert why_not(Step(spec), operands(spec, dtype)) is None
 
 
 def test_why_not_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = dispatch.importlib.util.find_spec
-    monkeypatch.setattr(dispatch.importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
-    dispatch.triton_why_not.cache_clear()
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    triton_why_not.cache_clear()
     try:
-        assert dispatch.why_not(Step(GOOD), operands(GOOD)) == "triton is not installed"
+        assert why_not(Step(GOOD), operands(GOOD)) == "triton is not installed"
         x = torch.randn(1, 32, 4, 4)
         with pytest.raises(RuntimeError, match='backend="triton" cannot run this: triton is not installed'):
             cnnfast.ops.conv_transpose2d(x, torch.randn(32, 32, 4, 4), backend="triton")
     finally:
-        dispatch.triton_why_not.cache_clear()
+        triton_why_not.cache_clear()
 
 
 def test_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    dispatch.cuda_why_not.cache_clear()
+    cuda_why_not.cache_clear()
     try:
-        assert dispatch.cuda_why_not(0) == "compute capability 7.5 is below 8.0"
+        assert cuda_why_not(0) == "compute capability 7.5 is below 8.0"
     finally:
-        dispatch.cuda_why_not.cache_clear()
+        cuda_why_not.cache_clear()
 
 
 def test_cpu_calls_do_not_import_triton() -> None:
@@ -208,7 +211,7 @@ CALLS: dict[str, Callable[..., torch.Tensor]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_triton_without_a_gpu(name: str, how: str, no_driver: Any) -> None:
     """Said in the words of ``cnnfast env``."""
-    assert dispatch.NO_DEVICE == "no CUDA device"
+    assert NO_DEVICE == "no CUDA device"
     with cnnfast.backend("triton" if how == "context" else "auto"):
         with pytest.raises(RuntimeError, match='^backend="triton" cannot run this: no CUDA device$'):
             CALLS[name](**({"backend": "triton"} if how == "keyword" else {}))
@@ -243,27 +246,27 @@ def test_what_stands_in_place_of_a_gpu_is_asked(no_driver: Any, monkeypatch: pyt
             return torch.device(self.device)
 
     cpu, meta = torch.device("cpu"), torch.device("meta")
-    assert dispatch.launch_why_not(cpu) == dispatch.launch_why_not(meta) == "no CUDA device"
+    assert launch_why_not(cpu) == launch_why_not(meta) == "no CUDA device"
     no_driver.set_active(Driver("cpu"))
-    assert dispatch.launch_why_not(cpu) is None
-    assert dispatch.launch_why_not(meta) == "the tensors are on meta, Triton launches on cpu"
+    assert launch_why_not(cpu) is None
+    assert launch_why_not(meta) == "the tensors are on meta, Triton launches on cpu"
     no_driver.set_active(Driver("cuda"))
-    assert dispatch.launch_why_not(cpu) == "the tensors are on cpu, Triton launches on cuda"
+    assert launch_why_not(cpu) == "the tensors are on cpu, Triton launches on cuda"
     with pytest.raises(RuntimeError, match="cannot run this: the tensors are on cpu, Triton launches on cuda$"):
         CALLS["conv2d"](backend="triton")
     monkeypatch.setattr(knobs.runtime, "interpret", True)
-    assert dispatch.launch_why_not(cpu) is None
-    assert dispatch.launch_why_not(meta) == "the tensors are on meta, Triton's interpreter runs on the CPU"
+    assert launch_why_not(cpu) is None
+    assert launch_why_not(meta) == "the tensors are on meta, Triton's interpreter runs on the CPU"
 
 
 def test_a_recording_driver_is_launched_on(no_driver: Any) -> None:
-    from benchmarks.inspector import recording
+    from benchmarks.rehearse.inspector import recording
 
     model = cnnfast.Sequential(nn.ConvTranspose2d(32, 32, 4, 2, 1), nn.ReLU()).eval()
     with recording(90) as calls, cnnfast.backend("triton"), torch.no_grad():
         assert model.explain(X).endswith(" fused")
         model(X)
-    assert calls and dispatch.launch_why_not(torch.device("cpu")) == "no CUDA device"
+    assert calls and launch_why_not(torch.device("cpu")) == "no CUDA device"
 
 
 # --- numerics ---------------------------------------------------------------------------------------------------------
@@ -272,17 +275,17 @@ def test_a_recording_driver_is_launched_on(no_driver: Any) -> None:
 def test_precision_follows_the_switch_of_convolutions() -> None:
     conv = torch.backends.cudnn.conv
     conv.fp32_precision = "tf32"
-    assert dispatch.conv_tf32() and dispatch.precision_of(torch.float32).tf32
-    assert not dispatch.precision_of(torch.float16).tf32
+    assert conv_tf32() and precision_of(torch.float32).tf32
+    assert not precision_of(torch.float16).tf32
     conv.fp32_precision = "ieee"
-    assert not dispatch.conv_tf32() and not dispatch.precision_of(torch.float32).tf32
+    assert not conv_tf32() and not precision_of(torch.float32).tf32
 
 
 SWITCHES = """
     import torch
-    from cnnfast import dispatch
+    from cnnfast.gpu import devices
     {lines}
-    print(dispatch.conv_tf32())
+    print(devices.conv_tf32())
 """
 
 
@@ -314,7 +317,7 @@ def test_switches_old_and_new_mixed(lines: str, expected: bool | None) -> None:
 CONTEXT = """
     import os, sys, traceback
     import torch
-    from cnnfast.dispatch import conv_tf32, tf32_convolutions
+    from cnnfast.gpu.devices import conv_tf32, tf32_convolutions
     cudnn = torch.backends.cudnn
 
     def old():
@@ -377,10 +380,10 @@ def test_tf32_convolutions_leaves_every_switch_as_it_was() -> None:
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_allocate(channels_last: bool) -> None:
     like = torch.empty(1, dtype=torch.float16)
-    y = dispatch.allocate(like, (2, 3, 4, 5), channels_last)
+    y = allocate(like, (2, 3, 4, 5), channels_last)
     fmt = torch.channels_last if channels_last else torch.contiguous_format
     assert y.dtype == torch.float16 and y.is_contiguous(memory_format=fmt)
-    assert dispatch.allocate(like, (1, 1, 1, 1), channels_last, torch.float32).dtype == torch.float32
+    assert allocate(like, (1, 1, 1, 1), channels_last, torch.float32).dtype == torch.float32
 
 
 def test_steps_are_keys() -> None:

@@ -74,7 +74,8 @@ def resolves(reference: str, module: str, inside: tuple[str, ...]) -> bool:
         return first in ("python", "make", "pip", "torchrun", "with") or not re.match(r"[A-Za-z_]", first)
     reference = reference.removesuffix("()")
     if any(
-        (ROOT / folder / reference).exists() for folder in (".", "cnnfast", "kernels", "tests", "docs", "cnnfast/ops")
+        (ROOT / folder / reference).exists()
+        for folder in (".", "cnnfast", "kernels", "tests", "docs", "cnnfast/gpu", "cnnfast/ops")
     ):
         return True
     parts, here = reference.split("."), importlib.import_module(module)
@@ -85,7 +86,9 @@ def resolves(reference: str, module: str, inside: tuple[str, ...]) -> bool:
         if value is not None and has(value, parts):
             return True
     package = module if hasattr(here, "__path__") else module.rpartition(".")[0]
-    candidates = [f"{package}.{reference}", f"cnnfast.{reference}", f"cnnfast.ops.{reference}", reference]
+    candidates = [reference]
+    if parts[0] != "cnnfast":  # which a checkout would find in itself, under a wrong name
+        candidates += [f"{package}.{reference}", f"cnnfast.{reference}", f"cnnfast.ops.{reference}"]
     return hasattr(builtins, parts[0]) or any(found(c) for c in candidates)
 
 
@@ -103,6 +106,26 @@ def test_references_in_docstrings(path: Path) -> None:
         if not resolves(reference, module, inside)
     ]
     assert not broken, broken
+
+
+def test_the_table_of_kernels() -> None:
+    """Every file and kernel stands in it, with a launcher that names the kernel and tests that there are."""
+    table = (ROOT / "kernels" / "__init__.py").read_text().split("Each kernel, ")[1].split("The folder")[0]
+    listed: dict[str, list[str]] = {}
+    launcher = ""
+    for line in re.findall(r"^    .*", table, re.M):
+        name, *rest = line.replace(",", " ").split()
+        if not line.startswith(" " * 8):
+            kernels = listed[name] = []
+            if rest[0].endswith(".py"):
+                launcher = (ROOT / rest[0]).read_text()
+                test = ROOT / rest[1]
+                assert all(t.is_file() for t in (test, *(test.parent / other for other in rest[2:]))), line
+        else:
+            kernels.append(name)
+            assert re.search(rf"\b{name}\b", launcher), f"{name} is not launched there"
+    files = {p.name: p.read_text() for p in (ROOT / "kernels").glob("*.py") if p.name != "__init__.py"}
+    assert listed == {f: re.findall(r"^def (\w+_kernel)\(", text, re.M) for f, text in files.items()}
 
 
 # --- pages ------------------------------------------------------------------------------------------------------------

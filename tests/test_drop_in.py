@@ -11,7 +11,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast import cpu, summed_weight
+from cnnfast.cpu import inference, weight
 
 from .test_sequential_training import loss_of, randomized, x2d
 from .tolerance import assert_close
@@ -52,10 +52,10 @@ def close(got: object, want: object, tolerance: float = 1e-5) -> None:
 @pytest.fixture
 def nothing_kept() -> Iterator[None]:
     """What is computed once and kept has not been computed, and is not kept."""
-    for kept in (summed_weight._sums, cpu._plan, cpu._key):
+    for kept in (weight._sums, inference._way, inference._key):
         kept.cache_clear()
     yield
-    for kept in (summed_weight._sums, cpu._plan, cpu._key):
+    for kept in (weight._sums, inference._way, inference._key):
         kept.cache_clear()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import cnnfast
-from cnnfast import cpu_convolution, cpu_training
+from cnnfast.cpu import conv_autograd, training
 
 from .test_sequential_training import loss_of, randomized, real_strides
 from .test_training_features import CL, Outcome, compare
@@ -122,11 +122,11 @@ def program(plain: nn.Sequential, seed: int, dtype: torch.dtype, ndim: int) -> t
 def no_least(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No convolution is too small for any way to run it."""
     for name in ("_LEAST", "_LEAST_MERGED"):
-        monkeypatch.setattr(cpu_convolution, name, 0)
-    monkeypatch.setattr(cpu_training, "collapses", lambda *args: True)
-    cpu_convolution.ways.cache_clear()
+        monkeypatch.setattr(conv_autograd, name, 0)
+    monkeypatch.setattr(training, "collapses", lambda *args: True)
+    conv_autograd.ways.cache_clear()
     yield
-    cpu_convolution.ways.cache_clear()
+    conv_autograd.ways.cache_clear()
 
 
 @pytest.mark.usefixtures("no_least")

@@ -252,10 +252,10 @@ def test_what_cannot_be_asked_for(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from cnnfast.onednn import InstructionSet
+    from cnnfast.cpu.isa import InstructionSet
     from cnnfast.tasks import machine
 
-    monkeypatch.setattr(machine.onednn, "instruction_set", lambda: InstructionSet.AVX2)
+    monkeypatch.setattr(machine, "instruction_set", lambda: InstructionSet.AVX2)
     GOOD["rgb.png"](Path("rgb.png"))
     Image.fromarray(noise(8, 8, 4)).save("rgba.png")
     assert command(*arguments) == status

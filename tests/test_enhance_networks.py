@@ -16,9 +16,9 @@ from cnnfast.generators.rrdb import RRDB, RRDBConfig
 from cnnfast.generators.span import SPAN, SPANConfig
 from cnnfast.generators.srvgg import SRVGG, SRVGGConfig
 from cnnfast.generators.waifu2x import CUNet, CUNetConfig, UpConv7, UpConv7Config
+from cnnfast.generators.weights import PRETRAINED
 from cnnfast.tasks.enhancement import _FACTS
 from cnnfast.tasks.user_models import reach
-from cnnfast.weights import PRETRAINED
 from tests import ncnn_reference
 
 SMALL = {

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import cnnfast
-from cnnfast import dispatch, env, guard, onednn, store
+from cnnfast import store
+from cnnfast.cpu import methods
+from cnnfast.gpu import guard
+from cnnfast.tasks import env
 
 
 def backend_off(name: str) -> str | None:
@@ -121,12 +124,12 @@ def test_triton_on_an_old_device(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setattr(env, "cuda_error", lambda: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(dispatch, "cuda_why_not", lambda index: f"cuda:{index} is too old")
+    monkeypatch.setattr(env, "cuda_why_not", lambda index: f"cuda:{index} is too old")
     assert backend_off("triton") == "cuda:3 is too old"
 
 
 def test_onednn_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onednn, "why_missing", lambda: "no oneDNN here")
+    monkeypatch.setattr(methods, "why_missing", lambda: "no oneDNN here")
     assert backend_off("aten, oneDNN packed") == "no oneDNN here"
     assert backend_off("aten") is None
 

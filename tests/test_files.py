@@ -176,6 +176,6 @@ def test_names_that_are_no_file(tmp_path: Path) -> None:
 
 def test_the_library_starts_without_them() -> None:
     """filelock, platformdirs and tabulate together cost a tenth of a second: they are imported where they work."""
-    code = "import sys, cnnfast.layers; print(sorted({'filelock', 'platformdirs', 'tabulate'} & sys.modules.keys()))"
+    code = "import sys, cnnfast.nn.layers; print(sorted({'filelock', 'platformdirs', 'tabulate'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

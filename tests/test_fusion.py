@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import cnnfast
-from cnnfast.convolutions import MAX_SCALE
-from cnnfast.fusion import FusedStep, Unfused, plan_modules
-from cnnfast.modules import read
-from cnnfast.norm_modules import NormRule
+from cnnfast.activations import Activation
+from cnnfast.nn.fusion import FusedStep, Unfused, plan_modules
+from cnnfast.nn.fusion_conv import MAX_SCALE
+from cnnfast.nn.fusion_norm import NormRule
+from cnnfast.nn.modules import read
 from cnnfast.norms import Norm
-from cnnfast.spec import Activation
 
 from .test_sequential import check, randomized
 
@@ -44,6 +44,7 @@ FUSED: dict[str, tuple[list[nn.Module], int, Activation]] = {
     "leaky-relu": ([ct(), nn.LeakyReLU(0.2)], 2, Activation("leaky_relu", (0.2,))),
     "elu": ([ct(), nn.ELU(2)], 2, Activation("elu", (2.0,))),
     "silu": ([ct(), nn.SiLU()], 2, Activation("silu")),
+    "mish": ([ct(), nn.BatchNorm2d(6), nn.Mish()], 3, Activation("mish")),
     "gelu": ([ct(), nn.GELU()], 2, Activation("gelu")),
     "gelu-tanh": ([ct(), nn.GELU("tanh")], 2, Activation("gelu_tanh")),
     "sigmoid": ([ct(), nn.Sigmoid()], 2, Activation("sigmoid")),
@@ -175,7 +176,7 @@ UNFUSED: dict[str, tuple[list[nn.Module], int, str]] = {
     "activation-alone": ([nn.ReLU()], 0, "no convolution ahead"),
     "second-activation": ([ct(), nn.ReLU(), nn.Tanh()], 2, "no convolution ahead"),
     "norm-after-activation": ([ct(), nn.ReLU(), nn.BatchNorm2d(6)], 2, "no convolution ahead"),
-    "unknown-activation": ([ct(), nn.Mish()], 1, "Mish is no part"),
+    "unknown-activation": ([ct(), nn.Softplus()], 1, "Softplus is no part"),
     "subclass": ([Other(4, 6, 3)], 0, "subclass of ConvTranspose2d"),
     "lazy": ([nn.LazyConvTranspose2d(6, 3)], 0, "subclass of ConvTranspose2d"),
     "three-dimensions": ([nn.ConvTranspose3d(4, 6, 3)], 0, "no part"),
@@ -275,44 +276,48 @@ def test_training_mode(slot: int) -> None:
         assert items[1].why_not == "it is in training mode"  # type: ignore[union-attr]
         return
     (step,) = items
-    assert isinstance(step, FusedStep) and step.slots == (0, 1, 2, 3) and step.measured == (slot == 2)
+    assert isinstance(step, FusedStep) and step.slots == (0, 1, 2, 3) and step.step.measured == (slot == 2)
 
 
 BATCH, INSTANCE = Norm("batch"), Norm("instance")
 # name -> (a norm of 6 channels, what it is in training mode, what in eval mode; None: by running statistics)
 RULES: dict[str, tuple[nn.Module, NormRule | None, NormRule | None]] = {
-    "batch": (nn.BatchNorm2d(6), NormRule(BATCH, True, torch.float32, True, True, 0.1), None),
-    "batch-average": (nn.BatchNorm2d(6, momentum=None), NormRule(BATCH, True, torch.float32, True, True), None),
+    "batch": (nn.BatchNorm2d(6), NormRule(BATCH, "batch", torch.float32, False, True, True, 0.1), None),
+    "batch-average": (
+        nn.BatchNorm2d(6, momentum=None),
+        NormRule(BATCH, "batch", torch.float32, False, True, True),
+        None,
+    ),
     "batch-untracked": (
         nn.BatchNorm2d(6, track_running_stats=False),
-        NormRule(BATCH, True, torch.float32, momentum=0.1),
-        NormRule(BATCH, True, torch.float32, momentum=0.1),
+        NormRule(BATCH, "batch", torch.float32, momentum=0.1),
+        NormRule(BATCH, "batch", torch.float32, momentum=0.1),
     ),
     "batch-untracked-since": (  # switched off after construction: statistics are kept, used in eval mode, not moved
         having(nn.BatchNorm2d(6), track_running_stats=False),
-        NormRule(BATCH, True, torch.float32, momentum=0.1),
+        NormRule(BATCH, "batch", torch.float32, momentum=0.1),
         None,
     ),
-    "sync": (nn.SyncBatchNorm(6), NormRule(BATCH, True, torch.float32, True, True, 0.1, True), None),
+    "sync": (nn.SyncBatchNorm(6), NormRule(BATCH, "sync", torch.float32, False, True, True, 0.1, True), None),
     "instance": (
         nn.InstanceNorm2d(6),
-        NormRule(INSTANCE, True, None, momentum=0.1),
-        NormRule(INSTANCE, True, None, momentum=0.1),
+        NormRule(INSTANCE, "instance", None, True, momentum=0.1),
+        NormRule(INSTANCE, "instance", None, True, momentum=0.1),
     ),
     "instance-tracked": (
         nn.InstanceNorm2d(6, track_running_stats=True),
-        NormRule(INSTANCE, True, torch.float32, True, momentum=0.1),
+        NormRule(INSTANCE, "instance", torch.float32, True, True, momentum=0.1),
         None,
     ),
     "instance-tracked-before": (  # torch moves them in both modes
         having(nn.InstanceNorm2d(6, track_running_stats=True), track_running_stats=False),
-        NormRule(INSTANCE, True, torch.float32, True, momentum=0.1),
-        NormRule(INSTANCE, True, torch.float32, True, momentum=0.1),
+        NormRule(INSTANCE, "instance", torch.float32, True, True, momentum=0.1),
+        NormRule(INSTANCE, "instance", torch.float32, True, True, momentum=0.1),
     ),
     "group": (
         nn.GroupNorm(2, 6, eps=0.5),
-        NormRule(Norm("group", 2, 0.5), True, torch.float32),
-        NormRule(Norm("group", 2, 0.5), True, torch.float32),
+        NormRule(Norm("group", 2, 0.5), "group", torch.float32),
+        NormRule(Norm("group", 2, 0.5), "group", torch.float32),
     ),
 }
 
@@ -320,10 +325,12 @@ RULES: dict[str, tuple[nn.Module, NormRule | None, NormRule | None]] = {
 @pytest.mark.parametrize("name", RULES)
 def test_what_a_norm_does_in_each_mode(name: str) -> None:
     norm, *expected = RULES[name]
+    kind = expected[0].kind
     for train, rule in zip((True, False), expected, strict=True):
         (step,) = plan(ct(), norm, train=train)
-        assert isinstance(step, FusedStep) and step.slots == (0, 1) and step.measured == (rule is not None)
-        assert step.rule == (rule or NormRule(step.rule.norm, False, torch.float32))  # type: ignore[union-attr]
+        assert isinstance(step, FusedStep) and step.slots == (0, 1) and step.step.measured == (rule is not None)
+        running = NormRule(Norm("running", eps=norm.eps), kind, torch.float32, kind == "instance")
+        assert step.rule == (rule or running) and step.step.norm == step.rule.norm
 
 
 @pytest.mark.parametrize(
@@ -359,7 +366,7 @@ def test_the_weight_says_the_geometry_as_it_does_for_torch() -> None:
 
 
 def test_opaque_are_modules_that_are_not_pytorchs_own() -> None:
-    items = plan(nn.Linear(2, 2), Other(4, 6, 3), hooked(nn.ReLU(), "register_forward_hook"), nn.Mish())
+    items = plan(nn.Linear(2, 2), Other(4, 6, 3), hooked(nn.ReLU(), "register_forward_hook"), nn.Softplus())
     assert [i.opaque for i in items if isinstance(i, Unfused)] == [False, True, True, False]
 
 

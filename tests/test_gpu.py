@@ -11,16 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import (
-    cases,
-    gpu,
-    gpu_peers,
-    gpu_process,
-    gpu_report,
-    gpu_rows,
-    gpu_stages,
-)
-from cnnfast import env
+from benchmarks import cases, peers
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import process as gpu_process
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import rows as gpu_rows
+from benchmarks.gpu import stages as gpu_stages
+from cnnfast.tasks import env
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = {"code": "abc"}
@@ -77,8 +74,8 @@ def test_every_stage_command_exists():
 
 @pytest.mark.parametrize("on", [True, False])
 def test_tf32_is_what_torch_and_cnnfast_read(on):
-    from benchmarks.gpu_compare import set_tf32
-    from cnnfast.dispatch import conv_tf32
+    from benchmarks.gpu.compare import set_tf32
+    from cnnfast.gpu.devices import conv_tf32
 
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     try:
@@ -258,4 +255,4 @@ def test_wrong_arguments(capsys):
         gpu.main(["--minutes", "0"])
     assert "--minutes 0 must be more than 0" in capsys.readouterr().err
     with pytest.raises(ValueError, match="unknown implementation TensorRT: expected some of eager"):
-        gpu_peers.find("TensorRT")
+        peers.named("TensorRT", among=peers.GPU_IMPLEMENTATIONS)

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import (
-    gpu_process,
-    gpu_report,
-    gpu_rows,
-)
+from benchmarks.gpu import process as gpu_process
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import rows as gpu_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = {"code": "abc"}
@@ -68,7 +66,7 @@ def test_a_row_that_raises_is_a_failed_row(tmp_path, capsys):
 TOY = """
 import os, sys, time, torch
 from pathlib import Path
-from benchmarks.gpu_rows import Item, Rows, work_through
+from benchmarks.gpu.rows import Item, Rows, work_through
 
 def lose(steps):  # as after an illegal address: whatever waits raises
     def synchronize():
@@ -78,7 +76,7 @@ def lose(steps):  # as after an illegal address: whatever waits raises
     steps.attempt("kernel", kernel)
 
 def caught(steps, step, call):
-    from benchmarks.gpu_rows import Failed
+    from benchmarks.gpu.rows import Failed
     try:
         steps.attempt(step, call)
     except Failed as failure:
@@ -209,7 +207,7 @@ def run_tests(tmp_path, seconds=300.0, files=("test_a.py",), *options):
 
     def command(left):
         mine = ["--gpu-output", str(tmp_path), "--gpu-seconds", str(min(seconds, left)), *options]
-        plain = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_pytest", "--continue-on-collection-errors"]
+        plain = ["-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.plugin", "--continue-on-collection-errors"]
         return [sys.executable, "-m", "pytest", *plain, *(str(tmp_path / f) for f in files), *mine]
 
     ending = gpu_process.supervise(command, tmp_path, "tests", 300.0, 100.0, environ(), tmp_path)
@@ -255,7 +253,7 @@ def test_kernel_tests_stop_at_their_time(tmp_path):
 
 
 def test_files_take_turns():
-    from benchmarks.gpu_pytest import in_turn
+    from benchmarks.gpu.plugin import in_turn
 
     class Test:
         def __init__(self, path, name, slow=False):

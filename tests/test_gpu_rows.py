@@ -13,18 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import (
-    cases,
-    gpu_compare,
-    gpu_peers,
-    gpu_predict,
-    gpu_report,
-    gpu_rows,
-    gpu_stages,
-    gpu_timing,
-    workload,
-)
-from cnnfast import guard
+from benchmarks import cases, peers, timers, workload
+from benchmarks.gpu import compare as gpu_compare
+from benchmarks.gpu import predict as gpu_predict
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import rows as gpu_rows
+from benchmarks.gpu import stages as gpu_stages
+from cnnfast.gpu import guard
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = {"code": "abc"}
@@ -94,7 +89,7 @@ def test_a_graph_is_captured_after_warm_up_on_its_stream(kind, fake_cuda):
         return y
 
     prepared = workload.Prepared(call)
-    implementation = gpu_peers._graph(lambda w: prepared)
+    implementation = peers._graph(lambda w: prepared)
     with torch.inference_mode():
         ready = implementation(kind(cases.MINI[1], 2, torch.float32))
     expected = ["wait", "enter side stream", "call", "call", "call", "leave side stream", "wait", "synchronize"]
@@ -104,14 +99,14 @@ def test_a_graph_is_captured_after_warm_up_on_its_stream(kind, fake_cuda):
 
 
 def test_host_time_waits_for_nothing_inside_a_block(fake_cuda):
-    timings = gpu_timing.host({"a": lambda: fake_cuda.append("a"), "b": lambda: fake_cuda.append("b")}, 2, 3)
+    timings = timers.host({"a": lambda: fake_cuda.append("a"), "b": lambda: fake_cuda.append("b")}, 2, 3)
     block = ["synchronize", "a", "a", "a", "synchronize", "b", "b", "b"]
     assert fake_cuda == ["a", "b", *block, *block, "synchronize"]
     assert all(len(t.seconds) == 2 and t.calls == 3 and t.median > 0 for t in timings.values())
 
 
 def test_calls_in_a_row_are_timed_by_events(fake_cuda):
-    timings = gpu_timing.warm({"a": lambda: fake_cuda.append("a")})
+    timings = timers.warm({"a": lambda: fake_cuda.append("a")})
     # An event's time is the number of calls between the two: ms for each call of the block, and the record itself.
     (timing,) = timings.values()
     assert timing.median == pytest.approx(1e-3 * (timing.calls + 1) / timing.calls) and len(timing.seconds) == 10
@@ -127,19 +122,19 @@ def test_cold_times_are_do_bench_in_turn(monkeypatch):
         return {"a": 2.0, "b": 4.0}[asked[-1]]
 
     monkeypatch.setattr(testing, "do_bench", do_bench)
-    timings = gpu_timing.cold({"a": lambda: "a", "b": lambda: "b"}, 2)
+    timings = timers.cold({"a": lambda: "a", "b": lambda: "b"}, 2)
     assert asked == ["a", "b", "a", "b"]
     assert timings["a"].seconds == (2e-3, 2e-3) and timings["b"].median == 4e-3
     clock = iter(range(0, 1000, 3))  # 3 s a turn
-    monkeypatch.setattr(gpu_timing.time, "monotonic", lambda: next(clock))
-    assert len(gpu_timing.cold({"a": lambda: "a"}, 5, 5.0)["a"].seconds) == 3
-    assert len(gpu_timing.cold({"a": lambda: "a"}, 5, 0.0)["a"].seconds) == 2
+    monkeypatch.setattr(timers.time, "monotonic", lambda: next(clock))
+    assert len(timers.cold({"a": lambda: "a"}, 5, 5.0)["a"].seconds) == 3
+    assert len(timers.cold({"a": lambda: "a"}, 5, 0.0)["a"].seconds) == 2
 
 
 def test_a_kernel_that_was_given_up_is_a_failure(monkeypatch):
     w = workload.Workload(cases.MINI[1], 2, torch.float32)
-    monkeypatch.setattr(gpu_peers, "backend", lambda: "auto")
-    ours = gpu_peers.find("cnnfast")[0]
+    monkeypatch.setattr(peers, "backend", lambda: "auto")
+    ours = peers.named("cnnfast", among=peers.GPU_IMPLEMENTATIONS)[0]
     with pytest.raises(workload.NotAvailable, match="no step of it has a Triton kernel: "):
         ours.prepare(w)  # on the CPU
     monkeypatch.setattr(guard, "failures", lambda *arguments: ["phases 64x64x64 gave wrong results"])
@@ -183,7 +178,8 @@ for name, value in dict(
 ).items():
     setattr(torch.cuda, name, value)
 
-from benchmarks import cases, gpu_compare, gpu_stages, gpu_tune, limits
+from benchmarks import cases, limits
+from benchmarks.gpu import compare as gpu_compare, stages as gpu_stages, tune as gpu_tune
 
 cases.CASES = cases.MINI[1:2]
 gpu_stages.NUMERICS = gpu_stages.NUMERICS[:1]
@@ -191,7 +187,7 @@ gpu_tune.PLANS = 2
 product, copy = gpu_compare.yardstick, gpu_compare.copy_bandwidth
 gpu_compare.yardstick = lambda dtype, device, timer, sizes: product(dtype, device, timer, (64,))
 gpu_compare.copy_bandwidth = lambda device, timer, size: copy(device, timer, 4096)
-gpu_tune.tuning.cuda_timer = gpu_stages.gpu_timing.cold  # of which ttsem makes one call
+gpu_tune.tuning.cuda_timer = gpu_stages.timers.cold  # of which ttsem makes one call
 sys.exit(gpu_stages.work(sys.argv[1:]))
 """
 
@@ -252,7 +248,7 @@ def test_only_what_is_right_is_timed(tmp_path, capsys):
 
     def timer(calls):
         timed.extend(calls)
-        return gpu_timing.stubbed(calls)
+        return timers.stubbed(calls)
 
     row = compared(
         tmp_path,

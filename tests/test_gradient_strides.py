@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast import cpu_convolution, cpu_training, ops
-from cnnfast.spec import Activation
+from cnnfast import ops
+from cnnfast.activations import Activation
+from cnnfast.cpu import conv_autograd, training
 
 from .test_sequential import stack_profile
 from .tolerance import assert_close
@@ -41,13 +42,13 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(params=["", "everything"])
 def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """ "everything": no layer is too small for products, patches, merged phases and collapsed upsamplings."""
-    caches = cpu_convolution.ways, cpu_convolution._macs, cpu_training.collapses
+    caches = conv_autograd.ways, conv_autograd._macs, training.collapses
     if request.param:
         for cached in caches:
             cached.cache_clear()
-        monkeypatch.setattr(cpu_convolution, "_LEAST", 0.0)
-        monkeypatch.setattr(cpu_convolution, "_LEAST_MERGED", 0.0)
-        monkeypatch.setattr(cpu_training, "collapses", lambda *args: True)
+        monkeypatch.setattr(conv_autograd, "_LEAST", 0.0)
+        monkeypatch.setattr(conv_autograd, "_LEAST_MERGED", 0.0)
+        monkeypatch.setattr(training, "collapses", lambda *args: True)
     yield
     for cached in caches:
         cached.cache_clear()

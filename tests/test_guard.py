@@ -19,11 +19,15 @@ import torch
 from torch import nn
 
 import cnnfast
-from cnnfast import cpu, guard, onednn, store, trial
-from cnnfast.block import Operands, Step, run_reference
-from cnnfast.ops.core import run_step
-from cnnfast.packing import PACKS
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast import store
+from cnnfast.activations import Activation
+from cnnfast.cpu import inference, methods
+from cnnfast.cpu.packing import PACKS
+from cnnfast.gpu import guard, trial
+from cnnfast.ops.run import run_step
+from cnnfast.reference import run_reference
+from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step
 
 from .cases import PRECISIONS, Case, reference
 from .conftest import conv_precision
@@ -42,9 +46,9 @@ def operands(device: torch.device | str, batch: int = 2, dtype: torch.dtype = to
 
 def forget() -> None:
     """As a new process starts."""
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
-    launch.prepare.cache_clear()
+    conv.prepare.cache_clear()
     guard.forget()
     store.forget()
 
@@ -62,11 +66,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def starts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The batch of every launch, trials included."""
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
     record: list[int] = []
-    real = launch.kernels.launch
-    monkeypatch.setattr(launch.kernels, "launch", lambda x, *rest: (record.append(x.shape[0]), real(x, *rest))[1])
+    real = conv._launch
+    monkeypatch.setattr(conv, "_launch", lambda x, *rest: (record.append(x.shape[0]), real(x, *rest))[1])
     return record
 
 
@@ -76,11 +80,11 @@ Spoil = Callable[..., None]
 @pytest.fixture
 def spoil(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Spoil:
     """Launch kernels with other compile-time constants than the right ones."""
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
     def change(**constants: Any) -> None:
-        real = launch.constants
-        monkeypatch.setattr(launch, "constants", lambda *a, **k: {**real(*a, **k), **constants})
+        real = conv.constants
+        monkeypatch.setattr(conv, "constants", lambda *a, **k: {**real(*a, **k), **constants})
 
     return change
 
@@ -207,14 +211,14 @@ def test_what_the_binary_depends_on_is_proven_apart(device: torch.device) -> Non
 
 
 def test_split_k_is_proven_with_its_second_kernel(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
-    real = launch.choose_plan
-    monkeypatch.setattr(launch, "choose_plan", lambda *a: replace(real(*a), splits=True, split_k=2))
+    real = conv.choose_plan
+    monkeypatch.setattr(conv, "choose_plan", lambda *a: replace(real(*a), splits=True, split_k=2))
     o = operands(device)
     check(run(o), o)
-    monkeypatch.setattr(launch, "choose_plan", lambda *a: replace(real(*a), splits=True, split_k=1))
-    launch.prepare.cache_clear()
+    monkeypatch.setattr(conv, "choose_plan", lambda *a: replace(real(*a), splits=True, split_k=1))
+    conv.prepare.cache_clear()
     check(run(o), o)
     assert len(guard.report()) == 2
 
@@ -229,7 +233,7 @@ def test_the_first_input_s_values_do_not_matter(value: float, device: torch.devi
 
 
 def test_operands_at_odd_addresses_are_the_same_kernel(device: torch.device, starts: list[int]) -> None:
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
     o = operands(device)
     check(run(o), o)
@@ -239,13 +243,13 @@ def test_operands_at_odd_addresses_are_the_same_kernel(device: torch.device, sta
         return moved.copy_(t)
 
     seen = []
-    real = launch.kernels.launch
+    real = conv._launch
 
     def look(x: torch.Tensor, weight: torch.Tensor, y: torch.Tensor, residual: Any, vectors: Any, *rest: Any) -> None:
         seen.extend(t.data_ptr() % 16 for t in (x, weight, y, *(v for v in vectors if v is not None)))
         real(x, weight, y, residual, vectors, *rest)
 
-    launch.kernels.launch = look  # the fixture `starts` puts the real one back
+    conv._launch = look  # the fixture `starts` puts the real one back
     moved = Operands(*(odd(t) if isinstance(t, torch.Tensor) else t for t in o))
     assert moved.x.data_ptr() % 16
     check(run(moved), o)
@@ -255,15 +259,15 @@ def test_operands_at_odd_addresses_are_the_same_kernel(device: torch.device, sta
 @pytest.mark.parametrize("precision", ["fp16", "tf32"])
 @pytest.mark.parametrize("case", REGIMES, ids=lambda case: case.id)
 def test_right_kernels_of_every_regime_pass(case: Case, precision: str, device: torch.device) -> None:
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
     dtype, switch = PRECISIONS[precision]
     with conv_precision(switch), torch.no_grad():
         o = case.operands(dtype, device)
-        plan = replace(launch.lookup(case.step, o, case.channels_last).plan, **dict(case.plan))
+        plan = replace(conv.lookup(case.step, o, case.channels_last).plan, **dict(case.plan))
         for statistics in (None, "batch", "image"):
             how = dict(channels_last=case.channels_last, statistics=statistics, plan=plan)
-            start = functools.partial(launch.run_with_statistics, case.step, **how)
+            start = functools.partial(conv.run_with_statistics, case.step, **how)
             assert trial.problem(start, case.step, o, precision == "tf32") is None
 
 
@@ -336,11 +340,11 @@ def shared_memory_of_a_gpu() -> Iterator[None]:
 
 
 def test_a_kernel_that_asks_for_too_much_shared_memory(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
-    real = launch.choose_plan
+    real = conv.choose_plan
     big = dict(block_m=128, block_n=128, block_k=32, num_stages=32, num_warps=8)
-    monkeypatch.setattr(launch, "choose_plan", lambda *a: replace(real(*a), **big))
+    monkeypatch.setattr(conv, "choose_plan", lambda *a: replace(real(*a), **big))
     with shared_memory_of_a_gpu():
         o = operands(device)
         with pytest.warns(RuntimeWarning, match="cannot run on .*shared memory") as caught:
@@ -367,12 +371,12 @@ def test_explain_names_the_failure(device: torch.device, spoil: Spoil) -> None:
 
 def test_a_kernel_fault_is_not_taken_for_a_failure(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what Triton's compiler or driver raises counts."""
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
     def broken(*args: Any) -> None:
         raise ValueError("a mistake")
 
-    monkeypatch.setattr(launch.kernels, "launch", broken)
+    monkeypatch.setattr(conv, "_launch", broken)
     for backend in ("auto", "triton"):
         with silent(), pytest.raises(ValueError, match="a mistake"):
             run(operands(device), backend=backend)
@@ -432,14 +436,14 @@ def test_out_of_memory_in_the_check_of_an_explicit_backend(
 
 
 def test_out_of_memory_in_the_launch_is_the_caller_s(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
     monkeypatch.setenv("CNNFAST_GUARD", "0")
 
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(launch.kernels, "launch", full)
+    monkeypatch.setattr(conv, "_launch", full)
     with pytest.raises(torch.OutOfMemoryError):
         run(operands(device))
 
@@ -516,16 +520,15 @@ def no_ttsem() -> None:
 @pytest.fixture
 def pretended(no_ttsem: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An RTX 3090 for which launches are compiled and do nothing, and CPU tensors that count as its."""
-    from benchmarks.inspector import target
-    from cnnfast import dispatch
-    from cnnfast.devices import DEVICES
+    from benchmarks.rehearse.inspector import target
+    from cnnfast.gpu.devices import DEVICES
 
     with target(86), monkeypatch.context() as patched:
         patched.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-        patched.setattr(torch.cuda, "current_device", lambda: None)  # as the tensors' index
+        patched.setattr(torch.cuda, "current_device", lambda: 0)
         a_card(patched)
-        patched.setattr(dispatch, "target_device", lambda x: DEVICES[86])
-        patched.setattr(dispatch, "cuda_why_not", lambda index: None)
+        patched.setattr("cnnfast.gpu.conv.target_device", lambda x: DEVICES[86])
+        patched.setattr("cnnfast.gpu.why_not.cuda_why_not", lambda index: None)
         yield
 
 
@@ -533,11 +536,11 @@ def pretended(no_ttsem: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 def test_too_much_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
 
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
-    real = launch.choose_plan
+    real = conv.choose_plan
     big = dict(block_m=128, block_n=128, block_k=32, num_stages=8, num_warps=8)
-    monkeypatch.setattr(launch, "choose_plan", lambda *a: replace(real(*a), **big))
+    monkeypatch.setattr(conv, "choose_plan", lambda *a: replace(real(*a), **big))
     o = operands("cpu")
     with pytest.warns(
         RuntimeWarning, match="cannot run on a card: OutOfResources: out of resource: shared memory"
@@ -585,7 +588,7 @@ def test_a_launch_that_writes_nothing() -> None:
 
 
 def test_noise_is_like_the_operands() -> None:
-    o = operands("cpu", 300)._replace(var=torch.zeros(32), mean=torch.zeros(32), eps=1e-5)
+    o = operands("cpu", 300)._replace(var=torch.zeros(32), mean=torch.zeros(32))
     o = o._replace(x=o.x.contiguous(), slope=torch.zeros(1))
     noise = trial.noise(STEP, o)
     for name, like in o._asdict().items():
@@ -685,10 +688,10 @@ def test_warmup_packs_the_weights_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> N
     model, x = cnnfast.Sequential(nn.ConvTranspose2d(64, 64, 4, 2, 1), nn.Tanh()).eval(), torch.randn(2, 64, 16, 16)
     cnnfast.warmup(model, x)
     packs = len(PACKS)
-    monkeypatch.setattr(cpu, "_pack", lambda *args: pytest.fail("packed after warmup"))
+    monkeypatch.setattr(inference, "_pack", lambda *args: pytest.fail("packed after warmup"))
     with torch.inference_mode():
         model(x)
-    assert len(PACKS) == packs and (packs or onednn.why_missing() is not None)
+    assert len(PACKS) == packs and (packs or methods.why_missing() is not None)
 
 
 def test_warmup_refuses() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from cnnfast import reference
-from cnnfast.block import Step, Upsample, upsample_step
-from cnnfast.plan import Lowering, lower, tap_map
+from cnnfast.gpu.conv_plan import Lowering, lower, tap_map
+from cnnfast.reference import conv_weight
 from cnnfast.spec import ConvSpec
+from cnnfast.step import Step, Upsample, upsample_step
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -64,7 +66,7 @@ def expected(step: Step, low: Lowering, weight: torch.Tensor, packed: bool) -> t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_kernel_weight(layer: str, dtype: torch.dtype, device: torch.device) -> None:
-    from cnnfast.ops.weights import kernel_weight, weight_layout
+    from cnnfast.gpu.weight import kernel_weight, weight_layout
 
     step, size, packed = LAYERS[layer]
     low, s = lower(step.spec, size), step.spec
@@ -94,7 +96,7 @@ UPSAMPLED = [name for name, (step, _, _) in LAYERS.items() if step.upsample is n
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("layer", UPSAMPLED)
 def test_summed_weight_and_its_derivatives(layer: str, channels_last: bool, device: torch.device) -> None:
-    from cnnfast.ops.weights import summed_weight
+    from cnnfast.gpu.weight import summed_weight
 
     step, s = LAYERS[layer][0], LAYERS[layer][0].spec
     assert step.upsample is not None
@@ -113,7 +115,7 @@ def test_summed_weight_and_its_derivatives(layer: str, channels_last: bool, devi
         return [y.detach(), plain, dw.detach(), dg]
 
     got = run(*(t.to(device) for t in (weight.clone(), grad, second)), lambda w: summed_weight(step, w))
-    want = run(*(t.double() for t in (weight, grad, second)), step.conv_weight)
+    want = run(*(t.double() for t in (weight, grad, second)), functools.partial(conv_weight, step))
     assert got[1].stride() == weight.stride()
     for a, b in zip(got, want, strict=True):
         # float64 sums, rounded once.

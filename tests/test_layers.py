@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 import cnnfast
-from cnnfast import ConvTranspose2dNormActivation, Sequential, onednn
-from cnnfast.chain import Chain
-from cnnfast.layers import Plan
-from cnnfast.modules import read
+from cnnfast import ConvTranspose2dNormActivation, Sequential
+from cnnfast.cpu import methods
+from cnnfast.nn.chain import Chain
+from cnnfast.nn.layers import Program
+from cnnfast.nn.modules import read
 
 
 def test_block_children_and_defaults() -> None:
@@ -96,16 +97,16 @@ def test_one_chain_runs_to_the_next_module_that_stands_alone() -> None:
         nn.ConvTranspose2d(4, 4, 2),
         nn.ConvTranspose2d(4, 4, 2, dtype=torch.bfloat16),
     ).eval()
-    items = Plan.make(read(seq)).items
+    items = Program.make(read(seq)).items
     assert [len(i.steps) if isinstance(i, Chain) else i.slot for i in items] == [2, 4, 1, 1]
 
 
 def test_intermediates_are_channels_last_and_the_last_store_is_eagers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cnnfast.ops import core
+    from cnnfast.nn import chain
 
     asked = []
-    real = core.run_step
-    monkeypatch.setattr(core, "run_step", lambda *a, **k: asked.append(k["channels_last"]) or real(*a, **k))
+    real = chain.run_step
+    monkeypatch.setattr(chain, "run_step", lambda *a, **k: asked.append(k["channels_last"]) or real(*a, **k))
     seq = Sequential(*(nn.ConvTranspose2d(4, 4, 3) for _ in range(3))).eval()
     with torch.no_grad():
         seq(torch.randn(1, 4, 5, 5))
@@ -130,14 +131,14 @@ RUNS: dict[str, tuple[list[nn.Module], tuple[int, ...], list[tuple[bool, bool]] 
 }
 
 
-@pytest.mark.skipif(onednn.why_missing() is not None, reason=str(onednn.why_missing()))
+@pytest.mark.skipif(methods.why_missing() is not None, reason=str(methods.why_missing()))
 @pytest.mark.parametrize("name", RUNS)
 def test_how_a_chain_of_nchw_runs(name: str) -> None:
     """Conversions are made where they save some, and a step that gains nothing runs as its modules."""
     modules, shape, expected = RUNS[name]
     seq = Sequential(*modules).eval()
     reading = read(seq)
-    (chain,) = Plan.make(reading).items
+    (chain,) = Program.make(reading).items
     x = torch.randn(1, *shape)
     with torch.no_grad():
         bound = chain.bind(x, reading)

@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 
 import cnnfast
-from cnnfast.block import Operands, Step, Upsample, plain_step, upsample_step
-from cnnfast.ops import core, library
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.activations import Activation
+from cnnfast.dispatch import watched
+from cnnfast.ops import traced
+from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step, Upsample, plain_step, upsample_step
 
+from .cases import fitted
 from .tolerance import assert_close
 
 CASES = {
@@ -43,7 +46,6 @@ def operands(step: Step, shape: tuple[int, ...], requires_grad: bool = False) ->
         rand(c),
         mean=torch.randn(c, generator=g),
         var=torch.rand(c, generator=g) + 0.5,
-        eps=1e-5,
         scale=rand(c),
         shift=rand(c),
         slope=torch.rand(c, generator=g) if step.activation.name == "prelu" else None,
@@ -51,10 +53,11 @@ def operands(step: Step, shape: tuple[int, ...], requires_grad: bool = False) ->
 
 
 def arguments(step: Step, o: Operands, channels_last: bool) -> tuple[object, ...]:
+    step = fitted(step, o)
     recorded: list[tuple[object, ...]] = []
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(library, "conv_block_op", lambda *args: recorded.append(args))
-        library.conv_block(step, o, channels_last, "auto")
+        m.setattr(traced, "conv_block_op", lambda *args: recorded.append(args))
+        traced.conv_block(step, o, channels_last, "auto")
     return recorded[0]
 
 
@@ -111,4 +114,4 @@ def test_vmap_and_fake_tensors_take_torch_operators() -> None:
     with torch._subclasses.FakeTensorMode():
         fake = function(torch.empty(2, 16, 5, 6), torch.empty(16, 8, 4, 4))
     assert fake.shape == (2, 8, 10, 12)
-    assert core.watched(fake)
+    assert watched(fake)

@@ -8,37 +8,39 @@ import pytest
 import torch
 from torch import Tensor
 
-from cnnfast.block import Operands, Step
-from cnnfast.norms import Norm, NormCall
-from cnnfast.ops import core, library_training
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.activations import Activation
+from cnnfast.gpu import traced
+from cnnfast.memory_format import to_format
+from cnnfast.norms import Norm
+from cnnfast.reference import run_reference
+from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step
 
 UP = ConvSpec.make(16, 8, 4, 2, 1)
 ODD = ConvSpec.make(8, 6, (3, 2), (2, 1), 1, (1, 0), 2, 1)
 PLAIN = ConvSpec.make(8, 16, 4, 2, 1, transposed=False)
 SIZES = {UP: (3, 4), ODD: (4, 5), PLAIN: (7, 6)}
 
-STEPS: dict[str, tuple[Step, NormCall | None, bool]] = {
-    "conv": (Step(UP, Activation("tanh")), None, False),
-    "conv identity": (Step(ODD), None, False),
-    "conv plain": (Step(PLAIN, Activation("relu")), None, False),
-    "silu": (Step(UP, Activation("silu")), None, False),
-    "residual": (Step(PLAIN, Activation("relu")), None, True),
-    "residual identity": (Step(PLAIN), None, True),
-    "batch": (Step(UP, Activation("relu")), NormCall(Norm("batch")), False),
-    "batch residual": (Step(PLAIN, Activation("leaky_relu", (0.2,))), NormCall(Norm("batch")), True),
-    "instance": (Step(UP, Activation("tanh")), NormCall(Norm("instance")), False),
-    "group": (Step(ODD, Activation("gelu")), NormCall(Norm("group", 3)), False),
-    "eval": (Step(UP, Activation("relu")), NormCall(Norm("batch"), use_input_stats=False), False),
-    "affine": (Step(UP, Activation("elu")), NormCall(Norm("affine")), False),
-    "prelu": (Step(UP, Activation("prelu")), NormCall(Norm("batch")), True),
+STEPS: dict[str, Step] = {
+    "conv": Step(UP, Activation("tanh")),
+    "conv identity": Step(ODD),
+    "conv plain": Step(PLAIN, Activation("relu")),
+    "silu": Step(UP, Activation("silu")),
+    "residual": Step(PLAIN, Activation("relu"), residual=True),
+    "residual identity": Step(PLAIN, residual=True),
+    "batch": Step(UP, Activation("relu"), norm=Norm("batch")),
+    "batch residual": Step(PLAIN, Activation("leaky_relu", (0.2,)), norm=Norm("batch"), residual=True),
+    "instance": Step(UP, Activation("tanh"), norm=Norm("instance")),
+    "group": Step(ODD, Activation("gelu"), norm=Norm("group", 3)),
+    "eval": Step(UP, Activation("relu"), norm=Norm("running")),
+    "affine": Step(UP, Activation("elu"), norm=Norm("affine")),
+    "prelu": Step(UP, Activation("prelu"), norm=Norm("batch"), residual=True),
 }
 
 
 def operands(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
-    """(step, operands, norm) of a case, its floating leaves requiring gradients; running statistics as in training."""
-    step, norm, residual = STEPS[name]
-    g = torch.Generator().manual_seed(0)
+    """(step, operands) of a case, its floating leaves requiring gradients; running statistics as in training."""
+    step, g = STEPS[name], torch.Generator().manual_seed(0)
     s, c = step.spec, step.spec.out_channels
 
     def rand(*size: int, grad: bool = True, kind: torch.dtype = dtype) -> Tensor:
@@ -49,26 +51,26 @@ def operands(name: str, device: torch.device | str = "cpu", dtype: torch.dtype =
         rand(2, s.in_channels, *size),
         rand(*s.weight_shape),
         rand(c),
-        residual=rand(2, c, *s.output_size(size)) if residual else None,
+        residual=rand(2, c, *s.output_size(size)) if step.residual else None,
         slope=rand(c) if step.activation.name == "prelu" else None,
     )
-    if norm is not None:
-        norm = norm._replace(weight=rand(c, kind=torch.float32), bias=rand(c, kind=torch.float32))
-        if norm.norm.kind in ("batch", "instance"):
+    if step.norm is not None:
+        o = o._replace(scale=rand(c, kind=torch.float32), shift=rand(c, kind=torch.float32))
+        if step.norm.kind in ("batch", "instance", "running"):
             mean, var = rand(c, grad=False, kind=torch.float32), torch.rand(c, generator=g).to(device) + 0.5
-            norm = norm._replace(running_mean=mean, running_var=var)
-    return step, o, norm
+            o = o._replace(mean=mean, var=var)
+    return step, o
 
 
-def leaves(o: Operands, norm: NormCall | None) -> list[Tensor]:
-    return [t for t in (*o, *(norm or ())) if isinstance(t, Tensor) and t.requires_grad]
+def leaves(o: Operands) -> list[Tensor]:
+    return [t for t in o if isinstance(t, Tensor) and t.requires_grad]
 
 
 def calls(name: str, device: torch.device | str, backend: str | None, dtype: torch.dtype = torch.float32) -> Any:
     """(operator, arguments) of every operator that forward and backward of the case call."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    step, o, norm = operands(name, device, dtype)
+    step, o = operands(name, device, dtype)
     found: list[tuple[Any, tuple[Any, ...]]] = []
 
     class Record(TorchDispatchMode):
@@ -78,8 +80,8 @@ def calls(name: str, device: torch.device | str, backend: str | None, dtype: tor
             return func(*args, **(kwargs or {}))
 
     with Record():
-        y = library_training.run(step, o, norm, True, backend)
-        torch.autograd.grad(y, leaves(o, norm), torch.ones_like(y), allow_unused=True)
+        y = traced.run(step, o, True, backend)
+        torch.autograd.grad(y, leaves(o), torch.ones_like(y), allow_unused=True)
     return found
 
 
@@ -102,7 +104,7 @@ def test_fakes_of_forward_and_backward(name: str) -> None:
 @pytest.mark.parametrize("name", STEPS)
 def test_opcheck(name: str) -> None:
     """All of opcheck, symbolic shapes and the traced backward among it, of the operator that the step is."""
-    step, o, norm = operands(name)
+    step, o = operands(name)
     func, args = calls(name, "cpu", None)[0]
     torch.library.opcheck(func, args)
 
@@ -110,7 +112,6 @@ def test_opcheck(name: str) -> None:
 @pytest.mark.parametrize("name", STEPS)
 def test_backward_is_made_of_operators(name: str) -> None:
     names = [f._schema.name.split("::")[1] for f, _ in calls(name, "cpu", None)]
-    step, _, norm = STEPS[name]
     first = "conv" if name.startswith("conv") else "conv_norm_act"
     assert names[0] == first
     assert "conv_weight_grad" in names and names.count("conv") == (2 if first == "conv" else 1)
@@ -119,18 +120,18 @@ def test_backward_is_made_of_operators(name: str) -> None:
 
 @pytest.mark.parametrize("name", STEPS)
 def test_values_and_gradients_equal_pytorch(name: str) -> None:
-    step, o, norm = operands(name)
-    given = leaves(o, norm)
-    running = [] if norm is None else [norm.running_mean, norm.running_var]
+    step, o = operands(name)
+    given = leaves(o)
+    running = [o.mean, o.var]
     before = [None if t is None else t.clone() for t in running]
-    want = core.by_torch(step, o, norm, True)
+    want = to_format(run_reference(step, o), True)
     grad = torch.randn(want.shape)
     expected = torch.autograd.grad(want, given, grad)
     moved = [None if t is None else t.clone() for t in running]
     for t, old in zip(running, before, strict=True):
         if t is not None:
             t.copy_(old)
-    got = library_training.run(step, o, norm, True, None)
+    got = traced.run(step, o, True, None)
     torch.testing.assert_close(got, want)
     assert got.stride() == want.stride()
     for g, e in zip(torch.autograd.grad(got, given, grad), expected, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from cnnfast import ncnn
+from cnnfast.generators import ncnn
 
 PARAM = """7767517
 5 5

@@ -1,4 +1,5 @@
-"""ops.norm_act, batch_norm, instance_norm, group_norm and `normalise`: derivatives, torch's behaviour, errors."""
+"""ops.norm_act, batch_norm, instance_norm, group_norm and steps without a convolution: derivatives, torch's behaviour,
+errors."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ from torch import Tensor
 
 from cnnfast import dispatch, ops
 from cnnfast.activations import ACTIVATIONS, Activation
-from cnnfast.norms import Norm, NormCall
-from cnnfast.ops.norm_aten import composition
-from cnnfast.ops.normalise import activation_backward, normalise
+from cnnfast.gpu.norm_act_autograd import activation_backward, activation_backward_by_torch
+from cnnfast.norms import Norm
+from cnnfast.ops.run import run_step
+from cnnfast.reference import composition
+from cnnfast.step import Operands, norm_step
 
 from .norm_cases import NormCase, expect, spread
 from .tolerance import assert_close
@@ -49,11 +52,10 @@ def test_gradcheck(kind: str | None, activation: Activation) -> None:
     )
 
     def function(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, slope: Tensor) -> Tensor:
-        call = None
-        if kind is not None:
-            call = NormCall(NORMS.get(kind, Norm("batch")), weight, bias, *running, use_input_stats=kind != "eval")
-        s = slope if activation.name == "prelu" else None
-        return normalise(x, call, residual, activation, s, channels_last=False, backend="aten")
+        norm = None if kind is None else NORMS.get(kind, Norm("running"))
+        s, vectors = slope if activation.name == "prelu" else None, (None, None) if kind is None else (weight, bias)
+        o = Operands(x, None, None, *running, *vectors, residual, s)  # type: ignore[arg-type]
+        return run_step(norm_step(norm, True, activation), o, channels_last=False, backend="aten")
 
     inputs = (x, residual, weight, bias, slope)
     assert torch.autograd.gradcheck(function, inputs)
@@ -100,8 +102,7 @@ def test_second_derivatives_on_the_kernels(case: NormCase, device: torch.device,
 
     def through(backend: str) -> Callable[[Any], Tensor]:
         def run(t: Any) -> Tensor:
-            call = case.call(t)
-            return normalise(t.x, call, t.residual, case.activation, t.slope, channels_last=True, backend=backend)
+            return run_step(case.step, case.operands(t), channels_last=True, backend=backend)
 
         return run
 
@@ -117,16 +118,16 @@ def test_second_derivatives_on_the_kernels(case: NormCase, device: torch.device,
 def test_residual_that_the_input_was_made_of(device: torch.device) -> None:
     """Nothing is counted twice where the norm's input, weight and residual depend on each other."""
     results = []
-    for backend, dtype, where in (("triton", torch.float32, device), ("aten", torch.float64, "cpu")):
+    wide, narrow = torch.float64, torch.float32
+    for backend, dtype, where in (("triton", narrow, device), ("aten", wide, "cpu"), ("aten", narrow, "cpu")):
         r = double(2, 4, 3, 3).detach().type(dtype).to(where).requires_grad_()
         x = r * r + 1
         weight = x.mean((0, 2, 3))
-        y = normalise(
-            x, NormCall(Norm("batch"), weight), r, Activation("silu"), None, channels_last=True, backend=backend
-        )
+        step = norm_step(Norm("batch"), True, Activation("silu"))
+        y = run_step(step, Operands(x, scale=weight, residual=r), channels_last=True, backend=backend)
         (g,) = torch.autograd.grad(y.square().sum(), r, create_graph=True)
-        results.append(torch.autograd.grad(g.square().sum(), r)[0].cpu().double())
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-3)
+        results.append(torch.autograd.grad(g.square().sum(), r)[0])
+    assert_close(*results)
 
 
 # --- gradients of odd layouts, and where only some are wanted ---------------------------------------------------------
@@ -154,7 +155,7 @@ def test_one_gradient_alone(wanted: str, device: torch.device, launches: list[st
     all_of_them = spread(case, whole, "triton")
     launches.clear()
     leaf = t.leaves()[wanted].requires_grad_()
-    y = normalise(t.x, case.call(t), t.residual, case.activation, t.slope, channels_last=True, backend="triton")
+    y = run_step(case.step, case.operands(t), channels_last=True, backend="triton")
     (grad,) = torch.autograd.grad(y, leaf, t.grad)
     assert torch.equal(grad, all_of_them[wanted])
     backward = [name for name in launches if "grad" in name]
@@ -253,7 +254,7 @@ def test_triton_says_why_not(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("kind", ["batch", "instance", "group"])
-def test_five_dimensions_run_by_torch(kind: str) -> None:
+def test_five_dimensions_norm_by_torch(kind: str) -> None:
     ours, theirs, args = calls()[kind]
     x = torch.randn(2, 4, 3, 3, 3)
     torch.testing.assert_close(ours(x, *args, activation="relu"), theirs(x, *args).relu())
@@ -327,13 +328,13 @@ def test_in_place_activations_do_not_disturb_the_gradient(name: str) -> None:
         x, r = torch.randn(2, 4, 3, 3, requires_grad=True), torch.randn(2, 4, 3, 3, requires_grad=True)
         for residual in (None, r):
             y = ops.norm_act(x, norm, residual=residual, activation=name)
-            z = composition(x, NormCall(norm))
+            z = composition(norm, Operands(x))
             z = Activation(name)(z if residual is None else z + residual)
             torch.testing.assert_close(y, z)
             torch.testing.assert_close(torch.autograd.grad(y.sum(), x), torch.autograd.grad(z.sum(), x))
     leaf = torch.randn(2, 4, 3, 3, requires_grad=True)
     kept = leaf.detach().clone()
-    normalise(leaf, None, None, Activation(name), None, channels_last=False, backend="aten")
+    run_step(norm_step(None, False, Activation(name)), Operands(leaf), channels_last=False, backend="aten")
     assert torch.equal(leaf.detach(), kept)
 
 
@@ -391,14 +392,14 @@ def test_activation_backward(
     fmt = torch.channels_last if last else torch.contiguous_format
     tensors = [None if t is None else t.contiguous(memory_format=fmt).to(device) for t in (grad, saved)]
     assert tensors[0] is not None
-    dz, db = activation_backward(tensors[0], tensors[1], activation, bias=True, backend="triton")
+    dz, db = activation_backward(tensors[0], tensors[1], activation, bias=True, required=True)
     assert launches == ["activation-grad", "norm-grad-finish"]
-    without, none = activation_backward(tensors[0], tensors[1], activation, bias=False, backend="triton")
+    without, none = activation_backward(tensors[0], tensors[1], activation, bias=False, required=True)
     assert none is None and torch.equal(without, dz) and db is not None
     results = []
     for wide in (torch.float64, torch.float32):
-        pair = activation_backward(
-            grad.type(wide), None if saved is None else saved.type(wide), activation, bias=True, backend="aten"
+        pair = activation_backward_by_torch(
+            grad.type(wide), None if saved is None else saved.type(wide), activation, bias=True
         )
         results.append(pair)
     (dz64, _), (dz32, _) = results
@@ -425,12 +426,12 @@ def test_channels_last_on_the_cpu(kind: str, batch: int) -> None:
     x, weight = double(batch, 4, 5, 6), double(4, seed=1)
     grad = double(batch, 4, 5, 6, seed=2).detach()
     last = torch.channels_last
-    call = NormCall(NORMS[kind], weight)
-    exact = torch.autograd.grad(composition(x, call), (x, weight), grad)
+    norm, step = NORMS[kind], norm_step(NORMS[kind])
+    exact = torch.autograd.grad(composition(norm, Operands(x, scale=weight)), (x, weight), grad)
     for x_ in (x, x.contiguous(memory_format=last)):
         for grad_ in (grad, grad.contiguous(memory_format=last)):
-            y = normalise(x_, call, None, Activation(), None, channels_last=True, backend="aten")
+            y = run_step(step, Operands(x_, scale=weight), channels_last=True, backend="aten")
             torch.testing.assert_close(torch.autograd.grad(y, (x, weight), grad_), exact)
     far = (x.detach() * 0.1 + 1000).float().contiguous(memory_format=last)
-    y = normalise(far, NormCall(NORMS[kind]), None, Activation(), None, channels_last=True, backend="aten")
-    assert (y - composition(far.double(), NormCall(NORMS[kind]))).abs().max() < 0.01
+    y = run_step(step, Operands(far), channels_last=True, backend="aten")
+    assert (y - composition(norm, Operands(far.double()))).abs().max() < 0.01

@@ -6,18 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cnnfast import dispatch
 from cnnfast.activations import Activation
-from cnnfast.devices import device_for
-from cnnfast.norms import Norm, NormCall, Partials
-from cnnfast.ops.norm_sync import merged
-from cnnfast.ops.normalise import normalise
+from cnnfast.gpu.devices import device_for
+from cnnfast.norm_sync import merged
+from cnnfast.norms import Norm, Partials
+from cnnfast.ops.run import run_step
+from cnnfast.step import Operands, norm_step
 
-from .norm_cases import NormCase, check, compute, expect, magnitudes, spread
+from .norm_cases import NormCase, check, compute, expect, spread
 from .tolerance import assert_close
 
 pytest.importorskip("triton", reason="triton is not installed")
-from cnnfast.ops import norm_launch, norm_plan, norm_tiles  # noqa: E402
+from cnnfast.gpu import norm_act, norm_act_autograd, norm_act_plan  # noqa: E402
 
 RELU = Activation("relu")
 KINDS = [Norm("batch"), Norm("instance"), Norm("group", 5)]
@@ -74,7 +74,7 @@ def random_parts(segments: int, parts: int, channels: int, device: torch.device)
 )
 def test_merge(segments: int, parts: int, channels: int, join: int, device: torch.device, launches: list[str]) -> None:
     p = random_parts(segments, parts, channels, device)
-    mean, rstd, var = norm_launch.merge(p, norm_plan.merge_of(p.mean.shape, join, 1e-5, True, (None, None)))
+    mean, rstd, var = norm_act.merge(p, norm_act.merge_of(p.mean.shape, join, 1e-5, True, (None, None)))
     assert launches == ["norm-merge"] and var is not None
     count, center, m2 = (v.cpu().double() for v in p)
     groups = channels // join
@@ -99,21 +99,22 @@ def test_parts_are_those_of_the_tensor(each: bool, last: bool, device: torch.dev
     g = torch.Generator().manual_seed(0)
     x = (torch.randn(3, 10, 17, 9, generator=g) + 5).to(device)
     x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    p = norm_launch.partials(x, each)
+    p = norm_act.partials(x, each)
     assert launches == ["norm-statistics"]
     assert p.mean.shape == p.m2.shape == (*p.count.shape, 10) and p.count.shape[0] == (3 if each else 1)
     one = merged(Partials(*(v.cpu() for v in p)))
     exact = x.cpu().double().transpose(0, 1).reshape(10, 3, -1)
     exact = exact.transpose(0, 1) if each else exact.reshape(1, 10, -1)
     assert one.count.flatten().tolist() == [exact.shape[-1]] * exact.shape[0]
-    torch.testing.assert_close(one.mean[:, 0].double(), exact.mean(-1), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(one.m2[:, 0].double(), exact.var(-1, correction=0) * exact.shape[-1], rtol=1e-5, atol=0)
+    for got, of in ((one.mean, lambda v: v.mean(-1)), (one.m2, lambda v: v.var(-1, correction=0) * v.shape[-1])):
+        assert_close(got[:, 0], of(exact), of(exact.float()))
 
 
 @pytest.fixture
 def two_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few that every program walks several tiles."""
-    monkeypatch.setattr(dispatch, "target_device", lambda x: device_for(80, 2))
+    for module in (norm_act, norm_act_plan):
+        monkeypatch.setattr(module, "target_device", lambda x: device_for(80, 2))
 
 
 WALKS = [
@@ -131,7 +132,7 @@ def test_programs_that_walk_several_tiles(
     n, c, h, w = case.shape
     inside = not case.x_last
     each = case.norm is not None and case.norm.per_image
-    assert norm_tiles.tiling(n, c, h * w, each or inside, inside, 2).tiles > 1
+    assert norm_act_plan.tiling(n, c, h * w, each or inside, inside, 2).tiles > 1
 
 
 def test_tiling_covers_every_row_once() -> None:
@@ -140,9 +141,9 @@ def test_tiling_covers_every_row_once() -> None:
         (1000, 40, 49, True, True), (2, 5000, 7, False, False),
     ]:  # fmt: skip
         for sms in (2, 108, 132):
-            t = norm_tiles.tiling(n, c, size, images, inside, sms)
+            t = norm_act_plan.tiling(n, c, size, images, inside, sms)
             m, block_c = t.constants["BLOCK_M"], t.constants["BLOCK_C"]
-            assert t.segments * t.rows == n * size and m * block_c <= norm_tiles.TILE
+            assert t.segments * t.rows == n * size and m * block_c <= norm_act_plan.TILE
             assert (t.parts - 1) * t.tiles * m < t.rows <= t.parts * t.tiles * m  # no part is empty
             assert t.grid[0] == t.segments * t.parts and (t.grid[1] - 1) * block_c < c <= t.grid[1] * block_c
             assert t.rows % t.constants["ROWS_BY"] == 0
@@ -158,12 +159,13 @@ def test_the_same_bits_from_run_to_run(norm: Norm, device: torch.device) -> None
 def test_given_partials_are_taken(device: torch.device, launches: list[str]) -> None:
     case = NormCase("given", Norm("batch"), RELU)
     t = case.tensors(torch.float32, device)
-    parts = norm_launch.partials(t.x, False)
+    parts = norm_act.partials(t.x, False)
     launches.clear()
-    y = normalise(t.x, case.call(t), None, RELU, None, partials=parts, channels_last=True, backend="triton")
+    y = norm_act_autograd.run(case.step, case.operands(t), parts, True, torch.float32, True)
+    assert y is not None
     assert launches == ["norm-merge", "norm-apply"]
     exact, yardstick = compute(case, t, torch.float64), compute(case, t, torch.float32)
-    assert_close(y, exact["y"], yardstick["y"], before=magnitudes(case, t)["y"])
+    assert_close(y, exact["y"], yardstick["y"])
 
 
 # --- bookkeeping ------------------------------------------------------------------------------------------------------
@@ -179,8 +181,8 @@ def test_running_statistics(kind: str, momentum: float, dtype: torch.dtype, devi
     before = torch.randn(10, generator=g), torch.rand(10, generator=g)
     ours = [v.clone().to(device) for v in before]
     versions = [v._version for v in ours]
-    call = NormCall(Norm(kind), running_mean=ours[0], running_var=ours[1], momentum=momentum)
-    normalise(x.to(device), call, None, Activation(), None, channels_last=False, backend="triton")
+    o = Operands(x.to(device), mean=ours[0], var=ours[1], momentum=momentum)
+    run_step(norm_step(Norm(kind)), o, channels_last=False, backend="triton")
     function = F.batch_norm if kind == "batch" else F.instance_norm
     results = []
     for wide in (torch.float64, torch.float32):
@@ -197,8 +199,7 @@ def test_running_statistics_of_other_dtypes_and_strides(device: torch.device) ->
     mean, var = torch.zeros(6, dtype=torch.float16), torch.ones(12)[::2]
     want = mean.float(), var.clone()
     mean, var = mean.to(device), torch.ones(12).to(device)[::2]
-    call = NormCall(Norm("batch"), running_mean=mean, running_var=var)
-    normalise(x, call, None, Activation(), None, channels_last=True, backend="triton")
+    run_step(norm_step(Norm("batch")), Operands(x, mean=mean, var=var), channels_last=True, backend="triton")
     F.batch_norm(x.cpu(), *want, training=True)
     torch.testing.assert_close(mean.cpu().float(), want[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(var.cpu(), want[1])
@@ -207,7 +208,6 @@ def test_running_statistics_of_other_dtypes_and_strides(device: torch.device) ->
 def test_statistics_without_a_gradient_do_not_record(device: torch.device) -> None:
     x = torch.randn(2, 4, 3, 3).to(device)
     with torch.no_grad():
-        y = normalise(
-            x.requires_grad_(), NormCall(Norm("batch")), None, RELU, None, channels_last=True, backend="triton"
-        )
+        step = norm_step(Norm("batch"), False, RELU)
+        y = run_step(step, Operands(x.requires_grad_()), channels_last=True, backend="triton")
     assert not y.requires_grad

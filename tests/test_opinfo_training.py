@@ -90,7 +90,7 @@ def test_samples_on_the_device(name: str, dtype: torch.dtype, device: torch.devi
     assert on_kernels >= 4
 
 
-@pytest.mark.parametrize("activation", list(cnnfast.spec.ACTIVATIONS))
+@pytest.mark.parametrize("activation", list(cnnfast.activations.ACTIVATIONS))
 @pytest.mark.parametrize("name", [*NAMES, "upsample_conv2d"])
 def test_gradcheck_on_the_reference_path(name: str, activation: str) -> None:
     """First and second derivatives in float64, by differences."""

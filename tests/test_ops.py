@@ -14,7 +14,7 @@ from torch import Tensor
 
 import cnnfast
 from cnnfast import ops, reference
-from cnnfast.spec import ACTIVATIONS, Activation
+from cnnfast.activations import ACTIVATIONS, Activation
 
 from .tolerance import assert_close
 
@@ -80,7 +80,7 @@ def test_equals_torch(call: str, dtype: torch.dtype, bias: bool) -> None:
     assert y.dtype == expected.dtype and y.shape == expected.shape
     if dtype in (torch.float64, torch.complex64):
         torch.testing.assert_close(y, expected)
-    else:
+    elif not torch.equal(y, expected):  # where it runs, ATen's result to the bit: in bfloat16 it may round partial sums
         exact = theirs(x.double(), w.double(), None if b is None else b.double(), *args)
         yardstick = theirs(x.float(), w.float(), None if b is None else b.float(), *args).to(dtype)
         assert_close(y, exact, yardstick, call)
@@ -415,8 +415,11 @@ def test_gradients_flow_to_every_operand(leaf: str) -> None:
     y = run(**tensors)
     assert y.requires_grad
     (got,) = torch.autograd.grad(y.square().sum(), tensors[leaf])
-    (want,) = torch.autograd.grad(composed(**tensors).square().sum(), tensors[leaf])
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
+    found = []
+    for wide in (torch.float64, torch.float32):
+        cast = {name: t.detach().to(wide).requires_grad_(name == leaf) for name, t in tensors.items()}
+        found.append(torch.autograd.grad(composed(**cast).square().sum(), cast[leaf])[0])
+    assert_close(got, *found, leaf)
     with torch.no_grad():
         assert not run(**tensors).requires_grad
     with torch.inference_mode():
@@ -473,7 +476,7 @@ def test_autocast_mixes_dtypes_as_torch_does() -> None:
 @pytest.mark.parametrize("backend", ["auto", "aten"])
 def test_cpu_tensors_never_reach_triton(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = rand(2, 32, 4, 4), rand(32, 32, 4, 4)
-    launch = pytest.importorskip("cnnfast.ops.launch", reason="triton is not installed", exc_type=ImportError)
+    launch = pytest.importorskip("cnnfast.gpu.conv", reason="triton is not installed", exc_type=ImportError)
     monkeypatch.setattr(launch, "run", lambda *a, **k: pytest.fail("launched"))
     ops.conv_transpose2d(x, w, None, 2, 1, backend=backend)
 

@@ -437,7 +437,7 @@ def test_odd_calls_have_their_epilogue() -> None:
 # --- a residual of another dtype --------------------------------------------------------------------------------------
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda z: z, "relu": F.relu, "silu": F.silu,
+    "identity": lambda z: z, "relu": F.relu, "silu": F.silu, "mish": F.mish,
     "prelu": lambda z: F.prelu(z, torch.full((8,), 0.25, dtype=z.dtype)),
 }  # fmt: skip
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 import cnnfast
-import cnnfast.layers
-import cnnfast.packing
-from cnnfast.packing import PackCache, invalidate, why_not_cacheable
+import cnnfast.cpu.packing
+import cnnfast.nn.layers
+from cnnfast.cpu.packing import PackCache, invalidate, why_not_cacheable
 
 
 class Counted:
@@ -315,8 +315,8 @@ def test_a_write_while_it_is_packed_is_not_kept(weight: nn.Parameter) -> None:
 
 @pytest.fixture
 def layer(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> cnnfast.Sequential:
-    monkeypatch.setattr(cnnfast.packing, "PACKS", counted.cache)
-    monkeypatch.setattr(cnnfast.layers, "PACKS", counted.cache)
+    monkeypatch.setattr(cnnfast.cpu.packing, "PACKS", counted.cache)
+    monkeypatch.setattr(cnnfast.nn.layers, "PACKS", counted.cache)
     return cnnfast.Sequential(nn.ConvTranspose2d(8, 8, 4), nn.BatchNorm2d(8)).eval()
 
 
@@ -419,7 +419,7 @@ def test_copies_of_a_frozen_module_are_not_frozen(layer: cnnfast.Sequential, cou
 def test_temporaries_are_not_cached(weight: nn.Parameter, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not an nn.Parameter" in str(why_not_cacheable(weight.detach() * 2))
     assert why_not_cacheable(weight) is None and why_not_cacheable(weight[:1].unsqueeze(2)) is None
-    monkeypatch.setattr(cnnfast.packing, "xxh3_128_digest", None)
+    monkeypatch.setattr(cnnfast.cpu.packing, "xxh3_128_digest", None)
     assert "xxhash is not installed" in str(why_not_cacheable(weight))
 
 
@@ -474,7 +474,7 @@ def test_models_with_packed_weights_copy_and_pickle(counted: Counted, duplicate:
 
 
 def test_invalidate_a_module_or_a_parameter(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cnnfast.packing, "PACKS", counted.cache)
+    monkeypatch.setattr(cnnfast.cpu.packing, "PACKS", counted.cache)
     model = nn.Sequential(nn.ConvTranspose2d(8, 8, 4), nn.Sequential(nn.ConvTranspose2d(8, 8, 4)))
     weights = [model[0].weight, model[1][0].weight]
     for w in weights:

@@ -9,9 +9,9 @@ import math
 import pytest
 import torch
 
-from cnnfast.choice import BINARIES, candidates, choose_plan, modelled_clocks
-from cnnfast.devices import DEVICES, device_for, resident_blocks
-from cnnfast.plan import Plan, is_valid, lower, tap_map
+from cnnfast.gpu.conv_choice import BINARIES, candidates, choose_plan, modelled_clocks
+from cnnfast.gpu.conv_plan import Plan, is_valid, lower, tap_map
+from cnnfast.gpu.devices import DEVICES, device_for, resident_blocks
 from cnnfast.spec import ConvSpec, Precision, collapse_upsample
 
 HALF, BF16 = Precision(torch.float16), Precision(torch.bfloat16)

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import cnnfast
-from cnnfast import dispatch
-from cnnfast.block import Operands, Step
-from cnnfast.spec import ACTIVATIONS, Activation, ConvSpec
+from cnnfast.activations import ACTIVATIONS, Activation
+from cnnfast.gpu.why_not import why_not
+from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step
 
-from .cases import PRECISIONS, reference
+from .cases import PRECISIONS, fitted, reference
 from .conftest import conv_precision
 from .tolerance import assert_close
 
@@ -104,7 +105,8 @@ def test_random_spec(index: int, device: torch.device, launches: list[str], tall
 
     step = Step(spec.as_2d(), Activation(name))
     o = Operands(lift(x), lift(weight), bias, scale=scale, shift=shift, residual=lift(residual), slope=slope)
-    reason = dispatch.why_not(step, o)
+    step = fitted(step, o)
+    reason = why_not(step, o)
     few = min(spec.in_channels, spec.out_channels if spec.groups > 1 else 16) // spec.groups < 16
     assert (reason is not None) == (spec.in_channels // spec.groups < 16 or few), reason
     function = cnnfast.ops.conv_transpose1d if spec.ndim == 1 else cnnfast.ops.conv_transpose2d
@@ -118,7 +120,7 @@ def test_random_spec(index: int, device: torch.device, launches: list[str], tall
     exact, yardstick, before = reference(step, o, tf32=precision == "tf32")
     shape = (batch, c, *out)
     what = f"seed {SEED}, case {index}: {spec}, {precision}, {name}"
-    assert_close(y, exact.reshape(shape), yardstick.reshape(shape), what, before)
+    assert_close(y, exact.reshape(shape), yardstick.reshape(shape), what, before.reshape(shape))
     tally.ran += 1
     tally.triton += reason is None
 
@@ -129,5 +131,5 @@ def test_most_specs_fit_triton() -> None:
     for index in range(COUNT):
         spec, size = random_spec(random.Random(f"{SEED}/{index}"))
         x = torch.empty(1, spec.in_channels, *(1,) * (2 - spec.ndim), *size)
-        fit += dispatch.why_not(Step(spec.as_2d()), Operands(x, x)) is None
+        fit += why_not(Step(spec.as_2d()), Operands(x, x)) is None
     assert fit >= 0.75 * COUNT

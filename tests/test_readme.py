@@ -12,7 +12,7 @@ from torch import nn
 
 import cnnfast
 from benchmarks import readme
-from cnnfast.ops import core
+from cnnfast.nn import chain
 
 from .tolerance import assert_close
 
@@ -24,8 +24,8 @@ def test_drop_in_runs_fused_and_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     code = re.findall(r"```python\n(.*?)```", TEXT, re.S)[0]
     assert len([line for line in code.splitlines() if line]) == 5
     steps = []
-    run_step = core.run_step
-    monkeypatch.setattr(core, "run_step", lambda *args, **kw: (steps.append(args[0]), run_step(*args, **kw))[1])
+    run_step = chain.run_step
+    monkeypatch.setattr(chain, "run_step", lambda *args, **kw: (steps.append(args[0]), run_step(*args, **kw))[1])
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
     model, images = names["model"], names["images"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,13 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from cnnfast import reference
-from cnnfast.block import Operands, Step, Upsample, run_reference, upsample_step
-from cnnfast.spec import ACTIVATIONS, Activation, ConvSpec
+from cnnfast.activations import ACTIVATIONS, Activation
+from cnnfast.norms import Norm
+from cnnfast.reference import run_reference
+from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step, Upsample, upsample_step
 
+from .cases import fitted
 from .test_spec import random_specs, torch_conv
 
 DOUBLE = torch.float64
@@ -47,7 +52,7 @@ def test_a_phase_without_taps_is_the_bias() -> None:
 def reference_collapse(x: torch.Tensor, w: torch.Tensor, step: Step) -> torch.Tensor:
     """The step as backends run it: padded input, summed weight, transposed convolution."""
     assert step.upsample is not None
-    return reference.conv(step.pad_input(x), step.conv_weight(w), None, step.spec)
+    return reference.conv(step.pad_input(x), reference.conv_weight(step, w), None, step.spec)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -119,12 +124,13 @@ def test_run_reference_is_the_modules_in_eval_mode() -> None:
     norm(rand(3, 6, 4, 4)), norm.eval()
     norm.weight.data, norm.bias.data = rand(6, seed=7), rand(6, seed=8)
     x = rand(2, 4, 3, 3)
-    o = Operands(x, conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-    step = Step(ConvSpec.make(4, 6, 4, 2, 1), Activation("tanh"))
+    o = Operands(x, conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    step = Step(ConvSpec.make(4, 6, 4, 2, 1), Activation("tanh"), norm=Norm("running", eps=norm.eps))
     expected = torch.tanh(norm(conv(x)))
     torch.testing.assert_close(run_reference(step, o), expected, rtol=1e-14, atol=1e-14)
-    scale, shift = o.folded(DOUBLE)
+    scale, shift = o.folded(step.norm, DOUBLE)
     folded = Operands(x, conv.weight, scale=scale, shift=shift)
+    step = replace(step, norm=Norm("affine"))
     torch.testing.assert_close(run_reference(step, folded), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -138,13 +144,13 @@ def test_folded(given: tuple[bool, bool, bool, bool]) -> None:
         bias=rand(6, seed=2) if has_bias else None,
         mean=rand(6, seed=3) if has_norm else None,
         var=rand(6, seed=4).abs() + 0.1 if has_norm else None,
-        eps=1e-5,
         scale=rand(6, seed=5) if has_scale else None,
         shift=rand(6, seed=6) if has_shift else None,
     )  # fmt: skip
-    step = Step(ConvSpec.make(4, 6, 4, 2, 1))
-    scale, shift = o.folded(DOUBLE)
-    got = run_reference(step, Operands(x, w, scale=scale, shift=shift))
+    step = fitted(Step(ConvSpec.make(4, 6, 4, 2, 1)), o)
+    scale, shift = o.folded(step.norm, DOUBLE)
+    folded = Operands(x, w, scale=scale, shift=shift)
+    got = run_reference(fitted(step, folded), folded)
     torch.testing.assert_close(got, run_reference(step, o), rtol=1e-12, atol=1e-12)
 
 

@@ -14,15 +14,17 @@ from torch import nn
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks import cases, inspections, rehearse  # noqa: E402
-from benchmarks.inspections import Failed, Inspections  # noqa: E402
-from benchmarks.inspector import Call, Report, _main_loop, recording  # noqa: E402
-from benchmarks.launches import Op, Recorder, StepRun, Unrun, eager_ops, inductor_passes, precision  # noqa: E402
-from benchmarks.rehearsal import Analysis, analyse  # noqa: E402
-from benchmarks.rehearsal_model import occupancy, pressure, traffic, work  # noqa: E402
-from benchmarks.rehearsal_rules import overflows  # noqa: E402
-from cnnfast.devices import DEVICES  # noqa: E402
-from cnnfast.plan import Plan, lower  # noqa: E402
+from benchmarks import cases  # noqa: E402
+from benchmarks.rehearse import __main__ as rehearse
+from benchmarks.rehearse import inspections  # noqa: E402
+from benchmarks.rehearse.analysis import Analysis, analyse  # noqa: E402
+from benchmarks.rehearse.inspections import Failed, Inspections  # noqa: E402
+from benchmarks.rehearse.inspector import Call, Report, _main_loop, recording  # noqa: E402
+from benchmarks.rehearse.launches import Op, Recorder, StepRun, Unrun, eager_ops, inductor_passes, precision  # noqa: E402
+from benchmarks.rehearse.model import occupancy, pressure, traffic, work  # noqa: E402
+from benchmarks.rehearse.rules import overflows  # noqa: E402
+from cnnfast.gpu.conv_plan import Plan, lower  # noqa: E402
+from cnnfast.gpu.devices import DEVICES  # noqa: E402
 from cnnfast.spec import ConvSpec  # noqa: E402
 
 A100, H100, B200, RTX3090 = (DEVICES[a] for a in (80, 90, 100, 86))

@@ -9,10 +9,11 @@ import pytest
 from torch import nn
 
 pytest.importorskip("triton", reason="triton is not installed")
-from benchmarks import cases, rehearse_training  # noqa: E402
-from benchmarks.inspections import Failed  # noqa: E402
-from benchmarks.inspector import Call, Report  # noqa: E402
-from benchmarks.training_launches import TrainingRun, eager_cost, moved, record  # noqa: E402
+from benchmarks import cases  # noqa: E402
+from benchmarks.rehearse import training as rehearse_training  # noqa: E402
+from benchmarks.rehearse.inspections import Failed  # noqa: E402
+from benchmarks.rehearse.inspector import Call, Report  # noqa: E402
+from benchmarks.rehearse.training_launches import TrainingRun, eager_cost, moved, record  # noqa: E402
 
 from .test_rehearse import GOOD  # noqa: E402
 

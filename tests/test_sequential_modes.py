@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import cnnfast
-from cnnfast import chain
+from cnnfast.nn import chain
 
 from .test_sequential_training import NORMS, generator, loss_of, randomized, x2d
 
@@ -35,13 +35,13 @@ def one_thread() -> Iterator[None]:
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The activations of the fused steps that ran, in order."""
     ran: list[str] = []
-    real = chain.core.run_step
+    real = chain.run_step
 
     def spy(step, operands, **kwargs):  # type: ignore[no-untyped-def]
         ran.append(step.activation.name)
         return real(step, operands, **kwargs)
 
-    monkeypatch.setattr(chain.core, "run_step", spy)
+    monkeypatch.setattr(chain, "run_step", spy)
     return ran
 
 
@@ -198,6 +198,8 @@ LAST: dict[str, list[nn.Module]] = {
     "hardtanh": [nn.Hardtanh()],
     "relu6-in-place": [nn.ReLU6(inplace=True)],
     "silu": [nn.SiLU(inplace=True)],
+    "mish": [nn.Mish()],
+    "mish-in-place": [nn.Mish(inplace=True)],
     "gelu": [nn.GELU()],
     "prelu": [nn.PReLU()],
     "tanh": [nn.Tanh()],

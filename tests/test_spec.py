@@ -5,12 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from cnnfast.spec import ACTIVATIONS, Activation, ConvSpec, Precision, collapse_upsample, phases_1d
+from cnnfast.activations import ACTIVATIONS, Activation, ActivationRow
+from cnnfast.nn.modules import HOOKS, KINDS
+from cnnfast.spec import ConvSpec, Precision, collapse_upsample, phases_1d
 
 # --- phases -----------------------------------------------------------------------------------------------------------
 
@@ -218,7 +222,7 @@ def test_activation_defaults_are_torch_s() -> None:
     slope = torch.tensor([0.3], dtype=torch.float64)
     modules = {
         "identity": torch.nn.Identity(), "relu": torch.nn.ReLU(), "leaky_relu": torch.nn.LeakyReLU(),
-        "elu": torch.nn.ELU(), "silu": torch.nn.SiLU(), "gelu": torch.nn.GELU(),
+        "elu": torch.nn.ELU(), "silu": torch.nn.SiLU(), "mish": torch.nn.Mish(), "gelu": torch.nn.GELU(),
         "gelu_tanh": torch.nn.GELU(approximate="tanh"), "tanh": torch.nn.Tanh(), "sigmoid": torch.nn.Sigmoid(),
         "hardtanh": torch.nn.Hardtanh(), "prelu": lambda v: F.prelu(v, slope),
     }  # fmt: skip
@@ -236,6 +240,60 @@ def test_rows_that_save_the_output_can(name: str) -> None:
     order = y.argsort()
     same = y[order].diff() == 0
     assert (slope[order].diff().abs()[same] < 1e-9).all()
+
+
+ROWS = [row for row in ACTIVATIONS.values() if not row.slope]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_the_row_says_what_the_backward_of_torch_reads(row: ActivationRow) -> None:
+    """``in_place`` and ``reads_input``: whether the gradient changes where the result is overwritten ahead of it."""
+    x = torch.linspace(-2, 2, 41, dtype=torch.float64)
+
+    def gradient(function: Callable[..., Tensor], spoil: bool) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        y = function(leaf * 1, *row.defaults)
+        if spoil:
+            y.data.add_(1)  # unseen by autograd
+        return torch.autograd.grad(y.sum(), leaf)[0]
+
+    right = gradient(row.forward, False)
+    if row.saves == "y":
+        assert torch.equal(gradient(row.forward, True), right) == row.reads_input
+    if row.in_place is not None:
+        assert row.saves == "y" and torch.equal(row.in_place(x.clone(), *row.defaults), row.forward(x, *row.defaults))
+        torch.testing.assert_close(gradient(row.in_place, False), right)
+        kept = torch.equal(gradient(row.in_place, True), right)
+        assert kept == (row.name == "hardtanh")  # torch keeps a copy of its input
+
+
+@pytest.mark.parametrize("row", ACTIVATIONS.values(), ids=lambda row: row.name)
+def test_the_row_says_whether_the_memory_format_stays(row: ActivationRow) -> None:
+    """Of a tensor that is contiguous in both formats; identity returns its very input."""
+    x = torch.zeros(8).as_strided((2, 4, 1, 1), (4, 1, 4, 4))
+    assert x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    y = row.forward(x, torch.ones(4)) if row.slope else row.forward(x, *row.defaults)
+    assert (y.stride() == x.stride()) == (row.keeps_format or row.name == "identity")
+
+
+@pytest.mark.parametrize("cls", [cls for row in ACTIVATIONS.values() for cls in row.modules], ids=lambda c: c.__name__)
+def test_the_row_says_how_a_module_is_read(cls: type[torch.nn.Module]) -> None:
+    """With its defaults, and with other values of the attributes that its row names."""
+    module, x = cls(), torch.linspace(-8, 8, 65, dtype=torch.float64)
+    rows = [row for row in ACTIVATIONS.values() if cls in row.modules]
+    kind = KINDS[cls]
+    for row in rows:
+        if row.variant is not None:
+            setattr(module, *row.variant)
+        for shift in (0.0, 0.25):
+            for name in row.attributes:
+                if name != "inplace":
+                    setattr(module, name, getattr(module, name) + shift)
+            assert kind.activation is not None
+            activation = kind.activation(*kind.look(module.__dict__)[len(HOOKS) + 1 :])
+            slope = module.weight.double() if row.slope else None
+            assert activation.name == row.name
+            assert torch.equal(activation(x, slope), module.double()(x))
 
 
 def test_unknown_activation() -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cnnfast.block import Operands, Step, Upsample, upsample_step
-from cnnfast.norms import Norm, NormCall
-from cnnfast.ops.core import run_step
-from cnnfast.spec import Activation, ConvSpec
+from cnnfast.activations import Activation
+from cnnfast.norms import Norm
+from cnnfast.ops.run import run_step
+from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step, Upsample, upsample_step
 
 from .cases import PRECISIONS
 from .conftest import conv_precision
@@ -30,6 +31,10 @@ class Block:
     norm: Norm
     epilogue: bool  # whether the convolution's epilogue gives the statistics
     residual: bool = False
+
+    @property
+    def whole(self) -> Step:
+        return replace(self.step, norm=self.norm, residual=self.residual)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -99,9 +104,9 @@ def reference(b: Block, t: dict[str, torch.Tensor], running: list[torch.Tensor])
 
 
 def ours(b: Block, t: dict[str, torch.Tensor], running: list[torch.Tensor]) -> torch.Tensor:
-    call = NormCall(b.norm, t["scale"], t["shift"], *(running if b.norm.kind == "batch" else []))
-    o = Operands(t["x"], t["weight"], t["bias"], residual=t.get("residual"))
-    return run_step(b.step, o, channels_last=True, backend="triton", norm=call)
+    stats = running if b.norm.kind == "batch" else (None, None)
+    o = Operands(t["x"], t["weight"], t["bias"], *stats, t["scale"], t["shift"], t.get("residual"))
+    return run_step(b.whole, o, channels_last=True, backend="triton")
 
 
 Function = Callable[[Block, dict[str, torch.Tensor], list[torch.Tensor]], torch.Tensor]
@@ -202,8 +207,8 @@ def test_launches_of_a_block(device: torch.device, launches: list[str]) -> None:
     given = {k: v.to(device) for k, v in tensors(b, torch.float16).items() if k != "bias"}
     y = None
     t = {k: v.detach().requires_grad_() for k, v in given.items()}
-    call = NormCall(b.norm, t["scale"], t["shift"])
-    y = run_step(b.step, Operands(t["x"], t["weight"]), channels_last=True, backend="triton", norm=call)
+    o = Operands(t["x"], t["weight"], scale=t["scale"], shift=t["shift"])
+    y = run_step(b.whole, o, channels_last=True, backend="triton")
     forward = [name.split()[0] for name in launches]
     launches.clear()
     y.backward(given["dy"])

@@ -15,13 +15,16 @@ import torch
 from torch import nn
 
 import cnnfast
-from cnnfast import env, guard, store, tuned, tuning
+from cnnfast import store
 from cnnfast.__main__ import main
-from cnnfast.block import Step
-from cnnfast.choice import candidates, choose_plan
-from cnnfast.devices import DEVICES
-from cnnfast.plan import Plan
-from cnnfast.spec import Activation, ConvSpec, Precision
+from cnnfast.activations import Activation
+from cnnfast.gpu import guard, tuned, tuning
+from cnnfast.gpu.conv_choice import candidates, choose_plan
+from cnnfast.gpu.conv_plan import Plan
+from cnnfast.gpu.devices import DEVICES
+from cnnfast.spec import ConvSpec, Precision
+from cnnfast.step import Step
+from cnnfast.tasks import env
 from cnnfast.timing import Timing
 
 from .cases import reference
@@ -37,9 +40,9 @@ SIZE = (SPEC, 2, (3, 4), HALF)
 
 def forget() -> None:
     """As a new process starts."""
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
-    launch.prepare.cache_clear()
+    conv.prepare.cache_clear()
     guard.forget()
     store.forget()
 
@@ -72,10 +75,10 @@ def another_plan() -> Plan:
 
 
 def prepared() -> Plan:
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
-    launch.prepare.cache_clear()
-    return launch.prepare(STEP, 2, (3, 4), HALF, H100, True, 0, None, (), 0).plan
+    conv.prepare.cache_clear()
+    return conv.prepare(STEP, 2, (3, 4), HALF, H100, True, 0, None, (), 0).plan
 
 
 def record_file(cache: Path) -> Path:
@@ -84,15 +87,15 @@ def record_file(cache: Path) -> Path:
 
 
 def test_a_tuned_plan_is_used_by_other_processes(a_gpu: dict[str, str]) -> None:
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
     plan = another_plan()
     assert tuned.keep(*SIZE, 0, plan, {"seconds": {plan.name: 1e-5}})
     store.forget()
     assert prepared() == plan
-    assert launch.prepare(STEP, 2, (3, 4), HALF, H100, True, 0).plan == choose_plan(*SIZE, H100), "no GPU there"
+    assert conv.prepare(STEP, 2, (3, 4), HALF, H100, True, 0).plan == choose_plan(*SIZE, H100), "no GPU there"
     explicit = choose_plan(*SIZE, H100)
-    assert launch.prepare(STEP, 2, (3, 4), HALF, H100, True, 0, explicit, (), 0).plan == explicit
+    assert conv.prepare(STEP, 2, (3, 4), HALF, H100, True, 0, explicit, (), 0).plan == explicit
 
 
 def test_a_tuned_plan_is_of_its_layer_and_size(a_gpu: dict[str, str]) -> None:
@@ -168,7 +171,8 @@ def test_a_damaged_file_is_ignored_and_replaced(content: bytes, a_gpu: dict[str,
 
 WRITER = """
     import sys
-    from cnnfast import guard, store, tuned
+    from cnnfast import store
+    from cnnfast.gpu import guard, tuned
     from tests.test_tune import HERE, H100, SIZE, candidates
     guard.environment = lambda index: dict(HERE)
     plans = candidates(*SIZE, H100)[:5]
@@ -284,15 +288,15 @@ def test_a_small_gain_is_noise(device: torch.device) -> None:
 
 @pytest.mark.usefixtures("triton_only")
 def test_a_wrong_plan_is_not_timed(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
     (task, *_) = tuning.record(network(device), image(device))
     timer = StubbedTimer()
     tune([task], timer)
     wrong = timer.asked[0][1]
-    real = launch.constants
+    real = conv.constants
     monkeypatch.setattr(
-        launch,
+        conv,
         "constants",
         lambda plan, *rest: {**real(plan, *rest), **({"PAD_W": 0} if plan.name == wrong else {})},
     )
@@ -331,12 +335,12 @@ def test_out_of_time(device: torch.device) -> None:
 @pytest.mark.usefixtures("triton_only")
 def test_tuned_plans_give_right_results(device: torch.device) -> None:
     """Every candidate that is timed was held against float64, and so is what runs afterwards."""
-    from cnnfast.ops import launch
+    from cnnfast.gpu import conv
 
     (task, *_) = tuning.record(network(device), image(device))
     tune([task], StubbedTimer())
     o = task.operands()
-    y = launch.run(task.step, o, task.channels_last)
+    y = conv.run(task.step, o, task.channels_last)
     exact, yardstick, before = reference(task.step, o, tf32=False)
     assert_close(y, exact, yardstick, "", before)
 
@@ -354,7 +358,7 @@ def test_the_command(device: torch.device, monkeypatch: pytest.MonkeyPatch, caps
         def example_input(self, batch: int = 1) -> torch.Tensor:
             return image(device, batch)
 
-    monkeypatch.setattr(tuning, "create_model", lambda name: Model())
+    monkeypatch.setattr("cnnfast.tasks.tune.create_model", lambda name: Model())
     monkeypatch.setattr(env, "triton_off", lambda index: None)
     real = tuning.tune_steps
     monkeypatch.setattr(tuning, "tune_steps", lambda tasks, **k: real(tasks, StubbedTimer(), limit=2, **k))

@@ -13,8 +13,8 @@ from random import Random
 import pytest
 import torch
 
-from cnnfast import weights
-from cnnfast.weights import PRETRAINED, Pretrained, WeightsError, load_weights
+from cnnfast.generators import weights
+from cnnfast.generators.weights import PRETRAINED, Pretrained, WeightsError, load_weights
 
 
 @pytest.mark.parametrize("name", PRETRAINED)

@@ -11,16 +11,16 @@ from typing import Any
 from torch import nn
 
 from .. import trained
-from ..layers import Sequential
 from ..messages import one_line
-from ..ncnn import by_order
-from ..weights import PRETRAINED, WeightsError, load_weights
+from ..nn.layers import Sequential
 from .dcgan import DCGANConfig, DCGANGenerator
+from .ncnn import by_order
 from .rrdb import RRDB, RRDBConfig
 from .span import SPAN, SPANConfig
 from .srvgg import SRVGG, SRVGGConfig
 from .unet import RepairConfig, RepairUNet
 from .waifu2x import CUNet, CUNetConfig, UpConv7, UpConv7Config
+from .weights import PRETRAINED, WeightsError, load_weights
 
 __all__ = ["DCGANConfig", "DCGANGenerator", "RepairConfig", "RepairUNet", "create_model", "list_models"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..layers import Sequential
+from ..nn.layers import Sequential
 
 __all__ = ["RRDB", "RRDBConfig"]
 

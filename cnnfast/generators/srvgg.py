@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import Sequential
+from ..nn.layers import Sequential
 
 __all__ = ["SRVGG", "SRVGGConfig"]
 

@@ -1,7 +1,6 @@
 """Operators: torch.nn.functional's signatures plus an epilogue, over Triton, oneDNN or ATen."""
 
-from .conv import conv1d, conv2d
-from .conv_transpose import conv_transpose1d, conv_transpose2d
+from .conv import conv1d, conv2d, conv_transpose1d, conv_transpose2d
 from .norm_act import batch_norm, group_norm, instance_norm, norm_act
 from .upsample import upsample_conv2d
 

@@ -1,4 +1,4 @@
-"""Arguments of the public operators: checked, completed, brought to the form that `block.Step` and `block.Operands`
+"""Arguments of the public operators: checked, completed, brought to the form that `step.Step` and `step.Operands`
 have."""
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..spec import Activation
+from ..activations import Activation
+from ..dispatch import autocast_dtype
 
 __all__ = [
     "ActivationParam",
@@ -230,17 +231,14 @@ def check_residual(x: Tensor, residual: Tensor, shape: Sequence[int]) -> None:
 
 
 def _autocasts(x: Tensor) -> bool:
-    if not torch._C._is_any_autocast_enabled():
-        return False
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch._C._is_any_autocast_enabled() and autocast_dtype(x) is not None
 
 
 def autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The three in autocast's dtype where it is on for x's device, as it treats a convolution's arguments."""
-    if not _autocasts(x):
+    dtype = autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    if dtype is None:
         return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
 
     def cast(t: Tensor) -> Tensor:
         return t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ..spec import Activation
+from ..activations import Activation
 from .arguments import ActivationParam, Epilogue, Ints
 from .convolution import DOC, convolve
 
-__all__ = ["conv1d", "conv2d"]
+__all__ = ["conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d"]
 
 
 def conv1d(
@@ -59,3 +59,57 @@ _PLAIN = dict(
 )
 conv1d.__doc__ = DOC.format(ndim=1, batched="N, C_in, L", unbatched="C_in, L", kernel="k", **_PLAIN)
 conv2d.__doc__ = DOC.format(ndim=2, batched="N, C_in, H, W", unbatched="C_in, H, W", kernel="kh, kw", **_PLAIN)
+
+
+def conv_transpose1d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: Activation | str | None = None,
+    activation_param: ActivationParam = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    e = Epilogue(scale, shift, residual, activation, activation_param, backend)
+    return convolve(1, True, input, weight, bias, stride, padding, output_padding, groups, dilation, e)
+
+
+def conv_transpose2d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: Activation | str | None = None,
+    activation_param: ActivationParam = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    e = Epilogue(scale, shift, residual, activation, activation_param, backend)
+    return convolve(2, True, input, weight, bias, stride, padding, output_padding, groups, dilation, e)
+
+
+_TRANSPOSED = dict(
+    kind="transposed convolution",
+    function="conv_transpose",
+    channels="C_in, C_out/groups",
+    geometry="stride, padding, output_padding, groups, dilation: as in torch.",
+)
+conv_transpose1d.__doc__ = DOC.format(ndim=1, batched="N, C_in, L", unbatched="C_in, L", kernel="k", **_TRANSPOSED)
+conv_transpose2d.__doc__ = DOC.format(
+    ndim=2, batched="N, C_in, H, W", unbatched="C_in, H, W", kernel="kh, kw", **_TRANSPOSED
+)

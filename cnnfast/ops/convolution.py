@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -13,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, reference
-from ..block import Operands, Step
+from ..activations import Activation
+from ..dispatch import on_cpu, watched
 from ..gradients import enter, plain, squeezed
 from ..memory_format import is_channels_last
-from ..spec import MAX_STRIDE, Activation, ConvSpec
+from ..norms import Norm
+from ..spec import DTYPES, MAX_STRIDE, ConvSpec
+from ..step import Operands, Step, convolution_of
 from .arguments import (
     Epilogue,
     Ints,
@@ -32,7 +34,7 @@ from .arguments import (
     mixes,
     parse_activation,
 )
-from .core import run_step, watched
+from .run import run_step
 
 __all__ = ["DOC", "convolve", "finish", "fused", "takes"]
 
@@ -57,7 +59,7 @@ DOC = """{ndim}-D {kind}, then ``act(scale * (conv + bias) + shift + residual)``
         scale, shift: (C_out,), any floating dtype, or None.
         residual: the output's shape and the input's dtype, or None. Under autocast any floating dtype: the result then
             has the wider one of the two, as of ``conv(input) + residual``.
-        activation: an `Activation`, or its name in `cnnfast.spec.ACTIVATIONS`, or None.
+        activation: an `Activation`, or its name in `cnnfast.activations.ACTIVATIONS`, or None.
         activation_param: a number (slope of leaky_relu, alpha of elu), two (bounds of hardtanh), or prelu's weight, a
             tensor of 1 or C_out elements.
         backend: "auto", "triton", "aten", or None for the context's (`cnnfast.backend`).
@@ -102,9 +104,11 @@ def _resolve(
     weight_shape: tuple[int, ...],
     given: Geometry,
     activation: Activation,
+    affine: bool,
+    residual: bool,
 ) -> Step | None:
-    """The step of these arguments; None where they describe no convolution of a non-empty image: torch's own function
-    then decides, and raises its own error."""
+    """The step of these arguments (``affine``: with a scale or a shift). None where they describe no convolution of a
+    non-empty image: torch's own function then decides, and raises its own error."""
     if len(weight_shape) != ndim + 2 or len(input_shape) not in (ndim + 1, ndim + 2):
         return None
     pads = given.padding
@@ -133,7 +137,7 @@ def _resolve(
         return None
     if not torch.compiler.is_compiling() and math.prod((*size, spec.out_channels, *input_shape[: -ndim - 1])) >= 2**60:
         return None
-    return Step(spec.as_2d(), activation)
+    return Step(spec.as_2d(), activation, norm=Norm("affine") if affine else None, residual=residual)
 
 
 def _named_padding(name: str, kernel: Sequence[int], stride: Ints, dilation: Ints) -> tuple[int, ...] | None:
@@ -154,7 +158,7 @@ def _named_padding(name: str, kernel: Sequence[int], stride: Ints, dilation: Int
 def takes(x: Tensor, w: Tensor, b: Tensor | None, channels: int | None) -> str | None:
     """Why torch's own function is to judge these tensors of one device (or to run them: meta tensors), or None."""
     dtype = x.dtype
-    if x.device.type == "meta":
+    if x.is_meta:
         return "its tensors are on meta"
     if not dtype.is_floating_point or w.dtype != dtype:
         return f"dtype {dtype}" if w.dtype == dtype else f"the input is {dtype}, the weight {w.dtype}"
@@ -178,10 +182,6 @@ def finish(y: Tensor, ndim: int, e: Epilogue, activation: Activation, slope: Ten
     apply = epilogue if mixes(y, residual) else reference.epilogue
     y = apply(y.unsqueeze(0) if unbatched else y, e.scale, e.shift, residual, activation, slope)
     return y.squeeze(0) if unbatched else y
-
-
-def _bare(step: Step) -> Step:
-    return replace(step, activation=Activation())
 
 
 def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epilogue, slope: Tensor | None) -> Tensor:
@@ -209,16 +209,25 @@ def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epil
         residual = residual.unsqueeze(-2) if ndim == 1 else residual
         mixed = mixes(x, residual)
     if mixed:
-        y = run_step(_bare(step), Operands(x, w, b), channels_last=channels_last, backend=e.backend)
+        y = run(convolution_of(step) if compiling else step.bare, Operands(x, w, b), channels_last, e.backend)
         y = epilogue(y, e.scale, e.shift, residual, step.activation, slope)
     else:
-        o = Operands(x, w, b, None, None, 0.0, e.scale, e.shift, residual, slope)
-        y = run_step(step, o, channels_last=channels_last, backend=e.backend)
+        o = Operands(x, w, b, None, None, e.scale, e.shift, residual, slope)
+        y = run(step, o, channels_last, e.backend)
         if not (compiling or y.requires_grad) and (y.shape[1] == 1 or y.shape[2] == y.shape[3] == 1):
             y = y if watched(y) else plain(y, channels_last)
     if ndim == 1:
         y = y.squeeze(-2) if compiling or watched(y) else squeezed(y, 2)
     return y.squeeze(0) if unbatched else y
+
+
+def run(step: Step, o: Operands, channels_last: bool, backend: str | None) -> Tensor:
+    """`run_step`, or what stands for it in traced code."""
+    if not torch.compiler.is_compiling():
+        return run_step(step, o, channels_last=channels_last, backend=backend)
+    from .traced import traced_step  # here: it loads torch._dynamo
+
+    return traced_step(step, o, channels_last, backend)
 
 
 # --- plain and transposed convolutions --------------------------------------------------------------------------------
@@ -258,7 +267,8 @@ def convolve(
     reason: str | None = f"an empty input, or sizes such as padding={padding!r} that no kernel has"
     if given is not None:
         resolve = _resolve.__wrapped__ if compiling else _resolve  # symbolic sizes have no hash
-        step = resolve(ndim, transposed, x.shape, w.shape, given, act)
+        affine = e.scale is not None or e.shift is not None
+        step = resolve(ndim, transposed, x.shape, w.shape, given, act, affine, e.residual is not None)
         if step is not None:
             reason = takes(x, w, b, channels)
             if reason is None:
@@ -270,7 +280,7 @@ def convolve(
     else:
         y = function(x, w, b, *geometry)
     if dispatch.resolve_backend(e.backend) == "triton":
-        raise RuntimeError(f'backend="triton" cannot run this: {reason}')
+        raise dispatch.refusal(str(reason))
     return finish(y, ndim, e, act, slope)
 
 
@@ -278,7 +288,7 @@ def _crashes(x: Tensor, stride: Ints) -> bool:
     """Whether oneDNN's deconvolution may end the process (seen for strides of 100,000, torch 2.13); it takes no
     float64."""
     huge = max((stride,) if isinstance(stride, int) else stride, default=1) > MAX_STRIDE
-    return huge and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return huge and on_cpu(x) and x.dtype in DTYPES
 
 
 def _check_sizes(transposed: bool, shape: Sequence[int], weight_shape: Sequence[int], given: Geometry) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -9,10 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
+from ..activations import Activation
+from ..dispatch import watched
 from ..gradients import enter, restrided
 from ..memory_format import is_channels_last, new_strides
-from ..norms import Norm, NormCall
-from ..spec import Activation
+from ..norms import Norm, check_values
+from ..reference import finish
+from ..step import Operands, norm_step
 from .arguments import (
     ActivationParam,
     as_ints,
@@ -24,9 +28,7 @@ from .arguments import (
     mixes,
     parse_activation,
 )
-from .core import watched
-from .norm_aten import run as run_by_torch
-from .normalise import check_sizes, normalise
+from .convolution import run
 
 CL = torch.channels_last
 
@@ -82,34 +84,43 @@ def norm_act(
     check_tensor("residual", residual, "a tensor of the input's shape")
     if process_group is not None and norm.kind != "batch":
         raise ValueError(f"process_group takes a norm of kind 'batch', got {norm.kind!r}")
-    call = NormCall(norm, weight, bias, running_mean, running_var, use_input_stats, momentum, process_group)
+    tracks = norm.kind in ("batch", "instance")
+    running = (running_mean, running_var) if tracks else (None, None)
+    o = Operands(input, None, None, *running, weight, bias, residual, None, momentum, process_group)  # type: ignore[arg-type]
     channels = input.shape[1] if input.dim() > 1 else 1
     act, slope = parse_activation(activation, activation_param, channels)
     check_slope(input, slope)
     if residual is not None:
         check_residual(input, residual, input.shape)
-    unfit = _unfit(input, call)
-    if unfit is not None or input.dim() not in (2, 3, 4):
+    unfit = _unfit(norm, o, use_input_stats)
+    if unfit is not None and dispatch.resolve_backend(backend) == "triton":
+        raise dispatch.refusal(unfit)
+    if unfit is not None:
+        return epilogue(_by_torch_itself(norm, o, use_input_stats), None, None, residual, act, slope)
+    kind = Norm("running", eps=norm.eps) if tracks and not use_input_stats else norm
+    check_values(input.shape, kind, several=process_group is not None)  # which names the shape as the caller has it
+    mixed = mixes(input, residual)
+    bare = (kind, False, Activation()) if mixed else (kind, residual is not None, act)
+    step = norm_step(*bare) if torch.compiler.is_compiling() else _known_step(*bare)
+    if input.dim() > 4:
         if dispatch.resolve_backend(backend) == "triton":
-            what = unfit or f"the input has shape {tuple(input.shape)}"
-            raise RuntimeError(f'backend="triton" cannot run this: {what}')
-        if unfit is None and not mixes(input, residual):
-            return run_by_torch(input, call, residual, act, slope)
-        y = run_by_torch(input, call, None, Activation(), None) if unfit is None else _by_torch_itself(input, call)
-        return epilogue(y, None, None, residual, act, slope)
-    check_sizes(input, call)  # which names the shape as the caller has it
+            raise dispatch.refusal(f"the input has shape {tuple(input.shape)}")
+        y = finish(step, o._replace(residual=None if mixed else residual, slope=None if mixed else slope))
+        return epilogue(y, None, None, residual, act, slope) if mixed else y
     missing = 4 - input.dim()
     x, res = (_as_4d(t) for t in (input, residual))
     assert x is not None
-    last = not missing and _is_last(x, call)  # torch gives three dimensions contiguous
+    last = not missing and _is_last(x, norm)  # torch gives three dimensions contiguous
     if not (torch.compiler.is_compiling() or watched(x)):
         x, res = _arranged(x, last, norm), res if res is None else _entered(res, last)
-    if mixes(input, residual):
-        y = normalise(x, call, None, Activation(), None, channels_last=last, backend=backend)
+    o = o._replace(x=x, residual=None if mixed else res, slope=None if mixed else slope)
+    y = run(step, o, last, backend)
+    if mixed:
         y = epilogue(y, None, None, res, act, slope)
-    else:
-        y = normalise(x, call, res, act, slope, channels_last=last, backend=backend)
     return y[:, :, 0, 0] if missing == 2 else y.squeeze(2) if missing else y
+
+
+_known_step = lru_cache(maxsize=4096)(norm_step)
 
 
 def _as_4d(t: Tensor | None) -> Tensor | None:
@@ -133,47 +144,49 @@ def _arranged(x: Tensor, last: bool, norm: Norm) -> Tensor:
     return restrided(x, new_strides(x.shape, True)) if odd else x
 
 
-def _is_last(x: Tensor, call: NormCall) -> bool:
+def _is_last(x: Tensor, norm: Norm) -> bool:
     """Whether torch's result is channels-last: its batch norm looks at the memory alone."""
-    looks = call.norm.kind == "batch" and not x.is_contiguous() and x.is_contiguous(memory_format=CL)
+    looks = norm.kind == "batch" and not x.is_contiguous() and x.is_contiguous(memory_format=CL)
     return looks or is_channels_last(x)
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def _unfit(x: Tensor, call: NormCall) -> str | None:
+def _unfit(norm: Norm, o: Operands, use_input_stats: bool) -> str | None:
     """Why torch's own function is to judge the call, or to run it; None where x (N, C, ...) and the vectors, of C
     elements each on x's device, are there and real, and the numbers are numbers."""
-    if call.norm.kind == "affine":
+    x = o.x
+    if norm.kind == "affine":
         if not x.is_floating_point():
             raise ValueError(f"input must be floating point, got {x.dtype}")
-        check_vectors(x, x.shape[1] if x.dim() > 1 else 1, weight=call.weight, bias=call.bias)
-        return None
-    plain = x.dtype in _DTYPES and x.layout is torch.strided and x.device.type != "meta" and x.dim() > 1
+        check_vectors(x, x.shape[1] if x.dim() > 1 else 1, weight=o.scale, bias=o.shift)
+        return f"the input has shape {tuple(x.shape)}" if x.dim() < 2 else None
+    plain = x.dtype in _DTYPES and x.layout is torch.strided and not x.is_meta and x.dim() > 1
     if not plain:
         return f"the input has shape {tuple(x.shape)} and dtype {x.dtype} on {x.device}"
-    c, eps = x.shape[1], call.norm.eps
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        v = getattr(call, name)
+    c, eps = x.shape[1], norm.eps
+    vectors = {"weight": o.scale, "bias": o.shift, "running_mean": o.mean, "running_var": o.var}
+    for name, v in vectors.items():
         if v is None:
-            if name.startswith("running") and not call.use_input_stats and call.norm.kind != "group":
+            if name.startswith("running") and not use_input_stats and norm.kind != "group":
                 return f"{name} is missing"
         elif not isinstance(v, Tensor) or v.shape != (c,) or v.device != x.device or v.dtype not in _DTYPES:
             return f"{name} is no real vector of {c} elements on {x.device}"
-    if not all(type(v) in (int, float) for v in (eps, call.momentum)) or type(call.use_input_stats) is not bool:
-        return f"eps={eps!r}, momentum={call.momentum!r} and use_input_stats={call.use_input_stats!r}"
+    if not all(type(v) in (int, float) for v in (eps, o.momentum)) or type(use_input_stats) is not bool:
+        return f"eps={eps!r}, momentum={o.momentum!r} and use_input_stats={use_input_stats!r}"
     if not 0.0 < eps < float("inf"):
         return f"eps={eps}"
-    return f"{call.norm.groups} groups of {c} channels" if c % call.norm.groups else None
+    return f"{norm.groups} groups of {c} channels" if c % norm.groups else None
 
 
-def _by_torch_itself(x: Tensor, call: NormCall) -> Tensor:
-    norm, weight, bias, mean, var, measured, momentum, _ = call
+def _by_torch_itself(norm: Norm, o: Operands, use_input_stats: bool) -> Tensor:
     if norm.kind == "group":
-        return F.group_norm(x, norm.groups, weight, bias, norm.eps)
+        return F.group_norm(o.x, norm.groups, o.scale, o.shift, norm.eps)
+    if norm.kind == "affine":
+        return finish(norm_step(norm), o._replace(residual=None))
     function = F.batch_norm if norm.kind == "batch" else F.instance_norm
-    return function(x, mean, var, weight, bias, measured, momentum, norm.eps)
+    return function(o.x, o.mean, o.var, o.scale, o.shift, use_input_stats, o.momentum, norm.eps)
 
 
 def batch_norm(

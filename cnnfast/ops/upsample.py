@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from numbers import Integral
 from typing import Any
@@ -13,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch, reference
-from ..block import PADDING_MODES, Step, Upsample, upsample_step
-from ..spec import Activation
+from ..activations import Activation
+from ..norms import Norm
+from ..step import PADDING_MODES, Step, Upsample, upsample_step
 from .arguments import (
     INT64,
     ActivationParam,
@@ -55,9 +57,12 @@ def _factors(value: Any) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def _step(weight_shape: tuple[int, ...], upsample: Upsample, groups: int, activation: Activation) -> Step:
+def _step(
+    weight_shape: tuple[int, ...], upsample: Upsample, groups: int, activation: Activation, affine: bool, residual: bool
+) -> Step:
     c_out, c_in, kh, kw = weight_shape
-    return upsample_step(c_in * groups, c_out, (kh, kw), upsample, groups, activation)
+    step = upsample_step(c_in * groups, c_out, (kh, kw), upsample, groups, activation)
+    return replace(step, norm=Norm("affine") if affine else None, residual=residual)
 
 
 def upsample_conv2d(
@@ -133,7 +138,8 @@ def upsample_conv2d(
     step = None
     try:
         make = _step.__wrapped__ if torch.compiler.is_compiling() else _step
-        step = make(tuple(w.shape), Upsample(factor, pad, padding_mode), whole_groups, act)
+        up, affine = Upsample(factor, pad, padding_mode), scale is not None or shift is not None
+        step = make(tuple(w.shape), up, whole_groups, act, affine, residual is not None)
         reason = takes(x, w, b, w.shape[0]) or _unfit(x, step)
     except ValueError as error:
         reason = str(error)
@@ -145,7 +151,7 @@ def upsample_conv2d(
     four = x if x.dim() == 4 else x.unsqueeze(0)
     y = reference.upsample_conv(four, w, b, factor, pad, padding_mode, whole_groups)
     if dispatch.resolve_backend(backend) == "triton":
-        raise RuntimeError(f'backend="triton" cannot run this: {reason}')
+        raise dispatch.refusal(str(reason))
     return finish(y if x.dim() == 4 else y.squeeze(0), 2, e, act, slope)
 
 

@@ -13,8 +13,8 @@ import torch
 
 from ..files import write_atomically
 from ..generators import DCGANGenerator, create_model
+from ..generators.weights import load_tensors
 from ..messages import CnnfastError, one_line
-from ..weights import load_tensors
 
 __all__ = [
     "CheckpointError",

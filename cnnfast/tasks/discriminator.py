@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..generators import DCGANConfig
-from ..layers import Sequential
+from ..nn.layers import Sequential
 
 __all__ = ["NORMS", "DCGANDiscriminator"]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..generators import DCGANConfig, create_model
-from ..layers import Sequential
 from ..memory_format import channels_last
+from ..nn.layers import Sequential
 from .checkpoint import CheckpointError, difference, optimiser_fits
 from .data import generator_of, sample_order
 from .discriminator import DCGANDiscriminator

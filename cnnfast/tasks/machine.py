@@ -12,9 +12,9 @@ from types import MappingProxyType
 
 import torch
 
-from .. import env, onednn
+from ..cpu.isa import InstructionSet, instruction_set
 from ..messages import CnnfastError, UsageError, one_line
-from ..onednn import InstructionSet
+from . import env
 
 __all__ = [
     "REQUIRES",
@@ -71,7 +71,7 @@ def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     if name is None:
         return torch.float16 if device.type == "cuda" else torch.float32
     if device.type == "cpu" and name != "float32":
-        found = onednn.instruction_set()
+        found = instruction_set()
         needed = {"bfloat16": InstructionSet.AVX512_BF16, "float16": InstructionSet.AMX_FP16}[name]
         if found < needed:
             raise UsageError(f"--dtype {name}: this CPU has no instructions for it ({found.name}): use float32")

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .. import cpu
+from ..cpu.inference import products_dtype
+from ..cpu.isa import instruction_set
 from ..generators import RepairConfig, RepairUNet, create_model
 from ..memory_format import channels_last
-from ..onednn import instruction_set
 from .checkpoint import CheckpointError, difference, optimiser_fits
 from .damage import draw_mask
 from .data import TRAINING, photograph
@@ -268,5 +268,5 @@ def _sign(rng: np.random.Generator) -> int:
 def _has_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies in bfloat16 by itself."""
     if device.type == "cpu":
-        return cpu.products_dtype(torch.bfloat16, instruction_set()) == torch.bfloat16
+        return products_dtype(torch.bfloat16, instruction_set()) == torch.bfloat16
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

@@ -15,8 +15,8 @@ from torch import nn
 from .. import trained
 from ..fetch import WeightsError
 from ..generators import RepairUNet, create_model
-from ..layers import Sequential
 from ..messages import one_line
+from ..nn.layers import Sequential
 from .checkpoint import difference
 
 __all__ = ["NAME", "load_network", "save_network"]

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ..dispatch import backend as backend_context
 from ..generators import RepairUNet
-from ..layers import Sequential
 from ..messages import CnnfastWarning, UsageError
+from ..nn.layers import Sequential
 from . import batch, pictures, tiles
 from .damage import KINDS, draw_mask
 from .data import HELD_OUT, photograph

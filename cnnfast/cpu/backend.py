@@ -1,0 +1,92 @@
+"""Fused steps on a CPU: the three functions of a backend (`cnnfast.dispatch.Backend`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Arrangement, Planned, channels_last_inside
+from ..memory_format import has_both
+from ..step import Operands, Step
+from . import inference
+from .training import run as by_layers
+
+__all__ = ["arrange", "run", "why_not"]
+
+
+def why_not(step: Step, o: Operands, *, channels_last: bool, training: bool, required: bool) -> str | None:
+    """See `dispatch.Backend`."""
+    if step.spec is None:
+        return "PyTorch's own norms are as fast"
+    return None if training else inference.why_not(step, o, channels_last)
+
+
+def run(step: Step, o: Operands, *, channels_last: bool, training: bool, required: bool) -> Tensor | None:
+    """See `dispatch.Backend`."""
+    y = None if training else inference.run(step, o, channels_last)
+    return by_layers(step, o, channels_last, new=not training) if y is None else y
+
+
+# --- which steps of a chain gain --------------------------------------------------------------------------------------
+
+
+def arrange(
+    steps: Sequence[Planned], shapes: Sequence[torch.Size], eager: Sequence[bool], *, gradient: bool
+) -> Arrangement | str:
+    """Channels-last where it saves more conversions than it costs, and modules where those are as fast."""
+    inside, as_eager = channels_last_inside(eager).channels_last, tuple(eager[1:])
+    if not any(eager) and not _saves_conversions(steps, [shape.numel() for shape in shapes], gradient):
+        inside = as_eager
+    # Whoever runs the chain converts the input where the first result is channels-last.
+    reads = [inside[0] or eager[0], *inside]
+    why: list[str | None] = [None] * len(steps)
+    for i, s in enumerate(steps):
+        before, after = reads[i : i + 2]
+        if s.step.measured and (before or after) and not eager[i + 1] and s.step.norm.kind != "instance":  # type: ignore[union-attr]
+            continue  # ATen's statistics are less exact in channels-last, `norm`'s are not
+        why[i] = _no_gain_in_training(s, before) if gradient else _no_gain(s, shapes[i], before or after)
+    if why[0] is not None and None not in why and (inside == as_eager or gradient and steps[0].ndim == 1):
+        return why[0]
+    if steps[0].ndim == 1:  # modules would convert on the way in and out
+        why = [None] * len(why)
+    # Whatever runs the first step: its result is likely to be larger.
+    return Arrangement(inside, tuple(why), inside[0] or gradient and why[0] is None)
+
+
+def _no_gain_in_training(s: Planned, channels_last: bool) -> str | None:
+    """Why a step that needs a gradient gains nothing: a plain convolution is ATen's in any case. (An InstanceNorm
+    module would convert to NCHW, a SyncBatchNorm's wants a GPU. And of an input that is ``channels_last``, a module's
+    weight that is contiguous as well would get a gradient in other strides.)"""
+    spec = s.step.spec
+    better = s.synchronised or s.instance_norm and s.ndim == 2
+    both = channels_last and has_both(spec.in_channels // spec.groups, spec.kernel_size)
+    if spec.transposed or s.step.upsample is not None or better or both and not s.weight_channels_last:
+        return None
+    return "in training, PyTorch's modules of a plain convolution are as fast on a CPU"
+
+
+def _no_gain(s: Planned, shape: torch.Size, channels_last: bool) -> str | None:
+    """Why a plain convolution's step gains nothing; ``channels_last``: its input or its result."""
+    if s.synchronised:  # its module wants a GPU
+        return None
+    step, norm, slopes = s.step, s.step.norm is not None, s.slopes
+    if s.step.measured:  # what follows the convolution takes its passes anyway
+        step, norm, slopes = s.step.bare, False, 0
+    return inference.why_slower_plain(step, shape, s.dtype, norm=norm, slopes=slopes, nchw=not channels_last)
+
+
+def _saves_conversions(steps: Sequence[Planned], elements: list[int], gradient: bool) -> bool:
+    """Whether channels-last inside is worth the conversions at both ends: oneDNN, called from ATen, brings the input
+    and the result of every convolution into a layout of its own, unless the kernel is 1x1. (Transposed convolutions and
+    upsamplings were measured to gain.)"""
+    saved = 0
+    for s, before, after in zip(steps, elements[:-1], elements[1:], strict=True):
+        if s.step.spec.transposed or s.step.upsample is not None:
+            return True
+        if not gradient and s.step.measured and s.step.norm.kind == "instance":  # type: ignore[union-attr]
+            continue  # its module returns NCHW
+        saved += before + after if max(s.step.spec.kernel_size) > 1 else 0
+    ends = elements[0] + elements[-1]
+    return saved > ends or saved == ends and not gradient

@@ -1,0 +1,346 @@
+"""Fused steps on a CPU through oneDNN's packed weights and post-ops (inference only).
+
+PyTorch's own convolution repacks the weight on every call and makes a pass over memory for BatchNorm and one for the
+activation. Here the weight is packed once, BatchNorm's scale folded into it and its shift into the bias, and the
+activation runs on the accumulator. The rules that choose the method (`_method`) and the dtype of the products
+(`products_dtype`) were measured; docs/facts.md says where.
+
+oneDNN's relu and hardtanh turn NaN into a number, torch's do not. Where the weight, the shift or the input (its sum
+tells, at the price of reading it once: under 1 % of the step) is not finite, those two come afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from ..activations import Activation
+from ..memory_format import convert
+from ..spec import DTYPES, ConvSpec
+from ..step import Operands, Step
+from .isa import InstructionSet, cache_bytes, instruction_set, lowered_products
+from .methods import (
+    Convolution,
+    Deconvolution,
+    Gathered,
+    Merged,
+    Method,
+    PostOp,
+    Projection,
+    layout,
+    post_op,
+    why_missing,
+)
+from .packing import PACKS, why_not_cacheable
+from .weight import summed_weight
+
+__all__ = [
+    "InstructionSet",
+    "gathers",
+    "instruction_set",
+    "method_name",
+    "products_dtype",
+    "run",
+    "why_not",
+    "why_slower_plain",
+]
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def products_dtype(dtype: torch.dtype, isa: InstructionSet) -> torch.dtype:
+    """The dtype of the products: float32 where oneDNN has no fast instruction for a lower precision.
+
+    Packed float32 is then several times faster than eager in the low precision, conversions included, and more exact.
+    """
+    native = {torch.bfloat16: InstructionSet.AVX512_BF16, torch.float16: InstructionSet.AMX_FP16}
+    return dtype if isa >= native.get(dtype, isa) else torch.float32
+
+
+def gathers(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> bool:
+    """Whether a transposed convolution is better off as matrix products on gathered patches.
+
+    oneDNN's deconvolution streams the whole weight for every few rows of the image; where the maps are small and the
+    weight is larger than the cache, products read it once.
+    """
+    positions, rows = math.prod(shape[2:]), shape[0] * math.prod(shape[2:])
+    fast_products = isa >= InstructionSet.AMX and dtype != torch.float32
+    most_positions, least_rows = (36, 64) if fast_products else (16, 128)
+    large = math.prod(spec.weight_shape) * dtype.itemsize > cache_bytes()
+    return (
+        large
+        and positions <= most_positions
+        and rows >= least_rows
+        and isa >= InstructionSet.AVX512
+        and Gathered.applies(spec)
+    )
+
+
+def _method(
+    spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet, matmul: bool = True
+) -> type[Method]:
+    """The method for products in ``dtype`` on an input (N, C_in, H, W) whose border is already repeated; ``matmul``:
+    they may be matrix products."""
+    if not spec.transposed:
+        return Convolution
+    if matmul and Projection.applies(spec, shape):
+        return Projection
+    if Merged.applies(spec) and Merged.padded_macs(spec) < Deconvolution.padded_macs(spec):
+        return Merged
+    if matmul and gathers(spec, shape, dtype, isa):
+        return Gathered
+    return Deconvolution
+
+
+def _too_few(s: ConvSpec, shape: tuple[int, ...], least: float) -> str | None:
+    """Whether the step is too little work for packed operators; ``least`` where ATen leaves oneDNN for a matrix product
+    and col2im (or im2col) with little overhead. The condition is ATen's own (``use_mkldnn``)."""
+    macs = s.macs(shape[0], shape[2:])
+    small = shape[0] == 1 and math.prod(shape) <= 20480 and min(s.kernel_size) <= 3
+    few = macs < (least if small else 2e6)
+    return f"{macs} multiply-adds are too few to gain from packed operators" if few else None
+
+
+def _why_slower(step: Step, shape: tuple[int, ...], method: Method, isa: InstructionSet) -> str | None:
+    """Why PyTorch's own transposed convolution is expected to be as fast. Not for an upsampling, where PyTorch's own
+    way does several times the arithmetic; a plain convolution's rule is `why_slower_plain`."""
+    s = step.spec
+    if not s.transposed or step.upsample is not None or isinstance(method, Projection):
+        return None
+    if s.groups > 1:
+        return "grouped transposed convolutions have no fast packed implementation"
+    out = s.output_size(shape[2:])
+    fits = all(n % st == 0 and (st == 1 or d == 1) for n, st, d in zip(out, s.stride, s.dilation, strict=True))
+    covered = all(ph.taps for dim in s.phases for ph in dim)
+    if isinstance(method, Deconvolution) and not covered:
+        return "a stride that leaves outputs without taps has no fast packed implementation"
+    if isinstance(method, Deconvolution) and not fits and (method.dtype == torch.float32 or isa < InstructionSet.AMX):
+        # oneDNN then applies bias and post-ops element by element: ten times slower was seen.
+        return f"output size {out} is no multiple of stride {s.stride}, or there is a dilation"
+    return _too_few(s, shape, 8e6)
+
+
+def _padded(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (*shape[:2], shape[2] + 2 * step.pad[0], shape[3] + 2 * step.pad[1])
+
+
+def _elements(step: Step, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Numbers in the input and in the result."""
+    return math.prod(shape), shape[0] * step.spec.out_channels * math.prod(step.output_size(shape[2:]))
+
+
+def _check_pays(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether reading x for NaNs costs less than an activation afterwards that is in place."""
+    before, after = _elements(step, shape)
+    return before * dtype.itemsize < after * 4
+
+
+@lru_cache(maxsize=4096)
+def why_slower_plain(
+    step: Step, shape: tuple[int, ...], dtype: torch.dtype, *, norm: bool, slopes: int, nchw: bool
+) -> str | None:
+    """Why PyTorch's own plain convolution of an x of ``shape`` is expected to be as fast, passes over memory included.
+
+    ``norm``: a scale to fold in; ``slopes``: elements of PReLU's weight; ``nchw``: neither x nor the result is
+    channels-last, so that both would be converted (oneDNN itself, called from ATen, converts faster than ATen's
+    copies). None for other steps.
+    """
+    s = step.spec
+    if s.transposed or step.upsample is not None:
+        return None
+    isa, padded = instruction_set(), _padded(step, shape)
+    before, after = _elements(step, shape)
+    elements = before + after
+    # In 16 bits ATen takes oneDNN for small inputs, too; few input channels it gathers slowly.
+    if few := _too_few(s, padded, 25e6 if dtype == torch.float32 and after < 4 * before else 2e6):
+        return few
+    if math.prod(s.weight_shape) >= elements:
+        return None  # ATen brings the weight into oneDNN's layout on every call
+    intense = s.macs(padded[0], padded[2:]) >= 64 * elements
+    if products_dtype(dtype, isa) != dtype:
+        if dtype == torch.float16 and isa >= InstructionSet.AMX and not intense:
+            return "too little arithmetic for its conversions to float32"
+        return None
+    if nchw:
+        fast_products = isa >= InstructionSet.AMX and dtype != torch.float32
+        worth = (intense or after >= 4 * before) and s.out_channels >= 16 and elements >= 2**21
+        if fast_products and worth:
+            return None
+        if isa < InstructionSet.AVX512 and intense and s.out_channels < 8:
+            return None  # ATen takes two to four times as long as in channels-last
+        return "the conversions to channels-last and back cost what packed operators save"
+    loses_nan = step.activation.row.loses_nan
+    saved = after if norm else 0
+    if slopes == 1 or post_op(step.activation).attr != "none" and not loses_nan:
+        saved += after
+    elif loses_nan and _check_pays(step, shape, dtype):
+        saved += after - before * dtype.itemsize // 4
+    if saved < 2**18:  # 50 us of a pass against what a call costs in Python with cold caches
+        return "a pass over memory saved is too little or none, and the weight is small"
+    return None
+
+
+class Way(NamedTuple):
+    method: Method
+    post: PostOp
+    slower: str | None
+    check_pays: bool
+
+
+@lru_cache(maxsize=4096)
+def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) -> Way | str:
+    """How to run ``step`` on an x of this shape and dtype, or why not; ``lowered``: what `lowered_products` says."""
+    if dtype not in DTYPES:
+        return f"{dtype} has no packed operators"
+    if len(shape) != 4 or not all(shape) or shape[1] != step.spec.in_channels:
+        return f"an input of shape {tuple(shape)} is empty or does not fit"
+    try:
+        step.output_size(shape[2:])
+    except ValueError as error:
+        return str(error)
+    isa, padded = instruction_set(), _padded(step, shape)
+    compute = products_dtype(dtype, isa)
+    kind = _method(step.spec, padded, compute, isa, not lowered or compute != torch.float32)
+    if kind is Deconvolution and any(p >= s for p, s in zip(step.spec.output_padding, step.spec.stride, strict=True)):
+        return "oneDNN has no deconvolution whose output padding reaches the stride"
+    method = kind(step.spec, padded, compute)  # type: ignore[call-arg]
+    slower = _why_slower(step, padded, method, isa)
+    return Way(method, post_op(step.activation), slower, _check_pays(step, shape, dtype))
+
+
+@lru_cache(maxsize=4096)
+def _key(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) -> tuple[Any, ...]:
+    """What a packed weight depends on beside the tensors. (Knowing costs a packing: not asked ahead of the first.)"""
+    plan = _way(step, shape, dtype, lowered)
+    assert isinstance(plan, Way)
+    # Device and dtype are named: a default may be set (`torch.set_default_device`).
+    sample = plan.method.pack(torch.zeros(step.spec.weight_shape, dtype=torch.float32, device="cpu"), None)
+    return step, plan.method.dtype, type(plan.method), layout(sample)
+
+
+def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str | None:
+    """Why `run` should not take this step (it can't, or plain ATen is faster); None where it should.
+
+    ``channels_last``: the memory format of the result. A float32 weight may meet an input in 16 bits (autocast): it is
+    rounded once, when it is packed.
+    """
+    x, weight = operands.x, operands.weight
+    if x.layout != torch.strided:
+        return "the input is not a dense tensor"
+    if weight.dtype not in (x.dtype, torch.float32):
+        return f"the input is {x.dtype} and the weight {weight.dtype}"
+    reason = why_missing() or why_not_cacheable(weight)
+    if reason is not None:
+        return reason
+    if not torch._C._get_mkldnn_enabled():
+        return "oneDNN is switched off (torch.backends.mkldnn)"
+    plan = _way(step, x.shape, x.dtype, lowered_products())
+    if isinstance(plan, str):
+        return plan
+    if plan.slower is not None or step.spec.transposed or step.upsample is not None:
+        return plan.slower
+    o = operands
+    norm = not step.residual and step.norm is not None
+    slopes = 0 if o.slope is None else o.slope.numel()
+    nchw = not channels_last and not x.is_contiguous(memory_format=torch.channels_last)
+    return why_slower_plain(step, x.shape, x.dtype, norm=norm, slopes=slopes, nchw=nchw)
+
+
+def method_name(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    """Which method `run` takes for an x of this shape and dtype, for reports and tests."""
+    plan = _way(step, shape, dtype, lowered_products())
+    return plan if isinstance(plan, str) else f"{type(plan.method).__name__} in {plan.method.dtype}"
+
+
+# --- packing and running ----------------------------------------------------------------------------------------------
+
+
+def _pack(method: Method, step: Step, o: Operands) -> tuple[Any, bool]:
+    """The packed weight of one step, and whether all of it is finite."""
+    weight, u = o.weight.detach().float(), step.upsample
+    if u is not None:
+        weight = summed_weight(weight, u.scale, step.spec.groups, lowered=lowered_products())
+    scale, shift = o.folded(step.norm)
+    if scale is not None:
+        s = step.spec
+        if s.transposed:  # (C_in, C_out/g, kh, kw): the input channels of a group share that group's outputs
+            rows = scale.view(s.groups, 1, -1).expand(-1, s.in_channels // s.groups, -1)
+            weight = weight * rows.reshape(s.in_channels, -1)[:, :, None, None]
+        else:
+            weight = weight * scale[:, None, None, None]
+    finite = math.isfinite(weight.sum().item()) and (shift is None or math.isfinite(shift.sum().item()))
+    return method.pack(weight, shift), finite
+
+
+def _post(step: Step, post: PostOp, o: Operands) -> PostOp:
+    """What of the activation runs on the accumulator for these operands: nothing where a residual comes first."""
+    if o.residual is not None:
+        return PostOp()
+    if step.activation.name == "prelu" and o.slope is not None and o.slope.numel() == 1:
+        slope = o.slope.item()
+        if slope and math.isfinite(slope):
+            return PostOp("leaky_relu", (slope,), "", True)
+    return post
+
+
+def _prelu(y: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+    """`F.prelu` of a channels-last y. Its loop runs over the channels: in 16 bits, where a vector has 32 of them, a
+    number that is no multiple of 32 is left to scalar code (18 times slower was seen for 16 channels), so that several
+    pixels are taken as the channels of one."""
+    n, c, h, w = y.shape
+    pixels = 32 // math.gcd(c, 32)
+    suits = y.element_size() == 2 and slope.numel() == c and pixels > 1 and n * h * w % pixels == 0
+    if not suits or not y.is_contiguous(memory_format=torch.channels_last):
+        return F.prelu(y, slope)
+    rows = F.prelu(y.permute(0, 2, 3, 1).reshape(-1, pixels * c), slope.repeat(pixels))
+    return rows.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def _finish(y: torch.Tensor, activation: Activation, o: Operands) -> torch.Tensor:
+    """Residual and activation after the convolution, on a tensor that is ours: in float32 where there is a residual."""
+    if o.residual is not None:
+        y = y.float().add_(o.residual)
+    if activation.row.in_place is not None:
+        return activation.row.in_place(y, *activation.params)
+    return activation(y) if o.slope is None else _prelu(y, o.slope.to(y.dtype))
+
+
+def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor | None:
+    """The step, for operands that `why_not` accepts. No gradient flows.
+
+    Returns (N, C_out, H_out, W_out) in x's dtype and the memory format asked for; None where weight and vectors are met
+    for the first time, or hold something else than at the call before: packing them pays if they are met again.
+    ValueError where there is no way to run it here (what `why_not` says beyond that is about speed, and is not asked
+    again).
+    """
+    o = operands
+    x = o.x
+    lowered = lowered_products()
+    plan = _way(step, x.shape, x.dtype, lowered)
+    if isinstance(plan, str):
+        raise ValueError(f"the packed CPU path cannot take this step: {plan}")
+    method, post, _, check_pays = plan
+    vectors = (o.bias, o.mean, o.var, o.scale, o.shift)
+    shape, dtype = x.shape, x.dtype
+    found = PACKS.get(o.weight, lambda: _key(step, shape, dtype, lowered), vectors, lambda: _pack(method, step, o))
+    if found is None:
+        return None
+    packed, finite = found
+    x = convert(step.pad_input(x), method.dtype, True)
+    post = _post(step, post, o)
+    fused = post.fused
+    if fused and (step.activation.row.loses_nan or post.scalars == (0.0,)):  # leaky_relu's slope, which then does, too
+        fused = (
+            check_pays
+            and finite
+            and math.isfinite(x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None).item())
+        )
+    y = method.run(x, packed, post if fused else PostOp(), channels_last)
+    if not fused:
+        y = _finish(y, step.activation, o)
+    return convert(y, o.x.dtype, channels_last)

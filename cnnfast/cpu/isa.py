@@ -1,0 +1,87 @@
+"""Which instructions of the processor oneDNN may use."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from enum import IntEnum
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+__all__ = ["InstructionSet", "instruction_set", "lowered_products"]
+
+
+# --- what the processor has -------------------------------------------------------------------------------------------
+
+
+class InstructionSet(IntEnum):
+    """What oneDNN's kernels may use, in rising order (x86), as far as a rule depends on it."""
+
+    NONE = 0
+    AVX2 = 1
+    AVX512 = 2
+    AVX512_BF16 = 3
+    AMX = 4
+    AMX_FP16 = 5
+
+
+# oneDNN's names for a limit (its documentation, "CPU dispatcher control"); a name that is not here sets none.
+_LIMITS = {
+    "SSE41": InstructionSet.NONE,
+    "AVX": InstructionSet.NONE,
+    "AVX2": InstructionSet.AVX2,
+    "AVX2_VNNI": InstructionSet.AVX2,
+    "AVX2_VNNI_2": InstructionSet.AVX2,
+    "AVX512_CORE": InstructionSet.AVX512,
+    "AVX512_CORE_VNNI": InstructionSet.AVX512,
+    "AVX512_CORE_BF16": InstructionSet.AVX512_BF16,
+    "AVX512_CORE_FP16": InstructionSet.AVX512_BF16,
+    "AVX10_1_512": InstructionSet.AVX512_BF16,
+    "AVX512_CORE_AMX": InstructionSet.AMX,
+    "AVX10_1_512_AMX": InstructionSet.AMX,
+    "AVX512_CORE_AMX_FP16": InstructionSet.AMX_FP16,
+    "AVX10_1_512_AMX_FP16": InstructionSet.AMX_FP16,
+}
+
+
+@lru_cache(maxsize=1)
+def instruction_set() -> InstructionSet:
+    """The best instruction set that oneDNN uses in this process: the processor's, limited by ``ONEDNN_MAX_CPU_ISA``.
+
+    Read once, as oneDNN does.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return InstructionSet.NONE
+    found = InstructionSet.NONE
+    for level, query in (
+        (InstructionSet.AVX2, "_is_avx2_supported"),
+        (InstructionSet.AVX512, "_is_avx512_supported"),
+        (InstructionSet.AVX512_BF16, "_is_avx512_bf16_supported"),
+        (InstructionSet.AMX, "_is_amx_tile_supported"),
+        (InstructionSet.AMX_FP16, "_is_amx_fp16_supported"),
+    ):
+        supported = getattr(torch.cpu, query, None)  # private names, as everything in this file
+        if supported is not None and supported():
+            found = level
+    asked = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
+    return min(found, _LIMITS.get(asked, InstructionSet.AMX_FP16))
+
+
+@lru_cache(maxsize=1)
+def cache_bytes() -> int:
+    """The second-level cache of one core; 2 MiB where torch does not say."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return int(capabilities.get("l2_cache_size") or 2**21)
+
+
+def lowered_products() -> bool:
+    """Whether PyTorch's switches (`torch.set_float32_matmul_precision`) let float32 matrix products be less exact than
+    convolutions: then none stands in for a convolution."""
+    precision = torch._C._get_fp32_precision_getter
+    matmul = precision("mkldnn", "matmul")
+    if matmul == "bf16" or matmul == "tf32" and instruction_set() >= InstructionSet.AMX_FP16:
+        return bool(matmul != precision("mkldnn", "conv"))
+    return False

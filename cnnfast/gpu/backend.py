@@ -1,0 +1,76 @@
+"""Fused steps on the Triton kernels, with gradients: the three functions of a backend (`cnnfast.dispatch.Backend`).
+
+Without Triton this file can still be imported, and says why it cannot run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Arrangement, Planned, channels_last_inside
+from ..gradients import enter
+from ..memory_format import is_channels_last, to_format
+from ..norms import Partials, check_values
+from ..reference import finish
+from ..step import Operands, Step
+from .why_not import launch_why_not, triton_why_not
+from .why_not import why_not as step_why_not
+
+if triton_why_not() is None:
+    from . import conv, norm_act_autograd
+    from .conv_autograd import convolution, recorded, with_statistics
+    from .weight import summed_weight
+
+__all__ = ["arrange", "run", "why_not"]
+
+
+def why_not(step: Step, o: Operands, *, channels_last: bool, training: bool, required: bool) -> str | None:
+    """See `dispatch.Backend`. A training step's convolutions of few channels run where they are asked for."""
+    reason = step_why_not(step, o, few_channels=training and required, training=training)
+    return launch_why_not(o.x.device) if reason is None and required else reason
+
+
+def run(step: Step, o: Operands, *, channels_last: bool, training: bool, required: bool) -> Tensor | None:
+    """See `dispatch.Backend`."""
+    x = o.x
+    if step.spec is None:
+        return _finished(step, o, None, channels_last, required) if x.numel() else None
+    if o.weight.dtype != x.dtype:
+        o = o._replace(weight=o.weight.to(x.dtype))
+    if not training:
+        return conv.run(step, o, channels_last, required=required)
+    # The statistics of a norm come out of the convolution's epilogue where tiles allow it.
+    weight = o.weight if step.upsample is None else summed_weight(step, o.weight, required)
+    if step.pad != (0, 0):
+        x = enter(x, x.dtype, None, is_channels_last(x)) if recorded(x) else x
+        x = step.pad_input(x)
+    if step.folds:
+        return convolution(x, weight, o.bias, step.inner, channels_last, required)
+    u, partials = with_statistics(x, weight, o.bias, step.inner, required, step.statistics)
+    if u.shape[2] * u.shape[3] == 1:
+        check_values(u.shape, step.norm, several=o.group is not None)
+    tail, rest = step.tail, o.after(u)
+    y = _finished(tail, rest, partials, channels_last, required) if u.numel() else None
+    return to_format(finish(tail, rest), channels_last) if y is None else y
+
+
+def _finished(tail: Step, o: Operands, partials: Partials | None, channels_last: bool, required: bool) -> Tensor | None:
+    return norm_act_autograd.run(tail, o, partials, channels_last, _output_dtype(tail, o.x), required)
+
+
+def _output_dtype(step: Step, x: Tensor) -> torch.dtype:
+    """x's dtype, and float32 where autocast runs the norm in float32 (group norm on CUDA)."""
+    group = step.norm is not None and step.norm.kind == "group"
+    if group and x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled("cuda"):
+        return torch.float32
+    return x.dtype
+
+
+def arrange(
+    steps: Sequence[Planned], shapes: Sequence[torch.Size], eager: Sequence[bool], *, gradient: bool
+) -> Arrangement | str:
+    """Channels-last inside: the kernels read nothing else."""
+    return channels_last_inside(eager)

@@ -1,0 +1,77 @@
+"""`Binary`: one binary of a kernel, found by Triton at its first launch and launched directly from then on."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+
+from ..norms import Partials
+
+__all__ = ["Binary", "aligned", "empty_partials"]
+
+
+class Binary:
+    """A kernel with its compile-time arguments and options, for arguments of one kind.
+
+    Which binary a launch wants, Triton works out from all of its arguments, anew each time; that takes it longer than
+    the launch. Whoever holds a `Binary` knows it beforehand, from the key that it is held under: the tensors' dtypes,
+    and which arguments are None. Integers are not specialised on (``do_not_specialize``) and fit in 32 bits, addresses
+    are multiples of 16 (or the kernel does not look), and floats are floats.
+
+    Triton's own launch runs the first time on each device, and wherever something else stands in its place (an
+    interpreter, a recorder).
+    """
+
+    __slots__ = ("_found", "constants", "kernel", "options")
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], **options: int) -> None:
+        """``constants``: the kernel's compile-time arguments; others among them are left out. ``options``: Triton's."""
+        self.kernel = kernel
+        self.constants = tuple(constants[name] for name in kernel.arg_names if name in constants)
+        self.options = options
+        self._found: dict[Any, tuple[Any, CompiledKernel]] = {}  # by device: the launch that found it, and it
+
+    def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
+        """Launch it on the current device and stream, with the run-time arguments in the kernel's order."""
+        launch = type(self.kernel).run
+        if self._found:
+            active = driver.active
+            device = active.get_current_device()
+            by, compiled = self._found.get(device, (None, None))
+            if by is launch and compiled is not None:
+                compiled[grid](*args, *self.constants, stream=active.get_current_stream(device))
+                return
+        # Compile-time arguments by position: by name they cost 5 us a launch.
+        compiled = self.kernel.run(*args, *self.constants, grid=grid, warmup=False, **self.options)
+        if isinstance(compiled, CompiledKernel):
+            self._found[driver.active.get_current_device()] = launch, compiled
+
+
+# Of a thread, as many as there are. Without this, ptxas aims at 128 for occupancy, and spills a few on the way.
+MAX_REGISTERS = 255
+
+
+def empty_partials(like: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, Partials]:
+    """Room for the statistics of (segments, parts of each, channels), in one piece of memory and as its parts: counts,
+    means, sums of squares."""
+    segments, parts, c = shape
+    total, strides = segments * parts, (parts * c, c, 1)
+    stats = like.new_empty(total * (1 + 2 * c), dtype=torch.float32)
+    count = stats.as_strided((segments, parts), (parts, 1))
+    mean, m2 = stats.as_strided(shape, strides, total), stats.as_strided(shape, strides, total * (1 + c))
+    return stats, Partials(count, mean, m2)
+
+
+@cache
+def unused(device: torch.device) -> torch.Tensor:
+    """What stands for partial sums where there are none: their type is part of the binary."""
+    return torch.empty(16, dtype=torch.float32, device=device)
+
+
+def aligned(t: torch.Tensor) -> torch.Tensor:
+    """``t`` at an address that 16 divides."""
+    return t.clone() if t.data_ptr() & 15 else t

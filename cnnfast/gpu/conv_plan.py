@@ -1,0 +1,220 @@
+"""How a convolution is launched: the form the kernel sees (`Lowering`) and the tile (`Plan`). `conv_choice` picks.
+
+Everything here is pure: no tensor, no GPU, no Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from ..spec import ConvSpec, Phase, Precision
+from .devices import Device
+
+__all__ = ["Lowering", "Plan", "is_exact", "is_valid", "lower", "tap_map"]
+
+
+# --- lowering: which gather the kernel runs ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """A 2-D convolution as `kernels/conv_transpose.py` runs it.
+
+    ``regime`` "phases": every phase of ``spec`` on the grid. "merged": one gather over the union of the phases' input
+    neighbourhoods, columns (a, b, channel). "latent": the same for a 1x1 input, every output position a column block.
+    """
+
+    regime: str
+    spec: ConvSpec
+    merge: tuple[int, int]
+    kernel: tuple[int, int]  # taps of the gather: spec's own, or the union neighbourhood's
+    padding: tuple[int, int]
+    channels_last: bool = True  # the layout of the result
+
+    @property
+    def merged(self) -> bool:
+        return self.regime != "phases"
+
+    @property
+    def transposed(self) -> bool:
+        return self.spec.transposed and not self.merged
+
+    @property
+    def phases(self) -> tuple[int, int]:
+        """Phases on the grid per dimension."""
+        return (self.spec.stride[0], self.spec.stride[1]) if self.transposed else (1, 1)
+
+    @property
+    def columns(self) -> int:
+        return self.merge[0] * self.merge[1] * (self.spec.out_channels // self.spec.groups)
+
+    @property
+    def channels_in(self) -> int:
+        return self.spec.in_channels // self.spec.groups
+
+    @property
+    def max_taps(self) -> int:
+        return math.prod(self.kernel) if self.merged else self.spec.max_phase_taps
+
+    def uniform_taps(self, dim: int) -> int:
+        """Taps per phase along a dimension if all phases have the same number, else 0."""
+        if self.merged:
+            return self.kernel[dim]
+        counts = {ph.taps for ph in self.spec.phases[dim]}
+        return counts.pop() if len(counts) == 1 else 0
+
+    def rows(self, batch: int, output_size: tuple[int, ...]) -> int:
+        """Rows of the largest phase."""
+        step = [p * m for p, m in zip(self.phases, self.merge, strict=True)]
+        return batch * math.prod(-(-o // s) for o, s in zip(output_size, step, strict=True))
+
+
+def _reach(phases: tuple[Phase, ...]) -> tuple[int, int]:
+    """Smallest and largest input offset of a dimension's phases (0, 0 if no phase has a tap)."""
+    offsets = [off for ph in phases for _, off in ph.pairs()] or [0]
+    return min(offsets), max(offsets)
+
+
+def tap_map(low: Lowering) -> tuple[list[list[int]], list[list[int]]]:
+    """For a merged lowering, per dimension ``map[a][u]``: the tap of ``spec`` that column block ``a`` applies at union
+    tap ``u``, or -1 where it has none."""
+    s = low.spec
+    out = []
+    for dim in (0, 1):
+        if low.regime == "latent":
+            # The one input position 0: output a takes the tap t with a + p = d*t.
+            p, d, k = s.padding[dim], s.dilation[dim], s.kernel_size[dim]
+            if not s.transposed:
+                raise ValueError("a latent lowering is of a transposed convolution")
+            rows = [[(a + p) // d if (a + p) % d == 0 and (a + p) // d < k else -1] for a in range(low.merge[dim])]
+        else:
+            lo, _ = _reach(s.phases[dim])
+            rows = [[-1] * low.kernel[dim] for _ in range(low.merge[dim])]
+            for a, ph in enumerate(s.phases[dim]):
+                for tap, off in ph.pairs():
+                    rows[a][off - lo] = tap
+        out.append(rows)
+    return out[0], out[1]
+
+
+def _phases(spec: ConvSpec) -> Lowering:
+    return Lowering("phases", spec, (1, 1), spec.kernel_size, spec.padding)  # type: ignore[arg-type]
+
+
+def _merged(spec: ConvSpec) -> Lowering:
+    reach = [_reach(dim) for dim in spec.phases]
+    kernel = tuple(hi - lo + 1 for lo, hi in reach)
+    return Lowering("merged", spec, spec.stride, kernel, tuple(-lo for lo, _ in reach))  # type: ignore[arg-type]
+
+
+FEW_COLUMNS = 16  # output channels below which phases share a tile
+
+
+@lru_cache(maxsize=4096)
+def lower(spec: ConvSpec, input_size: tuple[int, ...], channels_last: bool = True) -> Lowering:
+    """The form of ``spec`` (2-D) for an input of this size and a result in this layout."""
+    return replace(_lower(spec, input_size), channels_last=channels_last)
+
+
+def _lower(spec: ConvSpec, input_size: tuple[int, ...]) -> Lowering:
+    if not spec.transposed:
+        return _phases(spec)
+    if tuple(input_size) == (1, 1):
+        return Lowering("latent", spec, spec.output_size(input_size), (1, 1), (0, 0))  # type: ignore[arg-type]
+    if spec.stride != (1, 1):
+        merged = _merged(spec)
+        wasted = math.prod(merged.kernel) * math.prod(spec.stride) > math.prod(spec.kernel_size)
+        if spec.out_channels // spec.groups < FEW_COLUMNS or not wasted:
+            return merged
+    return _phases(spec)
+
+
+# --- plan: the tile ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A tile and its schedule, for one lowering. ``splits``: whether the binary can cut K in parts at all (their number
+    is a run-time argument)."""
+
+    lowering: Lowering
+    block_m: int
+    block_n: int
+    block_k: int
+    unroll: int
+    num_warps: int
+    num_stages: int
+    splits: bool = False
+    split_k: int = 1
+    group_m: int = 8
+
+    @property
+    def name(self) -> str:
+        split = f" split{self.split_k}" if self.splits else ""
+        return (
+            f"{self.lowering.regime} {self.block_m}x{self.block_n}x{self.block_k}*{self.unroll} "
+            f"w{self.num_warps} s{self.num_stages}{split}"
+        )
+
+    def tiles(self, batch: int, output_size: tuple[int, ...]) -> int:
+        """Programs along the grid's x axis."""
+        return self.tiles_of(self.lowering.rows(batch, output_size))
+
+    def tiles_of(self, rows: int) -> int:
+        """The same, for ``rows`` rows of the largest phase."""
+        low = self.lowering
+        return -(-rows // self.block_m) * -(-low.columns // self.block_n) * math.prod(low.phases)
+
+    def grid(self, batch: int, output_size: tuple[int, ...]) -> tuple[int, int, int]:
+        return self.tiles(batch, output_size), self.split_k, self.lowering.spec.groups
+
+    def steps(self) -> int:
+        """Trips of the main loop of the largest phase, before splitting."""
+        return self.lowering.max_taps * -(-self.lowering.channels_in // (self.block_k * self.unroll))
+
+    def shared_memory(self, itemsize: int) -> int:
+        """Bytes of the pipeline's buffers (an upper bound of what the compiler takes, which a test compares)."""
+        buffers = self.num_stages * self.unroll * (self.block_m + self.block_n) * self.block_k * itemsize
+        return buffers + 64  # barriers (sm_100 has 16 bytes of them)
+
+
+def is_exact(precision: Precision) -> bool:
+    """float32 on the CUDA cores: no tensor core multiplies it exactly."""
+    return precision.dtype == torch.float32 and not precision.tf32
+
+
+def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
+    """Whether a plan can run at all: the one predicate of the heuristic and of tuning."""
+    m, n, k = plan.block_m, plan.block_n, plan.block_k
+    if any(v & (v - 1) or v < 1 for v in (m, n, k, plan.num_warps)) or min(m, n, k) < 16 or plan.unroll < 1:
+        return False
+    threads = plan.num_warps * 32
+    # 128 accumulators a thread leave room for operands and addresses. A CUDA-core product (float32 exact) needs more of
+    # those, and so does a store that finds no two elements of a row together.
+    if m * n > threads * (32 if is_exact(precision) or not plan.lowering.channels_last else 128) or m * n < threads * 2:
+        return False
+    if plan.num_warps > (m // 16) * (n // 16):  # the surplus warps would repeat the work of the others
+        return False
+    if plan.unroll > 1 and device.arch // 10 == 10:
+        # Two pipelined tcgen05 products a trip: the compiled code gave wrong sums when executed in emulation (triton
+        # 3.7.1); whether compiler or emulator is at fault is open. One product a trip is right.
+        return False
+    # Rows of few channels (the input gradient of an RGB head) are loaded by elements: addresses take registers.
+    if plan.lowering.channels_in < 16 and m * n > threads * 64:
+        return False
+    # Seen by compiling: these spill a few registers.
+    if device.arch // 10 == 10 and (m, n, k) == (128, 64, 128) and plan.splits and not plan.lowering.transposed:
+        return False
+    # Seen by compiling: ptxas unrolls short loops of these, and spills a few registers.
+    if device.arch // 10 == 8 and (m, n, k) == (128, 32, 32) and not plan.splits:
+        return False
+    if device.arch == 89 and (m, n, k, plan.unroll) == (64, 64, 64, 2) and not plan.splits:
+        return False
+    if plan.shared_memory(precision.itemsize) > device.shared_memory:
+        return False
+    most = max(1, plan.steps()) if plan.splits else 1
+    return 1 <= plan.split_k <= min(most, 65535)

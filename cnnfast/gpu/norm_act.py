@@ -1,0 +1,226 @@
+"""What the passes of a norm launch, but for the tensors: tiles, grids, binaries of their kernels, and their proof.
+
+A plan is made once for tensors of one kind (shapes, layouts, dtypes) and looked up afterwards. Forward: one pass of
+statistics (unless the convolution's epilogue gave them), a merge, one apply pass. Backward: one pass of sums, a finish,
+one apply pass. What is proven (`guard`) are passes as a whole: a forward that updates running statistics cannot
+be tried on the caller's, and its kernels stand or fall together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import norm_sync
+from ..kernels import norm_act as forward_kernels
+from ..norms import Partials
+from ..step import Operands, Step
+from . import guard
+from .binary import empty_partials
+from .devices import allocate, on_device, target_device
+from .guard import NormPass
+from .norm_act_plan import (
+    TILE,
+    Start,
+    Tiling,
+    _as,
+    _binary,
+    _common,
+    _proof,
+    _tiles,
+    _told,
+    _Types,
+    _types,
+    _vector,
+    _where,
+    each,
+    eps_of,
+    is_last,
+    laid_out,
+    power,
+    will_be_last,
+)
+from .observers import OBSERVERS, of_launch
+
+__all__ = ["ForwardPlan", "apply", "forward_plan", "merge", "merge_of", "partials", "statistics_of"]
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The launch that takes the statistics of a tensor: (segments, parts of each, channels) of them."""
+
+    start: Start
+    shape: tuple[int, int, int]
+    tiles: Tiling
+
+
+@lru_cache(maxsize=4096)
+def statistics_of(shape: torch.Size, each: bool, last: bool, dtype: torch.dtype, sms: int) -> Statistics:
+    """Of a tensor (N, C, H, W): of each image, or of the batch."""
+    t, start = _tiles(forward_kernels.partial_stats_kernel, shape, each, sms, (last,), {})
+    segments = shape[0] if each else 1
+    return Statistics(start, (segments, t.segments * t.parts // segments, shape[1]), t)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The launch that joins the parts of each segment; its last two numbers are the momentum and what is kept."""
+
+    start: Start
+    shape: tuple[int, int, int]  # (2, or 3 with the variance), segments, C / join
+    blocks: tuple[int, int]  # parts and channels of a tile
+
+
+@lru_cache(maxsize=4096)
+def merge_of(shape: torch.Size | tuple[int, ...], join: int, eps: float, var: bool, running: _Types) -> Merge:
+    """Of (segments, parts, channels); ``running``: dtypes of the running tensors that move."""
+    segments, count, c = shape
+    block_c = power(c if join == 1 else join, 8)
+    block_p = power(count, TILE // block_c)
+    programs = segments * (-(-c // block_c) if join == 1 else c // join)
+    binary = _binary(forward_kernels.merge_stats_kernel, dict(C=c, JOIN=join, BLOCK_P=block_p, BLOCK_C=block_c))
+    return Merge(
+        Start(binary, (programs, 1, 1), (count, float(eps))), (2 + var, segments, c // join), (block_p, block_c)
+    )
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """``moves``: the merge moves the running statistics."""
+
+    statistics: Statistics | None
+    merge: Merge | None
+    moves: bool
+    apply: Start
+    y_last: bool
+    proof: guard.Proof
+
+
+def forward_plan(
+    step: Step, o: Operands, parts: Partials | None, channels_last: bool, dtype: torch.dtype
+) -> ForwardPlan:
+    """Of `norm_act_autograd.forward` on these tensors."""
+    given = None if parts is None else parts.count.shape[1]
+    if o.group is not None and norm_sync.shared(step.norm, o):
+        given = dist.get_world_size(o.group)
+    x, moved = o.x, (o.mean, o.var)
+    return _forward(
+        step,
+        channels_last,
+        dtype,
+        x.shape,
+        will_be_last(x),
+        _types(x, o.scale, o.shift, *moved, o.residual, o.slope),
+        0 if o.slope is None else o.slope.numel(),
+        parts is not None,
+        given,
+        all([v is None or v.is_contiguous() for v in moved]),
+        *_where(x),
+    )
+
+
+@lru_cache(maxsize=4096)
+def _forward(
+    step: Step,
+    channels_last: bool,
+    dtype: torch.dtype,
+    shape: torch.Size,
+    x_last: bool,
+    types: _Types,
+    slopes: int,
+    measured_before: bool,
+    given: int | None,
+    flat: bool,
+    sms: int,
+    index: int | None,
+) -> ForwardPlan:
+    (n, c, h, w), norm = shape, step.norm
+    last = (x_last, channels_last or c == 1 or h * w == 1)
+    kernel = forward_kernels.norm_act_kernel
+    t, apply = _tiles(kernel, shape, each(norm), sms, last, _common(step, c, slopes), eps_of(norm))
+    constants: dict[str, Any] = {"slopes": slopes, **_told("apply", t, last)}
+    statistics = merge = None
+    moves = False
+    if norm is not None and norm.measured:
+        segments, count = n if norm.per_image else 1, given
+        if not measured_before:
+            statistics = statistics_of(shape, norm.per_image, x_last, types[0], sms)
+            constants |= _told("statistics", statistics.tiles, (x_last,))
+            count = count or statistics.shape[1]
+        moves = norm.kind == "batch" and flat
+        running = types[3:5]
+        parts = (segments, count or 1, c)
+        merge = merge_of(
+            parts, norm.join(c), norm.eps, not moves and running[1] is not None, running if moves else (None, None)
+        )
+        constants |= {"merge": merge.blocks, "merge.moves": flat}
+    constants |= {"y": str(dtype)}
+    proof = _proof(NormPass("", step, c), "one pass", index, types[0], types, **constants)
+    return ForwardPlan(statistics, merge, moves, apply, last[1], proof)
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+def partials(x: Tensor, each: bool, s: Statistics | None = None) -> Partials:
+    """The statistics of x (N, C, H, W) by parts: of each image, or of the batch. ``s``: their plan, where it is at
+    hand."""
+    x = laid_out(x)
+    s = s or statistics_of(x.shape, each, is_last(x), x.dtype, target_device(x).multiprocessors)
+    _, parts = empty_partials(x, s.shape)
+    with on_device(x):
+        s.start(x, *parts)
+    if OBSERVERS:
+        of_launch("norm-statistics")
+    return parts
+
+
+def merge(
+    parts: Partials,
+    m: Merge,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    momentum: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(mean, 1/deviation, unbiased variance or None), (S, C / join) float32. Running tensors (one segment) move."""
+    mean, rstd, *more = parts.mean.new_empty(m.shape).unbind()
+    unbiased = more[0] if more else None
+    count, center, m2 = parts
+    with on_device(center):
+        m.start.binary(
+            m.start.grid, count.contiguous(), center.contiguous(), m2.contiguous(), mean, rstd, unbiased,
+            running_mean, running_var, *m.start.numbers, float(momentum), 1.0 - momentum,
+        )  # fmt: skip
+    if OBSERVERS:
+        of_launch("norm-merge")
+    return mean, rstd, unbiased
+
+
+def apply(
+    step: Step,
+    o: Operands,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    channels_last: bool,
+    dtype: torch.dtype,
+    plan: ForwardPlan,
+) -> Tensor:
+    """``act((x - mean) * rstd * scale + shift + residual)`` in ``dtype`` and the memory format asked for."""
+    x = laid_out(o.x)
+    y = allocate(x, x.shape, channels_last, dtype)
+    with on_device(x):
+        plan.apply(
+            x, y, None if o.residual is None else _as(o.residual, plan.y_last), _vector(mean), _vector(rstd),
+            _vector(o.scale), _vector(o.shift), _vector(o.slope),
+        )  # fmt: skip
+    if OBSERVERS:
+        of_launch("norm-apply")
+    return y

@@ -1,0 +1,318 @@
+"""A chain of fused steps: channels-last inside, its last store in the memory format of eager mode, with gradients and
+under autocast as PyTorch's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import memory_format
+from ..activations import Activation
+from ..dispatch import Planned, autocast_dtype, channels_last_inside, choose, on_cpu, resolve_backend
+from ..gradients import enter, plain, squeezed
+from ..memory_format import has_both, is_channels_last, new_strides
+from ..norms import check_values
+from ..ops.run import run_step
+from ..step import Operands, Step
+from .fusion import FusedStep
+from .fusion_conv import DTYPES
+from .modules import Reading
+
+__all__ = ["Bound", "Chain", "Run"]
+
+
+# --- the memory format of eager mode ----------------------------------------------------------------------------------
+
+
+def _eager_layout(step: FusedStep, channels_last: bool, size: Sequence[int], out: Sequence[int]) -> bool:
+    """Whether eager mode's result suggests channels_last, for an input that does (``channels_last``) or doesn't.
+
+    Convolutions follow input or weight, the rest mostly keeps what it gets; but a tensor that is contiguous as well
+    comes out of a BatchNorm or an activation as contiguous, InstanceNorm makes its input contiguous, and so does
+    GroupNorm on a GPU. In one dimension there is no channels_last: only a weight whose strides happen to say so has an
+    effect, and a norm ends it. (Checked against torch 2.13 on a CPU.)
+    """
+    spec, rule = step.step.spec, step.rule
+    if rule is not None and rule.contiguous:
+        return False
+    if step.ndim == 1:  # ATen makes 3-D inputs contiguous first, and so does padding
+        channels_last = channels_last and has_both(spec.in_channels, size) and not any(step.step.pad)
+        if step.norm is not None:
+            return False
+    channels_last = channels_last or step.weight_channels_last
+    if has_both(spec.out_channels, out):
+        return channels_last and step.in_place and not (spec.out_channels == 1 and all(n == 1 for n in out))
+    return channels_last
+
+
+def _one_value(step: FusedStep, shape: torch.Size) -> bool:
+    """Whether the step's norm has one value of ``shape`` for each of its statistics: PyTorch's modules raise then."""
+    assert step.rule is not None
+    try:
+        check_values(shape, step.step.norm)
+    except ValueError:
+        return not step.rule.synchronised
+    return False
+
+
+def _pads(module: nn.Module) -> bool:
+    """Whether it pads by an operator whose gradient has its input's memory format, whatever the weight's."""
+    return getattr(module, "padding_mode", "zeros") != "zeros" or isinstance(module, _PADS)
+
+
+_PADS = (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d)
+
+
+# --- how a chain runs on an input -------------------------------------------------------------------------------------
+
+_MAX_BINDINGS = 64
+
+
+class Run(NamedTuple):
+    """How a step runs on inputs of one shape: whether its result is ``channels_last``; ``as_modules``: why its modules
+    run as they stand, or None. ``wide``: what follows the convolution is computed, and returned, in float32 (autocast's
+    rule). ``apart``: the activation runs by itself. ``measured``: a norm takes statistics. ``simple``: none of these,
+    and no autocast."""
+
+    channels_last: bool
+    as_modules: str | None = None
+    wide: bool = False
+    apart: bool = False
+    measured: bool = False
+    simple: bool = False
+
+
+class Bound(NamedTuple):
+    """How a chain runs: its steps; ``low``: autocast's dtype, or None; ``convert``: the input becomes channels-last;
+    ``of_gradient``: the input's gradient is channels-last in eager mode; ``as_is``: an input with a
+    gradient needs nothing for that; ``both``: the result's memory fits both formats."""
+
+    runs: tuple[Run, ...]
+    low: torch.dtype | None
+    convert: bool
+    of_gradient: bool
+    as_is: bool
+    both: bool
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Consecutive fused steps of one dimensionality, dtype and device."""
+
+    steps: tuple[FusedStep, ...]
+    # Of inputs seen: (shape, strides, dtype, device, backend, autocast's dtype, gradient) -> see `bind`.
+    _bindings: dict[object, Bound | str] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def slots(self) -> range:
+        return range(self.steps[0].slots[0], self.steps[-1].slots[-1] + 1)
+
+    def takes(self, step: FusedStep) -> bool:
+        """Whether ``step``, which follows, belongs to the same chain."""
+        last = self.steps[-1]
+        return (last.ndim, last.dtype, last.device) == (step.ndim, step.dtype, step.device)
+
+    def bind(self, x: Any, reading: Reading) -> Bound | str:
+        """How each step runs on x, or why all modules run as they stand."""
+        if type(x) is not Tensor and type(x) is not nn.Parameter:
+            return f"the input is a {type(x).__name__}, not a plain tensor"
+        gradient, low = False, None
+        if torch.is_grad_enabled():
+            tensors = (t for k in self.slots for t in reading.tensors[k])
+            gradient = x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
+        if torch._C._is_any_autocast_enabled():
+            low = autocast_dtype(x)
+        backend = resolve_backend(None)
+        key = (x.shape, x.stride(), x.dtype, x.device, backend, low, gradient)
+        bound = self._bindings.get(key)
+        if bound is None:
+            if len(self._bindings) >= _MAX_BINDINGS:
+                self._bindings.clear()
+            bound = self._bindings[key] = self._bind(x, reading, backend, low, gradient)
+        return bound
+
+    def _bind(self, x: Tensor, reading: Reading, backend: str, low: torch.dtype | None, gradient: bool) -> Bound | str:
+        first = self.steps[0]
+        if low is not None:
+            dtypes = {s.rule.dtype for s in self.steps if s.rule is not None} - {None, torch.float32, low}
+            if low not in DTYPES or dtypes:
+                return f"{[*dtypes, low][0]} under autocast to {low}"
+        if x.device != first.device or x.dtype != first.dtype and (low is None or x.dtype not in DTYPES):
+            return f"the input is {x.dtype} on {x.device}, the weight {first.dtype} on {first.device}"
+        if x.dim() != first.ndim + 2 or x.numel() == 0:
+            return f"an input of shape {tuple(x.shape)} is no batch for a {first.ndim}-D convolution"
+        shapes = [torch.Size((*x.shape[:2], *(1,) * (2 - first.ndim), *x.shape[2:]))]
+        eager = [is_channels_last(x if first.ndim == 2 else x.contiguous().unsqueeze(2))]
+        for s in self.steps:
+            n, channels, *size = shapes[-1]
+            if channels != s.step.spec.in_channels:
+                return f"{channels} channels meet a convolution of {s.step.spec.in_channels}"
+            try:
+                out = s.step.output_size(size)
+            except ValueError as error:
+                return str(error)
+            eager.append(_eager_layout(s, eager[-1], size, out))
+            shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
+            if s.step.measured and _one_value(s, shapes[-1]):
+                return "a norm would measure one value"
+        arrangement = channels_last_inside(eager)
+        for by in choose(x, backend):
+            planned = [self._planned(s, reading, low) for s in self.steps]
+            found = by.arrange(planned, shapes, eager, gradient=gradient)
+            if isinstance(found, str):
+                return found
+            arrangement = found
+        inside, why, convert = arrangement
+        runs = [Run(*how) for how in zip(inside, why, strict=True)]
+        if why[-1] is None:
+            runs[-1] = self._last(runs[-1], x, backend, low, gradient)
+        for i, (s, run) in enumerate(zip(self.steps, runs, strict=True)):
+            simple = low is None and not (run.as_modules or s.step.measured or run.wide or run.apart)
+            runs[i] = run._replace(measured=s.step.measured, simple=simple)
+        padded = any(_pads(reading.modules[k]) for k in first.slots)
+        of_gradient = eager[0] or first.weight_channels_last and not padded
+        entered = x if first.ndim == 2 else x.unsqueeze(2)
+        as_is = not convert and is_channels_last(entered) == of_gradient and not has_both(shapes[0][1], shapes[0][2:])
+        both = has_both(shapes[-1][1], shapes[-1][2:])
+        return Bound(tuple(runs), low, convert, of_gradient, as_is, both)
+
+    def _last(self, run: Run, x: Tensor, backend: str, low: torch.dtype | None, gradient: bool) -> Run:
+        """The last step's run, with what its user can tell from eager mode."""
+        s = self.steps[-1]
+        by_kernel = not on_cpu(x) or backend == "triton"  # with a norm, its backward reads the norm's input alone
+        read_input = s.step.activation.row.reads_input and not s.overwrites  # whoever gets the result may overwrite it
+        group = s.rule is not None and s.rule.kind == "group"
+        return run._replace(
+            apart=gradient and read_input and not (by_kernel and s.rule is not None),
+            # On CUDA, autocast runs group_norm in float32 and PReLU in its own dtype.
+            wide=low is not None and not on_cpu(x) and group and s.step.activation.name != "prelu",
+        )
+
+    @staticmethod
+    def _planned(s: FusedStep, reading: Reading, low: torch.dtype | None) -> Planned:
+        slopes = 0 if s.slope is None else reading.tensors[s.slope][0].numel()  # type: ignore[union-attr]
+        instance, synchronised = (s.rule.kind == "instance", s.rule.synchronised) if s.rule else (False, False)
+        return Planned(s.step, s.ndim, low or s.dtype, slopes, instance, synchronised, s.weight_channels_last)
+
+    # --- running it ---------------------------------------------------------------------------------------------------
+
+    def run(self, x: Any, reading: Reading) -> Any:
+        """The chain's modules on x, fused where that can be."""
+        bound = self.bind(x, reading)
+        if isinstance(bound, str):
+            for k in self.slots:
+                x = reading.modules[k](x)
+            return x
+        ndim = self.steps[0].ndim
+        x = _enter(x, ndim, bound)
+        for s, run in zip(self.steps, bound.runs, strict=True):
+            if run.simple:  # the path that counts microseconds
+                x = run_step(s.step, _operands(s, x, reading.tensors, False), channels_last=run.channels_last)
+                continue
+            if run.as_modules is None:
+                x = _fused(s, x, run, reading, bound.low)
+                continue
+            for k in s.slots:
+                x = reading.modules[k](x)
+            x = memory_format.convert(x, x.dtype, run.channels_last)
+        if bound.both:
+            last = bound.runs[-1].channels_last
+            if not x.requires_grad:
+                x = plain(x, last)
+            elif x.stride() != new_strides(x.shape, last):  # a copy: a backward may have saved x
+                x = x.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return squeezed(x, 2) if ndim == 1 else x
+
+
+def _enter(x: Tensor, ndim: int, bound: Bound) -> Tensor:
+    """x as the first step takes it: (N, C, L) as (N, C, 1, L), in autocast's dtype."""
+    if ndim == 1:
+        x = x.unsqueeze(2)
+    dtype = bound.low or x.dtype
+    if torch.is_grad_enabled() and x.requires_grad:
+        if bound.as_is and x.dtype == dtype:
+            return x
+        return enter(x, dtype, True if bound.convert else None, bound.of_gradient)
+    if not bound.convert:
+        return x if x.dtype == dtype else x.to(dtype)
+    if x.dtype == dtype:  # the cheaper call, on a path that counts microseconds
+        return x.contiguous(memory_format=torch.channels_last)
+    return x.to(dtype, memory_format=torch.channels_last)
+
+
+def _fused(s: FusedStep, x: Tensor, run: Run, reading: Reading, low: torch.dtype | None) -> Tensor:
+    o = _operands(s, x, reading.tensors, run.measured)
+    if run.measured:
+        o = _with_running(s, o, reading.modules[s.norm], reading.tensors[s.norm])  # type: ignore[index]
+    if low is None:
+        return _step(s, o, run)
+    # Not through autocast's cache of weights: casts are of the present values (the weight's where it is used), and
+    # gradients add up in float32.
+    bias, slope = (None if t is None else t.to(low) for t in (o.bias, o.slope))
+    with torch._C._DisableAutocast():  # operands are in their dtypes, and what runs inside chooses its own
+        return _step(s, o._replace(bias=bias, slope=slope), run)
+
+
+def _step(s: FusedStep, o: Operands, run: Run) -> Tensor:
+    """The step, with what follows the convolution or its norm apart where ``run`` says so."""
+    step, last = s.step, run.channels_last
+    if not (run.wide or run.apart):
+        return run_step(step, o, channels_last=last)
+    activation = step.activation
+    if not run.wide:
+        return activation(run_step(_without_activation(step), o, channels_last=last))
+    u = run_step(step.bare, Operands(o.x, o.weight, o.bias), channels_last=True).float()
+    tail = _without_activation(step.tail) if run.apart else step.tail
+    y = run_step(tail, o.after(u)._replace(slope=None), channels_last=last)
+    return activation(y) if run.apart else y
+
+
+@lru_cache(maxsize=4096)
+def _without_activation(step: Step) -> Step:
+    return replace(step, activation=Activation())
+
+
+def _operands(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]], measured: bool) -> Operands:
+    """Of a norm that is ``measured``, but for its running statistics (`_with_running`)."""
+    weight, bias = tensors[s.conv]
+    slope = None if s.slope is None else tensors[s.slope][0]
+    if s.ndim == 1:  # (C_in, C_out/g, k) as (C_in, C_out/g, 1, k)
+        weight = weight.unsqueeze(2)
+    if s.norm is None:
+        return Operands(x, weight, bias, slope=slope)
+    mean, var, scale, shift = tensors[s.norm]
+    if measured:
+        mean = var = None
+    return Operands(x, weight, bias, mean, var, scale, shift, None, slope)
+
+
+def _with_running(s: FusedStep, o: Operands, module: nn.Module, tensors: tuple[Tensor | None, ...]) -> Operands:
+    """What a norm ``module`` that measures moves in this call. Counts the batch, as the module's forward does."""
+    rule = s.rule
+    assert rule is not None
+    mean, var = tensors[:2] if rule.updates else (None, None)
+    momentum = rule.momentum
+    if rule.counts:
+        count: Tensor | None = module.num_batches_tracked  # type: ignore[assignment]
+        if count is not None:
+            count.add_(1)
+            if momentum is None:
+                momentum = 1.0 / float(count)
+        elif rule.synchronised:
+            raise AssertionError("num_batches_tracked must not be None")  # SyncBatchNorm's own
+    group = _process_group(module) if rule.synchronised else None
+    return o._replace(mean=mean, var=var, momentum=0.0 if momentum is None else momentum, group=group)
+
+
+def _process_group(module: nn.Module) -> Any:
+    """The processes over which a SyncBatchNorm in training mode takes its statistics; None where it is one."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group: Any = module.process_group or distributed.group.WORLD
+    return group if distributed.get_world_size(group) > 1 else None

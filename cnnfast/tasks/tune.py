@@ -1,0 +1,67 @@
+"""Tuning: time every valid plan of the fused steps of a forward on this GPU, and keep the fastest for later processes.
+
+Nothing is ever timed by a call of a model: plans come from the heuristic, or from what `tune` (``python -m cnnfast
+tune``) has kept. Every plan is proven by `guard` before it is timed, on noise; plans are timed in turn.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import store
+from ..generators import create_model, list_models
+from ..gpu import guard, tuned
+from ..gpu.tuning import UNCHECKED, tune
+from ..messages import CnnfastError, UsageError
+from . import env
+
+__all__ = ["Options", "run"]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of ``python -m cnnfast tune``. ``models``: names of generators, all where empty; ``seconds``: for everything."""
+
+    models: tuple[str, ...] = ()
+    batches: tuple[int, ...] = (1, 16)
+    dtypes: tuple[torch.dtype, ...] = (torch.float16,)
+    device: str = "cuda"
+    seconds: float | None = None
+
+
+def run(options: Options) -> int:
+    """Tune generators by their names; prints what is found. Returns the exit status. UsageError for unknown models and
+    devices, CnnfastError where nothing can be tuned here."""
+    _check(options)
+    end = None if options.seconds is None else time.monotonic() + options.seconds
+    device, found = torch.device(options.device), []
+    for name in options.models or list_models():
+        for dtype in options.dtypes:
+            model: Any = create_model(name).eval().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            left = None if end is None else max(0.0, end - time.monotonic())
+            print(f"{name}, {str(dtype).removeprefix('torch.')}, batch {', '.join(map(str, options.batches))}")
+            z = model.example_input(options.batches[0])
+            found += tune(model, z, batch_sizes=options.batches[1:], seconds=left, tell=print)
+    gains = sorted(r.gain for r in found)
+    if gains:
+        print(f"{len(found)} steps tuned, median gain {gains[len(gains) // 2]:.2f}x; kept in {store.where(tuned.KIND)}")
+    return 0
+
+
+def _check(options: Options) -> None:
+    unknown = [name for name in options.models if name not in list_models()]
+    if unknown:
+        raise UsageError(f"unknown model {', '.join(unknown)}: expected some of {', '.join(list_models())}")
+    device = env.device_of(options.device)
+    if device.type != "cuda":
+        raise UsageError(f"--device {options.device}: plans are of CUDA devices")
+    problem = env.triton_off(device.index) or (None if guard.enabled() else UNCHECKED)
+    if problem is not None:
+        raise CnnfastError(f"nothing can be tuned here: {problem}")

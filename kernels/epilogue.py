@@ -1,0 +1,77 @@
+"""Device functions that kernels share: vectors of channels, the epilogue on an accumulator, rounding to TF32."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .activation import act
+
+
+@triton.jit
+def vector(ptr, offs, mask, default: tl.constexpr):
+    """Elements of a vector of any dtype in float32; ``default`` where there is no vector."""
+    if ptr is None:
+        return tl.full(offs.shape, default, tl.float32)
+    else:
+        return tl.load(ptr + offs, mask=mask, other=default).to(tl.float32)
+
+
+@triton.jit
+def slopes(slope_ptr, chan, mask, SLOPES: tl.constexpr):
+    """PReLU's weight, of SLOPES elements (one for all channels, or one for each), against a tile: (1, BLOCK_N)."""
+    return vector(slope_ptr, chan * (1 if SLOPES > 1 else 0), mask, 0.0)[None, :]
+
+
+@triton.jit
+def finish(
+    acc,
+    offs,
+    mask,
+    chan,
+    chan_mask,
+    y_ptr,
+    residual_ptr,
+    bias_ptr,
+    mean_ptr,
+    var_ptr,
+    scale_ptr,
+    shift_ptr,
+    slope_ptr,
+    eps,
+    SLOPES: tl.constexpr,
+    P0: tl.constexpr,
+    P1: tl.constexpr,
+    ACT: tl.constexpr,
+):
+    """The epilogue and the store. acc (BLOCK_M, BLOCK_N) float32 to ``offs`` of y where ``mask``; chan (BLOCK_N,) its
+    output channels. Every pointer but y's may be None. Returns the values as stored."""
+    if bias_ptr is not None or mean_ptr is not None:
+        center = vector(bias_ptr, chan, chan_mask, 0.0) - vector(mean_ptr, chan, chan_mask, 0.0)
+        acc += center[None, :]
+    if var_ptr is not None or scale_ptr is not None:
+        factor = vector(scale_ptr, chan, chan_mask, 1.0)
+        if var_ptr is not None:
+            factor *= tl.rsqrt(vector(var_ptr, chan, chan_mask, 1.0) + eps)
+        acc *= factor[None, :]
+    if shift_ptr is not None:
+        acc += vector(shift_ptr, chan, chan_mask, 0.0)[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if ACT == "prelu":
+        slope = slopes(slope_ptr, chan, chan_mask, SLOPES)
+    else:
+        slope = 0.0
+    acc = act(acc, slope, P0, P1, ACT).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offs, acc, mask=mask)
+    return acc
+
+
+@triton.jit
+def round_tf32(v):
+    """float32 to TF32's mantissa, to nearest and ties away: the tensor core would truncate."""
+    # In floats, because a test for NaN costs predicates, which the compiler packs into bit masks: sign and exponent are
+    # a power of two, of which 2^-11 is half of TF32's last place. NaN and infinity stay; a denormal is cut.
+    power = (v.to(tl.int32, bitcast=True) & -8388608).to(tl.float32, bitcast=True)
+    rounded = v + power * 0.00048828125
+    return (rounded.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
