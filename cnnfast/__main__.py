@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from . import __version__
-from .arguments import positive, seed
 from .messages import LOGGER, CnnfastError, CnnfastWarning, UsageError, one_line
+from .tasks.arguments import positive, seed
 
 
 def _loaded(name: str) -> Any:
