@@ -51,15 +51,14 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _models(arguments: argparse.Namespace) -> int:
     from tabulate import tabulate
 
+    fetched, shipped = _loaded("generators.weights").PRETRAINED, _loaded("trained").SHIPPED
     rows = []
     for name in _loaded("generators").list_models():
-        fetched = _loaded("generators.weights").PRETRAINED.get(name)
-        shipped = _loaded("trained").SHIPPED.get(name)
         about = "no trained weights"
-        if fetched is not None:
-            about = f"{fetched.about}; {fetched.licence}; {fetched.file.requirement}"
-        elif shipped is not None:
-            about = f"{shipped.about}; {shipped.licence}; shipped"
+        if name in fetched:
+            about = f"{fetched[name].about}; {fetched[name].licence}; {fetched[name].file.requirement}"
+        elif name in shipped:
+            about = f"{shipped[name].about}; {shipped[name].licence}; shipped"
         rows.append((name, about))
     print(tabulate(rows, tablefmt="plain", disable_numparse=True))
     return 0

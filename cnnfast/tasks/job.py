@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import __version__
 from ..files import make_output_dir
 from ..messages import CnnfastError, UsageError, one_line
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from .env import __version__
 from .interrupt import Interrupt
 from .machine import device_text, require
 

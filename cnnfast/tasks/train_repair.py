@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import __version__
 from ..files import make_output_dir
 from . import job, repairing
-from .env import __version__
 from .job import CHECKPOINT, SAMPLES, Job
 from .machine import REQUIRES, choose_device
 from .plots import draw_curves, save_grid
