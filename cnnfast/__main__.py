@@ -51,8 +51,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _models(arguments: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    fetched, shipped = _loaded("generators.weights").PRETRAINED, _loaded("trained").SHIPPED
     rows = []
+    fetched, shipped = _loaded("generators.weights").PRETRAINED, _loaded("trained").SHIPPED
     for name in _loaded("generators").list_models():
         about = "no trained weights"
         if name in fetched:
