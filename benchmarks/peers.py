@@ -19,6 +19,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import cnnfast
+from cnnfast.cpu.isa import InstructionSet, instruction_set
 from cnnfast.gpu.observers import observed
 
 from .timers import captured
@@ -170,6 +171,8 @@ def _openvino(w: Workload) -> Prepared:
     if hint is None:
         raise NotAvailable(f"not timed in {w.dtype_name}")
     _require("openvino", w)
+    if hint == "bf16" and instruction_set() < InstructionSet.AVX512:
+        raise NotAvailable("OpenVINO compiles no bfloat16 for a processor of AVX2 only")
     import openvino
 
     from .onnx_graph import to_onnx

@@ -100,6 +100,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 _TASKS = {
     "enhance": ("enhancement", "make pictures larger, take noise out of them"),
     "repair": ("repairing", "fill scratches, text and small holes that a mask marks"),
+    "compose": ("composing", "a style for a picture, people before another background"),
 }
 
 

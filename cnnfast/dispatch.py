@@ -131,7 +131,7 @@ def channels_last_inside(eager: Sequence[bool]) -> Arrangement:
 
 def on_cpu(x: torch.Tensor) -> bool:
     """Whether PyTorch's CPU operators run on x."""
-    return x.device.type == "cpu"
+    return x.is_cpu
 
 
 def by_kernels(x: torch.Tensor, name: str | None) -> bool:
@@ -142,9 +142,9 @@ def by_kernels(x: torch.Tensor, name: str | None) -> bool:
 def choose(x: torch.Tensor, name: str) -> tuple[Backend, ...]:
     """The backends to ask for x where the context's choice, or the caller's, is ``name``. The only place where one is
     imported: the GPU's needs Triton."""
-    if by_kernels(x, name):
+    if name == "triton" or name == "auto" and x.is_cuda:
         return _backends(".gpu.backend")
-    return _backends(".cpu.backend") if on_cpu(x) else ()
+    return _backends(".cpu.backend") if x.is_cpu else ()
 
 
 @lru_cache

@@ -34,6 +34,7 @@ __all__ = [
     "epilogue",
     "finish",
     "gather_conv",
+    "of_one_image",
     "run_reference",
     "upsample_conv",
 ]
@@ -226,11 +227,47 @@ def _unfused(norm: Norm, o: Operands) -> Tensor:
         return F.instance_norm(x, mean, var, weight, bias, True, o.momentum, norm.eps)
     if norm.kind == "batch":
         return F.batch_norm(x, mean, var, weight, bias, True, o.momentum, norm.eps)
+    exact = of_one_image(o, norm.eps) if norm.measured else None
+    if exact is not None:
+        return exact
     # Of one image, InstanceNorm is the batch norm (whose gradient is right where that of F.instance_norm is not, on a
     # CPU, for a channels-last gradient), without the check of F.batch_norm that eps is positive.
     return torch.batch_norm(
         x, weight, bias, mean, var, norm.measured, o.momentum, norm.eps, torch.backends.cudnn.enabled
     )
+
+
+_FEW = 512  # values whose sum in float32 is about as exact as each of them
+
+
+def of_one_image(o: Operands, eps: float) -> Tensor | None:
+    """InstanceNorm of an image whose values, channels-last, PyTorch's CPU kernel would add up one after the other in
+    float32: of a million values three digits are lost. (An InstanceNorm module converts to NCHW, whose kernel does
+    not.) None for others, and where a gradient is wanted: there that stays."""
+    given = (o.x, o.scale, o.shift)
+    if (
+        not on_cpu(o.x)
+        or o.x.dtype != torch.float32
+        or o.x.dim() != 4
+        or o.x.is_contiguous()
+        or not o.x.is_contiguous(memory_format=torch.channels_last)
+        or o.mean is not None
+        or o.var is not None
+        or torch.compiler.is_compiling()
+        or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given))
+    ):
+        return None
+    rows = o.x.permute(0, 2, 3, 1).flatten(0, 2)
+    mean = (_sums(rows) / len(rows)).float()
+    var = (_sums((rows - mean).square_()) / len(rows)).float()
+    return torch.batch_norm(o.x, o.scale, o.shift, mean, var, False, 0.0, eps, False)
+
+
+def _sums(rows: Tensor) -> Tensor:
+    """Of (n, C) float32, in float64: (C,). Few values are added in float32."""
+    whole = len(rows) // _FEW * _FEW
+    parts = rows[:whole].view(-1, _FEW, rows.shape[1]).sum(1)
+    return parts.sum(0, dtype=torch.float64) + rows[whole:].sum(0, dtype=torch.float64)
 
 
 def composition(norm: Norm | None, o: Operands) -> Tensor:

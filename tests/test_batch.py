@@ -38,6 +38,15 @@ def test_which_results(folder: Path) -> None:
     assert planned("e.png", "in") == [("e.png", "out/e.png"), *inside]
 
 
+def test_results_that_are_no_jpegs(folder: Path) -> None:
+    items = batch.plan([Path("in")], Path("out"), written=(".png", ".webp"))
+    assert [item.target.name for item in items] == ["a.png", "b.png", "c.png"]
+    with pytest.raises(UsageError, match="x.jpg: JPEG has no transparency: write a .png or .webp"):
+        batch.plan([Path("e.png")], Path("x.jpg"), written=(".png", ".webp"))
+    with pytest.raises(UsageError, match="--output x: expected a name that ends in .png, .webp, or a folder"):
+        batch.plan([Path("e.png")], Path("x"), written=(".png", ".webp"))
+
+
 def test_results_within_the_folder_are_not_read_again(folder: Path) -> None:
     before = planned("in", output="in/big", recursive=True)
     (folder / "in/big").mkdir()

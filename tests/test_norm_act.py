@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+import cnnfast
 from cnnfast import dispatch, ops
 from cnnfast.activations import ACTIVATIONS, Activation
 from cnnfast.gpu.norm_act_autograd import activation_backward, activation_backward_by_torch
@@ -31,6 +32,29 @@ RELU, TANH = Activation("relu"), Activation("tanh")
 def double(*shape: int, seed: int = 0) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=g, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize("size", [(512, 512), (300, 211), (5, 7)], ids=str)
+@pytest.mark.parametrize("affine", [False, True])
+def test_statistics_of_large_channels_last_maps(size: tuple[int, int], affine: bool) -> None:
+    """As exact as of NCHW, which an InstanceNorm module converts to, whatever the mean."""
+    torch.manual_seed(0)
+    x = torch.rand(1, 5, *size) * torch.tensor([1, 1, 0.1, 1e-3, 5]).view(-1, 1, 1) + torch.arange(5).view(-1, 1, 1)
+    vectors = (torch.rand(5) + 0.5, torch.rand(5)) if affine else (None, None)
+    wide = [None if v is None else v.double() for v in vectors]
+    expected = F.instance_norm(x.double(), weight=wide[0], bias=wide[1])
+    eager = F.instance_norm(x, weight=vectors[0], bias=vectors[1])
+    channels_last = x.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        found = ops.instance_norm(channels_last, None, None, *vectors)
+    assert (found - expected).abs().max() <= 2 * (eager - expected).abs().max()
+    assert_close(found, expected, eager)
+    network = [nn.Upsample(scale_factor=2), nn.Conv2d(5, 5, 3, 1, 1, bias=False), nn.InstanceNorm2d(5)]
+    with torch.inference_mode():
+        found = cnnfast.Sequential(*network).eval()(channels_last)
+        eager = nn.Sequential(*network).eval()(x)
+        expected = nn.Sequential(*network).eval().double()(x.double())
+    assert_close(found, expected, eager)
 
 
 # --- derivatives on the reference path --------------------------------------------------------------------------------

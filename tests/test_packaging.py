@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 
 import cnnfast
+from cnnfast.trained import SHIPPED
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,7 +79,7 @@ def test_the_wheel_holds_every_module_and_works_elsewhere(tmp_path: Path) -> Non
     ignore = shutil.ignore_patterns("__pycache__")
     for name in ("cnnfast", "kernels"):
         shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(ROOT / name, source / name)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     subprocess.run(
@@ -89,6 +90,7 @@ def test_the_wheel_holds_every_module_and_works_elsewhere(tmp_path: Path) -> Non
     names = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     expected = {str(p.relative_to(ROOT)) for p in (ROOT / "cnnfast").rglob("*.py")} | {"cnnfast/py.typed"}
     expected |= {f"cnnfast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    expected |= {f"cnnfast/trained/{entry.file}" for entry in SHIPPED.values()}
     assert names == expected
 
     subprocess.run([*pip, "install", "-q", "--no-deps", "--target", str(site), str(wheel)], check=True)

@@ -227,6 +227,34 @@ def test_targets_that_cannot_be(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_goes_in_comes_out() -> None:
+    """Pillow's pictures, arrays and `Picture`: of one kind before and after."""
+
+    def doubled(picture: Picture) -> Picture:
+        return Picture(np.concatenate([picture.pixels] * 3, 2) if picture.pixels.shape[2] == 1 else picture.pixels)
+
+    colours, grey = noise(5, 7, 3), noise(5, 7)
+    np.testing.assert_array_equal(pictures.through(doubled, colours, "it"), colours)
+    assert pictures.through(doubled, grey, "it").shape == (5, 7, 3)  # what became colours stays so
+    assert pictures.through(lambda picture: picture, grey, "it").shape == (5, 7)
+    assert isinstance(pictures.through(doubled, Picture(colours), "it"), Picture)
+    assert pictures.through(doubled, Image.fromarray(colours), "it").mode == "RGB"
+    deep = noise(5, 7, dtype=np.uint16)
+    assert pictures.through(lambda picture: picture, Image.fromarray(deep), "it").mode == "I;16"
+    found = np.asarray(pictures.through(doubled, Image.fromarray(deep), "it"))  # Pillow has no colours of 16 bits
+    assert found.dtype == np.uint8 and np.abs(found[..., 0] - deep / 257).max() <= 0.5
+    for wrong in ("a.png", None, 3):
+        with pytest.raises(UsageError, match="expected a Pillow image or an array, got"):
+            pictures.through(doubled, wrong, "it")
+
+
+def test_a_profile_of_greys_is_none_of_colours() -> None:
+    grey = Picture(noise(3, 4, 1), {"icc_profile": b"grey", "dpi": (72, 72)})
+    assert pictures.made_of(grey, noise(3, 4, 2)).info == grey.info
+    assert pictures.made_of(grey, noise(3, 4, 3)).info == {"dpi": (72, 72)}
+    assert pictures.made_of(Picture(noise(3, 4, 3), grey.info), noise(3, 4, 4)).info == grey.info
+
+
 def test_black_results_are_refused() -> None:
     black, white = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
     pictures.check_result(black, black, "it")

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..dispatch import is_batched
 from ..memory_format import convert
 from ..norms import Norm
+from ..reference import of_one_image
 from ..step import Operands
 
 # --- norm, residual, activation ---------------------------------------------------------------------------------------
@@ -52,7 +53,11 @@ def _batch_norm(o: Operands, eps: float, shifted: bool = False) -> Tensor:
 def _instance_norm(o: Operands, eps: float) -> Tensor:
     """InstanceNorm as the BatchNorm of every image: ATen's own brings x into NCHW and back (and for a batch of one, its
     input gradient is wrong where the incoming gradient is channels-last)."""
-    images = [_batch_norm(o._replace(x=image), eps) for image in o.x.split(1)]
+    images = []
+    for image in o.x.split(1):
+        alone = o._replace(x=image)
+        exact = of_one_image(alone, eps)
+        images.append(_batch_norm(alone, eps) if exact is None else exact)
     return images[0] if len(images) == 1 else torch.cat(images)
 
 

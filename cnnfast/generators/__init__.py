@@ -16,8 +16,10 @@ from ..nn.layers import Sequential
 from .dcgan import DCGANConfig, DCGANGenerator
 from .ncnn import by_order
 from .rrdb import RRDB, RRDBConfig
+from .selfie import Selfie, SelfieConfig
 from .span import SPAN, SPANConfig
 from .srvgg import SRVGG, SRVGGConfig
+from .style import StyleConfig, StylePredictor, StylePredictorConfig, StyleTransfer
 from .unet import RepairConfig, RepairUNet
 from .waifu2x import CUNet, CUNetConfig, UpConv7, UpConv7Config
 from .weights import PRETRAINED, WeightsError, load_weights
@@ -46,6 +48,10 @@ _MODELS: Mapping[str, _Family] = MappingProxyType(
         "rrdb_x4": _Family(RRDBConfig(), RRDB),
         "rrdb_anime_x4": _Family(RRDBConfig(blocks=6), RRDB),
         "repair": _Family(RepairConfig(), RepairUNet),
+        "style_26": _Family(StyleConfig(), StyleTransfer),
+        "style_any": _Family(StyleConfig(100, (8, 16, 32), 5, (16, 8), predicted=True), StyleTransfer),
+        "style_predictor": _Family(StylePredictorConfig(), StylePredictor),
+        "selfie": _Family(SelfieConfig(), Selfie),
     }
 )
 # Names with trained weights: those that are fetched and those that ship with the package.

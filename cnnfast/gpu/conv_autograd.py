@@ -43,7 +43,7 @@ __all__ = [
 
 
 @lru_cache(maxsize=4096)
-def _of_input(step: Step, size: tuple[int, int]) -> Step:
+def _of_input(step: Step, size: torch.Size) -> Step:
     """The input gradient of a convolution of x with spatial ``size``."""
     return Step(step.spec.adjoint(size))
 
@@ -104,13 +104,13 @@ class Primitives(NamedTuple):
 
 
 def _input_gradient(
-    grad: Tensor, weight: Tensor, size: tuple[int, int], channels_last: bool, ctx: Any, by: Primitives
+    grad: Tensor, weight: Tensor, size: torch.Size, channels_last: bool, ctx: Any, by: Primitives
 ) -> Tensor:
     """Of a convolution of x with spatial ``size``, for the gradient of its result."""
     of_input = _of_input if by is EAGER else _of_input.__wrapped__  # symbolic sizes have no hash
     dx = by.convolution(grad, weight, None, of_input(ctx.step, size), channels_last, ctx.required)
     # An output padding that reaches the stride gives the adjoint positions that x does not have.
-    return to_format(dx[:, :, : size[0], : size[1]], channels_last) if tuple(dx.shape[2:]) != size else dx
+    return to_format(dx[:, :, : size[0], : size[1]], channels_last) if dx.shape[2:] != size else dx
 
 
 def conv_setup(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, step: Step, required: bool) -> None:
@@ -146,7 +146,7 @@ def conv_backward(
         of_x, of_weight = ctx.strides
         last = suggests_channels_last(ctx.x, of_x) or suggests_channels_last(weight.shape, of_weight)
         stored = last or has_both(ctx.x[1], ctx.x[2:])
-        dx = _input_gradient(grad, weight, tuple(ctx.x[2:]), stored, ctx, made)
+        dx = _input_gradient(grad, weight, ctx.x[2:], stored, ctx, made)
         if stored != last and not dispatch.is_batched(dx):
             dx = restrided(dx, new_strides(dx.shape, last))
     dw = made.weight_gradient(x, grad, weight, step.bare, required) if need_weight else None
@@ -162,7 +162,7 @@ def wgrad_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the convolution's input and of its result's gradient, for ``v`` like the weight."""
     x, grad = ctx.saved_tensors
     need_x, need_grad, *_ = ctx.needs_input_grad
-    dx = _input_gradient(grad, v, tuple(x.shape[2:]), is_channels_last(x), ctx, EAGER) if need_x else None
+    dx = _input_gradient(grad, v, x.shape[2:], is_channels_last(x), ctx, EAGER) if need_x else None
     dg = convolution(x, v, None, ctx.step, is_channels_last(grad), ctx.required) if need_grad else None
     return dx, dg
 

@@ -21,6 +21,7 @@ from ..activations import Activation, activation_derivative
 from ..dispatch import is_batched
 from ..norms import Partials
 from ..reference import Grads, Saved, backward_by_torch, composition
+from ..spec import DTYPES, INT32
 from ..step import Operands, Step, norm_step
 from . import guard, norm_act, norm_act_trial
 from .norm_act_backward import activation_pass, backward, plan_of_activation, plan_of_backward
@@ -268,7 +269,8 @@ def activation_backward(
     ``saved`` is the activation's input or output, as `Activation.saves` says."""
     if not bias and (saved is None or not activation.saves()):
         return grad, None
-    if grad.numel() and why_not(_IDENTITY, Operands(grad, residual=saved)) is None:
+    n = grad.numel()
+    if n and (n < INT32 - 1024 or why_not(_IDENTITY, Operands(grad)) is None) and _fits(grad) and _fits(saved):
         plan = plan_of_activation(grad, saved, activation, bias)
         if plan.proof.ready:
             return activation_pass(grad, saved, activation, bias, plan)
@@ -284,6 +286,10 @@ def activation_backward(
 
 
 _IDENTITY = norm_step(None)
+
+
+def _fits(t: Tensor | None) -> bool:
+    return t is None or t.dtype in DTYPES
 
 
 def activation_backward_by_torch(

@@ -1,8 +1,8 @@
 """Whole jobs on top of the library, for the command line and for programs. Nothing of the library imports them.
 
-``enhance(image, ...)`` and ``repair(image, mask)``, and `Enhancer` and `Repairer`, which keep their networks for many
-pictures, are loaded on first use. Modules are named after the work and functions after what they do, so that no name
-means both.
+``enhance(image, ...)``, ``repair(image, mask)``, ``style(image, ...)`` and ``cut_out(image, ...)``, and `Enhancer`,
+`Repairer`, `Styler` and `Cutter`, which keep their networks for many pictures, are loaded on first use. Modules are
+named after the work and functions after what they do, so that no name means both.
 """
 
 from __future__ import annotations
@@ -11,12 +11,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cutting import Cutter as Cutter
+    from .cutting import cut_out as cut_out
     from .enhancement import Enhancer as Enhancer
     from .enhancement import enhance as enhance
     from .repairing import Repairer as Repairer
     from .repairing import repair as repair
+    from .styling import Styler as Styler
+    from .styling import style as style
 
-_EXPORTS = {"Enhancer": "enhancement", "Repairer": "repairing", "enhance": "enhancement", "repair": "repairing"}
+_EXPORTS = {
+    "Cutter": "cutting",
+    "Enhancer": "enhancement",
+    "Repairer": "repairing",
+    "Styler": "styling",
+    "cut_out": "cutting",
+    "enhance": "enhancement",
+    "repair": "repairing",
+    "style": "styling",
+}
 
 __all__ = [*_EXPORTS]
 

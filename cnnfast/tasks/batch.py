@@ -45,42 +45,46 @@ def add_batch_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def add_machine_options(command: argparse.ArgumentParser) -> None:
-    """Where and how networks run."""
+def add_machine_options(command: argparse.ArgumentParser, memory: bool = True) -> None:
+    """Where and how networks run; ``memory``: whether they run by tiles, whose size it bounds."""
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where torch can use it)")
     command.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="(default: float32 on a CPU, float16 on a GPU)"
     )
     command.add_argument("--backend", choices=["auto", "triton", "aten"], help="as cnnfast.backend (auto)")
-    command.add_argument(
-        "--memory", type=size_in_bytes, metavar="SIZE", help="for a tile: 512M, 4G, ... (default: half of what is free)"
-    )
+    if memory:
+        command.add_argument(
+            "--memory",
+            type=size_in_bytes,
+            metavar="SIZE",
+            help="for a tile: 512M, 4G, ... (default: half of what is free)",
+        )
 
 
 # --- which ------------------------------------------------------------------------------------------------------------
 
 
-def plan(inputs: Sequence[Path], output: Path, recursive: bool = False) -> list[Item]:
+def plan(inputs: Sequence[Path], output: Path, recursive: bool = False, written: Sequence[str] = WRITTEN) -> list[Item]:
     """What is to be made of what, in the order of names.
 
     One picture goes to ``output`` itself where that is no folder and is named like a picture; otherwise ``output`` is a
     folder, in which results have their pictures' names (and, below a folder, the folders in it), with the suffix .png
-    where a kind is not written. UsageError for what is not there, no pictures, two results of one name, and a result in
-    the place of a picture.
+    where a kind is not among those ``written``. UsageError for what is not there, no pictures, two results of one name,
+    and a result in the place of a picture.
     """
     found = [pair for path in inputs for pair in _pictures(path, output, recursive)]
     single = len(inputs) == 1 and not os.path.isdir(inputs[0])
     if single and not os.path.isdir(output):
         if not output.suffix:
-            raise UsageError(f"--output {output}: expected a name that ends in {', '.join(WRITTEN)}, or a folder")
-        check_target(output)
+            raise UsageError(f"--output {output}: expected a name that ends in {', '.join(written)}, or a folder")
+        check_target(output, written=written)
         items = [Item(inputs[0], output)]
     else:
         if os.path.lexists(output) and not os.path.isdir(output):
             raise UsageError(f"--output {output} is a file: several pictures need a folder")
         if not os.path.lexists(output) and output.suffix.lower() in READ:
             raise UsageError(f"--output {output}: several pictures need a folder, that is named like a picture")
-        items = [Item(source, output / _written(inside)) for source, inside in found]
+        items = [Item(source, output / _named(inside, written)) for source, inside in found]
     sources = {os.path.realpath(item.source): item.source for item in items}
     targets: dict[str, Path] = {}
     for item in items:
@@ -93,8 +97,8 @@ def plan(inputs: Sequence[Path], output: Path, recursive: bool = False) -> list[
     return items
 
 
-def _written(inside: Path) -> Path:
-    return inside if inside.suffix.lower() in WRITTEN else inside.with_suffix(".png")
+def _named(inside: Path, written: Sequence[str]) -> Path:
+    return inside if inside.suffix.lower() in written else inside.with_suffix(".png")
 
 
 def _pictures(path: Path, output: Path, recursive: bool) -> Iterator[tuple[Path, Path]]:

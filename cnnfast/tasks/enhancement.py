@@ -27,6 +27,7 @@ from . import batch, pictures, tiles, user_models
 from .data import photograph
 from .machine import choose_device, choose_dtype, memory_to_use, require, require_memory
 from .pictures import Picture
+from .pixels import resized
 from .tiles import ImageJob, Means
 
 __all__ = ["MODELS", "Enhancer", "add_command", "enhance", "evaluate", "job_of"]
@@ -174,16 +175,7 @@ class Enhancer:
         """The enhanced picture, of the kind that ``image`` is: a Pillow image (turned as its EXIF says), or an array
         (H, W) or (H, W, C), C from 1 to 4 as in `Picture`, uint8, uint16, or floats from 0 to 1.
         """
-        if isinstance(image, np.ndarray):
-            if image.ndim not in (2, 3) or (image.ndim == 3 and not 1 <= image.shape[2] <= 4) or 0 in image.shape:
-                raise UsageError(f"expected an array (H, W) or (H, W, 1 to 4), got {image.shape}")
-            if image.dtype not in (np.uint8, np.uint16) and image.dtype.kind != "f":
-                raise UsageError(f"expected an array of uint8, uint16 or floats from 0 to 1, got {image.dtype}")
-            pixels = image[..., None] if image.ndim == 2 else image
-            done = self.picture(Picture(pixels), on_progress).pixels
-            return done[..., 0] if image.ndim == 2 else done
-        require("enhance", {"pillow": "PIL"})
-        return pictures.to_pil(self.picture(pictures.from_pil(image), on_progress))
+        return pictures.through(lambda picture: self.picture(picture, on_progress), image, "enhance")
 
     def picture(self, picture: Picture, on_progress: Callable[[float], object] | None = None) -> Picture:
         """The same for a `Picture`, whose ``info`` goes along."""
@@ -197,7 +189,7 @@ class Enhancer:
         if alpha is not None and not solid:
             colours = pictures.spread_colours(colours, alpha)
         parts = 1 + (enlarges and not solid)
-        done = self._run(colours, _part(on_progress, 0, parts))
+        done = self._run(colours, tiles.portion(on_progress, 0, parts))
         pictures.check_result(colours, done, " and ".join(job.name for job in self.jobs))
         if alpha is not None:
             if enlarges:
@@ -205,7 +197,7 @@ class Enhancer:
                 alpha = (
                     np.full(size, alpha.flat[0], alpha.dtype)
                     if solid
-                    else self._run(alpha, _part(on_progress, 1, parts), denoise=False)
+                    else self._run(alpha, tiles.portion(on_progress, 1, parts), denoise=False)
                 )
             done = np.concatenate([done, alpha], 2)
         return Picture(done, picture.info)
@@ -228,31 +220,15 @@ class Enhancer:
                     dtype=self.dtype,
                     memory=memory,
                     result=given if last and pixels.shape else between,
-                    on_progress=_part(on_progress, i, len(jobs)),
+                    on_progress=tiles.portion(on_progress, i, len(jobs)),
                 )
-        return pixels if pixels.shape[:2] == size else _smaller(pixels, size)
+        return pixels if pixels.shape[:2] == size else resized(pixels, size)
 
 
 def enhance(image: Any, scale: int | None = None, **options: Any) -> Any:
     """``image`` enlarged, and with ``denoise=`` without noise: see `Enhancer`, whose options these are. A picture of
     Pillow's gives one, an array gives one. For many pictures keep an `Enhancer`."""
     return Enhancer(scale, **options)(image)
-
-
-def _part(on_progress: Callable[[float], object] | None, number: int, parts: int) -> Callable[[float], object] | None:
-    return None if on_progress is None else lambda done: on_progress((number + done) / parts)
-
-
-def _smaller(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bicubic, with a low-pass; channel by channel, for Pillow has no others but of 8 bits."""
-    from PIL import Image
-
-    result = np.empty((*size, pixels.shape[2]), pixels.dtype)
-    for c in range(pixels.shape[2]):
-        channel = Image.fromarray(pixels[..., c].astype(np.float32))
-        values = np.asarray(channel.resize(size[::-1], Image.Resampling.BICUBIC)).clip(0, tiles.white(pixels.dtype))
-        result[..., c] = values if pixels.dtype.kind == "f" else values.round()
-    return result
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from ..files import write_atomically
 from ..messages import CnnfastError, UsageError, one_line
 from . import png16
 from .images import ImageError
+from .machine import require
 from .tiles import white
 
 if TYPE_CHECKING:
@@ -28,12 +29,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "READ",
+    "TRANSPARENT",
     "WRITTEN",
     "Picture",
     "check_result",
+    "from_array",
     "from_pil",
+    "made_of",
     "read",
     "spread_colours",
+    "through",
     "to_pil",
     "turned",
     "write",
@@ -41,6 +46,7 @@ __all__ = [
 
 READ = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 WRITTEN = (".jpeg", ".jpg", ".png", ".webp")
+TRANSPARENT = (".png", ".webp")
 
 _LARGEST_SIDE = {"JPEG": 65535, "WEBP": 16383}
 _QUALITY = 95  # of JPEG and WebP
@@ -231,11 +237,55 @@ def to_pil(picture: Picture) -> Image.Image:
     return image
 
 
-def check_target(path: Path, picture: Picture | None = None) -> None:
-    """UsageError where a picture, or this one, cannot be written under this name."""
-    if path.suffix.lower() not in WRITTEN:
-        raise UsageError(f"{path}: pictures are written as {', '.join(WRITTEN)}")
-    if picture is not None and picture.has_alpha and path.suffix.lower() in (".jpg", ".jpeg"):
+def through(work: Callable[[Picture], Picture], image: Any, job: str) -> Any:
+    """What ``work`` makes of a picture, of the kind that ``image`` is: a `Picture`, a Pillow image (turned as its EXIF
+    says), or an array (H, W) or (H, W, C), C from 1 to 4 as in `Picture`, uint8, uint16, or floats from 0 to 1.
+
+    An array (H, W) gives one where the result has one channel. What Pillow has no 16 bits for becomes 8. UsageError for
+    other arrays and other things; CnnfastError where Pillow is needed for ``job`` and is not installed.
+    """
+    if isinstance(image, Picture):
+        return work(image)
+    if isinstance(image, np.ndarray):
+        done = work(from_array(image)).pixels
+        return done[..., 0] if image.ndim == 2 and done.shape[2] == 1 else done
+    require(job, {"pillow": "PIL"})
+    if not hasattr(image, "getexif"):
+        raise UsageError(f"expected a Pillow image or an array, got {type(image).__name__}")
+    result = work(from_pil(image))
+    if result.pixels.dtype == np.uint16 and result.pixels.shape[2] != 1:
+        result = Picture(_in_8_bits(result.pixels), result.info)
+    return to_pil(result)
+
+
+def from_array(image: np.ndarray) -> Picture:
+    """As `through` says."""
+    if image.ndim not in (2, 3) or (image.ndim == 3 and not 1 <= image.shape[2] <= 4) or 0 in image.shape:
+        raise UsageError(f"expected an array (H, W) or (H, W, 1 to 4), got {image.shape}")
+    if image.dtype not in (np.uint8, np.uint16) and image.dtype.kind != "f":
+        raise UsageError(f"expected an array of uint8, uint16 or floats from 0 to 1, got {image.dtype}")
+    return Picture(image[..., None] if image.ndim == 2 else image)
+
+
+def _in_8_bits(pixels: np.ndarray) -> np.ndarray:
+    return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def made_of(picture: Picture, pixels: np.ndarray) -> Picture:
+    """``pixels`` with the ``info`` of ``picture``; without its profile where grey became colours."""
+    made = Picture(pixels, picture.info)
+    if made.colours.shape[2] == picture.colours.shape[2]:
+        return made
+    return Picture(pixels, {key: value for key, value in picture.info.items() if key != "icc_profile"})
+
+
+def check_target(path: Path, picture: Picture | None = None, written: Sequence[str] = WRITTEN) -> None:
+    """UsageError where a picture, or this one, or one of a job whose results are ``written`` so, cannot be written
+    under this name."""
+    suffix = path.suffix.lower()
+    if suffix not in WRITTEN:
+        raise UsageError(f"{path}: pictures are written as {', '.join(written)}")
+    if suffix not in (TRANSPARENT if picture is not None and picture.has_alpha else written):
         raise UsageError(f"{path}: JPEG has no transparency: write a .png or .webp")
 
 
@@ -256,7 +306,7 @@ def write(path: Path, picture: Picture, png_level: int = 1) -> None:
         write_atomically(path, png16.encode(picture.pixels, png_level, _chunks(info)))
         return
     if deep and kind != "PNG":
-        picture = Picture(((picture.pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8), info)
+        picture = Picture(_in_8_bits(picture.pixels), info)
     options: dict[str, Any] = {k: info[k] for k in ("icc_profile", "exif", "dpi") if k in info}
     if kind == "PNG":
         options |= {"compress_level": png_level, "pnginfo": _png_text(info)}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..messages import CnnfastError, is_out_of_memory
 
-__all__ = ["ImageJob", "Means", "run", "white"]
+__all__ = ["ImageJob", "Means", "Sweep", "Tile", "cut", "portion", "run", "side_that_fits", "store", "up", "white"]
 
 _SMALLEST = 16  # pixels of a tile's side, below which memory is not the trouble
 # What a tile's side is at most: larger ones are no faster (their maps leave the caches), and progress is seldom told.
@@ -76,7 +76,7 @@ def white(dtype: np.dtype) -> float:
 
 
 @dataclass(frozen=True)
-class _Tile:
+class Tile:
     """Rows ``top`` to ``bottom`` and columns ``left`` to ``right`` of the picture."""
 
     top: int
@@ -84,10 +84,10 @@ class _Tile:
     left: int
     right: int
 
-    def split(self, side: int) -> Iterator[_Tile]:
+    def split(self, side: int) -> Iterator[Tile]:
         for top in range(self.top, self.bottom, side):
             for left in range(self.left, self.right, side):
-                yield _Tile(top, min(top + side, self.bottom), left, min(left + side, self.right))
+                yield Tile(top, min(top + side, self.bottom), left, min(left + side, self.right))
 
 
 def run(
@@ -127,37 +127,88 @@ class _Run:
             raise ValueError(f"expected pixels (H, W, 1 or {job.channels}), got {pixels.shape}")
         self.job, self.pixels, self.device, self.dtype = job, pixels, device, dtype
         self.target, self.on_progress = target, on_progress
-        self.done, self.passes = 0.0, 1
 
     def all(self, memory: float | None, side: int | None) -> np.ndarray:
         job = self.job
         h, w, c = self.pixels.shape
         # Tiles begin at multiples of the job's: the picture's end is the end of the last one.
-        whole = _Tile(0, _up(h, job.multiple), 0, _up(w, job.multiple))
-        self.side = self._side(memory, whole) if side is None else _up(side, job.multiple)
+        whole = Tile(0, up(h, job.multiple), 0, up(w, job.multiple))
+        if not job.tiled:
+            side = max(whole.bottom, whole.right)
+        elif side is None:
+            side = side_that_fits(whole, memory, self.device, self.dtype, job.floats, job.halo, job.multiple)
+        side = up(side, job.multiple)
         self.output = np.empty((h * job.scale, w * job.scale, c), self.target)
+        measured = job.means.strides if job.means is not None and max(whole.bottom, whole.right) > side else ()
+        self.sweep = Sweep(job.name, self.device, side, job.multiple, job.tiled, self.on_progress)
+        self.share = 1 / (len(measured) + 1)
         means: list[Tensor] = []
-        if job.means is not None and max(whole.bottom, whole.right) > self.side:
-            self.passes = len(job.means.strides) + 1
-            for stride in job.means.strides:
-                means.append(self._mean(whole, stride, means))
-        self._each(whole, lambda tile: self._store(tile, self._network(self._input(tile), means)))
+        for stride in measured:
+            means.append(self._mean(whole, stride, means))
+        self.sweep.each(whole, lambda tile: self._store(tile, self._network(self._input(tile), means)), self.share)
         return self.output
 
-    def _side(self, memory: float | None, whole: _Tile) -> int:
-        if not self.job.tiled:
-            return max(whole.bottom, whole.right)
-        largest = _LARGEST.get(self.device.type, 512)
-        if memory is not None:
-            numbers = memory / self.dtype.itemsize
-            fits = int(math.sqrt(numbers / self.job.floats)) - 2 * self.job.halo
-            largest = min(largest, max(_SMALLEST, fits))
-        # Of equal size, so that none is a strip of which most is overlap.
-        parts = math.ceil(max(whole.bottom, whole.right) / largest)
-        return _up(math.ceil(max(whole.bottom, whole.right) / parts), self.job.multiple)
+    def _input(self, tile: Tile) -> Tensor:
+        job = self.job
+        x = cut(self.pixels, tile, job.halo, job.multiple, job.pads)
+        if x.shape[1] != job.channels:
+            x = x.expand(-1, job.channels, -1, -1)
+        return x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
 
-    def _each(self, whole: _Tile, work: Callable[[_Tile], None]) -> None:
-        """``work`` for all tiles; one that does not fit is cut, and so are those after it."""
+    def _network(self, x: Tensor, means: Sequence[Tensor]) -> Tensor:
+        return self.job.network(x) if self.job.means is None else self.job.network(x, means)
+
+    def _store(self, tile: Tile, y: Tensor) -> None:
+        job, s = self.job, self.job.scale
+        halo = up(job.halo, job.multiple) if job.pads else 0
+        y = y[..., min(halo, tile.top) * s :, min(halo, tile.left) * s :]
+        target = Tile(*(s * n for n in (tile.top, tile.bottom, tile.left, tile.right)))
+        store(y, self.output, target, f"{job.name} in {str(self.dtype).removeprefix('torch.')}")
+
+    def _mean(self, whole: Tile, stride: int, means: Sequence[Tensor]) -> Tensor:
+        """The next mean (1, C, 1, 1) over the whole: of each tile's map the part that no other has."""
+        assert self.job.means is not None
+        take = self.job.means.map
+        total: list[Tensor] = []
+        count = 0
+
+        def add(tile: Tile) -> None:
+            nonlocal count
+            part = take(self._input(tile), means)
+            rows = None if tile.bottom == whole.bottom else (tile.bottom - tile.top) // stride
+            columns = None if tile.right == whole.right else (tile.right - tile.left) // stride
+            part = part[0, :, :rows, :columns]
+            total.append(part.sum((1, 2), dtype=torch.float64))
+            count += part.shape[1] * part.shape[2]
+
+        self.sweep.each(whole, add, self.share)
+        return (torch.stack(total).sum(0) / count).view(1, -1, 1, 1)
+
+
+# --- parts, of which other ways through a picture are made ------------------------------------------------------------
+
+
+class Sweep:
+    """Goes through tiles, several times if need be. One that does not fit in memory is cut, and so are those after it.
+
+    ``side``: a tile's, a multiple of ``multiple``. ``on_progress`` is told the part (0 to 1) that is done.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        device: torch.device,
+        side: int,
+        multiple: int = 1,
+        tiled: bool = True,
+        on_progress: Callable[[float], object] | None = None,
+    ) -> None:
+        self.name, self.device, self.side, self.multiple, self.tiled = name, device, side, multiple, tiled
+        self.on_progress, self.done = on_progress, 0.0
+
+    def each(self, whole: Tile, work: Callable[[Tile], None], share: float = 1.0) -> None:
+        """``work`` for all tiles of ``whole``, which is ``share`` of all that is to be done. CnnfastError where even a
+        small tile does not fit."""
         waiting = [whole]
         while waiting:
             tile = waiting.pop(0)
@@ -169,82 +220,84 @@ class _Run:
             except Exception as error:  # torch's is a RuntimeError with words in it
                 if not is_out_of_memory(error):
                     raise
-                half = _up(self.side // 2, self.job.multiple)
-                if not self.job.tiled or half < _SMALLEST or half >= self.side:
-                    raise CnnfastError(
-                        f"out of memory: {self.job.name} does not fit on {self.device} even by tiles of {self.side}x"
-                        f"{self.side} pixels"
-                        if self.job.tiled
-                        else f"out of memory: {self.job.name} takes whole pictures only: make this one smaller"
-                    ) from error
-                self.side = half
+                self.side = self._smaller(error)
                 waiting.insert(0, tile)
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
                 continue
             area = (tile.bottom - tile.top) * (tile.right - tile.left)
-            self.done += area / (whole.bottom * whole.right * self.passes)
+            self.done += share * area / (whole.bottom * whole.right)
             if self.on_progress is not None:
                 self.on_progress(min(self.done, 1.0))
 
-    def _input(self, tile: _Tile) -> Tensor:
-        """The tile with its surroundings (1, C, h, w)."""
-        job = self.job
-        h, w = self.pixels.shape[:2]
-        halo = _up(job.halo, job.multiple) if job.pads else job.halo
-        ends = []
-        for first, last, size in ((tile.top, tile.bottom, h), (tile.left, tile.right, w)):
-            end = _up(size, job.multiple)
-            a, b = first - halo, last + halo
-            indices = np.arange(max(a, 0), min(b, end)) if job.pads else np.arange(a, b)
-            ends.append(indices.clip(0, size - 1))  # the edge is repeated
-        cut = self.pixels[ends[0][:, None], ends[1]].astype(np.float32) / np.float32(white(self.pixels.dtype))
-        x = torch.from_numpy(cut).permute(2, 0, 1)[None]
-        if x.shape[1] != job.channels:
-            x = x.expand(-1, job.channels, -1, -1)
-        return x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
-
-    def _network(self, x: Tensor, means: Sequence[Tensor]) -> Tensor:
-        return self.job.network(x) if self.job.means is None else self.job.network(x, means)
-
-    def _store(self, tile: _Tile, y: Tensor) -> None:
-        job, s = self.job, self.job.scale
-        h, w, c = self.output.shape
-        halo = _up(job.halo, job.multiple) if job.pads else 0
-        top, left = min(halo, tile.top) * s, min(halo, tile.left) * s
-        bottom, right = min(tile.bottom * s, h), min(tile.right * s, w)
-        rows, columns = bottom - tile.top * s, right - tile.left * s
-        y = y[0, :, top : top + rows, left : left + columns].float()
-        if not torch.isfinite(y).all():
+    def _smaller(self, error: Exception) -> int:
+        half = up(self.side // 2, self.multiple)
+        if not self.tiled or half < _SMALLEST or half >= self.side:
             raise CnnfastError(
-                f"{job.name} in {str(self.dtype).removeprefix('torch.')} gave values that are not finite"
-            )
-        if y.shape[0] != c:
-            y = y.mean(0, keepdim=True)
-        y = y.clamp_(0, 1).permute(1, 2, 0)
-        if self.target.kind != "f":
-            y = (y * white(self.target)).round_()
-        self.output[tile.top * s : bottom, tile.left * s : right] = y.cpu().numpy().astype(self.target)
-
-    def _mean(self, whole: _Tile, stride: int, means: Sequence[Tensor]) -> Tensor:
-        """The next mean (1, C, 1, 1) over the whole: of each tile's map the part that no other has."""
-        assert self.job.means is not None
-        take = self.job.means.map
-        total: list[Tensor] = []
-        count = 0
-
-        def add(tile: _Tile) -> None:
-            nonlocal count
-            part = take(self._input(tile), means)
-            rows = None if tile.bottom == whole.bottom else (tile.bottom - tile.top) // stride
-            columns = None if tile.right == whole.right else (tile.right - tile.left) // stride
-            part = part[0, :, :rows, :columns]
-            total.append(part.sum((1, 2), dtype=torch.float64))
-            count += part.shape[1] * part.shape[2]
-
-        self._each(whole, add)
-        return (torch.stack(total).sum(0) / count).view(1, -1, 1, 1)
+                f"out of memory: {self.name} does not fit on {self.device} even by tiles of {self.side}x"
+                f"{self.side} pixels"
+                if self.tiled
+                else f"out of memory: {self.name} takes whole pictures only: make this one smaller"
+            ) from error
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return half
 
 
-def _up(size: int, multiple: int) -> int:
+def side_that_fits(
+    whole: Tile,
+    memory: float | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    floats: int,
+    halo: int = 0,
+    multiple: int = 1,
+) -> int:
+    """A tile's side for ``memory`` bytes, None: as large as pays. ``floats``, ``halo``, ``multiple``: `ImageJob`'s."""
+    largest = _LARGEST.get(device.type, 512)
+    if memory is not None:
+        fits = int(math.sqrt(max(memory, 0) / dtype.itemsize / floats)) - 2 * halo
+        largest = min(largest, max(_SMALLEST, fits))
+    # Of equal size, so that none is a strip of which most is overlap.
+    parts = math.ceil(max(whole.bottom, whole.right) / largest)
+    return up(math.ceil(max(whole.bottom, whole.right) / parts), multiple)
+
+
+def cut(pixels: np.ndarray, tile: Tile, halo: int, multiple: int = 1, pads: bool = True) -> Tensor:
+    """The tile of a picture (H, W, C) with its surroundings, in [0, 1]: float32 (1, C, h, w) on the CPU. ``halo``,
+    ``multiple`` and ``pads`` as of `ImageJob`."""
+    h, w = pixels.shape[:2]
+    halo = up(halo, multiple) if pads else halo
+    ends = []
+    for first, last, size in ((tile.top, tile.bottom, h), (tile.left, tile.right, w)):
+        end = up(size, multiple)
+        a, b = first - halo, last + halo
+        indices = np.arange(max(a, 0), min(b, end)) if pads else np.arange(a, b)
+        ends.append(indices.clip(0, size - 1))  # the edge is repeated
+    values = pixels[ends[0][:, None], ends[1]].astype(np.float32) / np.float32(white(pixels.dtype))
+    return torch.from_numpy(values).permute(2, 0, 1)[None]
+
+
+def store(y: Tensor, output: np.ndarray, tile: Tile, name: str) -> None:
+    """Write what was computed for a tile (1, C, h, w), in [0, 1] or about, into its place in ``output`` (H, W, C),
+    clipped, and rounded where that holds integers. Both may end beyond the picture. Of a grey picture it is the mean of
+    the channels. CnnfastError for values that are not finite."""
+    h, w, c = output.shape
+    bottom, right = min(tile.bottom, h), min(tile.right, w)
+    y = y[0, :, : bottom - tile.top, : right - tile.left].float()
+    if not torch.isfinite(y).all():
+        raise CnnfastError(f"{name} gave values that are not finite")
+    if y.shape[0] != c:
+        y = y.mean(0, keepdim=True)
+    y = y.clamp_(0, 1).permute(1, 2, 0)
+    if output.dtype.kind != "f":
+        y = (y * white(output.dtype)).round_()
+    output[tile.top : bottom, tile.left : right] = y.cpu().numpy().astype(output.dtype)
+
+
+def portion(on_progress: Callable[[float], object] | None, number: int, parts: int) -> Callable[[float], object] | None:
+    """What to tell of the work ``number`` of so many that make a whole."""
+    return None if on_progress is None else lambda done: on_progress((number + done) / parts)
+
+
+def up(size: int, multiple: int) -> int:
+    """The next multiple."""
     return -(-size // multiple) * multiple
