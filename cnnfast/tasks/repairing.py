@@ -89,18 +89,9 @@ class Repairer:
         return torch.cat([self.network(x), x[:, 3:]], 1)  # `tiles.run` gives as many channels as it takes
 
     def __call__(self, image: Any, mask: Any, *, on_progress: Callable[[float], object] | None = None) -> Any:
-        """The repaired picture, of the kind that ``image`` is: a Pillow image (turned as its EXIF says), or an array
-        (H, W) or (H, W, C), C from 1 to 4 as in `Picture`, uint8, uint16, or floats from 0 to 1. ``mask`` as of
+        """The repaired picture, of the kind that ``image`` is, as `pictures.through` says. ``mask`` as of
         `masks.mask_for`, white where it is to be repaired; it need not be of the same kind."""
-        if isinstance(image, np.ndarray):
-            if image.ndim not in (2, 3) or (image.ndim == 3 and not 1 <= image.shape[2] <= 4) or 0 in image.shape:
-                raise UsageError(f"expected an array (H, W) or (H, W, 1 to 4), got {image.shape}")
-            if image.dtype not in (np.uint8, np.uint16) and image.dtype.kind != "f":
-                raise UsageError(f"expected an array of uint8, uint16 or floats from 0 to 1, got {image.dtype}")
-            pixels = image[..., None] if image.ndim == 2 else image
-            done = self.picture(Picture(pixels), mask, on_progress).pixels
-            return done[..., 0] if image.ndim == 2 else done
-        return pictures.to_pil(self.picture(pictures.from_pil(image), mask, on_progress))
+        return pictures.through(lambda picture: self.picture(picture, mask, on_progress), image, "repair")
 
     def picture(self, picture: Picture, mask: Any, on_progress: Callable[[float], object] | None = None) -> Picture:
         """The same for a `Picture`, whose ``info`` goes along. Transparency is repaired too where it is not the same
