@@ -25,7 +25,7 @@ SIZES = {
     "build (the default on Linux)",
     "triton": "triton: about 200 MB",
     "demo": "matplotlib, pillow, tqdm and what they need: about 30 MB; trained weights, at the first demo: 13 MB",
-    "test": "pytest, hypothesis, onnx, matplotlib and what they need: about 60 MB",
+    "test": "pytest, hypothesis, onnx, matplotlib, scikit-image and what they need: about 120 MB",
     "bench": "pytest-benchmark, onnx, onnxruntime, openvino and what they need: about 130 MB",
     "dev": "import-linter, mypy, pdoc, ruff: about 35 MB",
 }

@@ -92,6 +92,10 @@ def _train_text(arguments: argparse.Namespace) -> int:
     return _loaded("tasks.train_text").run(**_given(arguments))
 
 
+def _train_repair(arguments: argparse.Namespace) -> int:
+    return _loaded("tasks.train_repair").run(**_given(arguments))
+
+
 def _sample(arguments: argparse.Namespace) -> int:
     return _loaded("tasks.train").sample(arguments.checkpoint, arguments.output, arguments.count, arguments.seed)
 
@@ -101,6 +105,7 @@ _TASKS = {
     "generate": ("sampling", "images from noise: faces, eyes"),
     "draw": ("drawing", "an image from a text: emoji, eyes"),
     "enhance": ("enhancement", "make pictures larger, take noise out of them"),
+    "repair": ("repairing", "fill scratches, text and small holes that a mask marks"),
     "compose": ("composing", "a style for a picture, people before another background"),
 }
 
@@ -190,6 +195,25 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, metavar="DIR", help="checkpoint.pt, text.npz, samples/ (out/text)")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
     command.set_defaults(work=_train_text)
+
+    command = models.add_parser(
+        "repair",
+        parents=[common],
+        help="a network that refines filled holes, on photographs: pictures, loss curve, checkpoints, weights",
+        argument_default=argparse.SUPPRESS,
+    )
+    command.add_argument("--epochs", type=positive, help="of 250 steps (24)")
+    command.add_argument("--batch-size", type=positive, help="patches of a step (16)")
+    command.add_argument("--size", type=positive, metavar="PIXELS", help="of a patch's side, a multiple of 8 (64)")
+    command.add_argument("--lr", type=float, help="AdamW's, at its highest (2e-3)")
+    command.add_argument("--seed", type=seed, help="of weights, patches and damage (0)")
+    command.add_argument("--width", type=positive, help="channels at a half of the picture's size (48)")
+    command.add_argument("--amp", choices=["auto", "bf16", "none"], help="autocast (auto: where it is native)")
+    command.add_argument("--layers", choices=["cnnfast", "torch"], help="torch: nn.Sequential (cnnfast)")
+    command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where torch can use it)")
+    command.add_argument("--output", type=Path, metavar="DIR", help="checkpoint.pt, repair.npz, samples/ (out/repair)")
+    command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
+    command.set_defaults(work=_train_repair)
 
     command = commands.add_parser(
         "sample", parents=[common], help="a PNG of images by a generator that `train gan` trained"

@@ -21,12 +21,15 @@ from .span import SPAN, SPANConfig
 from .srvgg import SRVGG, SRVGGConfig
 from .style import StyleConfig, StylePredictor, StylePredictorConfig, StyleTransfer
 from .text_image import TextImageConfig, TextImageGenerator
+from .unet import RepairConfig, RepairUNet
 from .waifu2x import CUNet, CUNetConfig, UpConv7, UpConv7Config
 from .weights import PRETRAINED, WeightsError, load_weights
 
 __all__ = [
     "DCGANConfig",
     "DCGANGenerator",
+    "RepairConfig",
+    "RepairUNet",
     "TextImageConfig",
     "TextImageGenerator",
     "create_model",
@@ -56,6 +59,7 @@ _MODELS: Mapping[str, _Family] = MappingProxyType(
         "srvgg_x4": _Family(SRVGGConfig(), SRVGG),
         "rrdb_x4": _Family(RRDBConfig(), RRDB),
         "rrdb_anime_x4": _Family(RRDBConfig(blocks=6), RRDB),
+        "repair": _Family(RepairConfig(), RepairUNet),
         "style_26": _Family(StyleConfig(), StyleTransfer),
         "style_any": _Family(StyleConfig(100, (8, 16, 32), 5, (16, 8), predicted=True), StyleTransfer),
         "style_predictor": _Family(StylePredictorConfig(), StylePredictor),
@@ -107,12 +111,12 @@ def create_model(
         raise ValueError(f"the trained weights of {name!r} fix its configuration: drop {', '.join(sorted(config))}")
     model = family.module(replace(family.config, **config), sequential=sequential)
     if pretrained:
-        if name in trained.SHIPPED:
-            model.load_state_dict(trained.state_dict(trained.load(name, weights_file)))
-            return model.eval()
-        state = load_weights(name, weights_file)
         try:
-            model.load_state_dict(by_order(model, state) if PRETRAINED[name].by_order else state)
+            if name in trained.SHIPPED:
+                model.load_state_dict(trained.state_dict(trained.load(name, weights_file)))
+            else:
+                state = load_weights(name, weights_file)
+                model.load_state_dict(by_order(model, state) if PRETRAINED[name].by_order else state)
         except ValueError as error:
             raise WeightsError(f"the weights of {name!r} are not those of its network: {one_line(error)}") from error
         model.eval()

@@ -1,8 +1,9 @@
 """Whole jobs on top of the library, for the command line and for programs. Nothing of the library imports them.
 
-``draw(text)``, ``enhance(image, ...)``, ``generate(model, count)``, ``style(image, ...)`` and ``cut_out(image, ...)``,
-and `Drawer`, `Enhancer`, `Sampler`, `Styler` and `Cutter`, which keep their networks for many pictures, are loaded on
-first use. Modules are named after the work and functions after what they do, so that no name means both.
+``draw(text)``, ``enhance(image, ...)``, ``generate(model, count)``, ``repair(image, mask)``, ``style(image, ...)`` and
+``cut_out(image, ...)``, and `Drawer`, `Enhancer`, `Sampler`, `Repairer`, `Styler` and `Cutter`, which keep their
+networks for many pictures, are loaded on first use. Modules are named after the work and functions after what they do,
+so that no name means both.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from .drawing import draw as draw
     from .enhancement import Enhancer as Enhancer
     from .enhancement import enhance as enhance
+    from .repairing import Repairer as Repairer
+    from .repairing import repair as repair
     from .sampling import Sampler as Sampler
     from .sampling import generate as generate
     from .styling import Styler as Styler
@@ -26,12 +29,14 @@ _EXPORTS = {
     "Cutter": "cutting",
     "Drawer": "drawing",
     "Enhancer": "enhancement",
+    "Repairer": "repairing",
     "Sampler": "sampling",
     "Styler": "styling",
     "cut_out": "cutting",
     "draw": "drawing",
     "enhance": "enhancement",
     "generate": "sampling",
+    "repair": "repairing",
     "style": "styling",
 }
 
