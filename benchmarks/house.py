@@ -1,8 +1,8 @@
 """``python -m benchmarks.house``: the plan of the code in numbers.
 
-What `tests/test_house.py` and a reader want to know: circles of imports, imports inside functions, where a device is
-asked for, how many files and functions a warm call passes on its way to the launch. ``--check`` exits 1 where a limit
-of `LIMITS` is passed.
+What `tests/benchmarks/test_house.py` and a reader want to know: circles of imports, imports inside functions, where a
+device is asked for, how many files and functions a warm call passes on its way to the launch. ``--check`` exits 1 where
+a limit of `LIMITS` is passed.
 """
 
 from __future__ import annotations

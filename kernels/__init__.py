@@ -2,19 +2,19 @@
 
 Each kernel, what it computes, who launches it, and its test:
 
-    conv_transpose.py                cnnfast/gpu/conv.py      tests/test_conv_transpose.py, test_conv_statistics.py
+    conv_transpose.py                cnnfast/gpu/conv.py      tests/gpu/test_conv.py, test_conv_statistics.py
         conv_transpose_kernel        y = act((conv(x) + bias - mean) * rsqrt(var + eps) * scale + shift + residual)
         split_k_epilogue_kernel      the same of conv(x) = the sum of the parts of K
-    conv_wgrad.py                    cnnfast/gpu/conv_wgrad.py                     tests/test_conv_wgrad.py
+    conv_wgrad.py                    cnnfast/gpu/conv_wgrad.py                     tests/gpu/test_conv_wgrad.py
         conv_wgrad_kernel            dw[a, b, t] = sum of A[position, a] * B[position at tap t, b] over positions
         sum_splits_kernel            dw = the sum of the parts of the positions
-    weight.py                        cnnfast/gpu/weight.py                         tests/test_kernel_weight.py
+    weight.py                        cnnfast/gpu/weight.py                         tests/gpu/test_weight.py
         gather_weight_kernel         out[slot] = the sum of w's taps of the slot, and its derivative
-    norm_act.py                      cnnfast/gpu/norm_act.py  tests/test_norm_act_kernels.py, test_norm_statistics.py
+    norm_act.py                      cnnfast/gpu/norm_act.py  tests/gpu/test_norm_act.py, test_norm_statistics.py
         partial_stats_kernel         count, mean and sum of (x - mean)^2 of each part of each channel
         merge_stats_kernel           mean and 1 / sqrt(var + eps) of their parts; running statistics
         norm_act_kernel              y = act((x - mean) * rstd * weight + bias + residual)
-    norm_act_backward.py             cnnfast/gpu/norm_act_backward.py              tests/test_norm_act_kernels.py
+    norm_act_backward.py             cnnfast/gpu/norm_act_backward.py              tests/gpu/test_norm_act.py
         grad_sums_kernel             the sums of dz = grad * act'(z) and of dz * (x - mean) * rstd, by parts
         finish_sums_kernel           dbias, dweight and dslope, and the means that dx takes away
         grad_apply_kernel            dx = rstd * (weight * dz - mean1 - (x - mean) * rstd * mean2)

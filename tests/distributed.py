@@ -19,7 +19,7 @@ import cnnfast
 from cnnfast.nn import chain
 from cnnfast.norms import Norm
 
-from .test_training_features import CL, Models, Outcome, everything
+from .nn.test_training_features import CL, Models, Outcome, everything
 
 SHARES = {"even": (2, 2), "uneven": (3, 1)}
 WHOLE = 4

@@ -29,14 +29,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Whose paths depend on the processor's instructions.
 CPU_TESTS = (
-    "tests/test_cpu.py",
-    "tests/test_cpu_training.py",
-    "tests/test_dcgan.py",
-    "tests/test_drop_in.py",
-    "tests/test_sequential.py",
-    "tests/test_sequential_training.py",
+    "tests/cpu/test_inference.py",
+    "tests/cpu/test_training.py",
+    "tests/generators/test_dcgan.py",
+    "tests/nn/test_drop_in.py",
+    "tests/nn/test_sequential.py",
+    "tests/nn/test_sequential_training.py",
 )
-COMPILED_TESTS = "tests/test_compiled.py"
+COMPILED_TESTS = "tests/gpu/test_machine_code.py"
 
 
 @dataclass(frozen=True)

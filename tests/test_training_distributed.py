@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .distributed import MODES, SHARES, WHOLE, losses, per_image
-from .test_training_features import CL, Models, Outcome, compare, everything
+from .nn.test_training_features import CL, Models, Outcome, compare, everything
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = (torch.contiguous_format, CL)
