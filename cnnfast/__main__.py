@@ -22,6 +22,7 @@ from typing import Any, TextIO
 
 from . import __version__
 from .messages import LOGGER, CnnfastError, CnnfastWarning, UsageError, one_line
+from .tasks import ranks
 from .tasks.arguments import positive, seed
 
 
@@ -110,9 +111,12 @@ _TASKS = {
 }
 
 
+_ALONE = "this command does not share its work (generate, enhance, repair and compose do)"
+
+
 def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
-    """The command line; every subcommand sets ``work``, which returns the exit status. Only the tasks that ``argv``
-    (default: `sys.argv`) names have their options."""
+    """The command line; every subcommand sets ``work``, which returns the exit status, and ``ranks`` where it may run
+    under torchrun. Only the tasks that ``argv`` (default: `sys.argv`) names have their options."""
     name = "cnnfast" if Path(sys.argv[0]).stem == "cnnfast" else "python -m cnnfast"
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--debug", action="store_true", help="show where an error came from")
@@ -121,7 +125,7 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("env", parents=[common], help="versions, devices, backends and why one is off")
-    command.set_defaults(work=_env)
+    command.set_defaults(work=_env, ranks=True)
 
     command = commands.add_parser(
         "demo", parents=[common], help="faces by plain PyTorch and by cnnfast, compared and timed"
@@ -136,7 +140,7 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     command.set_defaults(work=_demo)
 
     command = commands.add_parser("models", parents=[common], help="generators by name, and which have trained weights")
-    command.set_defaults(work=_models)
+    command.set_defaults(work=_models, ranks=True)
 
     command = commands.add_parser(
         "tune", parents=[common], help="on a GPU: time every plan of a generator's layers, keep the best"
@@ -241,7 +245,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             arguments = parser(argv).parse_args(argv)
             debug = "debug" in arguments
+            here = ranks.here()
+            if here.size > 1 and "ranks" not in arguments:
+                raise UsageError(f"{_ALONE}: run it as one process, without torchrun (WORLD_SIZE={here.size})")
             with _told():
+                ranks.take_device(here)
                 return int(arguments.work(arguments))
         finally:
             if sys.stdout is not None:
