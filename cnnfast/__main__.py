@@ -1,8 +1,8 @@
 """``python -m cnnfast``, or ``cnnfast``: parses arguments; the work is done elsewhere.
 
-Exit status: 0; 1 what was asked for failed; 2 it cannot be asked for; 130 after Ctrl-C, 143 after SIGTERM in a
-training; 141 where nobody reads the output any more (as of a program that SIGPIPE ends). A failure is one line on
-standard error; ``--debug`` shows where it came from.
+Exit status: 0; 1 what was asked for failed; 2 it cannot be asked for; 130 after Ctrl-C, 143 after SIGTERM; 141 where
+nobody reads the output any more (as of a program that SIGPIPE ends). A failure is one line on standard error;
+``--debug`` shows where it came from.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from . import __version__
 from .messages import LOGGER, CnnfastError, CnnfastWarning, UsageError, one_line
 from .tasks import ranks
 from .tasks.arguments import positive, seed
+from .tasks.interrupt import Terminated, exit_status, terminable
 
 
 def _loaded(name: str) -> Any:
@@ -248,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
             here = ranks.here()
             if here.size > 1 and "ranks" not in arguments:
                 raise UsageError(f"{_ALONE}: run it as one process, without torchrun (WORLD_SIZE={here.size})")
-            with _told():
+            with _told(), terminable():
                 ranks.take_device(here)
                 return int(arguments.work(arguments))
         finally:
@@ -266,7 +267,7 @@ def _failed(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         return 141
     if isinstance(error, KeyboardInterrupt):
-        text, status = "interrupted", 130
+        text, status = "terminated" if isinstance(error, Terminated) else "interrupted", exit_status(error)
     else:
         told = one_line(error)
         known = isinstance(error, (CnnfastError, OSError)) or told.startswith("out of memory")

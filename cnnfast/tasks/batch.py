@@ -17,6 +17,7 @@ from pathlib import Path
 from ..files import make_output_dir
 from ..messages import UsageError, one_line
 from . import ranks
+from .interrupt import exit_status
 from .machine import size_in_bytes
 from .pictures import READ, WRITTEN, check_target
 
@@ -125,7 +126,8 @@ def _pictures(path: Path, output: Path, recursive: bool) -> Iterator[tuple[Path,
 
 
 def process(items: Sequence[Item], work: Work, *, skip_existing: bool = False) -> int:
-    """``work`` on each of the items that this process has; the exit status, 130 after Ctrl-C.
+    """``work`` on each of the items that this process has; the exit status, 130 after Ctrl-C and 143 after
+    SIGTERM.
 
     Of a single one, what goes wrong is raised. Of several a failure is told, and the others go on.
     """
@@ -156,10 +158,10 @@ def process(items: Sequence[Item], work: Work, *, skip_existing: bool = False) -
                     tqdm.write(f"{here.name}error: {one_line(error)}", file=sys.stderr)
                 bar.n = number + 1
                 bar.refresh()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         again = "; the same command with --skip-existing goes on" if len(items) > 1 else ""
         print(f"\n{here.name}stopped: {done} of {len(waiting)} written{again}", file=sys.stderr)
-        return 130
+        return exit_status(error)
     if len(items) == 1 and done:
         print(f"{here.name}wrote {waiting[0].target}")
     else:

@@ -22,6 +22,7 @@ from ..messages import UsageError
 from ..nn.layers import Sequential
 from . import ranks
 from .arguments import positive, seed
+from .interrupt import exit_status
 from .machine import REQUIRES, choose_device, require, require_memory
 from .plots import grid, is_picture, pixels, save_pixels
 
@@ -244,10 +245,10 @@ def _write_each(
                     save_pixels(file(k), images[k - first])
                     done += 1
                 bar.update(len(numbers))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         again = "the same command with --skip-existing goes on"
         print(f"\n{here.name}stopped: {done} of {total} written; {again}", file=sys.stderr)
-        return 130
+        return exit_status(error)
     there = sum(map(len, batches)) - total
     print(
         f"{here.name}wrote {done} images{' of' if done < number else ','} {file(0)} to {file(number - 1).name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -123,23 +124,28 @@ def test_images_are_the_same_whatever_the_number_of_processes(
         assert ": wrote 2 images of " in text and text.endswith(f"; {part - 2} were there already\n"), text
 
 
-def test_ctrl_c_and_going_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_and_going_on(
+    number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """In the middle of a file."""
     monkeypatch.setattr(sampling, "create_model", small_generator)
-    save, saved = sampling.save_pixels, []
+    synchronise, calls = os.fsync, []
 
-    def stopped(path: Path, values: object) -> None:
-        if len(saved) == 20:
-            raise KeyboardInterrupt
-        saved.append(path)
-        save(path, values)  # type: ignore[arg-type]
+    def stopped(file: int) -> None:
+        calls.append(file)
+        if len(calls) == 21:
+            signal.raise_signal(number)
+        synchronise(file)
 
     command = ["generate", "--device", "cpu", "--count", "40", "--output", str(tmp_path / "out")]
-    monkeypatch.setattr(sampling, "save_pixels", stopped)
-    assert main(command) == 130
+    before = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", stopped)
+        assert main(command) == status
+    assert signal.getsignal(signal.SIGTERM) == before
     assert "stopped: 20 of 40 written; the same command with --skip-existing goes on" in capsys.readouterr().err
-    monkeypatch.setattr(sampling, "save_pixels", save)
+    assert sorted(files_of(tmp_path / "out")) == [f"{k:06d}.png" for k in range(20)], "no temporary file"
     assert main([*command, "--skip-existing"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("wrote 20 images of ") and said.endswith("; 20 were there already\n")
