@@ -130,8 +130,8 @@ def channels_last_inside(eager: Sequence[bool]) -> Arrangement:
 
 
 def on_cpu(x: torch.Tensor) -> bool:
-    """Whether PyTorch's CPU operators run on x. (`Tensor.is_cpu` is not asked: interpreters that stand in for a GPU
-    answer for `device` alone.)"""
+    """Whether PyTorch's CPU operators run on x. (``is_cpu`` is not asked: interpreters that stand in for a GPU
+    answer for ``device`` alone.)"""
     return x.device.type == "cpu"
 
 
