@@ -25,7 +25,7 @@ from .enhancement import Enhancer
 from .machine import require
 from .plots import grid
 from .repairing import Repairer
-from .sampling import COLOURS, Sampler
+from .sampling import Sampler
 from .styling import Styler
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ __all__ = ["LARGEST", "Tile", "add_command", "run", "sheet", "tiles"]
 
 LARGEST = 300_000  # bytes of the sheet
 _COLUMNS, _SIDE, _GAP, _LINE = 4, 240, 10, 18  # pixels; two lines of caption
-_TEXTS = ("red heart", "cat with tears of joy", "woman firefighter medium-dark skin tone", "flag: Japan")
+_TEXTS = ("red heart", "cat with tears of joy", "woman pilot dark skin tone", "flag: Japan")
 _QUALITIES = range(90, 40, -5)
 
 
@@ -59,9 +59,10 @@ def _from_noise_and_text(device: str | None) -> Iterator[Tile]:
     from PIL import Image
 
     faces = Sampler("faces", seed=1, device=device).images(0, 16)
-    yield Tile(Image.fromarray(grid(faces, 4)), ("generate --model faces", "from noise, seed 1"))
-    eyes = Sampler("eyes", seed=1, device=device, colours=[c for c in COLOURS if c != "grayscale"]).images(0, 4)
-    yield Tile(Image.fromarray(grid(eyes, 2)), ("generate --model eyes", "amber, blue, brown, gray"))
+    yield Tile(Image.fromarray(grid(faces, 4)), ("generate --model faces", "--count 16 --seed 1"))
+    eyes = Sampler("eyes", seed=7, colours=["brown", "blue", "green"], device=device).images(0, 9)
+    about = ("generate --model eyes --count 9", "--colour brown blue green --seed 7")
+    yield Tile(Image.fromarray(grid(eyes, 3)), about)
     drawer = Drawer(device=device)
     for start in (0, 2):
         texts = _TEXTS[start : start + 2]
@@ -74,13 +75,13 @@ def _enhanced(device: str | None) -> Iterator[Tile]:
 
     part = photograph("chelsea").crop((100, 40, 340, 280))
     small = part.resize((part.width // 4, part.height // 4), Image.Resampling.BICUBIC)
-    yield Tile(small.resize(part.size, Image.Resampling.NEAREST), ("a picture of 60x60,", "its pixels enlarged"))
+    yield Tile(_enlarged(small), ("a picture of 60x60,", "its pixels enlarged"))
     yield Tile(Enhancer(4, device=device)(small), ("enhance --scale 4", "of it"))
     buffer = io.BytesIO()
-    photograph("astronaut").crop((130, 0, 330, 200)).save(buffer, "JPEG", quality=12)
+    photograph("astronaut").crop((165, 30, 285, 150)).save(buffer, "JPEG", quality=12)
     damaged = Image.open(buffer)
-    yield Tile(damaged, ("a JPEG of quality 12",))
-    yield Tile(Enhancer(denoise=3, device=device)(damaged), ("enhance --denoise 3", "of it"))
+    yield Tile(_enlarged(damaged), ("a JPEG of quality 12,", "its pixels enlarged"))
+    yield Tile(_enlarged(Enhancer(denoise=3, device=device)(damaged)), ("enhance --denoise 3", "of it"))
 
 
 def _repaired_and_cut(device: str | None) -> Iterator[Tile]:
@@ -108,6 +109,13 @@ def _styled(device: str | None) -> Iterator[Tile]:
     yield Tile(Styler(photograph("coffee"), device=device)(cat), ("compose style", "--style coffee.jpg"))
     only = Styler("starry", only="background", device=device)(person)
     yield Tile(only, ("compose style --style starry", "--only background"))
+
+
+def _enlarged(image: Image.Image) -> Image.Image:
+    """To a tile's size, each pixel a square."""
+    from PIL import Image
+
+    return image.resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
 
 
 def _beside(pictures: Sequence[np.ndarray]) -> Image.Image:
