@@ -133,7 +133,7 @@ _FIGURES: Mapping[str, Callable[[str | None, Path | None], Iterator[Figure]]] = 
 
 
 def figures_of(task: str, device: str | None = None, font: Path | None = None) -> list[Figure]:
-    """The figures of one of `TASKS`; none for "generate", whose networks are others'. What `evaluate` of the task
+    """The figures of one of `TASKS`; none for "generate", whose networks are others'. What ``evaluate`` of the task
     raises is raised."""
     return list(_FIGURES[task](device, font)) if task in _FIGURES else []
 
@@ -144,7 +144,7 @@ def figures_of(task: str, device: str | None = None, font: Path | None = None) -
 @dataclass(frozen=True)
 class Workload:
     """A network as its task runs it: ``build(device=..., sequential=...)``; without ``sequential``, in the containers
-    that the task chooses. ``side``: pixels of the picture that it is given, of which `example_input` says the rest;
+    that the task chooses. ``side``: pixels of the picture that it is given, of which ``example_input`` says the rest;
     None: that itself."""
 
     task: str
