@@ -324,7 +324,8 @@ def run(
     print(f"\nwrote {output / JSON} and {output / MARKDOWN}")
     unclear = [f"{row.task}, {row.what}" for row in speeds if row.held is None]
     held = sum(row.held is True for row in rows)
-    print(f"{held} of {held + len(missed) + len(unclear)} targets are held")
+    had = f"; {len(missing)} of the above could not be had" if missing else ""
+    print(f"{held} of {held + len(missed) + len(unclear)} targets are held{had}")
     for line in (*(f"missed: {what}" for what in missed), *(f"unclear: {what}" for what in unclear)):
         print(line)
     return 1 if missed or missing else 0

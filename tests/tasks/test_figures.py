@@ -119,7 +119,10 @@ def test_what_cannot_be_had_is_said_and_the_rest_goes_on(
     told = capsys.readouterr().out.splitlines()
     missing = ["draw, figures: could not be had: no such font"]
     missing.append("repair, speed of other: could not be had: no network")
-    assert [line for line in told if "could not" in line] == missing
+    assert [line for line in told if "could not" in line] == [
+        *missing,
+        "7 of 7 targets are held; 2 of the above could not be had",
+    ]
     record = json.loads((tmp_path / figures.JSON).read_text())
     assert {row["task"] for row in record["figures"]} == {"enhance", "repair", "compose"} and len(record["speed"]) == 1
     assert [f"{m['task']}, {m['what']}: could not be had: {m['why']}" for m in record["missing"]] == missing
