@@ -171,6 +171,7 @@ class _Styled(nn.Module):
         styler = Styler("mosaic", **options)
         self.network = styler.network.styled(styler.numbers)
         self.example_input = styler.network.example_input
+        self.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)
