@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..files import make_output_dir, write_atomically
 from ..messages import CnnfastError, UsageError, one_line
 from ..timing import Timing, measure
-from . import composing, drawing, enhancement, env, repairing
+from . import composing, drawing, enhancement, env, repairing, stages
 from .arguments import positive
 from .cutting import Cutter
 from .drawing import Drawer
@@ -145,13 +145,14 @@ def figures_of(task: str, device: str | None = None, font: Path | None = None) -
 class Workload:
     """A network as its task runs it: ``build(device=..., sequential=...)``; without ``sequential``, in the containers
     that the task chooses. ``side``: pixels of the picture that it is given, of which ``example_input`` says the rest;
-    None: that itself."""
+    None: that itself. ``layout``: of what the task gives it, by device."""
 
     task: str
     what: str
     build: Callable[..., nn.Module]
     batch: int = 1
     side: int | None = None
+    layout: Callable[[torch.device], torch.memory_format] = lambda device: torch.channels_last
 
     def inputs(self, network: nn.Module) -> tuple[Tensor, ...]:
         owner: Any = network
@@ -194,7 +195,7 @@ WORKLOADS = (
     Workload("enhance", "--scale 4, 128x128", _enhancer(4), side=128),
     Workload("enhance", "--denoise 1, 128x128", _enhancer(denoise=1), side=128),
     Workload("repair", "128x128", lambda **o: Repairer(**o).network, side=128),
-    Workload("compose", "a learnt style, 256x256", _Styled),
+    Workload("compose", "a learnt style, 256x256", _Styled, layout=stages.layout),
     Workload("compose", "people, 256x256", lambda **o: Cutter(**o).network),
 )
 
@@ -250,12 +251,16 @@ def speed(workload: Workload, device: str | None = None, repeats: int = 20) -> S
         "cnnfast": workload.build(**options),
     }
     torch_device = next(networks["cnnfast"].parameters()).device
+    layouts = {
+        "eager": torch.contiguous_format,
+        "eager channels_last": torch.channels_last,
+        "cnnfast": workload.layout(torch_device),
+    }
     calls = {}
     with torch.inference_mode():
         for name, network in networks.items():
-            given = workload.inputs(network)
-            if name != "eager":
-                given = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in given)
+            layout = layouts[name]
+            given = tuple(x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in workload.inputs(network))
             calls[name] = lambda network=network, given=given: network(*given)  # noqa: B008
         times = measure(calls, repeats=repeats, device=torch_device)
     return Speed(workload.task, workload.what, workload.batch, times)
