@@ -1,8 +1,8 @@
 """``python -m cnnfast``, or ``cnnfast``: parses arguments; the work is done elsewhere.
 
-Exit status: 0; 1 what was asked for failed; 2 it cannot be asked for; 130 after Ctrl-C, 143 after SIGTERM in a
-training; 141 where nobody reads the output any more (as of a program that SIGPIPE ends). A failure is one line on
-standard error; ``--debug`` shows where it came from.
+Exit status: 0; 1 what was asked for failed; 2 it cannot be asked for; 130 after Ctrl-C, 143 after SIGTERM; 141 where
+nobody reads the output any more (as of a program that SIGPIPE ends). A failure is one line on standard error;
+``--debug`` shows where it came from.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from typing import Any, TextIO
 
 from . import __version__
 from .messages import LOGGER, CnnfastError, CnnfastWarning, UsageError, one_line
+from .tasks import ranks
 from .tasks.arguments import positive, seed
+from .tasks.interrupt import Terminated, exit_status, terminable
 
 
 def _loaded(name: str) -> Any:
@@ -112,9 +114,12 @@ _TASKS = {
 }
 
 
+_ALONE = "this command does not share its work (generate, enhance, repair and compose do)"
+
+
 def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
-    """The command line; every subcommand sets ``work``, which returns the exit status. Only the tasks that ``argv``
-    (default: `sys.argv`) names have their options."""
+    """The command line; every subcommand sets ``work``, which returns the exit status, and ``ranks`` where it may run
+    under torchrun. Only the tasks that ``argv`` (default: `sys.argv`) names have their options."""
     name = "cnnfast" if Path(sys.argv[0]).stem == "cnnfast" else "python -m cnnfast"
     common = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--debug", action="store_true", help="show where an error came from")
@@ -123,7 +128,7 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("env", parents=[common], help="versions, devices, backends and why one is off")
-    command.set_defaults(work=_env)
+    command.set_defaults(work=_env, ranks=True)
 
     command = commands.add_parser(
         "demo", parents=[common], help="faces by plain PyTorch and by cnnfast, compared and timed"
@@ -138,7 +143,7 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     command.set_defaults(work=_demo)
 
     command = commands.add_parser("models", parents=[common], help="generators by name, and which have trained weights")
-    command.set_defaults(work=_models)
+    command.set_defaults(work=_models, ranks=True)
 
     command = commands.add_parser(
         "tune", parents=[common], help="on a GPU: time every plan of a generator's layers, keep the best"
@@ -243,7 +248,11 @@ def main(argv: list[str] | None = None) -> int:
         try:
             arguments = parser(argv).parse_args(argv)
             debug = "debug" in arguments
-            with _told():
+            here = ranks.here()
+            if here.size > 1 and "ranks" not in arguments:
+                raise UsageError(f"{_ALONE}: run it as one process, without torchrun (WORLD_SIZE={here.size})")
+            with _told(), terminable():
+                ranks.take_device(here)
                 return int(arguments.work(arguments))
         finally:
             if sys.stdout is not None:
@@ -260,7 +269,7 @@ def _failed(error: BaseException) -> int:
     if isinstance(error, BrokenPipeError):
         return 141
     if isinstance(error, KeyboardInterrupt):
-        text, status = "interrupted", 130
+        text, status = "terminated" if isinstance(error, Terminated) else "interrupted", exit_status(error)
     else:
         told = one_line(error)
         known = isinstance(error, (CnnfastError, OSError)) or told.startswith("out of memory")

@@ -130,8 +130,9 @@ def channels_last_inside(eager: Sequence[bool]) -> Arrangement:
 
 
 def on_cpu(x: torch.Tensor) -> bool:
-    """Whether PyTorch's CPU operators run on x."""
-    return x.is_cpu
+    """Whether PyTorch's CPU operators run on x. (`Tensor.is_cpu` is not asked: interpreters that stand in for a GPU
+    answer for `device` alone.)"""
+    return x.device.type == "cpu"
 
 
 def by_kernels(x: torch.Tensor, name: str | None) -> bool:
@@ -144,7 +145,7 @@ def choose(x: torch.Tensor, name: str) -> tuple[Backend, ...]:
     imported: the GPU's needs Triton."""
     if name == "triton" or name == "auto" and x.is_cuda:
         return _backends(".gpu.backend")
-    return _backends(".cpu.backend") if x.is_cpu else ()
+    return _backends(".cpu.backend") if on_cpu(x) else ()
 
 
 @lru_cache

@@ -106,7 +106,7 @@ def convert(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.T
         return t.to(dtype)
     image = t.numel() // max(1, t.shape[0])
     large = image >= 2**20 and t.shape[1] >= 32 or image >= 2**18 and t.shape[1] >= 64
-    if large and not channels_last and t.is_cpu and torch.get_num_threads() <= 4:
+    if large and not channels_last and t.device.type == "cpu" and torch.get_num_threads() <= 4:
         t = t.to(dtype, memory_format=torch.channels_last)
         return _Transposed.apply(t) if t.requires_grad else _transposed(t)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format

@@ -31,6 +31,7 @@ from cnnfast.messages import LOGGER, CnnfastError, UsageError, one_line
 from cnnfast.tasks import demo, env, train
 from cnnfast.tasks.checkpoint import save_checkpoint
 from cnnfast.tasks.gan import Options, Trainer
+from cnnfast.tasks.interrupt import Terminated
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("matplotlib")
@@ -341,6 +342,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         (AssertionError("\x1b[31mred"), 1, r"error: AssertionError: \x1b[31mred (--debug shows where)"),
         (RecursionError("x" * 1000), 1, f"error: RecursionError: {'x' * 300} ... (--debug shows where)"),
         (KeyboardInterrupt(), 130, "interrupted"),
+        (Terminated(), 143, "terminated"),
         (UnicodeEncodeError("ascii", "\xe9", 0, 1, "no"), 1, "error: UnicodeEncodeError: "),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,

@@ -2,7 +2,7 @@
 
 And the options that all image tasks share. A task's ``work`` takes a picture's path, its result's and a function that
 is told the part that is done; this module says what was done, goes on after a failure, and ends with the exit status.
-Under ``torchrun`` each process takes its part of the files.
+Under ``torchrun`` each process takes its part of the files (`ranks`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from pathlib import Path
 
 from ..files import make_output_dir
 from ..messages import UsageError, one_line
+from . import ranks
+from .interrupt import exit_status
 from .machine import size_in_bytes
 from .pictures import READ, WRITTEN, check_target
 
-__all__ = ["Item", "Work", "add_batch_options", "add_machine_options", "plan", "process", "share"]
+__all__ = ["Item", "Work", "add_batch_options", "add_machine_options", "plan", "process"]
 
 Work = Callable[[Path, Path, Callable[[float], object]], None]
 
@@ -123,18 +125,14 @@ def _pictures(path: Path, output: Path, recursive: bool) -> Iterator[tuple[Path,
 # --- work -------------------------------------------------------------------------------------------------------------
 
 
-def share(items: Sequence[Item]) -> list[Item]:
-    """This process's part under ``torchrun`` (which sets RANK and WORLD_SIZE), otherwise all."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    return list(items[rank::size])
-
-
 def process(items: Sequence[Item], work: Work, *, skip_existing: bool = False) -> int:
-    """``work`` on each of the items that this process has; the exit status, 130 after Ctrl-C.
+    """``work`` on each of the items that this process has; the exit status, 130 after Ctrl-C and 143 after
+    SIGTERM.
 
     Of a single one, what goes wrong is raised. Of several a failure is told, and the others go on.
     """
-    mine = share(items)
+    here = ranks.here()
+    mine = here.part(items)  # whatever is there already: processes that begin later see more
     waiting = [item for item in mine if not (skip_existing and os.path.lexists(item.target))]
     for folder in sorted({item.target.parent for item in waiting}):
         make_output_dir(folder)
@@ -142,7 +140,7 @@ def process(items: Sequence[Item], work: Work, *, skip_existing: bool = False) -
     from tqdm import tqdm
 
     try:
-        with tqdm(total=len(waiting), unit=" pictures", disable=None, bar_format=_BAR) as bar:
+        with tqdm(total=len(waiting), unit=" pictures", disable=here.bar_off, bar_format=_BAR) as bar:
             for number, item in enumerate(waiting):
                 bar.set_description(item.source.name, refresh=False)
 
@@ -157,19 +155,20 @@ def process(items: Sequence[Item], work: Work, *, skip_existing: bool = False) -
                     if len(items) == 1:
                         raise
                     failed += 1
-                    tqdm.write(f"error: {one_line(error)}", file=sys.stderr)
+                    tqdm.write(f"{here.name}error: {one_line(error)}", file=sys.stderr)
                 bar.n = number + 1
                 bar.refresh()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         again = "; the same command with --skip-existing goes on" if len(items) > 1 else ""
-        print(f"\nstopped: {done} of {len(waiting)} written{again}", file=sys.stderr)
-        return 130
+        print(f"\n{here.name}stopped: {done} of {len(waiting)} written{again}", file=sys.stderr)
+        return exit_status(error)
     if len(items) == 1 and done:
-        print(f"wrote {waiting[0].target}")
+        print(f"{here.name}wrote {waiting[0].target}")
     else:
         skipped = len(mine) - len(waiting)
         counts = [(done, "written"), (skipped, "there already"), (failed, "failed")]
-        print(", ".join(f"{n} {what}" for n, what in counts if n or what == "written"))
+        print(here.name + ", ".join(f"{n} {what}" for n, what in counts if n or what == "written"), flush=True)
+    ranks.finish(here, failed > 0)
     return 1 if failed else 0
 
 

@@ -210,7 +210,7 @@ def add_command(commands: Any, name: str, **options: Any) -> None:
         help="what is put behind the people: a picture, or white, '#204060', ... (default: nothing; .png or .webp)",
     )
     batch.add_machine_options(command, memory=False)
-    command.set_defaults(work=_work)
+    command.set_defaults(work=_work, ranks=True)
 
 
 def read_behind(background: str) -> Picture:

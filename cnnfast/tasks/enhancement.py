@@ -245,7 +245,7 @@ def add_command(commands: Any, name: str, **options: Any) -> None:
     about = "; ".join(f"{name}: {model.about}" for name, model in MODELS.items())
     command.add_argument("--model", metavar="NAME|FILE", help=f"{about}; or a .pth or .safetensors of your own")
     batch.add_machine_options(command)
-    command.set_defaults(work=_work)
+    command.set_defaults(work=_work, ranks=True)
 
 
 def _work(arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from ..cpu.isa import InstructionSet, instruction_set
 from ..messages import CnnfastError, UsageError, one_line
-from . import env
+from . import env, ranks
 
 __all__ = [
     "REQUIRES",
@@ -99,9 +99,10 @@ def device_text(device: torch.device) -> str:
 
 def memory_to_use(device: torch.device) -> float:
     """Bytes that a job may take by itself: half of what is free on ``device``, or on this machine and in its group of
-    processes (cgroup)."""
+    processes (cgroup). Under ``torchrun`` its part of that."""
+    sharing = ranks.here().local_size
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 2
+        return torch.cuda.mem_get_info(device)[0] / 2 / -(-sharing // torch.cuda.device_count())
     free = [_DEFAULT_MEMORY]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -114,7 +115,7 @@ def memory_to_use(device: torch.device) -> float:
         free.append(float(limit) - float(used))
     except (OSError, ValueError):  # no limit is "max"
         pass
-    return max(min(free), 0.0) / 2
+    return max(min(free), 0.0) / 2 / sharing
 
 
 def size_in_bytes(text: str) -> float:

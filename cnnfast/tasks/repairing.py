@@ -183,7 +183,7 @@ def add_command(commands: Any, name: str, **options: Any) -> None:
     command.add_argument("--grow", type=int, default=0, metavar="PIXELS", help="mark that much more around (0)")
     command.add_argument("--weights-file", type=Path, metavar="PATH", help="what `train repair` wrote")
     batch.add_machine_options(command)
-    command.set_defaults(work=_work)
+    command.set_defaults(work=_work, ranks=True)
 
 
 def _work(arguments: argparse.Namespace) -> int:

