@@ -17,7 +17,7 @@ endif
 # Never installs: the environment where there is one, else PYTHON.
 RUN_AS_IS := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: help demo train test test-all check docs bench rehearse gpu clean
+.PHONY: help demo train test test-all check docs gallery bench rehearse gpu clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -42,6 +42,9 @@ check: $(call installed,dev) ## ruff, mypy, and that imports go one way
 
 docs: $(call installed,dev) ## the API reference, made from the docstrings: out/docs/cnnfast.html
 	$(RUN) -m pdoc -o out/docs cnnfast
+
+gallery: $(call installed,images) ## what the image tasks make, on one picture: out/gallery.jpg
+	$(RUN) -m cnnfast gallery
 
 bench: $(call installed,bench) ## benchmarks against eager, torch.compile, onnxruntime and OpenVINO
 	$(RUN) -m benchmarks

@@ -19,12 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 MIN_PYTHON = (3, 10)
 MIN_TORCH = (2, 11)
 
-EXTRAS = ("demo", "test", "bench", "dev")
+EXTRAS = ("demo", "images", "test", "bench", "dev")
 SIZES = {
     "torch": "torch and triton: about 400 MB where pip finds a CPU build of torch, several GB where it finds a CUDA "
     "build (the default on Linux)",
     "triton": "triton: about 200 MB",
     "demo": "matplotlib, pillow, tqdm and what they need: about 30 MB; trained weights, at the first demo: 13 MB",
+    "images": "pillow, scikit-image, tqdm and what they need: about 80 MB; trained weights, when used: 3 to 48 MB each",
     "test": "pytest, hypothesis, onnx, matplotlib, scikit-image and what they need: about 120 MB",
     "bench": "pytest-benchmark, onnx, onnxruntime, openvino and what they need: about 130 MB",
     "dev": "import-linter, mypy, pdoc, ruff: about 35 MB",

@@ -102,13 +102,15 @@ def _sample(arguments: argparse.Namespace) -> int:
     return _loaded("tasks.train").sample(arguments.checkpoint, arguments.output, arguments.count, arguments.seed)
 
 
-# The image tasks: name -> (module of `tasks`, whose add_command makes the subcommand; what it is for).
+# The image tasks, and what is of all: name -> (module of `tasks`, whose add_command makes the subcommand; its purpose).
 _TASKS = {
     "generate": ("sampling", "images from noise: faces, eyes"),
     "draw": ("drawing", "an image from a text: emoji, eyes"),
     "enhance": ("enhancement", "make pictures larger, take noise out of them"),
     "repair": ("repairing", "fill scratches, text and small holes that a mask marks"),
     "compose": ("composing", "a style for a picture, people before another background"),
+    "evaluate": ("figures", "how well and how fast the image tasks are, on fixed data"),
+    "gallery": ("gallery", "one picture of what the image tasks make"),
 }
 
 

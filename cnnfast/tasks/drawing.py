@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..cpu.packing import freeze
 from ..files import make_output_dir
 from ..memory_format import channels_last
 from ..messages import CnnfastWarning, UsageError
+from ..nn.layers import Sequential
 from . import evaluation
 from .arguments import positive, seed
 from .emoji import load_emoji
@@ -69,10 +70,14 @@ class Drawer:
     """
 
     def __init__(
-        self, weights_file: str | os.PathLike[str] | None = None, *, device: str | torch.device | None = None
+        self,
+        weights_file: str | os.PathLike[str] | None = None,
+        *,
+        device: str | torch.device | None = None,
+        sequential: type[nn.Sequential] = Sequential,
     ) -> None:
         self.device = device if isinstance(device, torch.device) else choose_device(device)
-        network, self.vocabulary, self.made_by = load_weights(weights_file)
+        network, self.vocabulary, self.made_by = load_weights(weights_file, sequential=sequential)
         network = network.to(self.device)
         self.network = channels_last(network) if self.device.type == "cuda" else network
         freeze(self.network)

@@ -110,7 +110,8 @@ class Styler:
         self.name = "style_26" if learnt else "style_any"
         numbers = _learnt(found) if learnt else _predicted(found, made)
         network = create_model(self.name, pretrained=True, **made).requires_grad_(False)
-        self.network: Any = network.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        layout = stages.layout(self.device)
+        self.network: Any = network.to(self.device, self.dtype, memory_format=layout)  # type: ignore[call-overload]
         self.numbers = numbers.to(self.device, self.dtype)
         with torch.no_grad():
             self._styled = self.network.styled(self.numbers)

@@ -49,6 +49,7 @@ class ImageJob:
     ``floats``: the numbers that it holds at its peak for a pixel of the input, from which sizes of tiles follow.
     ``differs``: why tiles do not give what the whole would, None where they do.
     ``tiled``: False for a network that only takes whole pictures.
+    ``layout``: of the pictures that it is given, in memory.
     """
 
     name: str
@@ -62,6 +63,7 @@ class ImageJob:
     means: Means | None = None
     differs: str | None = None
     tiled: bool = True
+    layout: torch.memory_format = torch.channels_last
 
     def __post_init__(self) -> None:
         if min(self.halo, self.scale - 1, self.channels - 1, self.multiple - 1, self.floats - 1) < 0:
@@ -153,7 +155,7 @@ class _Run:
         x = cut(self.pixels, tile, job.halo, job.multiple, job.pads)
         if x.shape[1] != job.channels:
             x = x.expand(-1, job.channels, -1, -1)
-        return x.to(self.device, self.dtype).contiguous(memory_format=torch.channels_last)
+        return x.to(self.device, self.dtype).contiguous(memory_format=job.layout)
 
     def _network(self, x: Tensor, means: Sequence[Tensor]) -> Tensor:
         return self.job.network(x) if self.job.means is None else self.job.network(x, means)
