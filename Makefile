@@ -28,7 +28,7 @@ demo: $(call installed,demo) ## 64 faces by plain PyTorch and by cnnfast: differ
 train: $(call installed,demo) ## a GAN on 1,797 digits, about ten minutes on two cores: samples, losses, checkpoint in out/gan
 	$(RUN) -m cnnfast train gan
 
-test: $(call installed,test) ## the tests, about ten minutes on two cores
+test: $(call installed,test) ## the tests, ten to fifteen minutes on two cores
 	$(RUN) tests/run.py
 
 test-all: $(call installed,test) ## every test: all architectures and dtypes
