@@ -12,6 +12,7 @@ from types import MappingProxyType
 
 import torch
 
+from ..cpu.inference import products_dtype
 from ..cpu.isa import InstructionSet, instruction_set
 from ..messages import CnnfastError, UsageError, one_line
 from . import env, ranks
@@ -21,6 +22,7 @@ __all__ = [
     "choose_device",
     "choose_dtype",
     "device_text",
+    "has_bfloat16",
     "memory_to_use",
     "require",
     "require_memory",
@@ -125,3 +127,10 @@ def size_in_bytes(text: str) -> float:
     if value < 2**20:
         raise argparse.ArgumentTypeError(f"expected a size of at least 1M, such as 512M or 4G, got {text!r}")
     return value
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16 by itself."""
+    if device.type == "cpu":
+        return products_dtype(torch.bfloat16, instruction_set()) == torch.bfloat16
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

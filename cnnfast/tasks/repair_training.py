@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..cpu.inference import products_dtype
-from ..cpu.isa import instruction_set
 from ..generators import RepairConfig, RepairUNet, create_model
 from ..memory_format import channels_last
 from .checkpoint import CheckpointError, difference, optimiser_fits
@@ -23,6 +21,7 @@ from .damage import draw_mask
 from .data import TRAINING, photograph
 from .filling import biharmonic
 from .gan import LAYERS
+from .machine import has_bfloat16
 
 __all__ = ["CHANGEABLE", "CURVES", "STEPS_PER_EPOCH", "Options", "Pictures", "Trainer"]
 
@@ -130,7 +129,7 @@ class Trainer:
         assert isinstance(model, RepairUNet)
         self.network = channels_last(model.to(device))
         self.optimiser = torch.optim.AdamW(self.network.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=1e-3)
-        self.low_precision = options.amp == "bf16" or (options.amp == "auto" and _has_bfloat16(device))
+        self.low_precision = options.amp == "bf16" or (options.amp == "auto" and has_bfloat16(device))
         self.steps = 0
         self.curves: list[Tensor] = []  # of each step, on the device: (len(CURVES),)
 
@@ -263,10 +262,3 @@ def _altered(rng: np.random.Generator, patch: np.ndarray) -> np.ndarray:
 
 def _sign(rng: np.random.Generator) -> int:
     return -1 if rng.random() < 0.5 else 1
-
-
-def _has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16 by itself."""
-    if device.type == "cpu":
-        return products_dtype(torch.bfloat16, instruction_set()) == torch.bfloat16
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

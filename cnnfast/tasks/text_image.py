@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..cpu.inference import products_dtype
-from ..cpu.isa import instruction_set
 from ..generators import TextImageConfig, TextImageGenerator, create_model
 from ..memory_format import channels_last
 from .checkpoint import CheckpointError, difference, optimiser_fits
 from .data import generator_of
 from .emoji import EmojiSet
 from .gan import LAYERS, fingerprint
+from .machine import has_bfloat16
 from .words import ALPHABET, Reading, Vocabulary, spell
 
-__all__ = ["CHANGEABLE", "CURVES", "Options", "Texts", "Trainer", "has_bfloat16", "image_loss"]
+__all__ = ["CHANGEABLE", "CURVES", "Options", "Texts", "Trainer", "image_loss"]
 
 # What a step reports: the loss, and how near the images are in decibels (of the largest difference, 2).
 CURVES = ("loss", "psnr")
@@ -302,10 +301,3 @@ def image_loss(made: Tensor, images: Tensor) -> Tensor:
 
     edges = sum((a - b).abs().mean() for a, b in zip(slopes(made), slopes(images), strict=True))
     return F.l1_loss(made, images) + F.mse_loss(made, images) + 0.5 * edges
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16 by itself."""
-    if device.type == "cpu":
-        return products_dtype(torch.bfloat16, instruction_set()) == torch.bfloat16
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
