@@ -21,8 +21,12 @@ def run_step(step: Step, o: Operands, *, channels_last: bool | None = None, back
     format; None takes eager's (channels_last where x or the weight is). A weight may be in a wider dtype than x. Where
     something watches, PyTorch's operators run. Not for code that `torch.compile` or `torch.export` trace
     (`traced.traced_step`). RuntimeError where an explicit ``backend="triton"`` cannot run the step, with the reason:
-    here alone.
+    here alone. ValueError where ``o`` holds a residual or a norm's tensors that ``step`` does not read.
     """
+    if o.residual is not None and not step.residual:
+        raise ValueError("the operands hold a residual, but the step adds none (Step.residual is False)")
+    if step.norm is None and not (o.mean is o.var is o.scale is o.shift is None):
+        raise ValueError("the operands hold a norm's tensors, but the step has no norm (Step.norm is None)")
     if channels_last is None:
         channels_last = is_channels_last(o.x) or o.weight is not None and is_channels_last(o.weight)
     gradient, unseen = needs_gradient(o), watched(o.x)

@@ -16,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cnnfast import ops
+from cnnfast.activations import Activation
 from cnnfast.norms import Norm
 from cnnfast.ops import convolution
+from cnnfast.ops.run import run_step
+from cnnfast.step import Operands, Step
 
 CL = torch.channels_last
 
@@ -498,3 +501,14 @@ def test_what_is_said_of_a_residual_that_does_not_fit() -> None:
         assert ops.conv2d(x, w, residual=r).dtype == torch.float32
         with torch.autocast("cpu", enabled=False), pytest.raises(ValueError, match=r"must be torch\.float32 on cpu"):
             ops.conv2d(x, w, residual=r.double())
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_step_refuses_operands_that_it_would_not_read(gradient):
+    x = torch.randn(1, 4, 5, 5, requires_grad=gradient)
+    step = Step(None, Activation("relu"))
+    with pytest.raises(ValueError, match="a residual"):
+        run_step(step, Operands(x, residual=torch.ones(1, 4, 5, 5)))
+    for name in ("mean", "var", "scale", "shift"):
+        with pytest.raises(ValueError, match="norm's tensors"):
+            run_step(step, Operands(x, **{name: torch.ones(4)}))
