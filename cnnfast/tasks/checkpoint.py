@@ -18,10 +18,10 @@ from ..messages import CnnfastError, one_line
 
 __all__ = [
     "CheckpointError",
+    "check_training",
     "difference",
     "load_checkpoint",
     "load_generator",
-    "optimiser_fits",
     "save_checkpoint",
 ]
 
@@ -82,6 +82,31 @@ def load_generator(path: str | os.PathLike[str]) -> DCGANGenerator:
     return model.eval()
 
 
+def check_training(
+    state: Mapping[str, Any],
+    modules: Mapping[str, torch.nn.Module],
+    optimisers: Mapping[str, tuple[torch.optim.Optimizer, Any]],
+    curves: int,
+) -> None:
+    """CheckpointError where a training of these ``modules``, each under its name in ``state``, cannot go on from it.
+
+    ``optimisers``: the name of the module that each trains -> it and what was saved of it. ``state`` has, beside them,
+    the number of "steps" and their "curves" (steps, ``curves``).
+    """
+    steps, values = state.get("steps"), state.get("curves")
+    if type(steps) is not int or steps < 0:
+        raise CheckpointError(f"steps is {steps!r}")
+    if not isinstance(values, torch.Tensor) or values.shape != (steps, curves):
+        raise CheckpointError(f"there are no curves of {steps} steps")
+    for name, module in modules.items():
+        found = difference(module, state.get(name))
+        if found is not None:
+            raise CheckpointError(f"{name}: {found}")
+    for name, (optimiser, saved) in optimisers.items():
+        if not _optimiser_fits(optimiser, saved, begun=steps > 0):
+            raise CheckpointError(f"the optimiser is not of the {name}'s parameters")
+
+
 def difference(module: torch.nn.Module, state: object) -> str | None:
     """What of ``state`` does not fit ``module`` (keys, shapes, dtypes), or None where ``load_state_dict`` takes it."""
     if not isinstance(state, Mapping):
@@ -102,7 +127,7 @@ def difference(module: torch.nn.Module, state: object) -> str | None:
     return None
 
 
-def optimiser_fits(optimiser: torch.optim.Optimizer, state: Any, begun: bool) -> bool:
+def _optimiser_fits(optimiser: torch.optim.Optimizer, state: Any, begun: bool) -> bool:
     """Whether ``load_state_dict`` takes ``state`` and an Adam goes on from it; ``begun``: it has made steps."""
     groups = optimiser.param_groups
     try:

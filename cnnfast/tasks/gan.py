@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..generators import DCGANConfig, create_model
 from ..memory_format import channels_last
 from ..nn.layers import Sequential
-from .checkpoint import CheckpointError, difference, optimiser_fits
+from .checkpoint import check_training
 from .data import generator_of, sample_order
 from .discriminator import DCGANDiscriminator
 from .losses import LOSSES, critic_terms
@@ -194,9 +194,11 @@ class Trainer:
         of other sizes than this training's."""
         if state.get("images") != fingerprint(self.images):
             raise ValueError(f"--data {self.options.data}: these are not the images of the checkpoint")
-        problem = self._problem(state)
-        if problem is not None:
-            raise CheckpointError(problem)
+        modules = {"generator": self.generator, "discriminator": self.discriminator, "average": self.average}
+        saved = state.get("optimisers")
+        held: Mapping[str, Any] = saved if isinstance(saved, Mapping) else {}
+        optimisers = {name: (optimiser, held.get(name)) for name, optimiser in self.optimisers.items()}
+        check_training(state, modules, optimisers, len(CURVES))
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
         self.average.load_state_dict(state["average"])
@@ -204,24 +206,6 @@ class Trainer:
             optimiser.load_state_dict(state["optimisers"][name])
         self.steps = state["steps"]
         self.curves = list(state["curves"])
-
-    def _problem(self, state: Mapping[str, Any]) -> str | None:
-        """What of ``state`` cannot be restored, or None."""
-        curves, steps = state.get("curves"), state.get("steps")
-        if type(steps) is not int or steps < 0:
-            return f"steps is {steps!r}"
-        if not isinstance(curves, Tensor) or curves.shape != (steps, len(CURVES)):
-            return f"there are no curves of {steps} steps"
-        modules = {"generator": self.generator, "discriminator": self.discriminator, "average": self.average}
-        for name, module in modules.items():
-            found = difference(module, state.get(name))
-            if found is not None:
-                return f"{name}: {found}"
-        saved = state.get("optimisers")
-        for name, optimiser in self.optimisers.items():
-            if not isinstance(saved, Mapping) or not optimiser_fits(optimiser, saved.get(name), begun=steps > 0):
-                return f"the {name}'s optimiser is not of its parameters"
-        return None
 
     def _generate(self, count: int, draw: torch.Generator) -> Tensor:
         z = torch.randn(count, self.options.nz, 1, 1, generator=draw).to(self.device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..generators import RepairConfig, RepairUNet, create_model
 from ..memory_format import channels_last
-from .checkpoint import CheckpointError, difference, optimiser_fits
+from .checkpoint import check_training
 from .damage import draw_mask
 from .data import TRAINING, photograph
 from .filling import biharmonic
@@ -198,20 +198,12 @@ class Trainer:
         or of other sizes than this training's."""
         if state.get("pictures") != self.pictures.fingerprint():
             raise ValueError("these are not the photographs of the checkpoint")
-        curves, steps = state.get("curves"), state.get("steps")
-        if type(steps) is not int or steps < 0:
-            raise CheckpointError(f"steps is {steps!r}")
-        if not isinstance(curves, Tensor) or curves.shape != (steps, len(CURVES)):
-            raise CheckpointError(f"there are no curves of {steps} steps")
-        found = difference(self.network, state.get("network"))
-        if found is not None:
-            raise CheckpointError(f"network: {found}")
-        if not optimiser_fits(self.optimiser, state.get("optimiser"), begun=steps > 0):
-            raise CheckpointError("the optimiser is not of the network's parameters")
+        optimisers = {"network": (self.optimiser, state.get("optimiser"))}
+        check_training(state, {"network": self.network}, optimisers, len(CURVES))
         self.network.load_state_dict(state["network"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.steps = steps
-        self.curves = list(curves)
+        self.steps = state["steps"]
+        self.curves = list(state["curves"])
 
     def _schedule(self) -> float:
         """The learning rate's part at this step: a short rise, then 1, and at the end a line down to nothing."""

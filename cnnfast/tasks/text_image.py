@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from ..generators import TextImageConfig, TextImageGenerator, create_model
 from ..memory_format import channels_last
-from .checkpoint import CheckpointError, difference, optimiser_fits
+from .checkpoint import check_training
 from .data import generator_of
 from .emoji import EmojiSet
 from .gan import LAYERS, fingerprint
@@ -231,20 +231,12 @@ class Trainer:
         of other sizes than this training's."""
         if state.get("data") != fingerprint(self._images) or state.get("words") != list(self.vocabulary.words):
             raise ValueError("--font: these are not the emoji of the checkpoint")
-        curves, steps = state.get("curves"), state.get("steps")
-        if type(steps) is not int or steps < 0:
-            raise CheckpointError(f"steps is {steps!r}")
-        if not isinstance(curves, Tensor) or curves.shape != (steps, len(CURVES)):
-            raise CheckpointError(f"there are no curves of {steps} steps")
-        found = difference(self.generator, state.get("generator"))
-        if found is not None:
-            raise CheckpointError(f"generator: {found}")
-        if not optimiser_fits(self.optimiser, state.get("optimiser"), begun=steps > 0):
-            raise CheckpointError("the optimiser is not of the generator's parameters")
+        optimisers = {"generator": (self.optimiser, state.get("optimiser"))}
+        check_training(state, {"generator": self.generator}, optimisers, len(CURVES))
         self.generator.load_state_dict(state["generator"])
         self.optimiser.load_state_dict(state["optimiser"])
-        self.steps = steps
-        self.curves = list(curves)
+        self.steps = state["steps"]
+        self.curves = list(state["curves"])
 
     def _schedule(self) -> float:
         """The learning rate's part at this step."""
