@@ -18,7 +18,8 @@ from cnnfast.__main__ import main
 from cnnfast.fetch import WeightsError
 from cnnfast.nn.layers import Sequential
 from cnnfast.tasks import composing, drawing, enhancement, evaluation, figures, repairing
-from cnnfast.tasks.figures import Figure, Speed, Workload
+from cnnfast.tasks.figures import Figure
+from cnnfast.tasks.speed import WORKLOADS, Speed, Workload, speed
 from cnnfast.timing import Timing
 
 
@@ -155,7 +156,7 @@ def test_the_same_network_in_each_layout(built: list[dict[str, Any]]) -> None:
         made.append(Network(options.get("sequential", Sequential)).eval())
         return made[-1]
 
-    found = figures.speed(Workload("enhance", "small", build, side=12), "cpu", repeats=1)
+    found = speed(Workload("enhance", "small", build, side=12), "cpu", repeats=1)
     plain = {"device": "cpu", "sequential": nn.Sequential}
     assert built == [plain, plain, {"device": "cpu"}] and list(found.times) == [
         "eager",
@@ -189,4 +190,4 @@ def test_targets() -> None:
 
 
 def test_every_task_has_a_speed() -> None:
-    assert {workload.task for workload in figures.WORKLOADS} == set(figures.TASKS)
+    assert {workload.task for workload in WORKLOADS} == set(figures.TASKS)
