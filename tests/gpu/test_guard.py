@@ -24,6 +24,7 @@ from cnnfast.activations import Activation
 from cnnfast.cpu import inference, methods
 from cnnfast.cpu.packing import PACKS
 from cnnfast.gpu import guard, trial
+from cnnfast.norms import Norm
 from cnnfast.ops.run import run_step
 from cnnfast.reference import run_reference
 from cnnfast.spec import ConvSpec
@@ -201,9 +202,10 @@ def test_what_the_binary_depends_on_is_proven_apart(device: torch.device) -> Non
     o = operands(device)
     run(o)
     run(o._replace(bias=None))
-    run(o._replace(scale=torch.ones(32).to(device)))
-    run(o._replace(scale=torch.ones(32).half().to(device)))
-    run(o._replace(residual=torch.zeros(2, 32, 6, 8).half().to(device)))
+    affine = replace(STEP, norm=Norm("affine"))
+    run(o._replace(scale=torch.ones(32).to(device)), affine)
+    run(o._replace(scale=torch.ones(32).half().to(device)), affine)
+    run(o._replace(residual=torch.zeros(2, 32, 6, 8).half().to(device)), replace(STEP, residual=True))
     run(o, replace(STEP, activation=Activation("tanh")))
     with torch.no_grad():
         run_step(STEP, o, channels_last=False)
