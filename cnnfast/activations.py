@@ -24,8 +24,8 @@ class ActivationRow:
 
     - ``forward(x, *params)``: torch's own. ``defaults``: the parameters where the caller gives none. ``slope``: the one
       parameter is a tensor instead, PReLU's weight.
-    - ``in_place(x, *params)``: torch's own in place, where the backward needs the result alone. (torch's of hardtanh_
-      keeps a copy of the input all the same.)
+    - ``in_place(x, *params)``: torch's own in place, where the backward needs the result alone. ``copies_input``: its
+      own backward reads a copy of the input all the same.
     - ``keeps_format``: out of place, torch's allocates like its input. (The others ask TensorIterator, which may choose
       another memory format for a tensor that has several.)
 
@@ -56,6 +56,7 @@ class ActivationRow:
     slope: bool = False
     saves: str = "y"
     in_place: Callable[..., Tensor] | None = None
+    copies_input: bool = False
     reads_input: bool = False
     keeps_format: bool = False
     modules: tuple[type[nn.Module], ...] = ()
@@ -161,8 +162,9 @@ ACTIVATIONS: dict[str, ActivationRow] = {
             in_place=torch.sigmoid_, modules=(nn.Sigmoid,), onednn=("sigmoid", ""),
         ),
         ActivationRow(
-            "hardtanh", F.hardtanh, _between, _between, (-1.0, 1.0), in_place=F.hardtanh_, reads_input=True,
-            keeps_format=True, modules=(nn.Hardtanh, nn.ReLU6), attributes=("inplace", "min_val", "max_val"),
+            "hardtanh", F.hardtanh, _between, _between, (-1.0, 1.0), in_place=F.hardtanh_, copies_input=True,
+            reads_input=True, keeps_format=True,
+            modules=(nn.Hardtanh, nn.ReLU6), attributes=("inplace", "min_val", "max_val"),
             onednn=("hardtanh", ""), loses_nan=True,
         ),
         ActivationRow("prelu", _prelu, _prelu_of_x, slope=True, saves="x", keeps_format=True, modules=(nn.PReLU,)),

@@ -185,7 +185,8 @@ class Chain:
         """The last step's run, with what its user can tell from eager mode."""
         s = self.steps[-1]
         by_kernel = not on_cpu(x) or backend == "triton"  # with a norm, its backward reads the norm's input alone
-        read_input = s.step.activation.row.reads_input and not s.overwrites  # whoever gets the result may overwrite it
+        row = s.step.activation.row
+        read_input = row.reads_input and (row.copies_input or not s.overwrites)  # the result may be overwritten
         group = s.rule is not None and s.rule.kind == "group"
         return run._replace(
             apart=gradient and read_input and not (by_kernel and s.rule is not None),

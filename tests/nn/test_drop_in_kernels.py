@@ -114,3 +114,37 @@ def test_an_overwritten_result_of_one_dimension_is_noticed(device: torch.device,
             y.mul_(2)
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 y.sum().backward()
+
+
+LAST = {
+    "leaky": nn.LeakyReLU(0.2),
+    "leaky-in-place": nn.LeakyReLU(0.2, inplace=True),
+    "elu-in-place": nn.ELU(inplace=True),
+    "hardtanh": nn.Hardtanh(),
+    "relu6-in-place": nn.ReLU6(inplace=True),
+    "relu": nn.ReLU(),
+}
+
+
+@pytest.mark.parametrize("name", LAST)
+def test_the_result_may_be_overwritten_where_eagers_may(name: str, device: torch.device, launches: list[str]) -> None:
+    modules = randomized(nn.Sequential(nn.ConvTranspose2d(16, 16, 3), copy.deepcopy(LAST[name])))
+    ours = cnnfast.Sequential(*copy.deepcopy(modules)).to(device)
+
+    def gradient(model: nn.Module, x: Tensor, spoil: bool) -> Tensor | None:
+        y = model(x)
+        if spoil:
+            y += 1
+        try:
+            (y * y).sum().backward()
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+            return None
+        return model[0].weight.grad
+
+    want = gradient(modules, x2d(2, 16, 3, 3), True)
+    with cnnfast.backend("triton"), conv_precision("ieee"):
+        got = gradient(ours, x2d(2, 16, 3, 3).to(device), True)
+    assert launches and (got is None) == (want is None)
+    if got is not None:
+        close(got.cpu(), want, 2e-4)
