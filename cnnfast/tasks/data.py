@@ -184,16 +184,12 @@ def _folder(folder: Path, size: int) -> Tensor:
     return torch.stack(images)
 
 
-# One wheel for every machine: of its contents only this one file is used.
-_LINUX = ("--implementation", "cp", "--python-version", "311", "--abi", "cp311", "--platform")
-
 _SCIKIT_IMAGE = {
     "package": "scikit-image",
     "version": "0.26.0",
     "wheel": "scikit_image-0.26.0-cp311-cp311-manylinux_2_24_x86_64.manylinux_2_28_x86_64.whl",
     "wheel_sha256": "74aa5518ccea28121f57a95374581d3b979839adc25bb03f289b1bc9b99c58af",
     "wheel_size": 13711217,
-    "pip_options": (*_LINUX, "manylinux_2_28_x86_64"),
 }
 
 _SCIKIT_LEARN = {
@@ -202,7 +198,6 @@ _SCIKIT_LEARN = {
     "wheel": "scikit_learn-1.9.1-cp311-cp311-manylinux_2_27_x86_64.manylinux_2_28_x86_64.whl",
     "wheel_sha256": "52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
     "wheel_size": 9315422,
-    "pip_options": (*_LINUX, "manylinux_2_28_x86_64"),
 }
 
 # The last that holds photographs.
@@ -212,7 +207,6 @@ _SCIPY = {
     "wheel": "scipy-1.9.3-cp311-cp311-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
     "wheel_sha256": "abaf921531b5aeaafced90157db505e10345e45038c39e5d9b6c7922d68085cb",
     "wheel_size": 33430216,
-    "pip_options": (*_LINUX, "manylinux_2_17_x86_64"),
 }
 
 _MATPLOTLIB = {
@@ -221,7 +215,6 @@ _MATPLOTLIB = {
     "wheel": "matplotlib-3.11.2-cp311-cp311-manylinux2014_x86_64.manylinux_2_17_x86_64.whl",
     "wheel_sha256": "07d9b9fa60cd4c393692f50d0bb03123242ddf61c99bb0e95e75feb354e7c1a8",
     "wheel_size": 9854405,
-    "pip_options": (*_LINUX, "manylinux_2_17_x86_64"),
 }
 
 

@@ -30,6 +30,7 @@ from cnnfast.fetch import WeightsError
 from cnnfast.messages import UsageError
 from cnnfast.tasks import enhancement, pictures, png16
 from cnnfast.tasks.enhancement import Enhancer, enhance
+from cnnfast.tasks.figures import ENHANCE_LEAST
 
 
 class Repeats(nn.Module):
@@ -337,8 +338,6 @@ def test_the_command_line_starts_without_torch() -> None:
 
 # --- trained ----------------------------------------------------------------------------------------------------------
 
-LEAST = {"x2": 1.0, "x4": 0.9, "JPEG 30": 0.5}
-
 
 @pytest.mark.slow
 def test_the_figures(state: Callable[[str], None]) -> None:
@@ -350,7 +349,7 @@ def test_the_figures(state: Callable[[str], None]) -> None:
     assert len(rows) == 9
     for what, name, before, after in rows:
         state(f"enhance {what} {name}: {before:.2f} -> {after:.2f} dB")
-        assert after - before >= LEAST[what], (what, name)
+        assert after - before >= ENHANCE_LEAST[what], (what, name)
 
 
 def test_one_photograph_is_better_and_tiles_are_the_whole() -> None:
