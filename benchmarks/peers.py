@@ -12,6 +12,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import cnnfast
 from cnnfast.cpu.isa import InstructionSet, instruction_set
+from cnnfast.gpu import guard
 from cnnfast.gpu.observers import observed
 
 from .timers import captured
@@ -254,8 +256,9 @@ GRAPH = ", CUDA graph"
 
 def backend() -> str:
     """What a user has on a GPU: Triton where it applies. A machine that only pretends to have one (a function mode of
-    torch) runs Triton's kernels where they are asked for."""
-    return "auto" if torch.version.cuda is not None else "triton"
+    torch, which answers for tensors and `torch.cuda`), whichever build of torch it has, runs Triton's kernels where
+    they are asked for."""
+    return "auto" if torch.version.cuda is not None and torch._C._cuda_getDeviceCount() > 0 else "triton"
 
 
 def fused(w: Workload) -> cnnfast.Sequential:
@@ -265,14 +268,22 @@ def fused(w: Workload) -> cnnfast.Sequential:
     return model
 
 
+def _without_launch(call: Callable[[], object], gradients: bool) -> int:
+    """Fused convolutions of a call that came to the kernels and were not launched."""
+    seen: list[str | None] = []  # None: a step; else the launch that follows it
+    with observed(step=lambda *step: seen.append(None), launch=seen.append), torch.inference_mode(not gradients):
+        call()
+    return sum(a is None and b is None for a, b in pairwise([*seen, None]))
+
+
 def _on_gpu(w: Workload) -> Prepared:
-    """`cnnfast.Sequential`. NotAvailable where no step of it runs as a Triton kernel; RuntimeError where one that could
-    was given up at its first use (`cnnfast.gpu.guard`)."""
+    """`cnnfast.Sequential`. RuntimeError where no step of it runs as a Triton kernel, or one that could does not
+    (`cnnfast.gpu.guard` says why): every case has such steps, and a row without them says nothing of the kernels."""
     model = fused(w)
-    plain = w.call(model, True)
+    plain, name = w.call(model, True), backend()
 
     def call() -> object:
-        with cnnfast.backend(backend()):
+        with cnnfast.backend(name):
             return plain()
 
     with torch.inference_mode(not w.gradients):
@@ -280,9 +291,12 @@ def _on_gpu(w: Workload) -> Prepared:
     given_up = [line for line in model.explain().splitlines() if "PyTorch's operators run" in line]
     if given_up:
         raise RuntimeError("; ".join(given_up))
+    if missed := _without_launch(call, w.gradients):
+        states = [line for line in guard.report() if "PyTorch's operators run" in line]
+        raise RuntimeError(f"{missed} steps ran PyTorch's operators: {'; '.join(states) or 'for a reason not known'}")
     path = path_of(call, w.gradients)
     if "Triton" not in path:
-        raise NotAvailable(f"no step of it has a Triton kernel: {path or 'no convolution seen'}")
+        raise RuntimeError(f"no step of it ran as a Triton kernel: {path or 'no convolution seen'}")
     return Prepared(call, path=lambda: path_of(call, w.gradients))
 
 

@@ -169,6 +169,8 @@ def run_stage(stage: Stage, folder: Path, dry_run: bool, seconds: float, cache: 
     where = cache[not stage.plain]
     if where is not None:
         variables["CNNFAST_CACHE"] = str(where)
+    if dry_run:
+        variables["CUDA_VISIBLE_DEVICES"] = ""  # a real one would be taken for what the interpreter stands for
     if stage.proves:
         variables.pop("CNNFAST_GUARD", None)
     stall = stage.stall * (5 if dry_run else 1)  # an interpreter of kernels is slow

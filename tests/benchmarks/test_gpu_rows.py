@@ -19,7 +19,7 @@ from benchmarks.gpu import predict as gpu_predict
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import rows as gpu_rows
 from benchmarks.gpu import stages as gpu_stages
-from cnnfast.gpu import guard
+from cnnfast.gpu import guard, observers
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {"code": "abc"}
@@ -135,11 +135,44 @@ def test_a_kernel_that_was_given_up_is_a_failure(monkeypatch):
     w = workload.Workload(cases.MINI[1], 2, torch.float32)
     monkeypatch.setattr(peers, "backend", lambda: "auto")
     ours = peers.named("cnnfast", among=peers.GPU_IMPLEMENTATIONS)[0]
-    with pytest.raises(workload.NotAvailable, match="no step of it has a Triton kernel: "):
+    with pytest.raises(RuntimeError, match="no step of it ran as a Triton kernel: ATen"):
         ours.prepare(w)  # on the CPU
     monkeypatch.setattr(guard, "failures", lambda *arguments: ["phases 64x64x64 gave wrong results"])
     with pytest.raises(RuntimeError, match="PyTorch's operators run: the kernel phases 64x64x64 gave wrong results"):
         ours.prepare(w)
+
+
+def test_a_row_without_its_kernel_fails(tmp_path, monkeypatch):
+    """`check` ends with status 1 where PyTorch's operators ran in a kernel's place."""
+    monkeypatch.setattr(peers, "backend", lambda: "auto")
+    (ours,) = peers.named("cnnfast", among=peers.GPU_IMPLEMENTATIONS)
+    rows = gpu_rows.Rows(tmp_path, "check", RUN)
+    context = gpu_stages.Context(tmp_path, rows, dry_run=True)
+    w = workload.Workload(cases.MINI[1], 2, torch.float32)
+    assert gpu_rows.work_through(rows, [context.row(w, ("cnnfast",), None)], 60, gpu_stages.show) == 1
+    (entry,) = rows.data["rows"][0]["entries"]
+    assert entry["status"] == "failed" and "no step of it ran as a Triton kernel" in entry["note"]
+
+
+def test_a_step_without_its_launch_is_counted():
+    def call():
+        for launched in (True, False, True):
+            observers.of_step(None, None, True)
+            if launched:
+                observers.of_launch("phases 64x64x64")
+        observers.of_launch("a weight gradient")
+        observers.of_step(None, None, True)
+
+    assert peers._without_launch(call, gradients=False) == 2
+    assert peers._without_launch(lambda: observers.of_launch("a norm"), gradients=True) == 0
+
+
+def test_a_machine_that_pretends_asks_for_the_kernels(monkeypatch):
+    """Whichever build of torch it has: the dry run of a CUDA build is one of kernels too."""
+    for version, devices, expected in ((None, 0, "triton"), ("13.0", 0, "triton"), ("13.0", 1, "auto")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda devices=devices: devices, raising=False)
+        assert peers.backend() == expected
 
 
 def test_memory_that_runs_out_in_float64_is_no_failure(tmp_path, monkeypatch):
