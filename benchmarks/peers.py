@@ -23,6 +23,7 @@ import cnnfast
 from cnnfast.cpu.isa import InstructionSet, instruction_set
 from cnnfast.gpu import guard
 from cnnfast.gpu.observers import observed
+from cnnfast.nn import traced
 
 from .timers import captured
 from .workload import Implementation, NotAvailable, Prepared, Workload
@@ -77,6 +78,8 @@ def _compiled(
 
     def prepare(w: Workload) -> Prepared:
         _formats(w, bool(channels_last))
+        if container is cnnfast.Sequential and not traced.PLANS:
+            raise NotAvailable(f"torch {torch.__version__} traces a Sequential as its modules: the time is Inductor's")
         last = w.has_formats if channels_last is None else channels_last
         if w.device == "cpu":
             _require_compiler()

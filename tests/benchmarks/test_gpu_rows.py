@@ -20,6 +20,7 @@ from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import rows as gpu_rows
 from benchmarks.gpu import stages as gpu_stages
 from cnnfast.gpu import guard, observers
+from cnnfast.nn import traced
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {"code": "abc"}
@@ -152,6 +153,17 @@ def test_a_row_without_its_kernel_fails(tmp_path, monkeypatch):
     assert gpu_rows.work_through(rows, [context.row(w, ("cnnfast",), None)], 60, gpu_stages.show) == 1
     (entry,) = rows.data["rows"][0]["entries"]
     assert entry["status"] == "failed" and "no step of it ran as a Triton kernel" in entry["note"]
+
+
+@pytest.mark.parametrize("among", [peers.IMPLEMENTATIONS, peers.GPU_IMPLEMENTATIONS])
+def test_compiled_rows_only_where_plans_are_made(among, monkeypatch):
+    """An earlier torch compiles the modules: Inductor's time, not ours."""
+    monkeypatch.setattr(traced, "PLANS", False)
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: pytest.fail("compiled"))
+    ours = [i for i in among if "cnnfast" in i.name and "torch.compile" in i.name]
+    assert len(ours) == 1
+    with pytest.raises(workload.NotAvailable, match="traces a Sequential as its modules: the time is Inductor's"):
+        ours[0].prepare(workload.Workload(cases.MINI[1], 2, torch.float32))
 
 
 def test_a_step_without_its_launch_is_counted():
