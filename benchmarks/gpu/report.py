@@ -25,6 +25,7 @@ STUBBED = (
 )
 NOTES = {
     "check": "Every implementation is compared with float64; nothing is timed.",
+    "training_check": "Forward and backward are compared with float64; nothing is timed.",
     "tests": "The kernel tests of `tests/` on the device.",
     "table": "Times are of the device (CUDA events), the L2 cache overwritten before every call: medians of "
     "`triton.testing.do_bench`, repeated in turn. Where a call takes the host longer than that overwriting, its time "
@@ -237,6 +238,7 @@ def _predicted(data: Data) -> Iterator[str]:
 
 TABLES: dict[str, Callable[[Data], Iterator[str]]] = {
     "check": _checked,
+    "training_check": _checked,
     "tests": _tested,
     "candidates": _proven,
     "tune": _tuned,

@@ -145,6 +145,12 @@ def compiled(c: Context) -> Iterator[Item]:
             yield c.row(w, longest, timers.cold, 60.0, " (max-autotune)")
 
 
+def training_check(c: Context) -> Iterator[Item]:
+    """The steps that `training` times, once each: side by side, as compiling and proving take most of a first one."""
+    found = workloads(cases.MINI[1:2] if c.dry_run else cases.TRAINING, kind=TrainingWorkload)
+    return (c.row(w, ("cnnfast",), None, 5.0) for w in found[c.part :: c.parts])
+
+
 def training(c: Context) -> Iterator[Item]:
     """Training steps, calls in a row, with the host's time; in a CUDA graph without it."""
     found = workloads(cases.MINI[1:2] if c.dry_run else cases.TRAINING, kind=TrainingWorkload)
@@ -172,6 +178,7 @@ STAGES: dict[str, Stage] = {
     "tune": tune,
     "tuned": tuned,
     "back_to_back": back_to_back,
+    "training_check": training_check,
     "training": training,
     "compiled": compiled,
     "prediction": lambda c: predict.prediction_items(c.folder),
