@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import cnnfast
@@ -56,7 +58,8 @@ def _eager(channels_last: bool | None) -> Callable[[Workload], Prepared]:
     def prepare(w: Workload) -> Prepared:
         _formats(w, bool(channels_last))
         last = w.has_formats if channels_last is None else channels_last
-        return Prepared(w.call(w.modules(channels_last=last), last))
+        call = w.call(w.modules(channels_last=last), last)
+        return Prepared(call, path=lambda: kernels_of(call, w.gradients) if w.device == "cuda" else "")
 
     return prepare
 
@@ -118,6 +121,22 @@ def path_of(call: Callable[[], object], gradients: bool = False) -> str:
     for event in trace.events() or ():
         if event.name in _PATHS:
             seen[_PATHS[event.name]] += 1
+    return ", ".join(name if n == 1 else f"{n} {name}" for name, n in seen.items())
+
+
+_KERNEL = re.compile(r"conv|gemm|wgrad|dgrad|xmma|cutlass|cudnn|winograd|fft", re.IGNORECASE)
+
+
+def kernels_of(call: Callable[[], object], gradients: bool = False) -> str:
+    """What cuDNN chose: the names of the device's kernels of a call that multiply, without their template arguments
+    and signatures. Empty where the profiler sees no device."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.inference_mode(not gradients), profile(activities=[ProfilerActivity.CUDA]) as trace:
+        call()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    names = (e.name for e in trace.events() or () if e.device_type == DeviceType.CUDA and _KERNEL.search(e.name))
+    seen = Counter(re.sub(r"^void |[<(].*", "", name) for name in names)
     return ", ".join(name if n == 1 else f"{n} {name}" for name, n in seen.items())
 
 

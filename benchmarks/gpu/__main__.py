@@ -135,7 +135,10 @@ def driver_facts() -> dict[str, str]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {}
-    names = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit", "persistence_mode", "temperature.gpu")
+    names = (
+        "driver_version", "clocks.max.sm", "clocks.max.mem", "clocks.sm", "clocks.mem", "power.limit", "power.draw",
+        "ecc.mode.current", "persistence_mode", "temperature.gpu",
+    )  # fmt: skip
     query = [tool, f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)

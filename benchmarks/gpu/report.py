@@ -140,7 +140,15 @@ def _timed(data: Data) -> Iterator[str]:
     names = list(dict.fromkeys(e["name"] for row in rows for e in row["entries"]))
     yield from _means(rows)
     pairs = [pair for pair in PAIRS if any(ratio(row, pair[1], *pair[2]) is not None for row in rows)]
-    head = ["us", *names, *(f"over {over}" for over, *_ in pairs), "of the limit", "MiB, eager / cnnfast", "path"]
+    head = [
+        "us",
+        *names,
+        *(f"over {over}" for over, *_ in pairs),
+        "of the limit",
+        "MiB, eager / cnnfast",
+        "path",
+        "eager's kernels",
+    ]
     body = []
     for row in rows:
         ratios = [_times(ratio(row, ours, *others)) for _, ours, others in pairs]
@@ -153,9 +161,10 @@ def _timed(data: Data) -> Iterator[str]:
                 "" if part is None else f"{part:.2f}",
                 _mib(row, "eager channels_last", "cnnfast"),
                 entry(row, "cnnfast").get("path", ""),
+                entry(row, "eager channels_last").get("path", ""),
             ]
         )
-    yield from table(head, body, (0, len(head) - 1))
+    yield from table(head, body, (0, len(head) - 2, len(head) - 1))
     if "ceilings" in data and not data.get("stubbed"):
         c = data["ceilings"]
         rates = ", ".join(f"{dtype} {flops / 1e12:.0f} TFLOP/s" for dtype, flops in c["flops"].items())

@@ -281,11 +281,12 @@ def test_what_the_driver_says(tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpu.driver_facts() == {}
-    answer = "570.1, 1980 MHz, 2619 MHz, 700.00 W, Enabled, 31"
+    answer = "570.1, 1980 MHz, 2619 MHz, 345 MHz, 2619 MHz, 700.00 W, 71.20 W, Enabled, Enabled, 31"
     tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho "{answer}"\n')
     tool.chmod(0o755)
     facts = gpu.driver_facts()
-    assert facts["GPU driver_version"] == "570.1" and facts["GPU temperature.gpu"] == "31" and len(facts) == 6
+    assert facts["GPU driver_version"] == "570.1" and facts["GPU temperature.gpu"] == "31" and len(facts) == 10
+    assert facts["GPU ecc.mode.current"] == "Enabled" and facts["GPU power.draw"] == "71.20 W"
     assert "--query-gpu=driver_version,clocks.max.sm," in (tmp_path / "asked").read_text()
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert gpu.driver_facts() == {}

@@ -8,10 +8,12 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks import cases, peers, timers, workload
 from benchmarks.gpu import compare as gpu_compare
@@ -164,6 +166,29 @@ def test_compiled_rows_only_where_plans_are_made(among, monkeypatch):
     assert len(ours) == 1
     with pytest.raises(workload.NotAvailable, match="traces a Sequential as its modules: the time is Inductor's"):
         ours[0].prepare(workload.Workload(cases.MINI[1], 2, torch.float32))
+
+
+def test_which_kernels_cudnn_chose(monkeypatch):
+    """By the device's events of a call, template arguments and everything that does not multiply left out."""
+
+    class Event:
+        def __init__(self, name, kind=DeviceType.CUDA):
+            self.name, self.device_type = name, kind
+
+    conv = "void sm90_xmma_dgrad_implicit_gemm_f16<a, b>(c)"
+    events = [Event(conv), Event(conv), Event("cutlass_80_wgrad"), Event("void at::native::relu(x)")]
+    events.append(Event("aten::convolution", DeviceType.CPU))
+
+    @contextlib.contextmanager
+    def profile(activities):
+        yield types.SimpleNamespace(events=lambda: events)
+
+    monkeypatch.setattr(peers, "profile", profile)
+    called = []
+    assert peers.kernels_of(lambda: called.append(torch.is_inference_mode_enabled())) == (
+        "2 sm90_xmma_dgrad_implicit_gemm_f16, cutlass_80_wgrad"
+    )
+    assert called == [True]
 
 
 def test_a_step_without_its_launch_is_counted():
