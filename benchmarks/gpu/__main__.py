@@ -77,8 +77,9 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "check", "every regime, dtype and odd geometry, then every case, against float64", 1.2, parallel=12, least=30
     ),
-    Stage("tests", "the kernel tests on the device", 2.0, 120.0, needs="pytest", parallel=4, least=30),
-    Stage("table", "layers, blocks and generators against cuDNN, cold L2 cache, with and without CUDA graphs", 1.7),
+    Stage("tests", "the kernel tests on the device", 1.7, 120.0, needs="pytest", parallel=4, least=30),
+    Stage("probes", "rounding, L2 cache, equal bits in thousands of launches, compute-sanitizer", 0.5, 90.0),
+    Stage("table", "layers, blocks and generators against cuDNN, cold L2 cache, with and without CUDA graphs", 1.5),
     Stage(
         "candidates", "plans of the cases' steps compiled and proven", 0.7, 120.0, None, None, 12, False, True, least=20
     ),

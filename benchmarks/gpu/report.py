@@ -24,6 +24,8 @@ STUBBED = (
     "**Dry run: the kernels ran in an interpreter on a CPU. Results are checked; times are stubbed (there are none).**"
 )
 NOTES = {
+    "probes": "Tensor cores' sums on chosen numbers; copies that stay in the L2 cache, at the data sheet's clock; the "
+    "same launch over and over, every bit compared on the device.",
     "check": "Every implementation is compared with float64; nothing is timed.",
     "training_check": "Forward and backward are compared with float64; nothing is timed.",
     "tests": "The kernel tests of `tests/` on the device.",
@@ -229,6 +231,23 @@ def _proven(data: Data) -> Iterator[str]:
     yield from _refused(data)
 
 
+def _probed(data: Data) -> Iterator[str]:
+    body = []
+    for row in data["rows"]:
+        said = row.get("note", "")
+        if "truncates" in row:
+            said = (
+                f"{'truncates' if row['truncates'] else 'rounds'}, {row['bits']} bits below float32's last place kept"
+            )
+        elif "per_clock" in row:
+            measured = "stub" if data.get("stubbed") else f"{row['bytes'] / 1e9:.0f} GB/s, {row['per_clock']:.0f}"
+            said = f"{measured} bytes a clock and multiprocessor, {row['assumed']} assumed"
+        elif "differing" in row:
+            said = f"{row['differing']} of {row['launches']} launches differ from the first"
+        body.append([row["key"], said])
+    yield from table(["probe", ""], body, (0, 1))
+
+
 def _refused(data: Data) -> Iterator[str]:
     found = [f"- {row['key']}: {line}" for row in data["rows"] for line in row.get("refused", ())]
     if found:
@@ -246,6 +265,7 @@ def _predicted(data: Data) -> Iterator[str]:
 
 
 TABLES: dict[str, Callable[[Data], Iterator[str]]] = {
+    "probes": _probed,
     "check": _checked,
     "training_check": _checked,
     "tests": _tested,

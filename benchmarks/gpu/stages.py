@@ -20,6 +20,7 @@ import torch
 from benchmarks import cases, timers
 from benchmarks.gpu import predict
 from benchmarks.gpu.compare import Measure, ceilings, compare, least_us
+from benchmarks.gpu.probes import probe_items
 from benchmarks.gpu.rows import Item, Rows, Steps, work_through
 from benchmarks.gpu.tune import candidate_items, tune_items, tuned_workloads
 from benchmarks.peers import GPU_IMPLEMENTATIONS, GRAPH, named
@@ -172,6 +173,7 @@ def host_time(c: Context) -> Iterator[Item]:
 
 Stage = Callable[[Context], Iterator[Item]]
 STAGES: dict[str, Stage] = {
+    "probes": lambda c: probe_items(NUMERICS, c.dry_run),
     "check": check,
     "table": table,
     "candidates": candidates,

@@ -243,7 +243,7 @@ def test_results_are_written_where_git_does_not_see_them(monkeypatch):
 
 def test_shares_are_ten_minutes():
     assert sum(s.share for s in gpu.STAGES) == pytest.approx(gpu.MINUTES, rel=0.02)
-    assert [s.name for s in gpu.STAGES][:4] == ["environment", "check", "tests", "table"]
+    assert [s.name for s in gpu.STAGES][:5] == ["environment", "check", "tests", "probes", "table"]
 
 
 def test_rows_come_in_order_of_importance():
