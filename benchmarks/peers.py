@@ -59,7 +59,7 @@ def _eager(channels_last: bool | None) -> Callable[[Workload], Prepared]:
         _formats(w, bool(channels_last))
         last = w.has_formats if channels_last is None else channels_last
         call = w.call(w.modules(channels_last=last), last)
-        return Prepared(call, path=lambda: kernels_of(call, w.gradients) if w.device == "cuda" else "")
+        return Prepared(call, path=lambda: kernels_of(call, w.gradients) if w.device == "cuda" and _a_gpu() else "")
 
     return prepare
 
@@ -280,7 +280,11 @@ def backend() -> str:
     """What a user has on a GPU: Triton where it applies. A machine that only pretends to have one (a function mode of
     torch, which answers for tensors and `torch.cuda`), whichever build of torch it has, runs Triton's kernels where
     they are asked for."""
-    return "auto" if torch.version.cuda is not None and torch._C._cuda_getDeviceCount() > 0 else "triton"
+    return "auto" if _a_gpu() else "triton"
+
+
+def _a_gpu() -> bool:
+    return torch.version.cuda is not None and torch._C._cuda_getDeviceCount() > 0
 
 
 def fused(w: Workload) -> cnnfast.Sequential:

@@ -22,6 +22,7 @@ from cnnfast.tasks import env
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {"code": "abc"}
+TABLE = next(s for s in gpu.STAGES if s.name == "table")
 
 
 def python(code):
@@ -165,11 +166,11 @@ def test_resume_keeps_what_is_finished(tmp_path, capsys):
 def test_another_machine_or_code_begins_anew(tmp_path, monkeypatch):
     out, stage = tmp_path / "out", counting("fine", tmp_path)
     old = gpu_rows.Rows(tmp_path, "table", RUN)
-    assert gpu.run([stage], out, True, 1, everything=[stage, gpu.STAGES[3]]) == 0
+    assert gpu.run([stage], out, True, 1, everything=[stage, TABLE]) == 0
     old.path.rename(out / "table.json")
     before = gpu.identity(True)
     monkeypatch.setattr(gpu, "identity", lambda dry_run: before | {"gpu": "another"})
-    assert gpu.run([stage], out, True, 1, resume=True, everything=[stage, gpu.STAGES[3]]) == 0
+    assert gpu.run([stage], out, True, 1, resume=True, everything=[stage, TABLE]) == 0
     assert len((tmp_path / "fine").read_text()) == 2 and not (out / "table.json").exists()
     assert json.loads((out / "run.json").read_text())["gpu"] == "another"
 
