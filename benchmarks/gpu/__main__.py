@@ -31,10 +31,12 @@ from typing import Any
 import torch
 
 from cnnfast.files import write_atomically
+from cnnfast.gpu.devices import DEVICES
 from cnnfast.tasks import env
 
+from .. import cases
 from ..report import environment
-from . import process
+from . import process, warm
 from .process import Ending, supervise, supervise_all
 from .report import Outcome, digest, page, scrub, summary
 from .rows import collect, part_name, read
@@ -44,6 +46,7 @@ OUTPUT, DRY_RUN = ROOT / "out" / "gpu", ROOT / "out" / "gpu-dry-run"  # what git
 WORKER = ROOT / "benchmarks" / "gpu" / "stages.py"
 TTSEM = "pip install --no-deps --ignore-requires-python ttsem==0.1.0"
 MINUTES = 10.0
+CACHE_BYTES = 60 * 2**20
 PROOFS = "proofs"  # in a run's folder: what is known of kernels (`cnnfast.store`)
 
 
@@ -326,17 +329,38 @@ def _finished(outcome: Outcome, folder: Path) -> bool:
     return outcome.status == "ok" if data is None else bool(data["ended"] and not data["left_out"])
 
 
+def compile_ahead(folder: Path, arch: int, seconds: float) -> int:
+    """Fill a compile cache for GPUs of ``arch``. Returns 1 where a binary does not compile."""
+    found = cases.CASES + tuple(c for c in (*cases.TRAINING, *cases.MINI, *cases.GEOMETRIES) if c not in cases.CASES)
+    filled = warm.fill(folder, warm.recorded(arch, found), os.cpu_count() or 1, seconds, CACHE_BYTES)
+    print(*filled.failed, sep="\n", end="\n" if filled.failed else "")
+    print(
+        f"{filled.compiled} binaries for sm_{arch} in {folder}, {filled.size / 2**20:.1f} MiB; "
+        f"{filled.left_out} left out, {len(filled.failed)} failed"
+    )
+    return 1 if filled.failed else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     names = [s.name for s in STAGES]
     p = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     p.add_argument("--dry-run", action="store_true", help="without a GPU: the stages under ttsem, times stubbed")
     p.add_argument("--minutes", type=float, default=MINUTES, help="for all stages together (%(default)g)")
     p.add_argument("--resume", action="store_true", help="keep what an earlier run of the same code has finished here")
+    p.add_argument(
+        "--compile", action="store_true", help="without a GPU: only fill --cache with what the stages launch"
+    )
+    p.add_argument("--arch", type=int, default=90, choices=sorted(DEVICES), help="of --compile (%(default)s)")
+    p.add_argument("--cache", type=Path, metavar="DIR", help="Triton's compile cache, as --compile filled it")
     p.add_argument("--stage", action="append", choices=names, help="only this one; may be repeated")
     p.add_argument("--output", type=Path, help="folder of the results (out/gpu; in a dry run out/gpu-dry-run)")
     arguments = p.parse_args(argv)
     if arguments.minutes <= 0:
         p.error(f"--minutes {arguments.minutes:g} must be more than 0")
+    if arguments.compile:
+        if arguments.cache is None:
+            p.error("--compile needs --cache DIR")
+        return compile_ahead(arguments.cache.resolve(), arguments.arch, 60 * arguments.minutes)
     problem = obstacle(arguments.dry_run)
     if problem is not None:
         print(f"error: {problem}", file=sys.stderr)
@@ -344,6 +368,9 @@ def main(argv: list[str] | None = None) -> int:
     folder = arguments.output or (DRY_RUN if arguments.dry_run else OUTPUT)
     if shutil.which("nvidia-smi") is None and not arguments.dry_run:
         print("note: nvidia-smi is not on the path")
+    if arguments.cache is not None:
+        warm.settle(arguments.cache.resolve())
+        os.environ.update(warm.variables(arguments.cache.resolve()))  # of the stages' processes
     chosen = [s for s in STAGES if s.name in (arguments.stage or names)]
     try:
         return run(chosen, folder.resolve(), arguments.dry_run, arguments.minutes, arguments.resume)

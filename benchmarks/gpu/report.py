@@ -295,6 +295,8 @@ def digest(data: Data | None) -> str:
     text = f"{len(rows)} rows, {sum(row.get('failures', 0) for row in rows)} failures"
     if left:
         text += f"; left out for lack of time: {len(left)}, from {left[0]} on"
+    if (found := data.get("binaries")) and sum(found.values()):
+        text += f"; {found['hits']} binaries found in the cache, {found['misses']} compiled"
     for over, ours, others in PAIRS:
         found = [r for row in rows if (r := ratio(row, ours, *others)) is not None]
         if found:

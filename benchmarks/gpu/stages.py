@@ -23,6 +23,7 @@ from benchmarks.gpu.compare import Measure, ceilings, compare, least_us
 from benchmarks.gpu.probes import probe_items
 from benchmarks.gpu.rows import Item, Rows, Steps, work_through
 from benchmarks.gpu.tune import candidate_items, tune_items, tuned_workloads
+from benchmarks.gpu.warm import counting
 from benchmarks.peers import GPU_IMPLEMENTATIONS, GRAPH, named
 from benchmarks.report import environment
 from benchmarks.workload import TrainingWorkload, Workload
@@ -222,7 +223,8 @@ def work(argv: list[str]) -> int:
     c = Context(a.output, rows, a.dry_run, part, parts)
     if a.stage in MEASURED_LIMITS and "ceilings" not in rows.data:
         rows.data["ceilings"] = ceilings(NUMERICS, c.measure(timers.cold))
-    return 1 if work_through(rows, STAGES[a.stage](c), a.seconds, show) else 0
+    with counting() as rows.data["binaries"]:
+        return 1 if work_through(rows, STAGES[a.stage](c), a.seconds, show) else 0
 
 
 if __name__ == "__main__":
