@@ -115,6 +115,18 @@ def stress(w: Workload, launches: int, fenced: bool) -> dict[str, Any]:
     return row | ({"failures": 1, "note": f"{found} of {launches} launches differ"} if found and fenced else {})
 
 
+def graphed(w: Workload) -> dict[str, Any]:
+    """`cnnfast.graphed` against the same model called eagerly: replays with another input in between, every bit."""
+    set_tf32(w.tf32)
+    w = replace(w)
+    with torch.no_grad():
+        model, x = fused(w), w.input(True)
+        run, expected = cnnfast.graphed(model, x), model(x).clone()
+        other = model(-x).clone()
+        wrong = sum(not torch.equal(run(given), y) for given, y in ((x, expected), (-x, other), (x, expected)))
+    return {"launches": 3, "differing": wrong} | ({"failures": 1, "note": "replays differ"} if wrong else {})
+
+
 # --- compute-sanitizer ------------------------------------------------------------------------------------------------
 
 SANITIZER = "compute-sanitizer"
@@ -172,5 +184,8 @@ def probe_items(numerics: tuple[tuple[torch.dtype, bool], ...], dry_run: bool) -
                 w = Workload(case, case.batches[len(case.batches) // 2], dtype, "cuda", tf32)
                 key = f"stress, {w.name}{'' if fenced else ', without the fence'}"
                 yield item(key, lambda w=w, fenced=fenced: stress(w, launches, fenced), 4.0)  # type: ignore[misc]
+    for case in () if dry_run else layers[:1]:  # an interpreter captures nothing
+        w = Workload(case, case.batches[0], torch.float16, "cuda")
+        yield item(f"graphed, {w.name}", lambda w=w: graphed(w), 3.0)  # type: ignore[misc]
     for tool in () if dry_run else ("memcheck", "racecheck"):
         yield item(f"{SANITIZER}, {tool}", lambda tool=tool: sanitized(tool, 60.0), 20.0)  # type: ignore[misc]
