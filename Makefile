@@ -58,7 +58,7 @@ gpu: ## on a machine with an NVIDIA GPU: kernel tests, tuning, times against cuD
 # The versions of the machine with the GPU, whatever is installed here: a cache is found by the same Triton for the same Python only.
 gpu-cache: ## without a GPU: a compile cache for `make gpu GPU="--cache out/gpu-cache"` on one (torch 2.11, triton 3.6; ARCH=90)
 	$(PYTHON) -m venv .venv-gpu
-	.venv-gpu/bin/python -m pip --disable-pip-version-check install -q torch==2.11.0 triton==3.6.0 filelock numpy platformdirs tabulate xxhash
+	.venv-gpu/bin/python -m pip --disable-pip-version-check install -q torch==2.11.0 triton==3.6.0 filelock numpy platformdirs tabulate tqdm xxhash
 	.venv-gpu/bin/python -m benchmarks.gpu --compile --arch $(or $(ARCH),90) --cache out/gpu-cache --minutes 60
 
 clean: ## caches and build files; the environment and the weights' cache stay
