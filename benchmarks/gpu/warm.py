@@ -38,8 +38,9 @@ LIBCUDA = "libcuda.so.1"
 
 
 def variables(folder: Path) -> dict[str, str]:
-    """The environment of whoever uses the cache. Only what a launch needs is kept: a third of the size."""
-    return {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
+    """The environment of whoever uses the cache. Only what a launch needs is kept, without line numbers (which are part
+    of the cache's key)."""
+    return {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1", "TRITON_DISABLE_LINE_INFO": "1"}
 
 
 # --- which binaries ---------------------------------------------------------------------------------------------------

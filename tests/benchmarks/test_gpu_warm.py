@@ -100,6 +100,7 @@ def test_make_gpu_uses_it(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "obstacle", lambda dry_run: None)
     monkeypatch.setenv("TRITON_CACHE_DIR", "before")
     monkeypatch.setenv("TRITON_STORE_BINARY_ONLY", "0")
+    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "0")
     monkeypatch.setattr(gpu, "run", lambda *a: int(os.environ["TRITON_CACHE_DIR"] != str(tmp_path)))
     assert gpu.main(["--cache", str(tmp_path)]) == 0
     assert json.loads(listing.read_text()) == {"child_paths": {"kernel.cubin": str(listing.parent / "kernel.cubin")}}
