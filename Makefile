@@ -17,7 +17,7 @@ endif
 # Never installs: the environment where there is one, else PYTHON.
 RUN_AS_IS := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: help demo train test test-all check docs gallery bench rehearse gpu clean
+.PHONY: help demo train test test-all check docs gallery bench rehearse gpu gpu-cache clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -54,6 +54,12 @@ rehearse: $(call installed,bench) ## every case's plan and machine code on six G
 
 gpu: ## on a machine with an NVIDIA GPU: kernel tests, tuning, times against cuDNN, in ten minutes; installs nothing
 	$(RUN_AS_IS) -m benchmarks.gpu $(GPU)
+
+# The versions of the machine with the GPU, whatever is installed here: a cache is found by the same Triton for the same Python only.
+gpu-cache: ## without a GPU: a compile cache for `make gpu GPU="--cache out/gpu-cache"` on one (torch 2.11, triton 3.6; ARCH=90)
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip --disable-pip-version-check install -q torch==2.11.0 triton==3.6.0 filelock numpy platformdirs tabulate tqdm xxhash
+	.venv-gpu/bin/python -m benchmarks.gpu --compile --arch $(or $(ARCH),90) --cache out/gpu-cache --minutes 60
 
 clean: ## caches and build files; the environment and the weights' cache stay
 	rm -rf build dist out *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

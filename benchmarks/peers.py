@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import cnnfast
 from cnnfast.cpu.isa import InstructionSet, instruction_set
+from cnnfast.gpu import guard
 from cnnfast.gpu.observers import observed
+from cnnfast.nn import traced
 
 from .timers import captured
 from .workload import Implementation, NotAvailable, Prepared, Workload
@@ -53,7 +58,8 @@ def _eager(channels_last: bool | None) -> Callable[[Workload], Prepared]:
     def prepare(w: Workload) -> Prepared:
         _formats(w, bool(channels_last))
         last = w.has_formats if channels_last is None else channels_last
-        return Prepared(w.call(w.modules(channels_last=last), last))
+        call = w.call(w.modules(channels_last=last), last)
+        return Prepared(call, path=lambda: kernels_of(call, w.gradients) if w.device == "cuda" and _a_gpu() else "")
 
     return prepare
 
@@ -75,6 +81,8 @@ def _compiled(
 
     def prepare(w: Workload) -> Prepared:
         _formats(w, bool(channels_last))
+        if container is cnnfast.Sequential and not traced.PLANS:
+            raise NotAvailable(f"torch {torch.__version__} traces a Sequential as its modules: the time is Inductor's")
         last = w.has_formats if channels_last is None else channels_last
         if w.device == "cpu":
             _require_compiler()
@@ -113,6 +121,22 @@ def path_of(call: Callable[[], object], gradients: bool = False) -> str:
     for event in trace.events() or ():
         if event.name in _PATHS:
             seen[_PATHS[event.name]] += 1
+    return ", ".join(name if n == 1 else f"{n} {name}" for name, n in seen.items())
+
+
+_KERNEL = re.compile(r"conv|gemm|wgrad|dgrad|xmma|cutlass|cudnn|winograd|fft", re.IGNORECASE)
+
+
+def kernels_of(call: Callable[[], object], gradients: bool = False) -> str:
+    """What cuDNN chose: the names of the device's kernels of a call that multiply, without their template arguments
+    and signatures. Empty where the profiler sees no device."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.inference_mode(not gradients), profile(activities=[ProfilerActivity.CUDA]) as trace:
+        call()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    names = (e.name for e in trace.events() or () if e.device_type == DeviceType.CUDA and _KERNEL.search(e.name))
+    seen = Counter(re.sub(r"^void |[<(].*", "", name) for name in names)
     return ", ".join(name if n == 1 else f"{n} {name}" for name, n in seen.items())
 
 
@@ -254,8 +278,13 @@ GRAPH = ", CUDA graph"
 
 def backend() -> str:
     """What a user has on a GPU: Triton where it applies. A machine that only pretends to have one (a function mode of
-    torch) runs Triton's kernels where they are asked for."""
-    return "auto" if torch.version.cuda is not None else "triton"
+    torch, which answers for tensors and `torch.cuda`), whichever build of torch it has, runs Triton's kernels where
+    they are asked for."""
+    return "auto" if _a_gpu() else "triton"
+
+
+def _a_gpu() -> bool:
+    return torch.version.cuda is not None and torch._C._cuda_getDeviceCount() > 0
 
 
 def fused(w: Workload) -> cnnfast.Sequential:
@@ -265,14 +294,22 @@ def fused(w: Workload) -> cnnfast.Sequential:
     return model
 
 
+def _without_launch(call: Callable[[], object], gradients: bool) -> int:
+    """Fused convolutions of a call that came to the kernels and were not launched."""
+    seen: list[str | None] = []  # None: a step; else the launch that follows it
+    with observed(step=lambda *step: seen.append(None), launch=seen.append), torch.inference_mode(not gradients):
+        call()
+    return sum(a is None and b is None for a, b in pairwise([*seen, None]))
+
+
 def _on_gpu(w: Workload) -> Prepared:
-    """`cnnfast.Sequential`. NotAvailable where no step of it runs as a Triton kernel; RuntimeError where one that could
-    was given up at its first use (`cnnfast.gpu.guard`)."""
+    """`cnnfast.Sequential`. RuntimeError where no step of it runs as a Triton kernel, or one that could does not
+    (`cnnfast.gpu.guard` says why): every case has such steps, and a row without them says nothing of the kernels."""
     model = fused(w)
-    plain = w.call(model, True)
+    plain, name = w.call(model, True), backend()
 
     def call() -> object:
-        with cnnfast.backend(backend()):
+        with cnnfast.backend(name):
             return plain()
 
     with torch.inference_mode(not w.gradients):
@@ -280,9 +317,12 @@ def _on_gpu(w: Workload) -> Prepared:
     given_up = [line for line in model.explain().splitlines() if "PyTorch's operators run" in line]
     if given_up:
         raise RuntimeError("; ".join(given_up))
+    if missed := _without_launch(call, w.gradients):
+        states = [line for line in guard.report() if "PyTorch's operators run" in line]
+        raise RuntimeError(f"{missed} steps ran PyTorch's operators: {'; '.join(states) or 'for a reason not known'}")
     path = path_of(call, w.gradients)
     if "Triton" not in path:
-        raise NotAvailable(f"no step of it has a Triton kernel: {path or 'no convolution seen'}")
+        raise RuntimeError(f"no step of it ran as a Triton kernel: {path or 'no convolution seen'}")
     return Prepared(call, path=lambda: path_of(call, w.gradients))
 
 

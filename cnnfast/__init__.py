@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .generators import create_model as create_model
     from .generators import list_models as list_models
     from .gpu import guard as guard
+    from .gpu.graphed import graphed as graphed
     from .gpu.tuning import tune as tune
     from .gpu.warmup import warmup as warmup
     from .memory_format import channels_last as channels_last
@@ -40,6 +41,7 @@ _EXPORTS = {
     "channels_last": "memory_format",
     "create_model": "generators",
     "freeze": "cpu.packing",
+    "graphed": "gpu.graphed",
     "guard": ".gpu.guard",
     "invalidate": "cpu.packing",
     "list_models": "generators",

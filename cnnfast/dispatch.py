@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextvars
+import ctypes
+import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import NamedTuple, Protocol
 
@@ -37,7 +40,9 @@ __all__ = [
 
 BACKENDS = ("auto", "triton", "aten")
 WATCHED = "a tensor subclass, transform, tracer, dispatch mode or forward-mode AD is active"
-_current: contextvars.ContextVar[str] = contextvars.ContextVar("cnnfast_backend", default="auto")
+_current: contextvars.ContextVar[str | None] = contextvars.ContextVar("cnnfast_backend", default=None)
+_KEY = "cnnfast_backend"  # of what autograd takes along to its threads: (the choice, the thread that made it)
+_NONE: tuple[str | None, int] = (None, 0)
 
 
 def check_backend(name: str | None) -> None:
@@ -49,14 +54,43 @@ def check_backend(name: str | None) -> None:
 def resolve_backend(name: str | None) -> str:
     """``name``, or the context's choice where it is None. ValueError for an unknown one."""
     if name is None:
-        return _current.get()
+        return _current.get() or _of_backward() or "auto"
     check_backend(name)
     return name
 
 
+def _of_backward() -> str | None:
+    """In a thread of autograd's, which knows no context variable: the choice where backward was called."""
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0 or not torch._C._is_key_in_tls(_KEY):
+        return None
+    name, thread = torch._C._get_obj_in_tls(_KEY)
+    return name if thread != threading.get_ident() else None  # else of another task of this thread
+
+
+@cache
+def _steals() -> bool:
+    """Whether this torch takes over the reference to what it stashes, as 2.11 does, instead of one of its own."""
+    probe = object()
+    before = sys.getrefcount(probe)
+    torch._C._stash_obj_in_tls(f"{_KEY}_probe", probe)
+    stolen = sys.getrefcount(probe) == before
+    if stolen:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(probe))
+    return stolen
+
+
+def _stash(choice: tuple[str | None, int]) -> None:
+    if _steals():
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(choice))
+    torch._C._stash_obj_in_tls(_KEY, choice)
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Choose the backend of every cnnfast call inside the ``with`` block (per thread and task).
+    """Choose the backend of every cnnfast call inside the ``with`` block (per thread and task), and of what backwards
+    that are called inside it run in autograd's threads, as `torch.utils.checkpoint` does. (A checkpointed forward whose
+    backward is called outside is computed again by that place's choice: ``context_fn`` of PyTorch's function is for
+    such.)
 
     ``"auto"`` takes Triton for CUDA tensors where it applies and PyTorch's operators otherwise (oneDNN's packed ones on
     a CPU where they are faster); ``"triton"`` launches the Triton kernel or raises with the reason; ``"aten"`` never
@@ -65,9 +99,12 @@ def backend(name: str) -> Iterator[None]:
     """
     check_backend(name)
     token = _current.set(name)
+    before = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else _NONE
+    _stash((name, threading.get_ident()))
     try:
         yield
     finally:
+        _stash(before)
         _current.reset(token)
 
 

@@ -98,6 +98,7 @@ def conv_transpose_kernel(
     UNROLL: tl.constexpr,  # channel blocks of one trip through the loop
     SPLIT_K: tl.constexpr,  # whether K may be cut in SPLITS parts, whose sums go to work_ptr
     BIG: tl.constexpr,  # x or y has 2^31 elements or more
+    FENCE: tl.constexpr,  # of the binary's key alone: it is compiled inside `cnnfast.gpu.fence.inserted`
 ):
     # --- which tile -------------------------------------------------------------------------------------------------
     num_m = tl.cdiv(N * tl.cdiv(OH, SH * MERGE_H) * tl.cdiv(OW, SW * MERGE_W), BLOCK_M)

@@ -59,6 +59,7 @@ def conv_wgrad_kernel(
     BLOCK_K: tl.constexpr,  # of positions
     EVEN: tl.constexpr,  # a box is BLOCK_K positions, and boxes fill the grid: no position lies beyond it
     BIG: tl.constexpr,  # a or b has 2^31 elements or more
+    FENCE: tl.constexpr,  # of the binary's key alone: it is compiled inside `cnnfast.gpu.fence.inserted`
 ):
     # --- which tile: those of one row lie next to each other, they read the same part of A ----------------------------
     COLUMNS: tl.constexpr = KH * KW * CB

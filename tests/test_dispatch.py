@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import cnnfast
+import cnnfast.gpu.backend  # noqa: F401  (ahead of tests that hide Triton from whoever imports it)
 from cnnfast import dispatch
 from cnnfast.gpu.devices import allocate, conv_tf32, precision_of
 from cnnfast.gpu.why_not import NO_DEVICE, cuda_why_not, launch_why_not, triton_why_not, why_not
@@ -144,6 +147,73 @@ def test_backend_context_is_of_its_thread() -> None:
         thread = threading.Thread(target=lambda: seen.append(dispatch.resolve_backend(None)))
         thread.start()
         thread.join()
+    assert seen == ["auto"]
+
+
+class Deep(torch.autograd.Function):
+    """Backwards inside backwards: beyond 60, autograd goes on in a thread of its own, as it does for a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, depth: int, last: Any) -> torch.Tensor:
+        ctx.depth, ctx.last = depth, last
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        with torch.enable_grad():
+            y = ctx.last() if ctx.depth == 0 else Deep.apply(torch.ones(1, requires_grad=True), ctx.depth - 1, ctx.last)
+            y.sum().backward()
+        return grad, None, None
+
+
+def test_backend_context_follows_into_threads_of_autograd() -> None:
+    """Where checkpointed calls are computed again on a GPU."""
+    seen: list[tuple[bool, str]] = []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        seen.append((threading.current_thread() is threading.main_thread(), dispatch.resolve_backend(None)))
+        return x * x
+
+    def checkpointed() -> torch.Tensor:
+        return checkpoint(note, torch.ones(1, requires_grad=True), use_reentrant=False)
+
+    for name in ("aten", "triton"):
+        with cnnfast.backend(name):
+            Deep.apply(torch.ones(1, requires_grad=True), 70, checkpointed).sum().backward()
+            assert seen == [(False, name)] * 2  # the forward, and the same again
+            seen.clear()
+    Deep.apply(torch.ones(1, requires_grad=True), 70, checkpointed).sum().backward()
+    assert seen == [(False, "auto")] * 2
+
+
+def test_backend_context_keeps_what_it_hands_to_autograd() -> None:
+    """torch 2.11 takes over the reference that it is given."""
+    before = sys.getrefcount(dispatch._NONE)
+    for _ in range(100):
+        with cnnfast.backend("aten"), cnnfast.backend("triton"):
+            pass
+    assert abs(sys.getrefcount(dispatch._NONE) - before) <= 1
+
+
+def test_backend_context_is_of_its_task() -> None:
+    """Also inside a backward, in the same thread."""
+    seen: list[str] = []
+
+    async def one() -> None:
+        with cnnfast.backend("aten"):
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    async def other() -> None:
+        await asyncio.sleep(0)
+        x = torch.ones(1, requires_grad=True)
+        x.register_hook(lambda grad: seen.append(dispatch.resolve_backend(None)))
+        x.sum().backward()
+
+    async def both() -> None:
+        await asyncio.gather(one(), other())
+
+    asyncio.run(both())
     assert seen == ["auto"]
 
 

@@ -2,8 +2,9 @@
 
 Stages run one after the other, each in processes of its own, and write into one folder: a stage that fails, hangs or
 takes its process down leaves what it had, and the others run. Each has a share of ``--minutes``, does the most
-important first and says what it left out; time that a stage does not need is the later ones'. ``summary.md`` is written
-anew after each. ``--resume`` goes on where an earlier run of the same code on the same machine ended.
+important first and says what it left out; time that a stage does not need is the later ones', and none starts that has
+less than it needs. ``summary.md`` is written anew after each, and at the end one archive of the folder, beside it.
+``--resume`` goes on where an earlier run of the same code on the same machine ended, with its proofs.
 Needs torch >= 2.11 and triton >= 3.6 and downloads nothing; pytest only for the stage ``tests``.
 """
 
@@ -12,12 +13,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
+import tarfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -29,27 +31,33 @@ from typing import Any
 import torch
 
 from cnnfast.files import write_atomically
+from cnnfast.gpu.devices import DEVICES
 from cnnfast.tasks import env
 
-from ..report import environment, machine_name
+from .. import cases
+from ..report import environment
+from . import process, warm
 from .process import Ending, supervise, supervise_all
 from .report import Outcome, digest, page, scrub, summary
 from .rows import collect, part_name, read
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-DRY_RUN = Path("out") / "gpu-dry-run"
+OUTPUT, DRY_RUN = ROOT / "out" / "gpu", ROOT / "out" / "gpu-dry-run"  # what git ignores: publishing is a decision
 WORKER = ROOT / "benchmarks" / "gpu" / "stages.py"
 TTSEM = "pip install --no-deps --ignore-requires-python ttsem==0.1.0"
 MINUTES = 10.0
+CACHE_BYTES = 60 * 2**20
+PROOFS = "proofs"  # in a run's folder: what is known of kernels (`cnnfast.store`)
 
 
 @dataclass(frozen=True)
 class Stage:
     """``share``: its part of the time, in minutes of ten. ``stall``: seconds after which a step counts as hung.
+    ``least``: seconds without which it does not start.
 
     ``command``: arguments of Python, or None for the worker's stage of that name. ``parallel``: rows may be made side
-    by side (compiling takes most of the time, and nothing is timed). ``plain``: without plans tuned earlier.
+    by side (compiling takes most of the time, and nothing is timed), each process with so many GiB of the GPU's memory;
+    0: one process. ``plain``: without plans tuned earlier.
     ``proves``: needs `cnnfast.gpu.guard`, whatever the environment says. ``follows``: is of what other stages found, so
     that ``--resume`` runs it again.
     """
@@ -60,24 +68,37 @@ class Stage:
     stall: float = 60.0
     command: tuple[str, ...] | None = None
     needs: str | None = None
-    parallel: bool = False
+    parallel: int = 0
     plain: bool = True
     proves: bool = False
     follows: bool = False
+    least: float = 10.0
 
 
 STAGES: tuple[Stage, ...] = (
     Stage("environment", "versions and devices", 0.2, command=("-m", "cnnfast", "env")),
-    Stage("check", "every regime, dtype and odd geometry, then every case, against float64", 1.2, parallel=True),
-    Stage("tests", "the kernel tests on the device", 2.0, 120.0, needs="pytest", parallel=True),
-    Stage("table", "layers, blocks and generators against cuDNN, cold L2 cache, with and without CUDA graphs", 1.9),
-    Stage("candidates", "plans of the cases' steps compiled and proven", 0.9, 120.0, None, None, True, False, True),
+    Stage(
+        "check", "every regime, dtype and odd geometry, then every case, against float64", 1.2, parallel=12, least=30
+    ),
+    Stage("tests", "the kernel tests on the device", 1.7, 120.0, needs="pytest", parallel=4, least=30),
+    Stage("probes", "rounding, L2 cache, equal bits in thousands of launches, compute-sanitizer", 0.5, 90.0),
+    Stage("table", "layers, blocks and generators against cuDNN, cold L2 cache, with and without CUDA graphs", 1.5),
+    Stage(
+        "candidates", "plans of the cases' steps compiled and proven", 0.7, 120.0, None, None, 12, False, True, least=20
+    ),
     Stage("tune", "those plans timed, the best ones kept", 0.6, 120.0, plain=False, proves=True),
     Stage("tuned", "the table's rows again, with the tuned plans", 0.6, plain=False, follows=True),
     Stage("back_to_back", "generators and blocks, calls in a row, with the host's time", 0.5),
+    Stage("training_check", "training steps compiled and held against float64", 0.4, 120.0, parallel=12, least=20),
     Stage("training", "training steps of generators and blocks against cuDNN, with the host's time", 0.9, 120.0),
-    Stage("compiled", "generators and blocks beside torch.compile", 0.8, 300.0),
-    Stage("prediction", "the model that chooses plans, and the limits, against what was measured", 0.1, follows=True),
+    Stage("compiled", "generators and blocks beside torch.compile", 0.8, 300.0, least=45),
+    Stage(
+        "prediction",
+        "the model that chooses plans, and the limits, against what was measured",
+        0.1,
+        follows=True,
+        least=3,
+    ),
     Stage("host_time", "time on the host of a call", 0.3),
 )
 
@@ -118,7 +139,10 @@ def driver_facts() -> dict[str, str]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {}
-    names = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit", "persistence_mode", "temperature.gpu")
+    names = (
+        "driver_version", "clocks.max.sm", "clocks.max.mem", "clocks.sm", "clocks.mem", "power.limit", "power.draw",
+        "ecc.mode.current", "persistence_mode", "temperature.gpu",
+    )  # fmt: skip
     query = [tool, f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
@@ -128,12 +152,12 @@ def driver_facts() -> dict[str, str]:
     return dict(zip((f"GPU {name}" for name in names), values, strict=False))
 
 
-def parts(dry_run: bool) -> int:
+def parts(stage: Stage, dry_run: bool) -> int:
     """Processes of a stage whose rows may be made side by side: as processors and the GPU's memory allow."""
-    if dry_run:
+    if dry_run or not stage.parallel:
         return 1
     memory = torch.cuda.get_device_properties(0).total_memory
-    return max(1, min(6, (os.cpu_count() or 1) // 2, memory // (12 * 2**30)))
+    return max(1, min(os.cpu_count() or 1, memory // (stage.parallel * 2**30)))
 
 
 # --- a stage ----------------------------------------------------------------------------------------------------------
@@ -163,12 +187,14 @@ def run_stage(stage: Stage, folder: Path, dry_run: bool, seconds: float, cache: 
     if stage.needs is not None and importlib.util.find_spec(stage.needs) is None:
         reason = f"{stage.needs} is not installed: pip install {stage.needs}"
         return Outcome(stage.name, stage.about, "skipped", 0.0, reason)
-    of = parts(dry_run) if stage.parallel else 1
+    of = parts(stage, dry_run)
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     variables = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
     where = cache[not stage.plain]
     if where is not None:
         variables["CNNFAST_CACHE"] = str(where)
+    if dry_run:
+        variables["CUDA_VISIBLE_DEVICES"] = ""  # a real one would be taken for what the interpreter stands for
     if stage.proves:
         variables.pop("CNNFAST_GUARD", None)
     stall = stage.stall * (5 if dry_run else 1)  # an interpreter of kernels is slow
@@ -257,20 +283,42 @@ def run(
     for stage in stages:
         if stage not in todo:
             print(f"{stage.name}: {outcomes[stage.name].status} in an earlier run, kept")
-    deadline = time.monotonic() + 60 * minutes
+    proofs = folder / PROOFS
+    if not resume:
+        shutil.rmtree(proofs, ignore_errors=True)
+    cache = {False: proofs / "plain", True: proofs / "tuned" if dry_run else None}
+    deadline = time.monotonic() + 60 * minutes - process.GRACE  # in which the last stage may finish a row
     write()
-    with tempfile.TemporaryDirectory() as scratch:
-        plain = Path(scratch) / "plain"
-        cache = {False: plain, True: Path(scratch) / "tuned" if dry_run else None}
-        for i, stage in enumerate(todo):
-            left = max(0.0, deadline - time.monotonic())
-            seconds = left * stage.share / sum(s.share for s in todo[i:])
+    for i, stage in enumerate(todo):
+        left = max(0.0, deadline - time.monotonic())
+        seconds = max(left * stage.share / sum(s.share for s in todo[i:]), stage.least)
+        if seconds > left:
+            reason = f"needs {stage.least:.0f} s, {left:.0f} s were left"
+            outcome = Outcome(stage.name, stage.about, "skipped", 0.0, reason)
+        else:
             print(f"{stage.name}: {stage.about} ({seconds:.0f} s) ...", flush=True)
-            outcomes[stage.name] = outcome = run_stage(stage, folder, dry_run, seconds, cache)
-            write()
-            print(f"{stage.name}: {outcome.status} after {outcome.seconds:.0f} s: {outcome.detail}", flush=True)
-    print(f"\nwrote {folder / 'summary.md'}")
+            outcome = run_stage(stage, folder, dry_run, seconds, cache)
+        outcomes[stage.name] = outcome
+        write()
+        print(f"{stage.name}: {outcome.status} after {outcome.seconds:.0f} s: {outcome.detail}", flush=True)
+    print(f"\nwrote {folder / 'summary.md'} and {_archive(folder)}")
     return 1 if any(outcomes[s.name].status in ("failed", "timed out") for s in stages) else 0
+
+
+def _archive(folder: Path) -> Path:
+    """All that the stages wrote, logs included, in one file beside the folder: to be taken from the machine."""
+    path = folder.with_name(f"{folder.name}.tar.gz")
+
+    def kept(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        entry.uid = entry.gid = 0
+        entry.uname = entry.gname = ""
+        return None if Path(entry.name).name == PROOFS else entry
+
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w:gz") as tar:
+        tar.add(folder, folder.name, filter=kept)
+    write_atomically(path, data.getvalue())
+    return path
 
 
 def _finished(outcome: Outcome, folder: Path) -> bool:
@@ -281,24 +329,48 @@ def _finished(outcome: Outcome, folder: Path) -> bool:
     return outcome.status == "ok" if data is None else bool(data["ended"] and not data["left_out"])
 
 
+def compile_ahead(folder: Path, arch: int, seconds: float) -> int:
+    """Fill a compile cache for GPUs of ``arch``. Returns 1 where a binary does not compile."""
+    found = cases.CASES + tuple(c for c in (*cases.TRAINING, *cases.MINI, *cases.GEOMETRIES) if c not in cases.CASES)
+    filled = warm.fill(folder, warm.recorded(arch, found), os.cpu_count() or 1, seconds, CACHE_BYTES)
+    print(*filled.failed, sep="\n", end="\n" if filled.failed else "")
+    print(
+        f"{filled.compiled} binaries for sm_{arch} in {folder}, {filled.size / 2**20:.1f} MiB; "
+        f"{filled.left_out} left out, {len(filled.failed)} failed"
+    )
+    return 1 if filled.failed else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     names = [s.name for s in STAGES]
     p = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     p.add_argument("--dry-run", action="store_true", help="without a GPU: the stages under ttsem, times stubbed")
     p.add_argument("--minutes", type=float, default=MINUTES, help="for all stages together (%(default)g)")
     p.add_argument("--resume", action="store_true", help="keep what an earlier run of the same code has finished here")
+    p.add_argument(
+        "--compile", action="store_true", help="without a GPU: only fill --cache with what the stages launch"
+    )
+    p.add_argument("--arch", type=int, default=90, choices=sorted(DEVICES), help="of --compile (%(default)s)")
+    p.add_argument("--cache", type=Path, metavar="DIR", help="Triton's compile cache, as --compile filled it")
     p.add_argument("--stage", action="append", choices=names, help="only this one; may be repeated")
-    p.add_argument("--output", type=Path, help="folder of the results (benchmarks/results/GPU; dry run: out)")
+    p.add_argument("--output", type=Path, help="folder of the results (out/gpu; in a dry run out/gpu-dry-run)")
     arguments = p.parse_args(argv)
     if arguments.minutes <= 0:
         p.error(f"--minutes {arguments.minutes:g} must be more than 0")
+    if arguments.compile:
+        if arguments.cache is None:
+            p.error("--compile needs --cache DIR")
+        return compile_ahead(arguments.cache.resolve(), arguments.arch, 60 * arguments.minutes)
     problem = obstacle(arguments.dry_run)
     if problem is not None:
         print(f"error: {problem}", file=sys.stderr)
         return 1
-    folder = arguments.output or (DRY_RUN if arguments.dry_run else RESULTS / machine_name("cuda"))
+    folder = arguments.output or (DRY_RUN if arguments.dry_run else OUTPUT)
     if shutil.which("nvidia-smi") is None and not arguments.dry_run:
         print("note: nvidia-smi is not on the path")
+    if arguments.cache is not None:
+        warm.settle(arguments.cache.resolve())
+        os.environ.update(warm.variables(arguments.cache.resolve()))  # of the stages' processes
     chosen = [s for s in STAGES if s.name in (arguments.stage or names)]
     try:
         return run(chosen, folder.resolve(), arguments.dry_run, arguments.minutes, arguments.resume)

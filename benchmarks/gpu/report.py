@@ -24,7 +24,10 @@ STUBBED = (
     "**Dry run: the kernels ran in an interpreter on a CPU. Results are checked; times are stubbed (there are none).**"
 )
 NOTES = {
+    "probes": "Tensor cores' sums on chosen numbers; copies that stay in the L2 cache, at the data sheet's clock; the "
+    "same launch over and over, every bit compared on the device.",
     "check": "Every implementation is compared with float64; nothing is timed.",
+    "training_check": "Forward and backward are compared with float64; nothing is timed.",
     "tests": "The kernel tests of `tests/` on the device.",
     "table": "Times are of the device (CUDA events), the L2 cache overwritten before every call: medians of "
     "`triton.testing.do_bench`, repeated in turn. Where a call takes the host longer than that overwriting, its time "
@@ -139,7 +142,15 @@ def _timed(data: Data) -> Iterator[str]:
     names = list(dict.fromkeys(e["name"] for row in rows for e in row["entries"]))
     yield from _means(rows)
     pairs = [pair for pair in PAIRS if any(ratio(row, pair[1], *pair[2]) is not None for row in rows)]
-    head = ["us", *names, *(f"over {over}" for over, *_ in pairs), "of the limit", "MiB, eager / cnnfast", "path"]
+    head = [
+        "us",
+        *names,
+        *(f"over {over}" for over, *_ in pairs),
+        "of the limit",
+        "MiB, eager / cnnfast",
+        "path",
+        "eager's kernels",
+    ]
     body = []
     for row in rows:
         ratios = [_times(ratio(row, ours, *others)) for _, ours, others in pairs]
@@ -152,9 +163,10 @@ def _timed(data: Data) -> Iterator[str]:
                 "" if part is None else f"{part:.2f}",
                 _mib(row, "eager channels_last", "cnnfast"),
                 entry(row, "cnnfast").get("path", ""),
+                entry(row, "eager channels_last").get("path", ""),
             ]
         )
-    yield from table(head, body, (0, len(head) - 1))
+    yield from table(head, body, (0, len(head) - 2, len(head) - 1))
     if "ceilings" in data and not data.get("stubbed"):
         c = data["ceilings"]
         rates = ", ".join(f"{dtype} {flops / 1e12:.0f} TFLOP/s" for dtype, flops in c["flops"].items())
@@ -219,6 +231,23 @@ def _proven(data: Data) -> Iterator[str]:
     yield from _refused(data)
 
 
+def _probed(data: Data) -> Iterator[str]:
+    body = []
+    for row in data["rows"]:
+        said = row.get("note", "")
+        if "truncates" in row:
+            said = (
+                f"{'truncates' if row['truncates'] else 'rounds'}, {row['bits']} bits below float32's last place kept"
+            )
+        elif "per_clock" in row:
+            measured = "stub" if data.get("stubbed") else f"{row['bytes'] / 1e9:.0f} GB/s, {row['per_clock']:.0f}"
+            said = f"{measured} bytes a clock and multiprocessor, {row['assumed']} assumed"
+        elif "differing" in row:
+            said = f"{row['differing']} of {row['launches']} launches differ from the first"
+        body.append([row["key"], said])
+    yield from table(["probe", ""], body, (0, 1))
+
+
 def _refused(data: Data) -> Iterator[str]:
     found = [f"- {row['key']}: {line}" for row in data["rows"] for line in row.get("refused", ())]
     if found:
@@ -236,7 +265,9 @@ def _predicted(data: Data) -> Iterator[str]:
 
 
 TABLES: dict[str, Callable[[Data], Iterator[str]]] = {
+    "probes": _probed,
     "check": _checked,
+    "training_check": _checked,
     "tests": _tested,
     "candidates": _proven,
     "tune": _tuned,
@@ -264,6 +295,8 @@ def digest(data: Data | None) -> str:
     text = f"{len(rows)} rows, {sum(row.get('failures', 0) for row in rows)} failures"
     if left:
         text += f"; left out for lack of time: {len(left)}, from {left[0]} on"
+    if (found := data.get("binaries")) and sum(found.values()):
+        text += f"; {found['hits']} binaries found in the cache, {found['misses']} compiled"
     for over, ours, others in PAIRS:
         found = [r for row in rows if (r := ratio(row, ours, *others)) is not None]
         if found:

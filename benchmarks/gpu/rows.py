@@ -160,6 +160,8 @@ def collect(folder: Path, stage: str) -> dict[str, Any] | None:
     for data in ([whole] if whole is not None else []) + found:
         for entry in ("rows", "crashes"):
             merged[entry] = merged[entry] + data[entry]
+    counts = [data.get("binaries", {}) for data in found]
+    merged["binaries"] = {name: sum(c.get(name, 0) for c in counts) for name in ("hits", "misses")}
     merged["left_out"] = [key for data in found for key in data["left_out"]]
     write_atomically(folder / f"{stage}.json", json.dumps(merged, indent=1) + "\n")
     for p in paths:

@@ -20,8 +20,10 @@ import torch
 from benchmarks import cases, timers
 from benchmarks.gpu import predict
 from benchmarks.gpu.compare import Measure, ceilings, compare, least_us
+from benchmarks.gpu.probes import probe_items
 from benchmarks.gpu.rows import Item, Rows, Steps, work_through
 from benchmarks.gpu.tune import candidate_items, tune_items, tuned_workloads
+from benchmarks.gpu.warm import counting
 from benchmarks.peers import GPU_IMPLEMENTATIONS, GRAPH, named
 from benchmarks.report import environment
 from benchmarks.workload import TrainingWorkload, Workload
@@ -145,6 +147,12 @@ def compiled(c: Context) -> Iterator[Item]:
             yield c.row(w, longest, timers.cold, 60.0, " (max-autotune)")
 
 
+def training_check(c: Context) -> Iterator[Item]:
+    """The steps that `training` times, once each: side by side, as compiling and proving take most of a first one."""
+    found = workloads(cases.MINI[1:2] if c.dry_run else cases.TRAINING, kind=TrainingWorkload)
+    return (c.row(w, ("cnnfast",), None, 5.0) for w in found[c.part :: c.parts])
+
+
 def training(c: Context) -> Iterator[Item]:
     """Training steps, calls in a row, with the host's time; in a CUDA graph without it."""
     found = workloads(cases.MINI[1:2] if c.dry_run else cases.TRAINING, kind=TrainingWorkload)
@@ -166,12 +174,14 @@ def host_time(c: Context) -> Iterator[Item]:
 
 Stage = Callable[[Context], Iterator[Item]]
 STAGES: dict[str, Stage] = {
+    "probes": lambda c: probe_items(NUMERICS, c.dry_run),
     "check": check,
     "table": table,
     "candidates": candidates,
     "tune": tune,
     "tuned": tuned,
     "back_to_back": back_to_back,
+    "training_check": training_check,
     "training": training,
     "compiled": compiled,
     "prediction": lambda c: predict.prediction_items(c.folder),
@@ -213,7 +223,8 @@ def work(argv: list[str]) -> int:
     c = Context(a.output, rows, a.dry_run, part, parts)
     if a.stage in MEASURED_LIMITS and "ceilings" not in rows.data:
         rows.data["ceilings"] = ceilings(NUMERICS, c.measure(timers.cold))
-    return 1 if work_through(rows, STAGES[a.stage](c), a.seconds, show) else 0
+    with counting() as rows.data["binaries"]:
+        return 1 if work_through(rows, STAGES[a.stage](c), a.seconds, show) else 0
 
 
 if __name__ == "__main__":

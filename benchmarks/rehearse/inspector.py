@@ -32,6 +32,8 @@ from triton.compiler import ASTSource
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from cnnfast.gpu import fence
+
 __all__ = ["ARCHS", "Call", "Job", "Report", "StubDriver", "compile_job", "inspect", "recording", "target"]
 
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -62,6 +64,7 @@ class Report:
     loads: dict[str, int]  # global and asynchronous loads of the main loop by opcode
     looped: bool  # False: the loop was unrolled away, and everything from its first to its last product counts as one
     local: int  # LDL and STL anywhere
+    unfenced: int  # wgmma without a proxy fence since the last write to shared memory
 
     @property
     def per_mma(self) -> float:
@@ -275,7 +278,8 @@ def compile_job(job: Job) -> Any:
     """Triton's compiled kernel."""
     function = getattr(importlib.import_module(job.module), job.function)
     src = ASTSource(function, job.signature, job.constants, job.attributes)
-    return triton.compile(src, target=GPUTarget("cuda", job.arch, 32), options=job.options)
+    with fence.inserted(bool(job.named_constants.get("FENCE"))):
+        return triton.compile(src, target=GPUTarget("cuda", job.arch, 32), options=job.options)
 
 
 # --- reading machine code ---------------------------------------------------------------------------------------------
@@ -331,6 +335,23 @@ def _kind(ops: list[str]) -> str:
     return ""
 
 
+_PROXIES = re.compile(
+    r"^[ \t]*(?:@!?%p\d+ )?(cp\.async\.wait|st\.shared|fence\.proxy\.async|wgmma\.mma_async)", re.MULTILINE
+)
+
+
+def _unfenced(ptx: str) -> int:
+    """Products of wgmma with no ``fence.proxy.async`` between them and the last write to shared memory, or the last
+    wait for one, in the order of the text."""
+    found, written = 0, False
+    for operation in _PROXIES.findall(ptx):
+        if operation == "wgmma.mma_async":
+            found += written
+        else:
+            written = operation != "fence.proxy.async"
+    return found
+
+
 def inspect(kernel: Any) -> Report:
     """Read a compiled kernel (of `compile_job`, or an entry of `target`'s list)."""
     cubin, meta = kernel.asm["cubin"], kernel.metadata
@@ -360,4 +381,5 @@ def inspect(kernel: Any) -> Report:
         loads=dict(Counter(op for op in loop if _LOADS.match(op))),
         looped=looped,
         local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        unfenced=_unfenced(kernel.asm["ptx"]),
     )

@@ -54,6 +54,8 @@ def limits(report: Report, device: Device) -> list[str]:
         found.append(f"{report.name} spills: {report.stack} bytes of stack, {report.local} LDL and STL")
     if report.shared > device.shared_memory:
         found.append(f"{report.name} takes {report.shared} bytes of shared memory of {device.shared_memory}")
+    if report.unfenced:
+        found.append(f"{report.name}: {report.unfenced} wgmma without fence.proxy.async after a write to shared memory")
     if occupancy(report.registers, report.shared, report.num_warps, device).blocks < 1:
         found.append(f"{report.name} does not fit a multiprocessor: {report.registers} registers")
     return found

@@ -10,6 +10,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
 from ..norms import Partials
+from . import fence
 
 __all__ = ["Binary", "aligned", "empty_partials"]
 
@@ -26,13 +27,14 @@ class Binary:
     interpreter, a recorder).
     """
 
-    __slots__ = ("_found", "constants", "kernel", "options")
+    __slots__ = ("_found", "constants", "fenced", "kernel", "options")
 
     def __init__(self, kernel: Any, constants: dict[str, Any], **options: int) -> None:
         """``constants``: the kernel's compile-time arguments; others among them are left out. ``options``: Triton's."""
         self.kernel = kernel
         self.constants = tuple(constants[name] for name in kernel.arg_names if name in constants)
         self.options = options
+        self.fenced = bool(constants.get("FENCE"))
         self._found: dict[Any, tuple[Any, CompiledKernel]] = {}  # by device: the launch that found it, and it
 
     def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
@@ -46,7 +48,8 @@ class Binary:
                 compiled[grid](*args, *self.constants, stream=active.get_current_stream(device))
                 return
         # Compile-time arguments by position: by name they cost 5 us a launch.
-        compiled = self.kernel.run(*args, *self.constants, grid=grid, warmup=False, **self.options)
+        with fence.inserted(self.fenced):
+            compiled = self.kernel.run(*args, *self.constants, grid=grid, warmup=False, **self.options)
         if isinstance(compiled, CompiledKernel):
             self._found[driver.active.get_current_device()] = launch, compiled
 

@@ -16,7 +16,7 @@ from ..memory_format import to_format
 from ..norms import Partials
 from ..spec import INT32, Precision, tap_inverse
 from ..step import Operands, Step
-from . import guard, trial, tuned
+from . import fence, guard, trial, tuned
 from .binary import MAX_REGISTERS, Binary, aligned, empty_partials, unused
 from .conv_choice import choose_plan
 from .conv_plan import Plan
@@ -47,7 +47,7 @@ class Launch:
 
 
 def constants(
-    plan: Plan, precision: Precision, step: Step, channels_last: bool, slopes: int, big: bool
+    plan: Plan, precision: Precision, step: Step, channels_last: bool, slopes: int, big: bool, fenced: bool
 ) -> dict[str, Any]:
     """Compile-time arguments of `kernels.conv_transpose.conv_transpose_kernel`: the sizes of batch and image are
     not among them."""
@@ -71,7 +71,8 @@ def constants(
         W_FIRST=layout.first, W_ROW=layout.row,
         Y_CHANNELS_LAST=channels_last, SLOPES=slopes, P0=params[0], P1=params[1], ACT=step.activation.name,
         TF32=precision.tf32, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, GROUP_M=plan.group_m,
-        UNROLL=plan.unroll, SPLIT_K=plan.splits, BIG=big, num_warps=plan.num_warps, num_stages=plan.num_stages,
+        UNROLL=plan.unroll, SPLIT_K=plan.splits, BIG=big, FENCE=fenced,
+        num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def prepare(
     plan = plan or choose_plan(s, batch, input_size, precision, device, channels_last)
     out = s.output_size(input_size)
     big = batch * max(s.in_channels * math.prod(input_size), s.out_channels * math.prod(out)) >= INT32
-    consts = constants(plan, precision, step, channels_last, slopes, big)
+    consts = constants(plan, precision, step, channels_last, slopes, big, fence.needed(device.arch))
     reduce, reduce_grid = None, (0, 0, 0)
     if plan.split_k > 1:
         reduce = Binary(kernels.split_k_epilogue_kernel, {**consts, "BLOCK_M": REDUCE_M, "BLOCK_N": REDUCE_N})

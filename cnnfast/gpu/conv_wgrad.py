@@ -12,7 +12,7 @@ import torch
 from ..kernels import conv_wgrad as kernels
 from ..spec import INT32, ConvSpec, Precision
 from ..step import Step
-from . import guard, trial
+from . import fence, guard, trial
 from .binary import MAX_REGISTERS, Binary, aligned, unused
 from .conv_wgrad_plan import WgradPlan, choose_wgrad_plan
 from .devices import Device, cuda_index, on_device, precision_of, target_device
@@ -83,6 +83,7 @@ def prepare(
         GROUPS=s.groups, CA=ca, CB=cb, KH=kh, KW=kw, SH=s.stride[0], SW=s.stride[1], PAD_H=s.padding[0],
         PAD_W=s.padding[1], DH=s.dilation[0], DW=s.dilation[1], **out, TF32=precision.tf32,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, EVEN=plan.even, BIG=big,
+        FENCE=fence.needed(device.arch),
         A=s.groups * ca, BLOCK=SUM_BLOCK,
     )  # fmt: skip
     options = dict(num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=MAX_REGISTERS)

@@ -21,18 +21,48 @@ from ..norms import Partials
 from ..step import Operands, Step
 from ..tolerance import expected, round_tf32, verdict
 
-__all__ = ["Undecided", "fill_with_noise", "is_kernel_failure", "noise", "problem", "problem_of", "said"]
+__all__ = ["KernelError", "Undecided", "fill_with_noise", "is_kernel_failure", "noise", "problem", "problem_of", "said"]
 
 
 class Undecided(Exception):
     """The trial could not be held, for want of memory or of a reference; the message says why."""
 
 
+class KernelError(RuntimeError):
+    """The device reported an error of the kernel on trial."""
+
+
 @contextmanager
 def _plain() -> Iterator[None]:
-    """Neither gradients nor autocast, in which the caller may be."""
-    with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+    """Neither gradients nor autocast nor cuDNN's search for the fastest algorithm, in which the caller may be: in
+    float64 that search takes seconds."""
+    cudnn = torch.backends.cudnn
+    searches = cudnn.benchmark
+    cudnn.benchmark = False
+    try:
+        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        cudnn.benchmark = searches
+
+
+@contextmanager
+def _launched() -> Iterator[None]:
+    """What the device says of launches inside the block is waited for, and theirs: KernelError. An error of earlier
+    work, the caller's, comes as it is."""
+    _wait()
+    try:
         yield
+        _wait()
+    except torch.AcceleratorError as error:
+        if "out of memory" in str(error):
+            raise Undecided(said(error)) from error
+        raise KernelError("the device reported an error") from error
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 @contextmanager
@@ -67,7 +97,8 @@ def problem(
     with _plain():
         with _enough_memory():
             o = noise(step, o)
-            y, partials = start(o)
+            with _launched():
+                y, partials = start(o)
             ends = slice(None, None, max(1, y.shape[0] - 1))  # the first and the last image
             residual = None if o.residual is None else o.residual[ends]
             o = o._replace(x=o.x[ends], residual=residual)
@@ -148,7 +179,8 @@ def problem_of(
             tensors = {name: t for name, t in given.items() if t is not None}
             if adjust is not None:
                 adjust(tensors)
-            results = run(**given)
+            with _launched():
+                results = run(**given)
         with _a_reference():
             few = {name: some(name, t) for name, t in tensors.items()}
             nothing = dict.fromkeys(given.keys() - tensors.keys())
@@ -218,7 +250,7 @@ def is_kernel_failure(error: BaseException) -> bool:
 
     if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
         return False
-    if isinstance(error, TritonError):
+    if isinstance(error, (TritonError, KernelError)):
         return True
     # Compiler passes, the CUDA driver and a missing C compiler raise plain exceptions, out of triton's own modules.
     plain = (RuntimeError, OSError, ImportError, ValueError, subprocess.CalledProcessError)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -87,6 +87,14 @@ class _Gather:
     proof: guard.Proof = guard.UNGUARDED  # of a launch of its own; one ahead of a convolution is proven with that
 
 
+@cache
+def _table(slots: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Tensor:
+    """The offsets of the taps that make each slot, filled up with -1 to the most of any: (slots, terms), int32, on
+    ``device``. Kept for good, a few hundred bytes for each geometry: a captured graph reads it at its address."""
+    terms = max(1, *map(len, slots))
+    return torch.tensor([[*taps, *[-1] * (terms - len(taps))] for taps in slots], dtype=torch.int32).to(device)
+
+
 def _taps_of(step: Step) -> tuple[list[list[int]], list[list[int]]]:
     """Per dimension, the taps of the layer's own weight that make each tap of ``step.spec``'s."""
     kh, kw = step.spec.kernel_size
@@ -100,7 +108,7 @@ def _taps_of(step: Step) -> tuple[list[list[int]], list[list[int]]]:
 def _gather(
     step: Step, low: Lowering, strides: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> _Gather:
-    """How to bring a weight with these strides into the kernel's order. The table goes to the device once."""
+    """How to bring a weight with these strides into the kernel's order."""
     s, layout = step.spec, weight_layout(low)
     cin, cout = low.channels_in, s.out_channels // s.groups
     taps_h, taps_w = _taps_of(step)
@@ -116,8 +124,7 @@ def _gather(
         [] if h < 0 or w < 0 else [y * strides[2] + x * strides[3] for y in taps_h[h] for x in taps_w[w]]
         for h, w in slots
     ]
-    terms = max(1, *map(len, summed))
-    table = torch.tensor([taps + [-1] * (terms - len(taps)) for taps in summed], dtype=torch.int32)
+    table = _table(tuple(map(tuple, summed)), device)
     # Transposed: (C_in, C_out/g); the convolution after an upsampling: (C_out, C_in/g).
     of_in, of_out = strides[:2] if step.upsample is None else (strides[1], strides[0])
     of_group = cin * strides[0] if step.upsample is None else cout * strides[0]
@@ -126,11 +133,12 @@ def _gather(
         OUT_GROUP=cin * len(slots) * cout, OUT_TAP=cout, OUT_IN=len(slots) * cout
     )  # fmt: skip
     return _Gather(
-        table.to(device),
+        table,
         s.groups * cin * len(slots) // phases * columns,
         (-(-cin // BLOCK) * -(-cout // BLOCK), len(slots), s.groups),
         Binary(gather_weight_kernel, dict(
-            CIN=cin, COUT=cout, W_GROUP=of_group, W_IN=of_in, W_OUT=of_out, **in_order, PHASES=phases, TERMS=terms,
+            CIN=cin, COUT=cout, W_GROUP=of_group, W_IN=of_in, W_OUT=of_out, **in_order, PHASES=phases,
+            TERMS=table.shape[1],
             BLOCK_I=BLOCK, BLOCK_O=BLOCK,
         )),
     )  # fmt: skip
@@ -184,12 +192,10 @@ def _sum(
             for sums, r in zip((sums_h, sums_w), step.upsample.scale, strict=True)  # type: ignore[union-attr]
         )
     slots = [[y * strides[2] + x * strides[3] for y in h for x in w] for h in sums_h for w in sums_w]
-    terms = max(map(len, slots))
-    table = torch.tensor([taps + [-1] * (terms - len(taps)) for taps in slots], dtype=torch.int32)
-    taps = len(slots)
+    table, taps = _table(tuple(map(tuple, slots)), device), len(slots)
     consts = dict(
         CIN=outer, COUT=inner, W_GROUP=inner * strides[0], W_IN=strides[1], W_OUT=strides[0],
-        OUT_GROUP=outer * taps * inner, OUT_TAP=inner, OUT_IN=taps * inner, PHASES=1, TERMS=terms,
+        OUT_GROUP=outer * taps * inner, OUT_TAP=inner, OUT_IN=taps * inner, PHASES=1, TERMS=table.shape[1],
         BLOCK_I=BLOCK, BLOCK_O=BLOCK,
     )  # fmt: skip
     proof = guard.UNGUARDED
@@ -197,7 +203,7 @@ def _sum(
         subject = WeightSum(replace(step, activation=Activation()), back)
         proof = guard.proof(subject, "gather", index, {**consts, "dtype": str(dtype)})
     grid = (-(-outer // BLOCK) * -(-inner // BLOCK), taps, s.groups)
-    return _Gather(table.to(device), s.groups * outer * taps * inner, grid, Binary(gather_weight_kernel, consts), proof)
+    return _Gather(table, s.groups * outer * taps * inner, grid, Binary(gather_weight_kernel, consts), proof)
 
 
 def _summed(weight: torch.Tensor, step: Step, back: bool, required: bool) -> torch.Tensor:

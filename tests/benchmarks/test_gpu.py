@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from cnnfast.tasks import env
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {"code": "abc"}
+TABLE = next(s for s in gpu.STAGES if s.name == "table")
 
 
 def python(code):
@@ -46,9 +48,9 @@ def test_without_a_gpu_the_command_says_so(tmp_path):
 def test_a_failing_stage_stops_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_process, "GRACE", 0.0)
     stages = (
-        gpu.Stage("breaks", "a", 1, command=python("print('first'); raise SystemExit('the reason')")),
-        gpu.Stage("dies", "b", 1, command=python("import os; os.kill(os.getpid(), 11)")),
-        gpu.Stage("hangs", "c", 0.2, command=python("import time; time.sleep(600)")),
+        gpu.Stage("breaks", "a", 1, least=0, command=python("print('first'); raise SystemExit('the reason')")),
+        gpu.Stage("dies", "b", 1, least=0, command=python("import os; os.kill(os.getpid(), 11)")),
+        gpu.Stage("hangs", "c", 0.2, least=0, command=python("import time; time.sleep(600)")),
         gpu.Stage("absent", "d", 1, command=python(""), needs="no_such_module"),
         gpu.Stage("works", "e", 1, command=python("print('fine')")),
     )
@@ -113,6 +115,8 @@ def test_dry_run_of_everything(tmp_path, monkeypatch):
     assert {s["status"] for s in summary["stages"]} == {"ok"} and summary["dry_run"]
     assert not (tmp_path / "cache").exists()  # plans of stubbed times must not reach a user's cache
     for path in out.iterdir():
+        if path.name == gpu.PROOFS:
+            continue
         text = path.read_text()
         if path.suffix == ".json" and path.stem not in ("run", "summary"):
             assert json.loads(text)["stubbed"] and json.loads(text)["rows"]
@@ -162,11 +166,11 @@ def test_resume_keeps_what_is_finished(tmp_path, capsys):
 def test_another_machine_or_code_begins_anew(tmp_path, monkeypatch):
     out, stage = tmp_path / "out", counting("fine", tmp_path)
     old = gpu_rows.Rows(tmp_path, "table", RUN)
-    assert gpu.run([stage], out, True, 1, everything=[stage, gpu.STAGES[3]]) == 0
+    assert gpu.run([stage], out, True, 1, everything=[stage, TABLE]) == 0
     old.path.rename(out / "table.json")
     before = gpu.identity(True)
     monkeypatch.setattr(gpu, "identity", lambda dry_run: before | {"gpu": "another"})
-    assert gpu.run([stage], out, True, 1, resume=True, everything=[stage, gpu.STAGES[3]]) == 0
+    assert gpu.run([stage], out, True, 1, resume=True, everything=[stage, TABLE]) == 0
     assert len((tmp_path / "fine").read_text()) == 2 and not (out / "table.json").exists()
     assert json.loads((out / "run.json").read_text())["gpu"] == "another"
 
@@ -178,6 +182,7 @@ def test_identity_is_of_the_code():
 
 def test_time_that_is_not_used_is_the_later_stages(tmp_path, monkeypatch):
     given, clock = {}, iter([0.0, 0.0, 10.0, 10.0 + 25.0])
+    monkeypatch.setattr(gpu_process, "GRACE", 0.0)
 
     def run_stage(stage, folder, dry_run, seconds, cache):
         given[stage.name] = seconds
@@ -190,9 +195,56 @@ def test_time_that_is_not_used_is_the_later_stages(tmp_path, monkeypatch):
     assert given == {"a": 15.0, "b": 50.0 / 3, "c": 25.0}
 
 
+def test_no_stage_starts_without_the_time_it_needs(tmp_path, monkeypatch, capsys):
+    """And the last one has time for the row that it is in."""
+    given, clock = {}, iter([0.0, 0.0, 5.0, 12.0])
+
+    def run_stage(stage, folder, dry_run, seconds, cache):
+        given[stage.name] = seconds
+        return gpu_report.Outcome(stage.name, "", "ok", 0.0, "")
+
+    monkeypatch.setattr(gpu, "run_stage", run_stage)
+    monkeypatch.setattr(gpu_process, "GRACE", 40.0)
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
+    stages = [gpu.Stage("a", "", 1, least=15), gpu.Stage("b", "", 9, least=16), gpu.Stage("c", "", 5, least=1)]
+    assert gpu.run(stages, tmp_path, True, minutes=1, everything=stages) == 0
+    assert given == {"a": 15.0, "c": 8.0}  # of the 20 s, not its tenth; b would need 16 of 15
+    data = json.loads((tmp_path / "summary.json").read_text())
+    assert data["stages"][1]["status"] == "skipped" and data["stages"][1]["detail"] == "needs 16 s, 15 s were left"
+
+
+def test_one_archive_at_the_end(tmp_path):
+    out, stage = tmp_path / "out", gpu.Stage("works", "a", 1, command=python("print('fine')"))
+    (out / gpu.PROOFS).mkdir(parents=True)
+    assert gpu.run([stage], out, True, 1, resume=True, everything=[stage]) == 0
+    with tarfile.open(tmp_path / "out.tar.gz") as tar:
+        assert {"out/summary.md", "out/run.json", "out/works.log"} <= set(tar.getnames())
+        assert not [name for name in tar.getnames() if gpu.PROOFS in name]
+        assert {(m.uid, m.uname) for m in tar} == {(0, "")}
+
+
+@pytest.mark.parametrize(("resume", "kept"), [(True, True), (False, False)])
+def test_proofs_survive_into_what_resumes(resume, kept, tmp_path):
+    code = "import os, pathlib; p = pathlib.Path(os.environ['CNNFAST_CACHE'], 'proof'); print(p.exists()); "
+    code += "p.parent.mkdir(parents=True, exist_ok=True); p.touch(); raise SystemExit(1)"
+    stage = gpu.Stage("proves", "a", 1, command=python(code))
+    for _ in range(2):
+        gpu.run([stage], tmp_path / "out", True, 1, resume=resume, everything=[stage])
+    assert (tmp_path / "out" / "proves.log").read_text() == f"{kept}\n"
+
+
+def test_results_are_written_where_git_does_not_see_them(monkeypatch):
+    given = []
+    monkeypatch.setattr(gpu, "obstacle", lambda dry_run: None)
+    monkeypatch.setattr(gpu, "run", lambda stages, folder, *rest: given.append(folder) or 0)
+    assert gpu.main([]) == gpu.main(["--dry-run"]) == 0
+    assert given == [ROOT / "out" / "gpu", ROOT / "out" / "gpu-dry-run"]
+    assert "/out/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
 def test_shares_are_ten_minutes():
     assert sum(s.share for s in gpu.STAGES) == pytest.approx(gpu.MINUTES, rel=0.02)
-    assert [s.name for s in gpu.STAGES][:4] == ["environment", "check", "tests", "table"]
+    assert [s.name for s in gpu.STAGES][:5] == ["environment", "check", "tests", "probes", "table"]
 
 
 def test_rows_come_in_order_of_importance():
@@ -230,24 +282,29 @@ def test_what_the_driver_says(tmp_path, monkeypatch):
     tool = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpu.driver_facts() == {}
-    answer = "570.1, 1980 MHz, 2619 MHz, 700.00 W, Enabled, 31"
+    answer = "570.1, 1980 MHz, 2619 MHz, 345 MHz, 2619 MHz, 700.00 W, 71.20 W, Enabled, Enabled, 31"
     tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho "{answer}"\n')
     tool.chmod(0o755)
     facts = gpu.driver_facts()
-    assert facts["GPU driver_version"] == "570.1" and facts["GPU temperature.gpu"] == "31" and len(facts) == 6
+    assert facts["GPU driver_version"] == "570.1" and facts["GPU temperature.gpu"] == "31" and len(facts) == 10
+    assert facts["GPU ecc.mode.current"] == "Enabled" and facts["GPU power.draw"] == "71.20 W"
     assert "--query-gpu=driver_version,clocks.max.sm," in (tmp_path / "asked").read_text()
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert gpu.driver_facts() == {}
 
 
-@pytest.mark.parametrize(("cpus", "gib", "expected"), [(1, 80, 1), (4, 80, 2), (64, 80, 6), (64, 24, 2), (64, 8, 1)])
-def test_processes_side_by_side(cpus, gib, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("cpus", "gib", "each", "expected"),
+    [(1, 80, 12, 1), (4, 80, 12, 4), (64, 80, 12, 6), (16, 80, 4, 16), (64, 24, 12, 2), (64, 8, 12, 1), (64, 80, 0, 1)],
+)
+def test_processes_side_by_side(cpus, gib, each, expected, monkeypatch):
     class Properties:
         total_memory = gib * 2**30
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: cpus)
-    assert gpu.parts(dry_run=False) == expected and gpu.parts(dry_run=True) == 1
+    stage = gpu.Stage("a", "", 1, parallel=each)
+    assert gpu.parts(stage, dry_run=False) == expected and gpu.parts(stage, dry_run=True) == 1
 
 
 def test_wrong_arguments(capsys):

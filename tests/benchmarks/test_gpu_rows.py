@@ -8,10 +8,12 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks import cases, peers, timers, workload
 from benchmarks.gpu import compare as gpu_compare
@@ -19,7 +21,8 @@ from benchmarks.gpu import predict as gpu_predict
 from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import rows as gpu_rows
 from benchmarks.gpu import stages as gpu_stages
-from cnnfast.gpu import guard
+from cnnfast.gpu import guard, observers
+from cnnfast.nn import traced
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {"code": "abc"}
@@ -135,11 +138,78 @@ def test_a_kernel_that_was_given_up_is_a_failure(monkeypatch):
     w = workload.Workload(cases.MINI[1], 2, torch.float32)
     monkeypatch.setattr(peers, "backend", lambda: "auto")
     ours = peers.named("cnnfast", among=peers.GPU_IMPLEMENTATIONS)[0]
-    with pytest.raises(workload.NotAvailable, match="no step of it has a Triton kernel: "):
+    with pytest.raises(RuntimeError, match="no step of it ran as a Triton kernel: ATen"):
         ours.prepare(w)  # on the CPU
     monkeypatch.setattr(guard, "failures", lambda *arguments: ["phases 64x64x64 gave wrong results"])
     with pytest.raises(RuntimeError, match="PyTorch's operators run: the kernel phases 64x64x64 gave wrong results"):
         ours.prepare(w)
+
+
+def test_a_row_without_its_kernel_fails(tmp_path, monkeypatch):
+    """`check` ends with status 1 where PyTorch's operators ran in a kernel's place."""
+    monkeypatch.setattr(peers, "backend", lambda: "auto")
+    (ours,) = peers.named("cnnfast", among=peers.GPU_IMPLEMENTATIONS)
+    rows = gpu_rows.Rows(tmp_path, "check", RUN)
+    context = gpu_stages.Context(tmp_path, rows, dry_run=True)
+    w = workload.Workload(cases.MINI[1], 2, torch.float32)
+    assert gpu_rows.work_through(rows, [context.row(w, ("cnnfast",), None)], 60, gpu_stages.show) == 1
+    (entry,) = rows.data["rows"][0]["entries"]
+    assert entry["status"] == "failed" and "no step of it ran as a Triton kernel" in entry["note"]
+
+
+@pytest.mark.parametrize("among", [peers.IMPLEMENTATIONS, peers.GPU_IMPLEMENTATIONS])
+def test_compiled_rows_only_where_plans_are_made(among, monkeypatch):
+    """An earlier torch compiles the modules: Inductor's time, not ours."""
+    monkeypatch.setattr(traced, "PLANS", False)
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: pytest.fail("compiled"))
+    ours = [i for i in among if "cnnfast" in i.name and "torch.compile" in i.name]
+    assert len(ours) == 1
+    with pytest.raises(workload.NotAvailable, match="traces a Sequential as its modules: the time is Inductor's"):
+        ours[0].prepare(workload.Workload(cases.MINI[1], 2, torch.float32))
+
+
+def test_which_kernels_cudnn_chose(monkeypatch):
+    """By the device's events of a call, template arguments and everything that does not multiply left out."""
+
+    class Event:
+        def __init__(self, name, kind=DeviceType.CUDA):
+            self.name, self.device_type = name, kind
+
+    conv = "void sm90_xmma_dgrad_implicit_gemm_f16<a, b>(c)"
+    events = [Event(conv), Event(conv), Event("cutlass_80_wgrad"), Event("void at::native::relu(x)")]
+    events.append(Event("aten::convolution", DeviceType.CPU))
+
+    @contextlib.contextmanager
+    def profile(activities):
+        yield types.SimpleNamespace(events=lambda: events)
+
+    monkeypatch.setattr(peers, "profile", profile)
+    called = []
+    assert peers.kernels_of(lambda: called.append(torch.is_inference_mode_enabled())) == (
+        "2 sm90_xmma_dgrad_implicit_gemm_f16, cutlass_80_wgrad"
+    )
+    assert called == [True]
+
+
+def test_a_step_without_its_launch_is_counted():
+    def call():
+        for launched in (True, False, True):
+            observers.of_step(None, None, True)
+            if launched:
+                observers.of_launch("phases 64x64x64")
+        observers.of_launch("a weight gradient")
+        observers.of_step(None, None, True)
+
+    assert peers._without_launch(call, gradients=False) == 2
+    assert peers._without_launch(lambda: observers.of_launch("a norm"), gradients=True) == 0
+
+
+def test_a_machine_that_pretends_asks_for_the_kernels(monkeypatch):
+    """Whichever build of torch it has: the dry run of a CUDA build is one of kernels too."""
+    for version, devices, expected in ((None, 0, "triton"), ("13.0", 0, "triton"), ("13.0", 1, "auto")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", lambda devices=devices: devices, raising=False)
+        assert peers.backend() == expected
 
 
 def test_memory_that_runs_out_in_float64_is_no_failure(tmp_path, monkeypatch):

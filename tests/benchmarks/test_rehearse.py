@@ -62,6 +62,7 @@ GOOD = Report(
     loads={"LDGSTS.E.BYPASS.128": 16},
     looped=True,
     local=0,
+    unfenced=0,
 )
 # Its loop is one trip of this tile: 64 * 64 * 64 * 2 multiply-adds.
 TILE = dict(block_m=64, block_n=64, block_k=64, unroll=2, num_warps=4, num_stages=3, splits=False, split_k=1)
@@ -251,6 +252,7 @@ def test_a_good_plan_passes() -> None:
         (dict(loads={"LDG.E.U16": 32}), "32 loads of 2 bytes"),
         (dict(mma=0, mma_kind="", macs=0, ffma=10), "no tensor-core instruction"),
         (dict(macs=GOOD.macs * 3 // 4), "no whole trips"),
+        (dict(unfenced=4), "4 wgmma without fence.proxy.async"),
         (dict(instructions=410), "issue pressure 0.80 >"),
     ],
 )

@@ -28,6 +28,10 @@ from benchmarks.rehearse.__main__ import rehearse  # noqa: E402
 from benchmarks.rehearse.analysis import Row  # noqa: E402
 from benchmarks.rehearse.inspections import Inspections  # noqa: E402
 from cnnfast.gpu import conv as launch  # noqa: E402
+from cnnfast.gpu import trial  # noqa: E402
+from cnnfast.gpu.devices import precision_of  # noqa: E402
+from cnnfast.spec import ConvSpec  # noqa: E402
+from cnnfast.step import Operands, Step  # noqa: E402
 
 from ..cases import check, conv  # noqa: E402
 
@@ -126,7 +130,7 @@ def test_offsets_that_overflow_are_seen_from_the_shapes(
     (row,) = rehearse([huge(images)], [80], ["fp16"], inspections=where).rows
     assert not [f for f in row.failures if "overflow" in f], row.failures
     real = launch.constants
-    monkeypatch.setattr(launch, "constants", lambda *arguments: real(*arguments[:-1], False))
+    monkeypatch.setattr(launch, "constants", lambda *arguments: real(*arguments[:-2], False, arguments[-1]))
     launch.prepare.cache_clear()
     try:
         (row,) = rehearse([huge(images)], [80], ["fp16"], inspections=where).rows
@@ -170,6 +174,40 @@ def test_wrong_values(fault: str, device: torch.device, launches: list[str], rep
     with pytest.raises(AssertionError, match="max error"):
         check(LAYER, "fp16", device, launches)
     assert len(launches) == 1
+
+
+FAULTS = VALUES | {
+    "stale-tile": (
+        "conv_transpose.py",
+        "a = tl.load(x_ptrs + u * BLOCK_K, mask=ok, other=0.0)",
+        "a = tl.load(x_ptrs, mask=ok, other=0.0)",
+    ),
+    "skipped-split": ("conv_transpose.py", "for split in range(SPLITS):", "for split in range(SPLITS - 1):"),
+}
+
+
+def tried(device: torch.device, splits: int) -> str | None:
+    """What the trial at a kernel's first use says of a launch, with two channel blocks a trip."""
+    step = Step(ConvSpec.make(64, 32, 4, 2, 1))
+    x, weight = (
+        torch.empty(shape, dtype=torch.float16, memory_format=torch.channels_last).to(device)
+        for shape in ((2, 64, 4, 5), step.spec.weight_shape)
+    )
+    o, precision = Operands(x, weight), precision_of(x.dtype)
+    plan = launch.choose_plan(step.spec, 2, (4, 5), precision, launch.target_device(x), True)
+    plan = dataclasses.replace(plan, block_k=32, unroll=2, splits=splits > 1, split_k=splits)
+    found = launch.lookup(step, o, True, plan)
+    return trial.problem(lambda some: launch._start(step, some, True, found), step, o, False)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_trial_at_first_use_catches(fault: str, device: torch.device, replace_kernels: Any) -> None:
+    """An error of the order of one, however wide the limit of a rounding error is."""
+    splits = 2 if fault == "skipped-split" else 1
+    assert tried(device, splits) is None
+    replace_kernels(*FAULTS[fault])
+    problem = tried(device, splits)
+    assert problem is not None and problem.startswith("max error")
 
 
 # In a process of its own, which may crash; Triton's interpreter reads the very addresses, and touches no others.

@@ -209,7 +209,7 @@ def test_addresses_beyond_2_31(
 
     def big(*args: object) -> object:
         seen.append(args)
-        return real(*args[:-1], True)
+        return real(*args[:-2], True, args[-1])
 
     monkeypatch.setattr(launch, "constants", big)
     launch.prepare.cache_clear()

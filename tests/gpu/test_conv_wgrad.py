@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cnnfast import reference
-from cnnfast.gpu.conv_wgrad_plan import SIZES, choose_wgrad_plan, is_valid_wgrad
+from cnnfast.gpu.conv_wgrad_plan import SIZES, _tiles, choose_wgrad_plan, is_valid_wgrad
 from cnnfast.gpu.devices import DEVICES, device_for, target_device, tf32_convolutions
 from cnnfast.spec import ConvSpec, Precision
 from cnnfast.tolerance import round_tf32
@@ -224,3 +224,12 @@ def test_boxes_waste_little() -> None:
         plan = choose_wgrad_plan(LAYERS[0], 16, (size, size), half, device)
         assert plan.even == (size % 2 == 0), size
         assert plan.trips(16, (size, size)) * plan.block_k <= 1.35 * 16 * size * size, size
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("arch", DEVICES)
+def test_no_plan_gives_a_warp_more_than_it_has_registers_for(arch: int, precision: str) -> None:
+    """One warp with a tile of 16x64 takes 255 registers and a stack (sm_90, float16): no layer gets such a plan."""
+    for c_in, c_out in ((16, 16), (64, 16), (16, 64), (64, 64), (256, 512)):
+        for plan in _tiles(ConvSpec.make(c_in, c_out, 4, 2, 1), PRECISIONS[precision], DEVICES[arch]):
+            assert plan.num_warps > 1 or plan.block_m * plan.block_n <= 16 * 32, plan.name

@@ -120,3 +120,22 @@ def test_summed_weight_and_its_derivatives(layer: str, channels_last: bool, devi
     for a, b in zip(got, want, strict=True):
         # float64 sums, rounded once.
         assert torch.equal(a.cpu(), b.to(torch.float32))
+
+
+@pytest.mark.parametrize("layer", ["rgb", "up"])
+def test_a_table_stays_where_a_captured_graph_reads_it(layer: str) -> None:
+    """However many layers there are besides."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from cnnfast.gpu import weight as weights
+
+    def table(step: Step, size: tuple[int, int]) -> torch.Tensor:
+        strides = (1024, 16, 4, 1)
+        if step.upsample is not None:
+            return weights._sum(step, strides, torch.float16, torch.device("cpu"), None, False).table
+        return weights._gather(step, lower(step.spec, size), strides, torch.float16, torch.device("cpu")).table
+
+    step, size, _ = LAYERS[layer]
+    first = table(step, size)
+    for channels in range(65, 65 + 257):
+        table(transposed(channels, 3, 4, 2, 1) if layer == "rgb" else upsampled(channels, 16, 3, (2, 2)), size)
+    assert table(step, size) is first

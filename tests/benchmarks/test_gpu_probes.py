@@ -1,0 +1,102 @@
+"""The probes of the GPU run, on numbers and functions that stand for a device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.gpu import report as gpu_report
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from benchmarks.gpu import probes  # noqa: E402
+from cnnfast.gpu import conv, fence  # noqa: E402
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("bits", "truncates", "expected"),
+    [
+        (None, False, {"truncates": False, "bits": 3}),  # exact, rounded once
+        (0, True, {"truncates": True, "bits": 0}),
+        (1, True, {"truncates": True, "bits": 1}),
+        (2, True, {"truncates": True, "bits": 2}),
+    ],
+)
+def test_rounding_is_told_from_a_few_sums(bits, truncates, expected, dtype, monkeypatch):
+    """A tensor core that cuts its addends ``bits`` below float32's last place of the largest, and the sum to it."""
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return self.run
+
+        def run(self, a, b, y, block, k, num_warps):
+            terms = (a[0].double() * b[:, 0].double()).tolist()
+            assert a.dtype == b.dtype == dtype and sum(t != 0 for t in terms) > 1
+            place = 2.0**-23
+            if bits is not None:
+                terms = [t // (place / 2**bits) * (place / 2**bits) for t in terms]
+            total = sum(terms)
+            y[0, 0] = total // place * place if truncates else total
+
+    monkeypatch.setattr(probes, "product_kernel", Kernel())
+    assert probes.rounding(dtype, "cpu") == expected
+
+
+def test_the_product_that_is_probed(device):
+    a, b = torch.randint(-8, 8, (64, 16)).half().to(device), torch.randint(-8, 8, (16, 64)).half().to(device)
+    y = torch.full((64, 64), float("nan"), device=device)
+    probes.product_kernel[(1,)](a, b, y, 64, 16, num_warps=4)
+    assert torch.equal(y.cpu(), a.cpu().float() @ b.cpu().float())
+
+
+def test_launches_that_differ_are_counted():
+    calls = iter(range(100))
+
+    def call():
+        y = torch.zeros(4, dtype=torch.float16)
+        if next(calls) in (3, 7):
+            y[2] = -0.0  # equal as a number, not to the bit
+        return y
+
+    assert probes.differing(call, 10) == 2
+    nan = torch.full((3,), float("nan"))
+    assert probes.differing(lambda: nan, 5) == 0
+
+
+def test_stress_without_the_fence_changes_nothing_afterwards(monkeypatch):
+    seen = []
+    monkeypatch.setattr(fence, "needed", lambda arch: True)
+    monkeypatch.setattr(probes, "fused", lambda w: lambda x: seen.append(fence.needed(90)) or torch.zeros(2))
+    w = probes.Workload(probes.cases.MINI[1], 2, torch.float32)
+    for fenced in (True, False):
+        assert probes.stress(w, 2, fenced) == {"launches": 2, "differing": 0}
+    assert seen == [True] * 3 + [False] * 3 and fence.needed(90) and conv.prepare.cache_info().currsize == 0
+    monkeypatch.setattr(probes, "differing", lambda call, launches: 1)
+    assert probes.stress(w, 2, True)["failures"] == 1
+    assert "failures" not in probes.stress(w, 2, False)  # that is what it is there to show
+
+
+def test_compute_sanitizer(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert probes.sanitized("memcheck", 10) == {"note": "compute-sanitizer is not installed"}
+    tool = tmp_path / "compute-sanitizer"
+    for status, line in ((0, "ERROR SUMMARY: 0 errors"), (9, "ERROR SUMMARY: 2 errors")):
+        tool.write_text(f'#!/bin/sh\necho "========= {line}"\nexit {status}\n')
+        tool.chmod(0o755)
+        row = probes.sanitized("memcheck", 10)
+        assert row["note"] == line and row.get("failures", 0) == (status != 0)
+
+
+def test_the_page():
+    rows = [
+        {"key": "rounding, tf32", "truncates": True, "bits": 1},
+        {"key": "L2", "bytes": 7e12, "per_clock": 29.0, "assumed": 64},
+        {"key": "stress", "launches": 2000, "differing": 3},
+        {"key": "sanitizer", "note": "not installed"},
+    ]
+    data = {"stage": "probes", "rows": rows, "crashes": [], "left_out": [], "ended": True}
+    text = gpu_report.page(data)
+    assert "| rounding, tf32 | truncates, 1 bits below float32's last place kept |" in text
+    assert "7000 GB/s, 29 bytes a clock and multiprocessor, 64 assumed" in text
+    assert "3 of 2000 launches differ from the first" in text and "| sanitizer | not installed |" in text
