@@ -109,6 +109,7 @@ _TASKS = {
     "enhance": ("enhancement", "make pictures larger, take noise out of them"),
     "repair": ("repairing", "fill scratches, text and small holes that a mask marks"),
     "compose": ("composing", "a style for a picture, people before another background"),
+    "app": ("app", "the image tasks as a page in the browser, on this machine alone"),
     "evaluate": ("figures", "how well and how fast the image tasks are, on fixed data"),
     "gallery": ("gallery", "one picture of what the image tasks make"),
 }
