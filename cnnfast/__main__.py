@@ -83,7 +83,7 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """Of a training's options only what was given is there: a resumed run takes the rest from its checkpoint."""
-    return {k: v for k, v in vars(arguments).items() if k not in ("work", "debug")}
+    return {k: v for k, v in vars(arguments).items() if k not in ("work", "debug", "ranks")}
 
 
 def _train_gan(arguments: argparse.Namespace) -> int:
@@ -115,7 +115,7 @@ _TASKS = {
 }
 
 
-_ALONE = "this command does not share its work (generate, enhance, repair and compose do)"
+_ALONE = "this command does not share its work (generate, enhance, repair, compose and train gan do)"
 
 
 def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
@@ -182,7 +182,7 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where torch can use it)")
     command.add_argument("--output", type=Path, metavar="DIR", help="checkpoint.pt, samples/, loss.png (out/gan)")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
-    command.set_defaults(work=_train_gan)
+    command.set_defaults(work=_train_gan, ranks=True)
 
     command = models.add_parser(
         "text",
