@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import html
+import shutil
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -31,6 +33,7 @@ _T = TypeVar("_T")
 _LONGEST = 2048  # pixels of what is shown; what is downloaded is whole
 _HEIGHT = 480
 _MOST = 64  # images at once
+_KEPT = 256  # files of results: older ones go, as nothing that is seen shows them any more
 _DRAWN = 512  # pixels of a drawing's side
 _BUTTONS: list[Any] = ["download", "fullscreen"]  # without "share", which sends pictures away
 _EVERYTHING, _NONE = "all of it", "none"
@@ -101,6 +104,7 @@ class Answers:
 
     def __init__(self, pipelines: Pipelines, folder: str) -> None:
         self.pipelines, self.folder = pipelines, folder
+        self._files: deque[Path] = deque()
 
     @_told
     def generate(self, model: str, count: int, seed: int | None, colours: Sequence[str]) -> tuple[list[str], str, str]:
@@ -202,6 +206,9 @@ class Answers:
     def _file(self, name: str, picture: Picture) -> str:
         path = Path(tempfile.mkdtemp(dir=self.folder), name)
         pictures.write(path, picture)
+        self._files.append(path)
+        while len(self._files) > _KEPT:
+            shutil.rmtree(self._files.popleft().parent)
         return str(path)
 
 

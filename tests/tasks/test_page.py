@@ -167,6 +167,14 @@ def test_what_fails_is_one_line(
     assert said in message and "\n" not in message and "<" not in message
 
 
+def test_results_do_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "_KEPT", 3)
+    answers = page.Answers(Pipelines(device="cpu"), str(tmp_path))
+    files = [answers._file(f"{k}.png", Picture(np.zeros((2, 2, 3), np.uint8))) for k in range(5)]
+    assert [Path(file).exists() for file in files] == [False, False, True, True, True]
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_the_page_asks_nothing_of_other_machines(client: Client) -> None:
     """Fonts, scripts and pictures of what is sent; the browser is told so besides, see `test_app`."""
     config = client.config

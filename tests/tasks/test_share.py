@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ pytest.importorskip("tqdm", reason="tqdm is not installed")
 from PIL import Image
 
 from cnnfast.__main__ import main
+from cnnfast.tasks import train as train_module
 from cnnfast.tasks.checkpoint import load_checkpoint, load_generator
 from cnnfast.tasks.losses import LOSSES
 from cnnfast.tasks.share import Share
@@ -154,10 +156,16 @@ def test_torchrun(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--layers", "torch"], "--layers torch: PyTorch's SyncBatchNorm is for GPUs"),
     ],
 )
-def test_what_two_cannot(pictures: Path, tmp_path: Path, more: list[str], said: str) -> None:
-    command = ["-m", "cnnfast", *train(pictures, tmp_path / "out", *more)]
-    for process in [start(*command, **variables) for variables in group()]:
-        out, err = process.communicate(timeout=120)
-        (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-        assert process.returncode == 2 and said in line and out == ""
+def test_what_two_cannot(
+    pictures: Path,
+    tmp_path: Path,
+    more: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(train_module, "together", lambda ranks: nullcontext(Share(1, 2)))
+    assert main(train(pictures, tmp_path / "out", *more)) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {said}") and printed.err.count("\n") == 1 and not printed.out
     assert not (tmp_path / "out").exists()
