@@ -17,7 +17,7 @@ endif
 # Never installs: the environment where there is one, else PYTHON.
 RUN_AS_IS := $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: help demo train test test-all check docs gallery bench rehearse gpu gpu-cache clean
+.PHONY: help app demo train test test-app test-all check docs gallery bench rehearse gpu gpu-cache clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 20
@@ -25,11 +25,17 @@ help: ## this list
 demo: $(call installed,demo) ## 64 faces by plain PyTorch and by cnnfast: differences, times, out/*.png
 	$(RUN) -m cnnfast demo --output out
 
+app: $(call installed,app) ## the image tasks as a page in the browser, on this machine alone
+	$(RUN) -m cnnfast app --open
+
 train: $(call installed,demo) ## a GAN on 1,797 digits, about ten minutes on two cores: samples, losses, checkpoint in out/gan
 	$(RUN) -m cnnfast train gan
 
 test: $(call installed,test) ## the tests, ten to fifteen minutes on two cores
 	$(RUN) tests/run.py
+
+test-app: $(call installed,test) $(call installed,app) ## the tests of the page (it needs gradio), one minute
+	$(RUN) -m pytest -q -p no:cacheprovider tests/tasks/test_app.py tests/tasks/test_page.py tests/tasks/test_browser.py
 
 test-all: $(call installed,test) ## every test: all architectures and dtypes
 	$(RUN) tests/run.py --all

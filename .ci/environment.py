@@ -19,11 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 MIN_PYTHON = (3, 10)
 MIN_TORCH = (2, 11)
 
-EXTRAS = ("demo", "images", "test", "bench", "dev")
+EXTRAS = ("app", "demo", "images", "test", "bench", "dev")
 SIZES = {
     "torch": "torch and triton: about 400 MB where pip finds a CPU build of torch, several GB where it finds a CUDA "
     "build (the default on Linux)",
     "triton": "triton: about 200 MB",
+    "app": "gradio, pillow, scikit-image and what they need: about 170 MB; trained weights, when used: 3 to 48 MB each",
     "demo": "matplotlib, pillow, tqdm and what they need: about 30 MB; trained weights, at the first demo: 13 MB",
     "images": "pillow, scikit-image, tqdm and what they need: about 80 MB; trained weights, when used: 3 to 48 MB each",
     "test": "pytest, hypothesis, onnx, matplotlib, scikit-image and what they need: about 120 MB",

@@ -83,7 +83,7 @@ def _tune(arguments: argparse.Namespace) -> int:
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """Of a training's options only what was given is there: a resumed run takes the rest from its checkpoint."""
-    return {k: v for k, v in vars(arguments).items() if k not in ("work", "debug")}
+    return {k: v for k, v in vars(arguments).items() if k not in ("work", "debug", "ranks")}
 
 
 def _train_gan(arguments: argparse.Namespace) -> int:
@@ -109,12 +109,13 @@ _TASKS = {
     "enhance": ("enhancement", "make pictures larger, take noise out of them"),
     "repair": ("repairing", "fill scratches, text and small holes that a mask marks"),
     "compose": ("composing", "a style for a picture, people before another background"),
+    "app": ("app", "the image tasks as a page in the browser, on this machine alone"),
     "evaluate": ("figures", "how well and how fast the image tasks are, on fixed data"),
     "gallery": ("gallery", "one picture of what the image tasks make"),
 }
 
 
-_ALONE = "this command does not share its work (generate, enhance, repair and compose do)"
+_ALONE = "this command does not share its work (generate, enhance, repair, compose and train gan do)"
 
 
 def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
@@ -181,7 +182,7 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     command.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where torch can use it)")
     command.add_argument("--output", type=Path, metavar="DIR", help="checkpoint.pt, samples/, loss.png (out/gan)")
     command.add_argument("--resume", action="store_true", help="go on from the checkpoint in the output folder")
-    command.set_defaults(work=_train_gan)
+    command.set_defaults(work=_train_gan, ranks=True)
 
     command = models.add_parser(
         "text",

@@ -54,8 +54,16 @@ class _Block(nn.Module):
         """(the block's result, what its first step gave)."""
         first, rest = self._steps
         inner = first(x)
-        y = rest(inner)
-        return (y + x) * (torch.sigmoid(y) - 0.5), inner
+        return _gated(x, rest(inner)), inner
+
+
+def _gated(x: Tensor, y: Tensor) -> Tensor:
+    """(y + x) * (sigmoid(y) - 0.5). Without gradients in the memory of ``y``, which nobody else has: large tensors cost
+    more to allocate than to compute."""
+    total = y + x
+    if torch.is_grad_enabled():
+        return total * (torch.sigmoid(y) - 0.5)
+    return y.sigmoid_().sub_(0.5).mul_(total)
 
 
 class SPAN(nn.Module):

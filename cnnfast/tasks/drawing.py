@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,13 @@ class Drawing:
     image: Image.Image
     what: str
     remarks: tuple[str, ...]
+
+    def enlarged(self, size: int) -> Drawing:
+        """The same, its image ``size`` pixels high and wide. UsageError for more than 8192."""
+        from PIL import Image
+
+        check_size(size)
+        return replace(self, image=self.image.resize((size, size), Image.Resampling.LANCZOS))
 
 
 class Drawer:
@@ -190,24 +197,27 @@ def _work(arguments: argparse.Namespace) -> int:
     text = " ".join(arguments.text)
     if arguments.words:
         return _list_words(load_weights(arguments.weights_file)[1], text)
-    if arguments.size is not None and arguments.size > _LARGEST:
-        raise UsageError(f"--size {arguments.size}: expected at most {_LARGEST}")
+    if arguments.size is not None:
+        check_size(arguments.size)
     if not is_picture(arguments.output):
         raise UsageError(f"--output {arguments.output}: expected the name of a picture, such as drawing.png")
     drawer = Drawer(arguments.weights_file, device=arguments.device)
     drawer.read(text)  # refused before anything is written
     make_output_dir(arguments.output.parent)
     drawing = drawer.draw(text, arguments.seed)
-    image = drawing.image
     if arguments.size is not None:
-        from PIL import Image
-
-        image = image.resize((arguments.size, arguments.size), Image.Resampling.LANCZOS)
-    save_pixels(arguments.output, np.asarray(image))
-    print(f"wrote {arguments.output}: {drawing.what}, {image.width}x{image.height}")
+        drawing = drawing.enlarged(arguments.size)
+    save_pixels(arguments.output, np.asarray(drawing.image))
+    print(f"wrote {arguments.output}: {drawing.what}, {drawing.image.width}x{drawing.image.height}")
     for remark in drawing.remarks:
         print(remark)
     return 0
+
+
+def check_size(size: int) -> None:
+    """UsageError for a side longer than what an image is enlarged to."""
+    if size > _LARGEST:
+        raise UsageError(f"--size {size}: expected at most {_LARGEST}")
 
 
 def _list_words(vocabulary: Vocabulary, start: str) -> int:

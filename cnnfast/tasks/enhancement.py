@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..cpu.packing import freeze
 from ..dispatch import backend as backend_context
 from ..generators import create_model
 from ..messages import UsageError
@@ -170,6 +171,7 @@ class Enhancer:
         if isinstance(job.network, nn.Module):
             job.network.eval().requires_grad_(False)
             job.network.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            freeze(job.network)
 
     def __call__(self, image: Any, *, on_progress: Callable[[float], object] | None = None) -> Any:
         """The enhanced picture, of the kind that ``image`` is: a Pillow image (turned as its EXIF says), or an array

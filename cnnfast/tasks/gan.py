@@ -19,6 +19,7 @@ from .checkpoint import check_training
 from .data import generator_of, sample_order
 from .discriminator import DCGANDiscriminator
 from .losses import LOSSES, critic_terms
+from .share import Share
 
 __all__ = ["CURVES", "LAYERS", "Options", "Trainer", "fingerprint", "least_memory"]
 
@@ -84,11 +85,13 @@ class Trainer:
 
     ``images`` uint8 (M, C, image_size, image_size). The same options and images give the same bits on a CPU with the
     same number of threads, however often the training was stopped and resumed. Global random state is neither used nor
-    changed: a step's random numbers depend on the seed and its number only.
+    changed: a step's random numbers depend on the seed and its number only. With a ``share`` this is one of several
+    processes that train the same together, all of them with the same options and images: to rounding, it is the
+    training of one process.
     """
 
-    def __init__(self, options: Options, images: Tensor, device: torch.device) -> None:
-        self.options, self.images, self.device = options, images, device
+    def __init__(self, options: Options, images: Tensor, device: torch.device, share: Share = Share()) -> None:  # noqa: B008
+        self.options, self.images, self.device, self.share = options, images, device, share
         self.loss = LOSSES[options.loss]
         self.config = DCGANConfig(options.nz, options.width, images.shape[1], options.image_size)
         container = LAYERS[options.layers]
@@ -96,8 +99,8 @@ class Trainer:
             torch.manual_seed(options.seed)
             generator = create_model("dcgan", sequential=container, **asdict(self.config))
             discriminator = DCGANDiscriminator(self.config, norm=self.loss.norm, sequential=container)
-        self.generator = channels_last(generator.to(device))
-        self.discriminator = channels_last(discriminator.to(device))
+        self.generator = channels_last(share.synchronised(generator.to(device)))
+        self.discriminator = channels_last(share.synchronised(discriminator.to(device)))
         self._averaged = AveragedModel(self.generator, multi_avg_fn=self._follow, use_buffers=True)
         self._averaged.update_parameters(self.generator)  # the first is copied: the start is a part of the average
         self.average = self._averaged.module.eval().requires_grad_(False)
@@ -125,10 +128,12 @@ class Trainer:
         batch, seed = self.options.batch_size, self.options.seed
         draw = generator_of(seed, "noise", self.steps)  # on the CPU: the same images on any device
         blur = generator_of(seed, "instance noise", self.steps, self.device)
+        mine = self.share.part(batch)  # random numbers are drawn for all images
 
         def score(images: Tensor) -> Tensor:
             if self.noise:
-                images = images + self.noise * torch.empty_like(images).normal_(generator=blur)
+                noise = torch.empty((batch, *images.shape[1:]), device=self.device, memory_format=_format(images))
+                images = images + self.noise * noise.normal_(generator=blur)[mine]
             with self._autocast():
                 return self.discriminator(images).float()
 
@@ -137,9 +142,9 @@ class Trainer:
         for i, indices in enumerate(order.split(batch)):
             # The generator's own step takes the images of the critic's last one, as pytorch/examples does.
             with torch.set_grad_enabled(i == self.loss.critic_steps - 1):
-                fake = self._generate(batch, draw)
-            real = self.images[indices].to(self.device).float() / 127.5 - 1
-            mix = torch.rand(batch, generator=draw).to(self.device)
+                fake = self._generate(batch, draw, mine)
+            real = self.images[indices[mine]].to(self.device).float() / 127.5 - 1
+            mix = torch.rand(batch, generator=draw)[mine].to(self.device)
             terms = critic_terms(self.loss, score, real, fake, mix)
             self._descend("discriminator", terms.total)
         self.discriminator.requires_grad_(False)  # its weights' gradients are not wanted
@@ -148,8 +153,11 @@ class Trainer:
         self.discriminator.requires_grad_(True)
         self.steps += 1
         self._averaged.update_parameters(self.generator)
-        self.curves.append(torch.stack([terms.loss, generator_loss, terms.penalty, terms.real, terms.fake]).detach())
-        return self.curves[-1]
+        values = torch.stack([terms.loss, generator_loss, terms.penalty, terms.real, terms.fake]).detach()
+        values *= self.share.weight(batch)
+        self.share.add_up([values])
+        self.curves.append(values)
+        return values
 
     def sample(self, z: Tensor) -> Tensor:
         """Images of the moving average for noise (N, nz, 1, 1): (N, C, H, W) in [-1, 1], float32 on the CPU."""
@@ -207,8 +215,9 @@ class Trainer:
         self.steps = state["steps"]
         self.curves = list(state["curves"])
 
-    def _generate(self, count: int, draw: torch.Generator) -> Tensor:
-        z = torch.randn(count, self.options.nz, 1, 1, generator=draw).to(self.device)
+    def _generate(self, count: int, draw: torch.Generator, part: slice) -> Tensor:
+        """Of ``count`` images these."""
+        z = torch.randn(count, self.options.nz, 1, 1, generator=draw)[part].to(self.device)
         with self._autocast():
             return self.generator(z).float()
 
@@ -216,9 +225,11 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp == "bf16")
 
     def _descend(self, name: str, loss: Tensor) -> None:
-        self.optimisers[name].zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimisers[name].step()
+        optimiser = self.optimisers[name]
+        optimiser.zero_grad(set_to_none=True)
+        (loss * self.share.weight(self.options.batch_size)).backward()
+        self.share.add_up([p.grad for group in optimiser.param_groups for p in group["params"] if p.grad is not None])
+        optimiser.step()
 
     def _follow(self, average: Sequence[Tensor], source: Sequence[Tensor], count: Tensor | int) -> None:
         """The moving average of parameters and running statistics, one step on; counts of batches are copied."""
@@ -229,6 +240,12 @@ class Trainer:
                 target.lerp_(value, weight)
             else:
                 target.copy_(value)
+
+
+def _format(images: Tensor) -> torch.memory_format:
+    """That of images which are dense: random numbers are drawn in the order of memory."""
+    last = images.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def least_memory(config: DCGANConfig, batch: int) -> int:

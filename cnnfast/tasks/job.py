@@ -7,6 +7,7 @@ epoch, and what the job itself writes there.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from ..messages import CnnfastError, UsageError, one_line
 from .checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from .interrupt import Interrupt
 from .machine import device_text, require
+from .share import Share
 
 __all__ = ["CHECKPOINT", "SAMPLES", "Diverged", "Job", "Trainer", "TrainingError", "run"]
 
@@ -91,8 +93,10 @@ class Job:
     end: Callable[[Any], str]
 
 
-def run(job: Job, *, resume: bool = False, **given: Any) -> int:
+def run(job: Job, *, resume: bool = False, share: Share = Share(), **given: Any) -> int:  # noqa: B008
     """Train with the job's options ``given``; with ``resume`` go on from the checkpoint in the output folder.
+
+    Of several processes (``share``) the first prints, writes and paints, and all stop after the same step.
 
     Prints to standard output. The exit status: 0 when trained, 128 + the signal's number after an interruption.
     UsageError for options that cannot be, CnnfastError or OSError where it cannot start; `TrainingError` where it
@@ -109,14 +113,14 @@ def run(job: Job, *, resume: bool = False, **given: Any) -> int:
             raise UsageError(f"--epochs {options.epochs}: {path} is past that, {_where(trainer)}")
         if left == 0:
             more = f"; more with --epochs {options.epochs + 1} or above" if "epochs" in job.changeable else ""
-            print(f"nothing to do: {path} is {_where(trainer)}{more}")
+            _say(share, f"nothing to do: {path} is {_where(trainer)}{more}")
             return 0
     make_output_dir(options.output / SAMPLES)
-    print(f"cnnfast {__version__}, torch {torch.__version__}, {device_text(trainer.device)}")
-    print(job.about(trainer))
+    _say(share, f"cnnfast {__version__}, torch {torch.__version__}, {device_text(trainer.device)}")
+    _say(share, job.about(trainer))
     try:
         with Interrupt("stopping after this step (once more: at once)") as interrupt:
-            return _train(job, trainer, interrupt)
+            return _train(job, trainer, interrupt, share)
     except BrokenPipeError:  # nobody listens
         raise
     except KeyboardInterrupt:
@@ -181,28 +185,35 @@ def _remains(job: Job, output: Path) -> str:
         return str(error)
 
 
-def _train(job: Job, trainer: Trainer, interrupt: Interrupt) -> int:
+def _say(share: Share, text: str) -> None:
+    if share.first:
+        print(text)
+
+
+def _train(job: Job, trainer: Trainer, interrupt: Interrupt, share: Share) -> int:
     from tqdm import tqdm
 
     options = trainer.options
     per_epoch = trainer.steps_per_epoch
     total, checked = options.epochs * per_epoch, trainer.steps
     started, epoch_start = time.perf_counter(), trainer.steps
-    job.begin(trainer)
+    if share.first:
+        job.begin(trainer)
     with tqdm(
         total=total * trainer.images_per_step,
         initial=trainer.steps * trainer.images_per_step,
         unit=" images",
         unit_scale=True,
-        disable=None,
+        disable=None if share.first else True,
     ) as bar:
         while trainer.steps < total:
-            if interrupt.signal is not None:
-                _save(job, trainer, checked)
+            if share.any(interrupt.signal is not None):
+                _save(job, trainer, checked, share)
                 bar.close()
                 path = options.output / CHECKPOINT
-                print(f"Stopped after step {trainer.steps} of {total}; wrote {path}. {_go_on(job, options.output)}")
-                return 128 + interrupt.signal
+                go_on = _go_on(job, options.output)
+                _say(share, f"Stopped after step {trainer.steps} of {total}; wrote {path}. {go_on}")
+                return 128 + (interrupt.signal or signal.SIGTERM)
             trainer.step()
             bar.update(trainer.images_per_step)
             ends = trainer.steps % per_epoch == 0
@@ -214,11 +225,13 @@ def _train(job: Job, trainer: Trainer, interrupt: Interrupt) -> int:
                 bar.set_postfix_str(told, refresh=False)
             if ends:
                 line = _epoch_line(job, trainer, trainer.steps - epoch_start, time.perf_counter() - started)
-                _save(job, trainer, checked)  # first: pictures can be made again
-                job.epoch_ends(trainer)
-                tqdm.write(line)
+                _save(job, trainer, checked, share)  # first: pictures can be made again
+                if share.first:
+                    job.epoch_ends(trainer)
+                    tqdm.write(line)
                 started, epoch_start = time.perf_counter(), trainer.steps
-    print(f"trained {options.epochs} epochs; {job.end(trainer)}")
+    if share.first:
+        print(f"trained {options.epochs} epochs; {job.end(trainer)}")
     return 0
 
 
@@ -240,9 +253,10 @@ def _check(job: Job, trainer: Trainer, checked: int) -> list[float]:
     return values[-1]
 
 
-def _save(job: Job, trainer: Trainer, checked: int) -> None:
+def _save(job: Job, trainer: Trainer, checked: int, share: Share) -> None:
     if trainer.steps > checked:
         _check(job, trainer, checked)
     if not trainer.finite():  # the losses are those before the last update
         raise Diverged(f"step {trainer.steps}: a weight is not finite: the training diverged; a smaller --lr may help")
-    save_checkpoint(trainer.options.output / CHECKPOINT, trainer.state(), job.name)
+    if share.first:
+        save_checkpoint(trainer.options.output / CHECKPOINT, trainer.state(), job.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from .machine import require
 from .pictures import Picture
 from .tiles import white
 
-__all__ = ["marked", "mask_for"]
+__all__ = ["marked", "mask_for", "painted"]
 
 _LUMA = (0.299, 0.587, 0.114)  # of red, green and blue, ITU-R BT.601
 
@@ -66,3 +67,15 @@ def marked(mask: Any) -> np.ndarray:
     if picture.alpha is not None:
         brightness = brightness * (picture.alpha[..., 0] / largest)
     return brightness >= 0.5
+
+
+def painted(layers: Sequence[Any], size: tuple[int, ...]) -> np.ndarray:
+    """What was painted on a picture of ``size`` (height, width, ...): bool (H, W), where one of the ``layers``
+    (pictures of Pillow's, painted on it at any size) is opaque by a half or more, whatever the colour."""
+    from PIL import Image
+
+    found = np.zeros(size[:2], bool)
+    for layer in layers:
+        alpha = layer.convert("RGBA").getchannel("A").resize(size[1::-1], Image.Resampling.NEAREST)
+        found |= np.asarray(alpha) >= 128
+    return found

@@ -11,7 +11,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +49,7 @@ WRITTEN = (".jpeg", ".jpg", ".png", ".webp")
 TRANSPARENT = (".png", ".webp")
 
 _LARGEST_SIDE = {"JPEG": 65535, "WEBP": 16383}
+_LARGEST_PROFILE = 255 * 65519  # bytes that JPEG has room for
 _QUALITY = 95  # of JPEG and WebP
 _ORIENTATION, _SIZES = 0x0112, (0xA002, 0xA003)  # tags of EXIF
 _EXIF = 0x8769
@@ -116,10 +117,11 @@ def read(path: str | os.PathLike[str]) -> Picture:
     """
     from PIL import Image
 
-    data = Path(path).read_bytes()
+    data, profile = png16.split_profile(Path(path).read_bytes())
     with _told(), Image.open(io.BytesIO(data)) as image:
         _one_frame(image)
-        return from_pil(image, deep=(lambda: png16.decode(data)) if png16.is_deep(data[:26]) else None)
+        picture = from_pil(image, deep=(lambda: png16.decode(data)) if png16.is_deep(data[:26]) else None)
+    return picture if profile is None else replace(picture, info={**picture.info, "icc_profile": profile})
 
 
 def _one_frame(image: Image.Image) -> None:
@@ -301,6 +303,8 @@ def write(path: Path, picture: Picture, png_level: int = 1) -> None:
     height, width, channels = picture.pixels.shape
     if max(height, width) > _LARGEST_SIDE.get(kind, 2**31 - 1):
         raise CnnfastError(f"{path}: {width}x{height} is too large for {kind}: write a .png")
+    if kind == "JPEG" and len(picture.info.get("icc_profile", b"")) > _LARGEST_PROFILE:
+        raise CnnfastError(f"{path}: the picture's colour profile is too large for JPEG: write a .png")
     info, deep = picture.info, picture.pixels.dtype == np.uint16
     if deep and kind == "PNG" and channels > 1:
         write_atomically(path, png16.encode(picture.pixels, png_level, _chunks(info)))

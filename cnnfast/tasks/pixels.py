@@ -9,7 +9,7 @@ import numpy as np
 from .pictures import Picture, spread_colours
 from .tiles import white
 
-__all__ = ["as_dtype", "covering", "in_8_bits", "in_profile", "on_white", "resized"]
+__all__ = ["as_dtype", "covering", "in_8_bits", "in_profile", "on_white", "preview", "resized"]
 
 
 def resized(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -90,3 +90,13 @@ def in_profile(picture: Picture, profile: bytes | None) -> Picture:
         return picture
     pixels = converted if picture.alpha is None else np.concatenate([converted, picture.alpha], 2)
     return Picture(pixels, {**picture.info, "icc_profile": profile})
+
+
+def preview(picture: Picture, longest: int) -> Picture:
+    """A picture to look at: of 8 bits, its longer side ``longest`` pixels at most."""
+    h, w = picture.pixels.shape[:2]
+    scale = min(1.0, longest / max(h, w))
+    shown = in_8_bits(picture.pixels)
+    if scale < 1:
+        shown = resized(shown, (max(1, round(h * scale)), max(1, round(w * scale))))
+    return Picture(shown, picture.info)

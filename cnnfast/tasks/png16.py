@@ -1,4 +1,5 @@
-"""PNGs of 16 bits a channel in colour or with transparency, which Pillow cuts down to 8 bits.
+"""PNGs that Pillow does not read whole: of 16 bits a channel in colour or with transparency, which it cuts down to 8
+bits, and with a large colour profile.
 
 After the PNG specification (W3C, third edition), numbers in brackets are its sections. Checked by Pillow where that
 reads a file at all (`pictures` has it read the header, the metadata and every other kind of PNG).
@@ -12,9 +13,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-__all__ = ["chunks", "decode", "encode", "is_deep"]
+__all__ = ["chunks", "decode", "encode", "is_deep", "split_profile"]
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PILLOW_S, _LARGEST = 2**20, 2**26  # bytes of a colour profile: what Pillow reads, what is read here
 _CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}  # by colour type
 _TYPES = {channels: colour for colour, channels in _CHANNELS.items()}
 # Adam7's passes [8.1]: first column, first row, steps between columns and between rows.
@@ -67,6 +69,27 @@ def decode(data: bytes) -> np.ndarray:
         return pixels
     alpha = np.where((pixels == key).all(2), 0, 65535).astype(np.uint16)
     return np.dstack([pixels, alpha])
+
+
+def split_profile(data: bytes) -> tuple[bytes, bytes | None]:
+    """A PNG without its colour profile [11.3.2.3], and the profile, where Pillow would refuse the file for its size (1
+    MiB; those of printers are larger). Beyond 64 MiB it is left out. Other files as they are, and None."""
+    at = 8 if data[:8] == _SIGNATURE else len(data)
+    while at + 12 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, at)
+        if kind == b"IDAT":
+            break
+        end = at + 12 + length
+        if kind == b"iCCP":
+            unpack, compressed = zlib.decompressobj(), data[at + 8 : end - 4].partition(b"\0")[2][1:]
+            try:
+                profile = unpack.decompress(compressed, _LARGEST)
+            except zlib.error:  # damaged: it is Pillow's to say
+                break
+            if len(profile) > _PILLOW_S:
+                return data[:at] + data[end:], None if unpack.unconsumed_tail else profile
+        at = end
+    return data, None
 
 
 def chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:

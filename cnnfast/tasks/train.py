@@ -7,6 +7,7 @@ extra ``demo`` (matplotlib, pillow, tqdm), imported where it is used.
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import torch
 from ..files import make_output_dir
 from ..generators import DCGANConfig
 from ..messages import UsageError
-from . import job
+from . import job, ranks
 from .checkpoint import load_generator
 from .data import load_images
 from .gan import CHANGEABLE, CURVES, Options, Trainer, least_memory
 from .job import CHECKPOINT, SAMPLES, Job
 from .machine import REQUIRES, choose_device, require, require_memory
 from .plots import draw_curves, save_grid
+from .share import Share, together
 
 __all__ = ["run", "sample"]
 
@@ -30,10 +32,12 @@ _SAMPLES = 64
 
 
 def run(*, resume: bool = False, **given: Any) -> int:
-    """Train with `gan.Options` ``given``, as `job.run` says."""
-    # Made here: its parts are looked up when they are needed.
-    kind = Job("gan", REQUIRES, Options, CHANGEABLE, ("epochs", "layers"), CURVES, _start, _about, _begin, _paint, _end)
-    return job.run(kind, resume=resume, **given)
+    """Train with `gan.Options` ``given``, as `job.run` says; under torchrun by all of its processes together."""
+    with together(ranks.here()) as share:
+        # Made here: its parts are looked up when they are needed.
+        start, kept = partial(_start, share), ("epochs", "layers")
+        kind = Job("gan", REQUIRES, Options, CHANGEABLE, kept, CURVES, start, _about, _begin, _paint, _end)
+        return job.run(kind, resume=resume, share=share, **given)
 
 
 def sample(checkpoint: Path, output: Path, count: int, seed: int) -> int:
@@ -55,13 +59,17 @@ def sample(checkpoint: Path, output: Path, count: int, seed: int) -> int:
     return 0
 
 
-def _start(options: Options) -> Trainer:
+def _start(share: Share, options: Options) -> Trainer:
     device = choose_device(options.device)
+    if options.batch_size < share.size:
+        raise UsageError(f"--batch-size {options.batch_size}: {share.size} processes want an image each, at least")
+    if share.size > 1 and options.layers == "torch" and device.type == "cpu":
+        raise UsageError("--layers torch: PyTorch's SyncBatchNorm is for GPUs; use --layers cnnfast, or one process")
     config = DCGANConfig(options.nz, options.width, 1, options.image_size)
     what = f"--width {options.width}, --image-size {options.image_size}, --batch-size {options.batch_size}"
     require_memory(least_memory(config, options.batch_size if device.type == "cpu" else 0), what)
     make_output_dir(options.output)
-    return Trainer(options, load_images(options.data, options.image_size), device)
+    return Trainer(options, load_images(options.data, options.image_size), device, share)
 
 
 def _about(trainer: Trainer) -> str:
@@ -71,9 +79,14 @@ def _about(trainer: Trainer) -> str:
     return (
         f"{len(images)} images of {options.data}, {size}x{size}; DCGAN of width {options.width}: "
         f"{count[0]:.2f} and {count[1]:.2f} million parameters\n"
-        f"{options.loss}, batches of {options.batch_size}, {trainer.steps_per_epoch} steps an epoch, "
-        f"from step {trainer.steps} to epoch {options.epochs}; writes to {options.output}"
+        f"{options.loss}, batches of {options.batch_size}{_by(trainer.share)}, "
+        f"{trainer.steps_per_epoch} steps an epoch, from step {trainer.steps} to epoch {options.epochs}; "
+        f"writes to {options.output}"
     )
+
+
+def _by(share: Share) -> str:
+    return f" by {share.size} processes" if share.size > 1 else ""
 
 
 def _begin(trainer: Trainer) -> None:

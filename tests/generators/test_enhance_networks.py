@@ -13,7 +13,7 @@ from cnnfast import fetch
 from cnnfast.fetch import WeightsError
 from cnnfast.generators import create_model
 from cnnfast.generators.rrdb import RRDB, RRDBConfig
-from cnnfast.generators.span import SPAN, SPANConfig
+from cnnfast.generators.span import SPAN, SPANConfig, _gated
 from cnnfast.generators.srvgg import SRVGG, SRVGGConfig
 from cnnfast.generators.waifu2x import CUNet, CUNetConfig, UpConv7, UpConv7Config
 from cnnfast.generators.weights import PRETRAINED
@@ -162,3 +162,13 @@ def test_a_local_file_needs_its_layers_beside_it(tmp_path: Path) -> None:
         create_model("upconv7_x2", weights_file=path)
     path.with_suffix(".param").write_bytes(param)
     create_model("upconv7_x2", weights_file=path)
+
+
+def test_span_s_gate_is_the_same_without_gradients() -> None:
+    """Which works in the memory of what it is given; with gradients they are those of the formula."""
+    x, y = torch.randn(2, 1, 4, 5, 6, dtype=torch.float64).unbind()
+    expected = (y + x) * (torch.sigmoid(y) - 0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(_gated(x, y.clone()), expected)
+    torch.testing.assert_close(_gated(x, y), expected)
+    assert torch.autograd.gradcheck(_gated, (x.requires_grad_(), y.requires_grad_()))

@@ -166,7 +166,10 @@ def test_one_picture_that_is_there(
     [
         ("generate --output x.png", "--output x.png: 2 processes do not share one picture: give a folder"),
         ("generate --walk 5 --output x.png", "--output x.png: 2 processes do not share one picture"),
-        ("train gan", "this command does not share its work (generate, enhance, repair and compose do): run it as one"),
+        (
+            "train text",
+            "this command does not share its work (generate, enhance, repair, compose and train gan do): run it as one",
+        ),
         ("draw heart", "this command does not share its work"),
         ("demo", "this command does not share its work"),
     ],
