@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .gpu.warmup import warmup as warmup
     from .memory_format import channels_last as channels_last
     from .messages import CnnfastWarning as CnnfastWarning
+    from .nn.accelerate import accelerate as accelerate
+    from .nn.accelerate import restore as restore
     from .nn.layers import ConvTranspose2dNormActivation as ConvTranspose2dNormActivation
     from .nn.layers import Sequential as Sequential
     from .spec import ConvSpec as ConvSpec
@@ -36,6 +38,7 @@ _EXPORTS = {
     "ConvSpec": "spec",
     "ConvTranspose2dNormActivation": "nn.layers",
     "Sequential": "nn.layers",
+    "accelerate": "nn.accelerate",
     "backend": "dispatch",
     "channels_last": "memory_format",
     "create_model": "generators",
@@ -44,6 +47,7 @@ _EXPORTS = {
     "invalidate": "cpu.packing",
     "list_models": "generators",
     "ops": ".ops",
+    "restore": "nn.accelerate",
     "tune": "gpu.tuning",
     "unfreeze": "cpu.packing",
     "warmup": "gpu.warmup",
