@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .messages import CnnfastWarning as CnnfastWarning
     from .nn.accelerate import accelerate as accelerate
     from .nn.accelerate import restore as restore
+    from .nn.accelerate_report import explain as explain
     from .nn.layers import ConvTranspose2dNormActivation as ConvTranspose2dNormActivation
     from .nn.layers import Sequential as Sequential
     from .spec import ConvSpec as ConvSpec
@@ -42,6 +43,7 @@ _EXPORTS = {
     "backend": "dispatch",
     "channels_last": "memory_format",
     "create_model": "generators",
+    "explain": "nn.accelerate_report",
     "freeze": "cpu.packing",
     "guard": ".gpu.guard",
     "invalidate": "cpu.packing",

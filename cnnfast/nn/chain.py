@@ -126,6 +126,15 @@ class Chain:
     def slots(self) -> range:
         return range(self.steps[0].slots[0], self.steps[-1].slots[-1] + 1)
 
+    @property
+    def latest(self) -> tuple[tuple[int, ...], Bound | str] | None:
+        """The shape (4-D) of the latest kind of input, and how the chain runs on it."""
+        if not self._bindings:
+            return None
+        key, bound = next(reversed(self._bindings.items()))
+        n, c, *size = key[0]  # type: ignore[index]
+        return (n, c, *(1,) * (2 - self.steps[0].ndim), *size), bound
+
     @cached_property
     def _residuals(self) -> tuple[int, ...]:
         return tuple(s.residual for s in self.steps if s.residual is not None)

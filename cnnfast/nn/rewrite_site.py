@@ -120,13 +120,15 @@ _MAX_PLANS = 64
 @dataclass(eq=False)
 class Site:
     """``calls`` on one input and the operands. ``ended``: why it takes in no more. ``off``: why it runs as it stands,
-    or None; set by verification."""
+    or None; ``verified``: "yes", "no", or what was wrong: both are set by verification. ``ran``: how it ran the last
+    time, or the reason why all calls ran as they stand."""
 
     calls: tuple[Call, ...]
     ended: str = ""
     off: str | None = None
+    verified: str = "no"
+    ran: tuple[Chain | Unfused | str, ...] = ()
     _plans: dict[object, tuple[Chain | Unfused, ...]] = field(default_factory=dict, repr=False)
-    _last: tuple[Any, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         self.__name__ = self.__qualname__ = "site"  # as FX writes it into code
@@ -143,7 +145,7 @@ class Site:
     def __call__(self, x: Any, *operands: Any) -> Any:
         why = self.off or why_not_now(x)
         if why is not None:
-            self._last = (why,)
+            self.ran = (why,)
             for call in self.calls:
                 x = call.run(x, operands)
             return x
@@ -151,7 +153,7 @@ class Site:
         items = self._planned(x, operands, tensors)
         calls: Any = _Calls(self.calls, operands)
         reading = Reading(calls, [], tensors)
-        self._last = items
+        self.ran = items
         for item in items:
             x = item.run(x, reading) if isinstance(item, Chain) else self.calls[item.slot].run(x, operands)
         return x
