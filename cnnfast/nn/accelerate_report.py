@@ -28,6 +28,7 @@ __all__ = ["Explanation", "Row", "arguments", "explain", "explained", "unchanged
 class Row:
     """A convolution, with what runs with it. ``path``: of its module; ``line``: file:line of the call; ``pattern``: the
     calls, "conv2d + batch_norm + relu"; ``why_not``: why PyTorch's own operators run, "" where it is ``fused``;
+    ``found``: it is a step, whether that runs or PyTorch's operators are as fast;
     ``flops`` and ``bytes``: of one call (each tensor once), 0 where nothing has run; ``verified``: "yes", "no" (not
     asked for), or what was wrong."""
 
@@ -38,6 +39,7 @@ class Row:
     verified: str = "no"
     flops: int = 0
     bytes: int = 0
+    found: bool = False
 
     @property
     def fused(self) -> bool:
@@ -46,8 +48,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Of a model: its ``rows``, how many ``graphs`` a call runs (more than one: the tracing was interrupted between
-    them) and how many were compiled so far; ``notes``: what else is to be said. ``str()`` is a table."""
+    """Of a model: its ``rows``; how many ``graphs`` a call has run (more than one: tracing was interrupted between
+    them, and ``breaks`` says where), and the ``compilations`` so far (of other modes and kinds of input, too);
+    ``notes``: what else is to be said; ``modules``: what each `cnnfast.Sequential` says. ``str()`` is a table."""
 
     model: str
     rows: tuple[Row, ...]
@@ -67,6 +70,11 @@ class Explanation:
         return sum(row.fused for row in self.rows)
 
     @property
+    def found(self) -> int:
+        """How many could: those that run fused, and those whose operators are as fast on these inputs."""
+        return sum(row.found for row in self.rows)
+
+    @property
     def reasons(self) -> dict[str, int]:
         """Why the others do not, and how many of them for each reason."""
         found: dict[str, int] = {}
@@ -78,7 +86,7 @@ class Explanation:
     def __str__(self) -> str:
         lines = [
             f"{self.model}: {self.fused} of {self.convolutions} convolutions fused; "
-            f"{self.graphs} graph{'s' * (self.graphs != 1)} a call, {self.compilations} compiled"
+            f"graphs: {self.graphs}, compiled so far: {self.compilations}"
         ]
         table = [
             (r.path, r.line, r.pattern, "fused" if r.fused else r.why_not, r.verified, _short(r.flops), _short(r.bytes))
@@ -173,7 +181,8 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
             own = {path: m.explain() for path, m in model.named_modules() if isinstance(m, Sequential)}
             note = "not accelerated: give example_inputs to see what would be fused"
             return Explanation(name, (), notes=(note,), modules=own)
-        return explained(name, record, record.graphs)
+        latest = {tuple(c.place for site in g.sites for c in site.calls): g for g in record.graphs}
+        return explained(name, record, [*latest.values()])
     accelerated = record_of(model) is not None
     if not accelerated:
         accelerate(model)
@@ -225,11 +234,11 @@ def _rows_of(site: Site) -> Iterator[Row]:
             yield from _of_chain(site, item)
 
 
-def _row(site: Site, slots: Sequence[int], why_not: str, flops: int = 0, moved: int = 0) -> Row:
+def _row(site: Site, slots: Sequence[int], why_not: str, *work: Any) -> Row:
     calls = [site.calls[k] for k in slots]
     at = next(c.place for c in calls if c.kind.name.startswith("conv"))
     pattern = " + ".join(c.kind.name for c in calls)
-    return Row(at.path, at.line, pattern, why_not, site.verified, flops, moved)
+    return Row(at.path, at.line, pattern, why_not, site.verified, *work)
 
 
 def _of_chain(site: Site, chain: Chain) -> Iterator[Row]:
@@ -245,7 +254,7 @@ def _of_chain(site: Site, chain: Chain) -> Iterator[Row]:
                 flops, moved, shape = _work(s, shape)
         for failure in guard.failures(s.step, s.dtype, s.device):
             why = why or f"the kernel {failure}"
-        yield _row(site, s.slots, why, flops, moved)
+        yield _row(site, s.slots, why, flops, moved, True)
 
 
 def _work(s: FusedStep, shape: Sequence[int]) -> tuple[int, int, Sequence[int] | None]:

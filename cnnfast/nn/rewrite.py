@@ -225,6 +225,6 @@ def _place(node: fx.Node) -> Place:
     path = re.sub(r"^L\[[^\]]*\]\.?|\['self'\]\.?", "", list(stack.values())[-1][0]) if stack else ""
     path = re.sub(r"\._modules\['([^']*)'\]|\['([^']*)'\]", lambda m: f".{m[1] or m[2]}", path).lstrip(".")
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    own = [f for f in frames if "/torch/nn/" not in f[0].replace("\\", "/")]
+    own = [f for f in frames if not re.search(r"[/\\](torch|cnnfast)[/\\]nn[/\\]", f[0])]
     return Place(path, ":".join(own[-1]) if own else "")
 

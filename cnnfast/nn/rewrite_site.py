@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -51,10 +52,19 @@ class Call:
 
     def run(self, x: Any, operands: Sequence[Any]) -> Any:
         """The call itself."""
-        args, kwargs = _filled(self.args, x, operands), _filled(self.kwargs, x, operands)
+        if self._flat:
+            args: Any = [x if type(a) is Ref and a.place < 0 else operands[a.place] if type(a) is Ref else a for a in self.args]
+            kwargs = self.kwargs
+        else:
+            args, kwargs = _filled(self.args, x, operands), _filled(self.kwargs, x, operands)
         if isinstance(self.target, str):
             return getattr(args[0], self.target)(*args[1:], **kwargs)
         return self.target(*args, **kwargs)
+
+    @cached_property
+    def _flat(self) -> bool:
+        """Whether operands stand among the positional arguments alone, and not inside of one."""
+        return not _refs(list(self.kwargs.values())) and not any(_refs(a) for a in self.args if type(a) is not Ref)
 
     def part(self, x: Any, operands: Sequence[Any]) -> Part:
         """As planning sees it; x: what the call before gave, None where that is not known."""
@@ -68,7 +78,7 @@ class Call:
         bound = self.kind.bind(self.args, self.kwargs)
         assert bound is not None
         tensors = {*self.kind.tensors, *self.kind.input}
-        return tuple(r.place for name, v in bound.items() if name not in tensors for r in _refs(v))
+        return tuple(r.place for name, v in bound.items() if name not in tensors for r in _refs(v) if r.place >= 0)
 
 
 def _filled(v: Any, x: Any, operands: Sequence[Any]) -> Any:
@@ -83,7 +93,7 @@ def _filled(v: Any, x: Any, operands: Sequence[Any]) -> Any:
 
 def _refs(v: Any) -> list[Ref]:
     if isinstance(v, Ref):
-        return [v] if v.place >= 0 else []
+        return [v]
     return [r for w in v for r in _refs(w)] if isinstance(v, (list, tuple)) else []
 
 

@@ -1,0 +1,197 @@
+"""What `accelerate` does with example inputs: compare with the plain model, switch off what differs, time both."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..messages import CnnfastWarning, one_line
+from ..timing import Timing, measure
+from ..tolerance import verdict
+from .accelerate import plain_call, record_of, restore
+from .accelerate_report import arguments, copied, leaves, unchanged
+from .rewrite_site import Site
+
+__all__ = ["timed", "verify"]
+
+Outcome = dict[str, Tensor]  # results, gradients and buffers by name
+
+
+def verify(model: nn.Module, example_inputs: Any) -> None:
+    """Of an accelerated model, as `accelerate` says. What is wrong with a site is its ``off`` afterwards."""
+    args, kwargs = arguments(example_inputs)
+    trial = _Trial(model, args, kwargs)
+    modes = [False] + [True] * torch.is_grad_enabled()
+    for gradients in modes:
+        reason = trial.prepare(gradients)
+        if reason is not None:
+            trial.record.notes.append(f"not verified{' with gradients' if gradients else ''}: {reason}")
+            continue
+        for site in trial.culprits(trial.sites()):
+            site.off = site.verified = f"differs from PyTorch's: {trial.wrong([site])}"
+            warnings.warn(
+                f"cnnfast: {site.calls[0].place.path or type(model).__name__}: a fused step {site.off}; PyTorch's "
+                "operators run instead",
+                CnnfastWarning,
+                stacklevel=3,
+            )
+        for site in trial.sites():
+            site.verified = "yes"
+    _veto(model, args, kwargs)
+
+
+class _Trial:
+    """Runs of a model on the same inputs, buffers and random numbers."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        record = record_of(model)
+        assert record is not None
+        self.record = record
+        self.gradients = False
+        self.yardsticks: list[Outcome] = []
+        self.exact: Outcome = {}
+
+    def sites(self) -> list[Site]:
+        """Those that have run, and are on."""
+        return [s for graph in self.record.graphs for s in graph.sites if s.ran and s.off is None]
+
+    def prepare(self, gradients: bool) -> str | None:
+        """What to compare with, and a first run. Why that cannot be, or None.
+
+        Yardsticks are the plain model and its channels-last form: PyTorch's own arithmetic both, in other orders.
+        """
+        self.gradients = gradients
+        with plain_call(self.model):
+            plain = self._run(self.model, self.args, self.kwargs)
+        self.yardsticks = [plain]
+        if gradients and not any(name.startswith("gradient") for name in plain):
+            return "there is no gradient"
+        try:
+            twin: Any = copy.deepcopy(self.model).to(memory_format=torch.channels_last)
+            self.yardsticks.append(self._run(twin, *tree_map(channels_last, (self.args, self.kwargs))))
+            self.exact = self._run(twin.double(), *tree_map(_double, (self.args, self.kwargs)))
+        except Exception as error:  # of whatever the model does
+            return f"the model does not run in float64: {one_line(error)}"
+        for name, t in plain.items():
+            exact = self.exact.get(name)
+            if exact is None or exact.shape != t.shape:
+                return f"in float64 {name} is something else"
+            error = (t.double() - exact).square().mean().sqrt()
+            if t.numel() and not error <= 0.05 * exact.square().mean().sqrt() + 1e-6:
+                return f"{name} of the plain model differs from float64 by more than rounding"
+        self._run(self.model, self.args, self.kwargs)
+        return None
+
+    def _run(self, model: nn.Module, args: Any, kwargs: Any) -> Outcome:
+        with unchanged(model), torch.set_grad_enabled(self.gradients):
+            torch.manual_seed(0)
+            args, kwargs = copied((args, kwargs))
+            results = leaves(model(*args, **kwargs))
+            found = {f"result {k}": t for k, t in enumerate(results)}
+            if self.gradients:
+                found |= self._gradients(model, results, leaves((args, kwargs)))
+            found |= {f"buffer {name}": b for name, b in model.named_buffers() if b.is_floating_point()}
+            return {name: t.detach().clone() for name, t in found.items()}
+
+    @staticmethod
+    def _gradients(model: nn.Module, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> Outcome:
+        of = [t for t in results if t.requires_grad]
+        if not of:
+            return {}
+        noise = torch.Generator().manual_seed(1)
+        by = [torch.randn(t.shape, generator=noise).to(t.device, t.dtype) for t in of]
+        named = {f"gradient of {name}": p for name, p in model.named_parameters() if p.requires_grad}
+        named |= {f"gradient of input {k}": t for k, t in enumerate(inputs) if t.requires_grad}
+        grads = torch.autograd.grad(of, list(named.values()), by, allow_unused=True)
+        return {name: g for name, g in zip(named, grads, strict=True) if g is not None}
+
+    def wrong(self, on: Sequence[Site]) -> str | None:
+        """What differs where these sites alone are on, or None. (Two runs: a weight is packed in the second.)"""
+        others = [s for s in self.sites() if s not in on]
+        for s in others:
+            s.off = "others are verified"
+        try:
+            for _ in range(2):
+                got = self._run(self.model, self.args, self.kwargs)
+                if problem := self._compared(got):
+                    return problem
+        finally:
+            for s in others:
+                s.off = None
+        return None
+
+    def _compared(self, got: Outcome) -> str | None:
+        for name, exact in self.exact.items():
+            if name not in got:
+                return f"{name} is missing"
+            way = self.exact.get(name.replace("running_mean", "running_var"))  # a mean's values have that variance
+            before = 0.0 if way is None or way is exact else float(way.max().clamp_min(0).sqrt())
+            found = [verdict(got[name], exact, other[name], before) for other in self.yardsticks if name in other]
+            if None not in found:
+                return f"{name}: {found[0]}"
+        return None
+
+    def culprits(self, sites: Sequence[Site]) -> list[Site]:
+        """Those of the sites that make a difference, by bisection."""
+        if not sites or self.wrong(sites) is None:
+            return []
+        if len(sites) == 1:
+            return list(sites)
+        half = len(sites) // 2
+        # What differs only together is switched off together.
+        return [*self.culprits(sites[:half]), *self.culprits(sites[half:])] or list(sites)
+
+
+def _double(t: Any) -> Any:
+    return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def _veto(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Restore a model that is slower than the better of the plain one and its channels-last form."""
+    times = timed(model, args, kwargs)
+    ours = times.pop("cnnfast")
+    name, best = min(times.items(), key=lambda item: item[1].median)
+    if ours.low > best.median:  # on a busy machine, medians of the same code differ
+        restore(model)
+        warnings.warn(
+            f"cnnfast: {type(model).__name__} is restored: on these inputs {name} takes {best}, accelerated {ours}",
+            CnnfastWarning,
+            stacklevel=4,
+        )
+
+
+def timed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Timing]:
+    """Seconds of a call of the accelerated model, of the plain one, and of that in channels-last where it can be."""
+    device = next((t.device for t in (*model.parameters(), *leaves((args, kwargs)))), torch.device("cpu"))
+
+    def plain() -> object:
+        with plain_call(model):
+            return model(*args, **kwargs)
+
+    candidates: dict[str, Callable[[], object]] = {"cnnfast": lambda: model(*args, **kwargs), "plain": plain}
+    try:
+        twin: Any = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    except Exception as error:  # of whatever the model holds
+        record = record_of(model)
+        assert record is not None
+        record.notes.append(f"not timed in channels-last: {one_line(error)}")
+    else:
+        last_args, last_kwargs = tree_map(channels_last, (args, kwargs))
+        candidates["channels-last"] = lambda: twin(*last_args, **last_kwargs)
+    with unchanged(model):
+        return measure(candidates, repeats=7, device=device)
+
+
+def channels_last(t: Any) -> Any:
+    return t.contiguous(memory_format=torch.channels_last) if isinstance(t, Tensor) and t.dim() == 4 else t
+
