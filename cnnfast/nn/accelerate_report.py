@@ -219,7 +219,7 @@ def _rows(graph: Graph) -> Iterator[Row]:
 
 
 def _rows_of(site: Site) -> Iterator[Row]:
-    ran = site.ran
+    ran = site.ran if site.off is None else (site.off,)
     if not ran or isinstance(ran[0], str):
         why = str(ran[0]) if ran else "it has not run yet"
         for k, call in enumerate(site.calls):

@@ -13,7 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
 
 from .rewrite_calls import CallKind, call_kind, conv_functions
 from .rewrite_effects import Everything, storages, touched, value, written
@@ -65,6 +67,9 @@ def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
         if isinstance(child, fx.GraphModule):
             _rewrite(child, found)
     nodes = list(gm.graph.nodes)
+    for node in nodes:
+        if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+            node.target = _checkpointed
     finder = _Finder(nodes)
     taken: set[fx.Node] = set()
     for node in nodes:
@@ -83,6 +88,12 @@ def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
         found.sites.append(_replace(gm.graph, run))
     gm.graph.lint()
     gm.recompile()
+
+
+def _checkpointed(body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What Dynamo's operator leaves to a compiler of backwards. (Buffers are arguments here: nothing is to save them.)"""
+    kwargs = {k: v for k, v in kwargs.items() if k in ("preserve_rng_state", "determinism_check")}
+    return checkpoint(lambda: body(*args), use_reentrant=False, **kwargs)
 
 
 def _kind(node: fx.Node) -> CallKind | None:

@@ -147,6 +147,11 @@ class Site:
         first = self.calls[0]
         self._by_size = first.kind.name == "interpolate"
 
+    @property
+    def paths(self) -> list[str]:
+        """Of its convolutions."""
+        return [c.place.path for c in self.calls if c.kind.name.startswith("conv") and c.place.path]
+
     @staticmethod
     def _places(call: Call) -> tuple[int | None, ...]:
         part = call.kind.part(_AsRefs(call))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """PyTorch's arithmetic in another order."""
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(True)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -295,7 +306,7 @@ def program(model: nn.Module, seed: int, dtype: torch.dtype) -> tuple[Outcome, l
                 p.grad = None
     state = {name: t.clone() for name, t in model.state_dict().items()}
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         note("updated", *tensors(model(x(3, 1, 4, 16, 16))))
     model.load_state_dict({k: t * 0.9 if t.is_floating_point() else t for k, t in state.items()}, assign=bool(seed % 2))
     for module in model.modules():
@@ -322,7 +333,8 @@ def check(seed: int) -> int:
     got, same = program(ours, seed, torch.float32)
     expected, exactly = program(copy.deepcopy(plain), seed, torch.float32)
     assert same == exactly, [pair for pair in zip(same, exactly, strict=True) if pair[0] != pair[1]]
-    other, _ = program(copy.deepcopy(plain).to(memory_format=CL), seed, torch.float32)  # type: ignore[call-overload]
+    with without_onednn():  # (channels-last, PyTorch 2.13 itself crashes in some backwards)
+        other, _ = program(copy.deepcopy(plain), seed, torch.float32)
     exact, _ = program(copy.deepcopy(plain).double(), seed, torch.float64)
     for name in [k for k, t in exact.items() if t.abs().max() < 1e-9]:  # what a norm takes away has no scale
         for outcome in (got, exact, expected, other):
