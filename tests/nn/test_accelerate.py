@@ -262,8 +262,7 @@ def test_gradient_checkpointing_computes_again() -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body = nn.Sequential(nn.ConvTranspose2d(3, 8, 4, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
-            self.ran = 0
+            self.body = nn.Sequential(nn.ConvTranspose2d(3, 8, 4, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
 
         def forward(self, x: Tensor) -> Tensor:
             return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
@@ -276,7 +275,8 @@ def test_gradient_checkpointing_computes_again() -> None:
         model(x).square().sum().backward()
         found.append((x.grad, *[p.grad for p in model.parameters()], *model.buffers()))
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+    assert int(ours.body[1].num_batches_tracked) == 2  # type: ignore[union-attr,index,arg-type]
 
 
 # --- who sees the plain model -----------------------------------------------------------------------------------------

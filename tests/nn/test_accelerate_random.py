@@ -17,9 +17,10 @@ from torch.nn.utils import parametrizations, weight_norm
 
 import cnnfast
 from cnnfast.nn.accelerate import record_of
+from cnnfast.nn.accelerate_verify import differs
 
 from .test_sequential_training import loss_of, randomized, real_strides
-from .test_training_features import Outcome, compare
+from .test_training_features import Outcome
 
 CL = torch.channels_last
 
@@ -289,11 +290,11 @@ def program(model: nn.Module, seed: int, dtype: torch.dtype) -> tuple[Outcome, l
     with torch.no_grad():
         for k in range(2):  # weights are packed when they are met again
             note(f"eval {k}", *tensors(model(x(0, 2, 4, 16, 12))))
+        # (With gradients, channels-last, PyTorch 2.13 itself crashes in some.)
+        note("channels-last", *tensors(model(x(1, 2, 4, 16, 12).contiguous(memory_format=CL))))
     model.train()
     for k in range(2):
         given = x(k, 2 + k, 4, 12, 16).requires_grad_()
-        if k:
-            given = given.detach().contiguous(memory_format=CL).requires_grad_()
         results = tensors(model(given))
         note(f"train {k}", *results)
         sum(loss_of(y) for y in results).backward()  # type: ignore[union-attr]
@@ -336,11 +337,10 @@ def check(seed: int) -> int:
     with without_onednn():  # (channels-last, PyTorch 2.13 itself crashes in some backwards)
         other, _ = program(copy.deepcopy(plain), seed, torch.float32)
     exact, _ = program(copy.deepcopy(plain).double(), seed, torch.float64)
-    for name in [k for k, t in exact.items() if t.abs().max() < 1e-9]:  # what a norm takes away has no scale
-        for outcome in (got, exact, expected, other):
-            del outcome[name]
     assert record is not None and record.failed is None
-    compare(got, exact, expected, other, what=f"model {seed}: {plain}")
+    assert got.keys() == exact.keys()
+    problem = differs(got, exact, [expected, other])
+    assert problem is None, f"model {seed}: {plain}: {problem}"
     return sum(len(graph.sites) for graph in record.graphs)
 
 
