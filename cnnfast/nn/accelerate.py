@@ -78,8 +78,9 @@ def accelerate(model: M, example_inputs: Any = None) -> M:
     """
     _check(model)
     restore(model)
-    for module in [model, *_callable_children(model)]:
-        _set(module)
+    _set(model)
+    for child in _callable_children(model):
+        _set(child)
     if example_inputs is not None:
         from .accelerate_verify import verify  # what is only for this
 

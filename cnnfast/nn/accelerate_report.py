@@ -148,7 +148,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for m, name, b, saved in buffers:
                 m._buffers[name] = b
-                if b is not None and not _same(b, saved):
+                if b is not None and saved is not None and not _same(b, saved):
                     b.copy_(saved)
 
 
@@ -158,8 +158,8 @@ def _buffers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor | None]]
             yield m, name, b
 
 
-def _same(a: Tensor, b: Tensor | None) -> bool:
-    return a.is_meta or b is not None and a.shape == b.shape and torch.equal(a, b)
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.is_meta or a.shape == b.shape and torch.equal(a, b)
 
 
 # --- explain ----------------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def _rows_of(site: Site) -> Iterator[Row]:
         if isinstance(item, Unfused):
             if site.calls[item.slot].kind.name.startswith("conv"):
                 yield _row(site, (item.slot,), item.why_not)
-        else:
+        elif isinstance(item, Chain):
             yield from _of_chain(site, item)
 
 

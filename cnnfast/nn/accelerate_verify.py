@@ -137,7 +137,7 @@ class _Trial:
             return {}
         noise = torch.Generator().manual_seed(1)
         by = [torch.randn(t.shape, generator=noise).to(t.device, t.dtype) for t in of]
-        named = {f"gradient of {name}": p for name, p in model.named_parameters() if p.requires_grad}
+        named: Outcome = {f"gradient of {name}": p for name, p in model.named_parameters() if p.requires_grad}
         named |= {f"gradient of input {k}": t for k, t in enumerate(inputs) if t.requires_grad}
         grads = torch.autograd.grad(of, list(named.values()), by, allow_unused=True)
         return {name: g for name, g in zip(named, grads, strict=True) if g is not None}
@@ -218,7 +218,8 @@ def timed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
 
     candidates: dict[str, Callable[[], object]] = {"cnnfast": lambda: model(*args, **kwargs), "plain": plain}
     try:
-        twin: Any = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        twin: Any = copy.deepcopy(model)
+        twin.to(memory_format=torch.channels_last)
     except Exception as error:  # of whatever the model holds
         record = record_of(model)
         assert record is not None
@@ -232,4 +233,3 @@ def timed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
 
 def channels_last(t: Any) -> Any:
     return t.contiguous(memory_format=torch.channels_last) if isinstance(t, Tensor) and t.dim() == 4 else t
-

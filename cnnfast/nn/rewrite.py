@@ -91,7 +91,7 @@ def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
 
 
 def _checkpointed(body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What Dynamo's operator leaves to a compiler of backwards. (Buffers are arguments here: nothing is to save them.)"""
+    """What Dynamo's operator leaves to a compiler of backwards. (Buffers are arguments, too: nothing is to save them.)"""
     kwargs = {k: v for k, v in kwargs.items() if k in ("preserve_rng_state", "determinism_check")}
     return checkpoint(lambda: body(*args), use_reentrant=False, **kwargs)
 
@@ -238,4 +238,3 @@ def _place(node: fx.Node) -> Place:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     own = [f for f in frames if not re.search(r"[/\\](torch|cnnfast)[/\\]nn[/\\]", f[0])]
     return Place(path, ":".join(own[-1]) if own else "")
-

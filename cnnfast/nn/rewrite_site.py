@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .chain import Chain, chained
@@ -53,7 +52,9 @@ class Call:
     def run(self, x: Any, operands: Sequence[Any]) -> Any:
         """The call itself."""
         if self._flat:
-            args: Any = [x if type(a) is Ref and a.place < 0 else operands[a.place] if type(a) is Ref else a for a in self.args]
+            args: Any = [
+                x if type(a) is Ref and a.place < 0 else operands[a.place] if type(a) is Ref else a for a in self.args
+            ]
             kwargs = self.kwargs
         else:
             args, kwargs = _filled(self.args, x, operands), _filled(self.kwargs, x, operands)

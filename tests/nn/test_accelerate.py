@@ -1,4 +1,4 @@
-"""`cnnfast.accelerate` and `restore`: the same model, faster, in place; what is found, and what is not fused and why."""
+"""`cnnfast.accelerate`, `restore` and `explain`: the same model in place; what is found, and what is not and why."""
 
 from __future__ import annotations
 
@@ -334,7 +334,9 @@ def test_functional_call_with_other_weights() -> None:
 
 @pytest.mark.parametrize("first", [True, False], ids=["at the first call", "later"])
 @pytest.mark.parametrize(
-    "bad", [images(1, 5, 16, 16), images(3, 16, 16, 4, 4), images().long(), None], ids=["channels", "dims", "dtype", "none"]
+    "bad",
+    [images(1, 5, 16, 16), images(3, 16, 16, 4, 4), images().long(), None],
+    ids=["channels", "dims", "dtype", "none"],
 )
 def test_a_bad_input_raises_what_it_raised(bad: Any, first: bool) -> None:
     ours, plain = pair()
@@ -457,7 +459,10 @@ APART = {
     "two users": (_two_users, "its result has 2 users"),
     "a write to an alias": (_alias, "add_, which runs in between, may write"),
     "a switch": (_grad_mode, "_set_grad_enabled, which runs in between"),
-    "another shape": (lambda m, x: F.relu(m.conv(x) + m.other[:, :, :1, :1]), "what is added to it is of another shape"),
+    "another shape": (
+        lambda m, x: F.relu(m.conv(x) + m.other[:, :, :1, :1]),
+        "what is added to it is of another shape",
+    ),
     "scaled": (lambda m, x: F.relu(torch.add(m.conv(x), m.other, alpha=2)), ""),
     "onto another": (lambda m, x: F.relu((m.other * 1).add_(m.conv(x))), "add_ follows, which takes it in another way"),
     "unknown": (lambda m, x: m.conv(x).softmax(1), "softmax follows"),
@@ -564,7 +569,10 @@ def test_a_wrong_step_is_found_and_switched_off(monkeypatch: pytest.MonkeyPatch)
 
     ours, plain = pair(Apart())
     cnnfast.restore(ours)
-    with torch.no_grad(), pytest.warns(CnnfastWarning, match=r"encoder\.0, decoder\.0: fused, it differs from PyTorch's"):
+    with (
+        torch.no_grad(),
+        pytest.warns(CnnfastWarning, match=r"encoder\.0, decoder\.0: fused, it differs from PyTorch's"),
+    ):
         cnnfast.accelerate(ours, (images(),))
     found = cnnfast.explain(ours)
     off = [row for row in found.rows if row.why_not.startswith("differs")]
