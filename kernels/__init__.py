@@ -27,9 +27,9 @@ What they share, device functions:
     indexing.py                      which tile, phase or part a program owns, and where it lies
     statistics.py                    statistics stored by parts, and read
 
-The folder lies at the top of the repository, and another package of the name ``kernels`` exists. Under that name this one
-is empty: libraries that ask whether the other is there find one of version 0, which is too old for any of them. (An
-error would not do: transformers imports what has no metadata to look for its version.)
+The folder lies at the top of the repository, and another package of the name ``kernels`` exists. Under that name this
+one is empty: libraries that ask whether the other is there find version 0, which is too old for any of them. (An error
+would not do: transformers imports what has no metadata to look for its version.)
 """
 
 if __name__ != "cnnfast.kernels":

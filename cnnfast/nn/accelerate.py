@@ -62,7 +62,7 @@ def accelerate(model: M, example_inputs: Any = None) -> M:
     PyTorch runs it. Weights are read on every call; the model may be trained, moved, cast, reloaded, hooked and changed
     as before, and compiles anew where that matters. The first call of each kind takes up to some seconds.
 
-    Outputs, gradients, running statistics and errors are those of the plain model (within rounding), and so are strides.
+    Outputs, gradients and running statistics are those of the plain model within rounding; strides and errors are, too.
     Under `torch.jit.trace`, functorch's transforms, dispatch and function modes and hooks on every module, the plain
     model runs. ``copy.deepcopy`` and ``pickle`` give the plain model; `restore` gives it back.
 

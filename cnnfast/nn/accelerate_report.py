@@ -170,7 +170,7 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
 
     With ``example_inputs`` (as `accelerate` takes them) the model runs on them once, accelerated for that time if it is
     not; buffers, gradients and random state are as before afterwards. Without, it is said of the calls that an
-    accelerated model has had so far, and of each `cnnfast.Sequential` in another. TypeError where ``model`` is no module.
+    accelerated model has had so far, and of each `cnnfast.Sequential` in another. TypeError where ``model`` is none.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"explain() takes an nn.Module, got {type(model).__name__}")

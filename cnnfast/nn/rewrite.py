@@ -1,7 +1,7 @@
 """The finder: runs of calls in a graph that Dynamo traced become sites, which run fused (`rewrite_site`).
 
-`backend` is a backend of `torch.compile`: the graph goes on as PyTorch's own operators in eager mode, but for its sites.
-A site takes the calls that a `cnnfast.Sequential` would take as modules: each has the one before as its only user's
+`backend` is a backend of `torch.compile`: the graph runs as PyTorch's own operators in eager mode, but for its sites. A
+site takes the calls that a `cnnfast.Sequential` would take as modules: each has the one before as its only user's
 argument, nothing writes in between to what they read, and nothing reads what they write. It runs where its last call
 stood.
 """
@@ -44,7 +44,7 @@ class Graph:
 
 
 def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """``torch.compile(model, backend="cnnfast")``: what PyTorch runs, with fused steps. `cnnfast.accelerate` is the same
+    """``torch.compile(model, backend="cnnfast")``: what PyTorch runs, with fused steps. `cnnfast.accelerate` is this
     with guards against hooks that are added later, a recompile limit of its own and eager mode's errors."""
     return rewritten(gm)[0]
 
@@ -91,7 +91,7 @@ def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
 
 
 def _checkpointed(body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What Dynamo's operator leaves to a compiler of backwards. (Buffers are arguments, too: nothing is to save them.)"""
+    """What Dynamo's operator leaves to a compiler of backwards. (Buffers are arguments, too, and not to be saved.)"""
     kwargs = {k: v for k, v in kwargs.items() if k in ("preserve_rng_state", "determinism_check")}
     return checkpoint(lambda: body(*args), use_reentrant=False, **kwargs)
 

@@ -15,6 +15,9 @@ from torch import Tensor, nn
 import cnnfast
 from cnnfast.nn.accelerate import record_of
 from cnnfast.nn.accelerate_report import leaves
+from cnnfast.nn.accelerate_verify import differs
+
+from .test_accelerate_random import without_onednn
 
 # --- written as the published pix2pix, CycleGAN and fast-neural-style are ---------------------------------------------
 
@@ -133,17 +136,13 @@ def tiny_decoder() -> nn.Module:
 
 
 def esrgan() -> nn.Module:
-    pytest.importorskip("spandrel")
-    from spandrel.architectures.ESRGAN import RRDBNet
-
-    return RRDBNet(num_filters=16, num_blocks=1)
+    return pytest.importorskip("spandrel.architectures.ESRGAN.__arch.RRDB").RRDBNet(
+        in_nc=3, out_nc=3, num_filters=16, num_blocks=1, scale=4
+    )
 
 
 def compact() -> nn.Module:
-    pytest.importorskip("spandrel")
-    from spandrel.architectures.Compact import SRVGGNetCompact
-
-    return SRVGGNetCompact(num_feat=16, num_conv=3)
+    return pytest.importorskip("spandrel.architectures.Compact.__arch.SRVGG").SRVGGNetCompact(num_feat=16, num_conv=3)
 
 
 def smp_unet() -> nn.Module:
@@ -162,13 +161,22 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, int, tuple
     "pix2pix": (pix2pix, (2, 3, 64, 64), 10, 10, ()),
     "cyclegan": (cyclegan, (1, 3, 48, 48), 12, 12, ()),
     "style": (Style, (1, 3, 48, 48), 6, 6, ()),
-    "AutoencoderKL": (vae_decoder, (1, 4, 16, 16), 0, 0, ()),
-    "AutoencoderTiny": (tiny_decoder, (1, 4, 16, 16), 0, 0, ()),
-    "ESRGAN": (esrgan, (1, 3, 24, 24), 0, 0, ()),
-    "Compact": (compact, (1, 3, 24, 24), 0, 0, ()),
-    "smp.Unet": (smp_unet, (1, 3, 64, 64), 0, 0, ()),
-    "SegResNet": (segresnet, (1, 1, 16, 16, 16), 0, 0, ("a convolution of three dimensions has no fused path",)),
+    "AutoencoderKL": (vae_decoder, (1, 4, 16, 16), 16, 16, ()),
+    "AutoencoderTiny": (tiny_decoder, (1, 4, 16, 16), 35, 35, ()),
+    "ESRGAN": (esrgan, (1, 3, 24, 24), 21, 21, ()),
+    "Compact": (compact, (1, 3, 24, 24), 5, 5, ()),
+    "smp.Unet": (smp_unet, (1, 3, 64, 64), 31, 31, ()),
+    "SegResNet": (segresnet, (1, 1, 16, 16, 16), 12, 0, ("a convolution of three dimensions has no fused path",)),
 }
+
+
+def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    given = x.clone().requires_grad_()
+    torch.manual_seed(1)
+    sum(y.square().sum() for y in leaves(model(given))).backward()  # type: ignore[union-attr]
+    found = {"x": given.grad, **{name: p.grad for name, p in model.named_parameters()}}
+    model.zero_grad()
+    return {name: grad for name, grad in found.items() if grad is not None}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -178,7 +186,8 @@ def test_published_models(name: str, state: Callable[[str], None]) -> None:
     plain = make().eval()
     ours = cnnfast.accelerate(copy.deepcopy(plain))
     assert list(ours.state_dict()) == list(plain.state_dict()) and type(ours) is type(plain)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    # (At seed 0 a value of smp's Unet is so near a kink that PyTorch's own gradient in channels-last jumps there, too.)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         for _ in range(2):
             for a, b in zip(leaves(ours(x)), leaves(plain(x)), strict=True):
@@ -187,14 +196,10 @@ def test_published_models(name: str, state: Callable[[str], None]) -> None:
     state(f"{name}: {said.fused} of {said.convolutions} fused, {said.found} found, {said.reasons}")
     assert said.convolutions == convolutions and said.found >= found and said.graphs == 1, str(said)
     assert set(said.reasons) >= set(reasons)
-    gradients = []
-    for model in (ours, plain):
-        given = x.clone().requires_grad_()
-        torch.manual_seed(1)
-        sum(y.square().sum() for y in leaves(model(given))).backward()  # type: ignore[union-attr]
-        gradients.append([given.grad, *[p.grad for p in model.parameters()]])
-    for a, b in zip(*gradients, strict=True):
-        if b is not None and b.abs().max() > 1e-3:
-            assert (a - b).square().mean().sqrt() <= 2e-5 * b.square().mean().sqrt() + 1e-6, name
+    got, expected = gradients(ours, x), gradients(plain, x)
+    with without_onednn():
+        other = gradients(plain, x)
+    problem = differs(got, gradients(plain.double(), x.double()), [expected, other])
+    assert problem is None, f"{name}: {problem}"
     record = record_of(ours)
     assert record is not None and record.failed is None
