@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..gpu import guard
-from .accelerate import Record, accelerate, record_of, restore
+from .accelerate_call import Record, record_of, restore, switch_on
 from .chain import Chain
 from .fusion import FusedStep, Unfused
 from .layers import Sequential
@@ -114,7 +114,7 @@ def _short(n: float) -> str:
 
 
 def arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a call, from what `accelerate` and `explain` take."""
+    """Positional and keyword arguments of a call, from what `cnnfast.accelerate` and `explain` take."""
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
     if isinstance(example_inputs, (tuple, list)):
@@ -168,7 +168,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
     """What of ``model`` runs fused where it is accelerated, and why the rest does not.
 
-    With ``example_inputs`` (as `accelerate` takes them) the model runs on them once, accelerated for that time if it is
+    With ``example_inputs`` (as `cnnfast.accelerate` takes them) the model runs on them once, accelerated for that time if it is
     not; buffers, gradients and random state are as before afterwards. Without, it is said of the calls that an
     accelerated model has had so far, and of each `cnnfast.Sequential` in another. TypeError where ``model`` is none.
     """
@@ -185,7 +185,7 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
         return explained(name, record, [*latest.values()])
     accelerated = record_of(model) is not None
     if not accelerated:
-        accelerate(model)
+        switch_on(model)
     try:
         record = record_of(model)
         assert record is not None

@@ -1,4 +1,4 @@
-"""What `accelerate` does with example inputs: compare with the plain model, switch off what differs, time both."""
+"""What `cnnfast.accelerate` does with example inputs: compare with the plain model, switch off what differs, time both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from ..messages import CnnfastWarning, one_line
 from ..timing import Timing, measure
 from ..tolerance import verdict
-from .accelerate import plain_call, record_of, restore
+from .accelerate_call import plain_call, record_of, restore
 from .accelerate_report import arguments, copied, leaves, unchanged
 from .rewrite_site import Site
 
@@ -26,7 +26,7 @@ Outcome = dict[str, Tensor]  # results, gradients and buffers by name
 
 
 def verify(model: nn.Module, example_inputs: Any) -> None:
-    """Of an accelerated model, as `accelerate` says. What is wrong with a site is its ``off`` afterwards."""
+    """Of an accelerated model, as `cnnfast.accelerate` says. What is wrong with a site is its ``off`` afterwards."""
     args, kwargs = arguments(example_inputs)
     trial = _Trial(model, args, kwargs)
     modes = [False] + [True] * torch.is_grad_enabled()

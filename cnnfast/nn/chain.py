@@ -266,7 +266,7 @@ class Chain:
 
 
 def chained(items: Iterable[FusedStep | Unfused]) -> tuple[Chain | Unfused, ...]:
-    """What `plan_parts` gives, with the steps that follow each other as one chain."""
+    """What `fusion.plan_parts` gives, with the steps that follow each other as one chain."""
     out: list[Chain | Unfused] = []
     for item in items:
         before = out[-1] if out else None

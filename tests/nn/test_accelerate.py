@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cnnfast
 from cnnfast.cpu.packing import PACKS
 from cnnfast.messages import CnnfastWarning, UsageError
-from cnnfast.nn.accelerate import record_of
+from cnnfast.nn.accelerate_call import record_of
 from cnnfast.nn.rewrite import rewritten
 
 from .test_sequential_training import randomized
@@ -355,7 +355,7 @@ def test_what_cannot_be_traced_runs_as_it_stands_with_a_warning(monkeypatch: pyt
     def broken(gm: object) -> Any:
         raise ValueError("a matcher with a bug")
 
-    monkeypatch.setattr("cnnfast.nn.accelerate.rewritten", broken)
+    monkeypatch.setattr("cnnfast.nn.accelerate_call.rewritten", broken)
     ours, plain = pair()
     with pytest.warns(CnnfastWarning, match="Generator runs as it stands: .*a matcher with a bug"):
         same(ours, plain, images())

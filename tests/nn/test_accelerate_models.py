@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.nn.accelerate import record_of
+from cnnfast.nn.accelerate_call import record_of
 from cnnfast.nn.accelerate_report import leaves
 from cnnfast.nn.accelerate_verify import differs
 

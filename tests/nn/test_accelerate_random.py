@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, weight_norm
 
 import cnnfast
-from cnnfast.nn.accelerate import record_of
+from cnnfast.nn.accelerate_call import record_of
 from cnnfast.nn.accelerate_verify import differs
 
 from .test_sequential_training import loss_of, randomized, real_strides
