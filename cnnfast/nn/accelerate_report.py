@@ -168,8 +168,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
     """What of ``model`` runs fused where it is accelerated, and why the rest does not.
 
-    With ``example_inputs`` (as `cnnfast.accelerate` takes them) the model runs on them once, accelerated for that time if it is
-    not; buffers, gradients and random state are as before afterwards. Without, it is said of the calls that an
+    With ``example_inputs`` (as `cnnfast.accelerate` takes them) the model runs on them once, accelerated for that time
+    if it is not; buffers, gradients and random state are as before afterwards. Without, it is said of the calls that an
     accelerated model has had so far, and of each `cnnfast.Sequential` in another. TypeError where ``model`` is none.
     """
     if not isinstance(model, nn.Module):

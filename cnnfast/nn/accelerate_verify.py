@@ -1,4 +1,4 @@
-"""What `cnnfast.accelerate` does with example inputs: compare with the plain model, switch off what differs, time both."""
+"""What `cnnfast.accelerate` does with example inputs: compare with the plain model, switch off what differs, time."""
 
 from __future__ import annotations
 

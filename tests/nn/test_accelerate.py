@@ -7,6 +7,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -384,6 +385,63 @@ def test_weights_are_packed_once() -> None:
     assert len(PACKS) > before
 
 
+def test_scripted_and_quantised_children() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()))
+            self.up = nn.Sequential(nn.ConvTranspose2d(8, 16, 4, 2, 1), nn.ReLU())
+            self.last = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(16, 16)), {nn.Linear})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.up(self.first(x)).movedim(1, -1))
+
+    torch.manual_seed(0)
+    plain = Mixed().eval()
+    ours = Mixed().eval()
+    for name in ("first", "up"):
+        getattr(ours, name).load_state_dict(getattr(plain, name).state_dict())
+    ours.last = plain.last
+    cnnfast.accelerate(ours)
+    same(ours, plain, images())
+    record = record_of(ours)
+    assert record is not None and record.failed is None and any(g.sites for g in record.graphs)
+
+
+def test_hooks_that_were_there_before() -> None:
+    torch.manual_seed(0)
+    plain = randomized(Generator()).eval()
+    seen: list[int] = []
+    plain.decoder[0].register_forward_hook(lambda m, args, y: seen.append(1) or y * 2)  # type: ignore[index,func-returns-value,union-attr]
+    ours = cnnfast.accelerate(copy.deepcopy(plain))
+    same(ours, plain, images())
+    assert len(seen) == 4
+
+
+def test_an_average_of_weights_is_seen() -> None:
+    ours, plain = pair()
+    same(ours, plain, images())
+    for model in (ours, plain):
+        for k, p in enumerate(model.parameters()):
+            p.data.lerp_(torch.full_like(p, 0.01 * k), 0.1)
+    same(ours, plain, images())
+
+
+def test_in_distributed_data_parallel(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        ours, plain = pair()
+        parallel = nn.parallel.DistributedDataParallel(ours)
+        for model in (parallel, plain):
+            model(images()).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert graphs(ours) >= 1
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert (a.grad - b.grad).abs().max() <= 1e-4 * b.grad.abs().max() + 1e-4
+
+
 # --- what is found ----------------------------------------------------------------------------------------------------
 
 
@@ -505,8 +563,6 @@ def test_as_a_backend_of_torch_compile() -> None:
 
 
 def test_the_entry_point_names_the_backend() -> None:
-    from pathlib import Path
-
     text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert '[project.entry-points.torch_dynamo_backends]\ncnnfast = "cnnfast.nn.rewrite:backend"' in text
 
