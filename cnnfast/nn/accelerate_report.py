@@ -191,10 +191,11 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
         assert record is not None
         args, kwargs = arguments(example_inputs)
         before = [graph.runs for graph in record.graphs]
-        torch._dynamo.utils.counters["graph_break"].clear()
+        counted = torch._dynamo.utils.counters["graph_break"]
+        known = dict(counted)
         with unchanged(model):
             model(*copied(args), **copied(kwargs))
-        breaks = tuple(str(reason).splitlines()[0] for reason in torch._dynamo.utils.counters["graph_break"])
+        breaks = tuple(str(reason).splitlines()[0] for reason, n in counted.items() if n > known.get(reason, 0))
         ran = [g for k, g in enumerate(record.graphs) if g.runs > (before[k] if k < len(before) else 0)]
         return replace(explained(name, record, ran), breaks=breaks, graphs=len(ran))
     finally:
