@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .gpu.warmup import warmup as warmup
     from .memory_format import channels_last as channels_last
     from .messages import CnnfastWarning as CnnfastWarning
+    from .nn.accelerate import accelerate as accelerate
+    from .nn.accelerate import restore as restore
+    from .nn.accelerate_report import explain as explain
     from .nn.layers import ConvTranspose2dNormActivation as ConvTranspose2dNormActivation
     from .nn.layers import Sequential as Sequential
     from .spec import ConvSpec as ConvSpec
@@ -37,15 +40,18 @@ _EXPORTS = {
     "ConvSpec": "spec",
     "ConvTranspose2dNormActivation": "nn.layers",
     "Sequential": "nn.layers",
+    "accelerate": "nn.accelerate",
     "backend": "dispatch",
     "channels_last": "memory_format",
     "create_model": "generators",
+    "explain": "nn.accelerate_report",
     "freeze": "cpu.packing",
     "graphed": "gpu.graphed",
     "guard": ".gpu.guard",
     "invalidate": "cpu.packing",
     "list_models": "generators",
     "ops": ".ops",
+    "restore": "nn.accelerate",
     "tune": "gpu.tuning",
     "unfreeze": "cpu.packing",
     "warmup": "gpu.warmup",

@@ -81,6 +81,10 @@ def _tune(arguments: argparse.Namespace) -> int:
     )
 
 
+def _explain(arguments: argparse.Namespace) -> int:
+    return _loaded("tasks.explaining").run(arguments.model, arguments.input, arguments.dtype, arguments.times)
+
+
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """Of a training's options only what was given is there: a resumed run takes the rest from its checkpoint."""
     return {k: v for k, v in vars(arguments).items() if k not in ("work", "debug", "ranks")}
@@ -156,6 +160,17 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     command.add_argument("--device", default="cuda", help="cuda, cuda:1, ... (%(default)s)")
     command.add_argument("--seconds", type=positive, help="stop after about this time (default: when done)")
     command.set_defaults(work=_tune)
+
+    command = commands.add_parser(
+        "explain", parents=[common], help="what of a model of yours would run fused by cnnfast.accelerate, and why not"
+    )
+    command.add_argument("model", metavar="MODULE:FACTORY", help="what makes the model, as package.module:function")
+    command.add_argument(
+        "--input", action="append", metavar="SIZES", help="of an input, as 1,3,64,64; again for each further one"
+    )
+    command.add_argument("--dtype", choices=dtypes, default="float32", help="of model and inputs (%(default)s)")
+    command.add_argument("--times", action="store_true", help="time it, too")
+    command.set_defaults(work=_explain)
 
     command = commands.add_parser("train", parents=[common], help="train a generator")
     models = command.add_subparsers(required=True, metavar="MODEL")

@@ -27,12 +27,18 @@ What they share, device functions:
     indexing.py                      which tile, phase or part a program owns, and where it lies
     statistics.py                    statistics stored by parts, and read
 
-The folder lies at the top of the repository, and another package of the name ``kernels`` exists: so this one refuses to
-be imported under that name.
+The folder lies at the top of the repository, and another package of the name ``kernels`` exists. Under that name this
+one is empty: libraries that ask whether the other is there find version 0, which is too old for any of them. (An error
+would not do: transformers imports what has no metadata to look for its version.)
 """
 
 if __name__ != "cnnfast.kernels":
-    raise ImportError(
-        f"this folder is the package cnnfast.kernels and was imported as {__name__!r}: write `import cnnfast.kernels`; "
-        "if you meant another package of the name kernels, run Python from a directory other than cnnfast's repository"
-    )
+    __version__ = "0"
+    __path__: list[str] = []  # its modules are not to be found under this name
+
+    def __getattr__(name: str) -> object:
+        raise AttributeError(
+            f"this folder is the package cnnfast.kernels and was imported as {__name__!r}: it has no {name}; write "
+            "`import cnnfast.kernels`, or, if you meant another package of the name kernels, run Python from a "
+            "directory other than cnnfast's repository"
+        )

@@ -34,6 +34,23 @@ def test_import_loads_neither_torch_nor_triton(tmp_path: Path) -> None:
     assert python(code, cwd=tmp_path, path=ROOT) == "[]"
 
 
+def test_the_kernels_folder_is_nobody_elses_package() -> None:
+    """In a checkout, who asks for Hugging Face's package `kernels` as transformers does finds one that is too old."""
+    code = (
+        "import importlib, importlib.util\n"
+        "assert importlib.util.find_spec('kernels') is not None\n"
+        "print(importlib.import_module('kernels').__version__)\n"
+        "for code in ('from kernels import get_kernel', 'import kernels.conv_transpose'):\n"
+        "    try:\n"
+        "        exec(code)\n"
+        "    except ImportError as error:\n"
+        "        print(type(error).__name__)\n"
+        "import cnnfast.kernels\n"
+        "print(hasattr(cnnfast.kernels, '__version__'))\n"
+    )
+    assert python(code, cwd=ROOT).split() == ["0", "ImportError", "ModuleNotFoundError", "False"]
+
+
 def test_every_public_name_loads_without_triton(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
@@ -68,8 +85,8 @@ def test_a_checkout_runs_without_being_installed(tmp_path: Path) -> None:
     assert python(code, cwd=tmp_path, path=ROOT) == str(ROOT / "kernels" / "__init__.py")
 
 
-def test_kernels_is_no_package_of_its_own(tmp_path: Path) -> None:
-    code = "try:\n  import kernels\nexcept ImportError as error: print(error)"
+def test_kernels_is_no_package_of_its_own() -> None:
+    code = "try:\n  import kernels\n  kernels.conv\nexcept AttributeError as error: print(error)"
     assert "write `import cnnfast.kernels`" in python(code, cwd=ROOT)
 
 

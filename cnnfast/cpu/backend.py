@@ -72,7 +72,7 @@ def _no_gain(s: Planned, shape: torch.Size, channels_last: bool) -> str | None:
     if s.synchronised:  # its module wants a GPU
         return None
     step, norm, slopes = s.step, s.step.norm is not None, s.slopes
-    if s.step.measured:  # what follows the convolution takes its passes anyway
+    if s.step.measured or s.step.residual:  # what follows the convolution takes its passes anyway
         step, norm, slopes = s.step.bare, False, 0
     return inference.why_slower_plain(step, shape, s.dtype, norm=norm, slopes=slopes, nchw=not channels_last)
 

@@ -3,9 +3,9 @@ under autocast as PyTorch's modules."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +19,11 @@ from ..memory_format import has_both, is_channels_last, new_strides
 from ..norms import check_values
 from ..ops.run import run_step
 from ..step import Operands, Step
-from .fusion import FusedStep
+from .fusion import FusedStep, Unfused
 from .fusion_conv import DTYPES
 from .modules import Reading
 
-__all__ = ["Bound", "Chain", "Run"]
+__all__ = ["Bound", "Chain", "Run", "chained"]
 
 
 # --- the memory format of eager mode ----------------------------------------------------------------------------------
@@ -58,6 +58,20 @@ def _one_value(step: FusedStep, shape: torch.Size) -> bool:
     except ValueError:
         return not step.rule.synchronised
     return False
+
+
+def _why_no_residual(s: FusedStep, residual: Any, x: Tensor, dtype: torch.dtype, out: torch.Size) -> str | None:
+    """Why the step cannot add ``residual`` (in the dimensions of its layer), or None. ``out``: its result's shape."""
+    if type(residual) is not Tensor and type(residual) is not nn.Parameter:
+        return f"a {type(residual).__name__} is added"
+    shape = out if s.ndim == 2 else out[:2] + out[3:]
+    if residual.shape != shape or residual.dtype != dtype or residual.device != x.device:
+        return f"{residual.dtype} of shape {tuple(residual.shape)} is added to {dtype} of shape {tuple(shape)}"
+    if has_both(out[1], out[2:]):
+        return "a sum of maps with one channel or position"
+    if residual.is_contiguous() or s.ndim == 2 and residual.is_contiguous(memory_format=torch.channels_last):
+        return None
+    return f"what is added has strides {residual.stride()}"
 
 
 def _pads(module: nn.Module) -> bool:
@@ -112,6 +126,19 @@ class Chain:
     def slots(self) -> range:
         return range(self.steps[0].slots[0], self.steps[-1].slots[-1] + 1)
 
+    @property
+    def latest(self) -> tuple[tuple[int, ...], Bound | str] | None:
+        """The shape (4-D) of the latest kind of input, and how the chain runs on it."""
+        if not self._bindings:
+            return None
+        key, bound = next(reversed(self._bindings.items()))
+        n, c, *size = key[0]  # type: ignore[index]
+        return (n, c, *(1,) * (2 - self.steps[0].ndim), *size), bound
+
+    @cached_property
+    def _residuals(self) -> tuple[int, ...]:
+        return tuple(s.residual for s in self.steps if s.residual is not None)
+
     def takes(self, step: FusedStep) -> bool:
         """Whether ``step``, which follows, belongs to the same chain."""
         last = self.steps[-1]
@@ -128,7 +155,10 @@ class Chain:
         if torch._C._is_any_autocast_enabled():
             low = autocast_dtype(x)
         backend = resolve_backend(None)
-        key = (x.shape, x.stride(), x.dtype, x.device, backend, low, gradient)
+        key: tuple[object, ...] = (x.shape, x.stride(), x.dtype, x.device, backend, low, gradient)
+        for k in self._residuals:
+            (r,) = reading.tensors[k]
+            key = (*key, None if r is None else (type(r), r.shape, r.stride(), r.dtype, r.device))
         bound = self._bindings.get(key)
         if bound is None:
             if len(self._bindings) >= _MAX_BINDINGS:
@@ -158,6 +188,12 @@ class Chain:
                 return str(error)
             eager.append(_eager_layout(s, eager[-1], size, out))
             shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
+            if s.residual is not None:
+                (added,) = reading.tensors[s.residual]
+                if reason := _why_no_residual(s, added, x, low or x.dtype, shapes[-1]):
+                    return reason
+                if s.leads:  # the result of a sum has its first operand's format
+                    eager[-1] = s.ndim == 2 and is_channels_last(added)  # type: ignore[arg-type]
             if s.step.measured and _one_value(s, shapes[-1]):
                 return "a norm would measure one value"
         arrangement = channels_last_inside(eager)
@@ -230,6 +266,20 @@ class Chain:
         return squeezed(x, 2) if ndim == 1 else x
 
 
+def chained(items: Iterable[FusedStep | Unfused]) -> tuple[Chain | Unfused, ...]:
+    """What `fusion.plan_parts` gives, with the steps that follow each other as one chain."""
+    out: list[Chain | Unfused] = []
+    for item in items:
+        before = out[-1] if out else None
+        if isinstance(item, Unfused):
+            out.append(item)
+        elif isinstance(before, Chain) and before.takes(item):
+            out[-1] = Chain((*before.steps, item))
+        else:
+            out.append(Chain((item,)))
+    return tuple(out)
+
+
 def _enter(x: Tensor, ndim: int, bound: Bound) -> Tensor:
     """x as the first step takes it: (N, C, L) as (N, C, 1, L), in autocast's dtype."""
     if ndim == 1:
@@ -282,14 +332,16 @@ def _operands(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]], measu
     """Of a norm that is ``measured``, but for its running statistics (`_with_running`)."""
     weight, bias = tensors[s.conv]
     slope = None if s.slope is None else tensors[s.slope][0]
+    residual = None if s.residual is None else tensors[s.residual][0]
     if s.ndim == 1:  # (C_in, C_out/g, k) as (C_in, C_out/g, 1, k)
         weight = weight.unsqueeze(2)
+        residual = None if residual is None else residual.unsqueeze(2)
     if s.norm is None:
-        return Operands(x, weight, bias, slope=slope)
+        return Operands(x, weight, bias, residual=residual, slope=slope)
     mean, var, scale, shift = tensors[s.norm]
     if measured:
         mean = var = None
-    return Operands(x, weight, bias, mean, var, scale, shift, None, slope)
+    return Operands(x, weight, bias, mean, var, scale, shift, residual, slope)
 
 
 def _with_running(s: FusedStep, o: Operands, module: nn.Module, tensors: tuple[Tensor | None, ...]) -> Operands:

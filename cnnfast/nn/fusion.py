@@ -1,8 +1,9 @@
 """Which run of modules is one fused step: the rules, once.
 
 A step is ``ConvTranspose1d/2d``, ``Conv1d/2d`` or ``Upsample(nearest) + Conv2d``, then a norm (Batch-, SyncBatch-,
-Instance- or GroupNorm, in training or eval mode), then an activation, both optional. Ahead of the latter two's
-convolution a module may pad by zeros, reflection or replication. `plan_modules` gives steps for a list of modules, and
+Instance- or GroupNorm, in training or eval mode), then an activation, both optional (in a traced graph also something
+that is added between these). Ahead of the latter two's convolution a module may pad by zeros, reflection or
+replication. `plan_modules` gives steps for a list of modules, and
 for every other module the reason why it runs as it stands. A step is made of values alone (slots in the list, geometry,
 numbers); whoever runs it reads the tensors from the modules on every call.
 """
@@ -32,7 +33,7 @@ from .fusion_conv import (
 from .fusion_norm import NormRule, norm_rule
 from .modules import HOOKS, KINDS, SHADOWS, NotFused, Reading, is_patched, read
 
-__all__ = ["FusedStep", "Unfused", "plan_modules"]
+__all__ = ["FusedStep", "Unfused", "plan_modules", "plan_parts"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class FusedStep:
 
     ``weight_channels_last``, and ``in_place`` (in eager mode nothing after the convolution lays out a tensor anew),
     decide the memory format that eager mode would return. ``overwrites``: the activation module works in place.
+    ``residual``: the slot whose tensor is added ahead of the activation; ``leads``: as the sum's first operand.
     """
 
     slots: tuple[int, ...]
@@ -55,6 +57,8 @@ class FusedStep:
     weight_channels_last: bool
     in_place: bool
     overwrites: bool
+    residual: int | None = None
+    leads: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,12 @@ def plan_modules(modules: Sequence[nn.Module], reading: Reading | None = None) -
     """
     reading = read(modules) if reading is None else reading
     parts = [_part(m, t) for m, t in zip(reading.modules, reading.tensors, strict=True)]
+    opaque = [is_patched(m) or not type(m).__module__.startswith("torch.nn.modules.") for m in reading.modules]
+    return plan_parts(parts, opaque)
+
+
+def plan_parts(parts: list[Part], opaque: Sequence[bool]) -> tuple[FusedStep | Unfused, ...]:
+    """As `plan_modules`, of what is known of modules, or of the calls of a traced graph (`rewrite_calls`)."""
     out: list[FusedStep | Unfused] = []
     reasons: dict[int, str] = {}  # of modules that the step before them could not take in
     slot = 0
@@ -86,9 +96,7 @@ def plan_modules(modules: Sequence[nn.Module], reading: Reading | None = None) -
         try:
             step = _step(parts, slot, reasons)
         except NotFused as refused:
-            module = reading.modules[slot]
-            opaque = is_patched(module) or not type(module).__module__.startswith("torch.nn.modules.")
-            out.append(Unfused(slot, reasons.get(slot, str(refused)), opaque))
+            out.append(Unfused(slot, reasons.get(slot, str(refused)), opaque[slot]))
             slot += 1
         else:
             out.append(step)
@@ -151,6 +159,12 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
     if last != norm:
         norm = None
 
+    residual = following(parts, last, ndim)
+    if residual is not None and parts[residual].role == "add":
+        base, last, in_place = replace(base, residual=True), residual, False
+    else:
+        residual = None
+
     slope, overwrites = None, False
     k = following(parts, last, ndim)
     if k is not None and parts[k].role == "activation":
@@ -177,6 +191,8 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
         weight_channels_last=is_channels_last(weight if ndim == 2 else weight.unsqueeze(2)),
         in_place=in_place,
         overwrites=overwrites,
+        residual=residual,
+        leads=residual is not None and parts[residual].attributes == (True,),
     )
 
 

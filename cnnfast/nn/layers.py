@@ -21,7 +21,7 @@ from ..cpu.packing import PACKS
 from ..dispatch import resolve_backend, watched
 from ..gpu import guard
 from ..gpu.why_not import launch_why_not, spec_why_not
-from .chain import Chain
+from .chain import Chain, chained
 from .fusion import FusedStep, Unfused, plan_modules
 from .modules import Reading, read
 
@@ -40,16 +40,7 @@ class Program:
 
     @classmethod
     def make(cls, reading: Reading) -> Program:
-        items: list[Chain | Unfused] = []
-        for item in plan_modules(reading.modules, reading):
-            before = items[-1] if items else None
-            if isinstance(item, Unfused):
-                items.append(item)
-            elif isinstance(before, Chain) and before.takes(item):
-                items[-1] = Chain((*before.steps, item))
-            else:
-                items.append(Chain((item,)))
-        return cls(reading.facts, tuple(items))
+        return cls(reading.facts, chained(plan_modules(reading.modules, reading)))
 
 
 _MODULE_CALL = nn.Module.__call__
@@ -61,12 +52,19 @@ def why_not_now(x: Any) -> str | None:
         return "forward-mode differentiation is active"
     if watched(x):
         return "a subclass of Tensor, tracing, compiling, a dispatch mode or a functorch transform is at work"
+    if reason := why_not_here():
+        return reason
+    if x.layout is not torch.strided or x.is_nested or x.is_neg():
+        return "the input is not a plain dense tensor"
+    return None
+
+
+def why_not_here() -> str | None:
+    """Why nothing is fused at this moment, whatever the input: a mode, or hooks on every module."""
     if torch._C._len_torch_function_stack() and not _only_device_contexts() and resolve_backend(None) != "triton":
         return 'a torch function mode is active (only an explicit backend="triton" passes it by)'
     if _has_any_global_hook() or nn.Module.__call__ is not _MODULE_CALL:
         return "hooks on every module are active"
-    if x.layout is not torch.strided or x.is_nested or x.is_neg():
-        return "the input is not a plain dense tensor"
     return None
 
 
@@ -150,7 +148,7 @@ class Sequential(nn.Sequential):
         return Sequential(*super().__mul__(other))
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[assignment,no-untyped-call,unused-ignore]
         state.pop("_plan", None)
         return state
 

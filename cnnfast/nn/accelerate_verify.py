@@ -1,0 +1,235 @@
+"""What `cnnfast.accelerate` does with example inputs: compare with the plain model, switch off what differs, time."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..messages import CnnfastWarning, one_line
+from ..timing import Timing, measure
+from ..tolerance import verdict
+from .accelerate_call import plain_call, record_of, restore
+from .accelerate_report import arguments, copied, leaves, unchanged
+from .rewrite_site import Site
+
+__all__ = ["differs", "timed", "verify"]
+
+_NOTHING = 1e-9  # what is smaller in float64 is rounding: the gradient of a bias ahead of a norm
+Outcome = dict[str, Tensor]  # results, gradients and buffers by name
+
+
+def verify(model: nn.Module, example_inputs: Any) -> None:
+    """Of an accelerated model, as `cnnfast.accelerate` says. What is wrong with a site is its ``off`` afterwards."""
+    args, kwargs = arguments(example_inputs)
+    trial = _Trial(model, args, kwargs)
+    modes = [False] + [True] * torch.is_grad_enabled()
+    for gradients in modes:
+        reason = trial.prepare(gradients)
+        if reason is not None:
+            trial.record.notes.append(f"not verified{' with gradients' if gradients else ''}: {reason}")
+            continue
+        for site in trial.culprits(trial.sites()):
+            site.off = site.verified = f"differs from PyTorch's: {trial.wrong([site])}"
+            warnings.warn(
+                f"cnnfast: {', '.join(site.paths) or type(model).__name__}: fused, it {site.off}; PyTorch's operators "
+                "run instead",
+                CnnfastWarning,
+                stacklevel=3,
+            )
+        for site in trial.sites():
+            site.verified = "yes"
+    _veto(model, args, kwargs)
+
+
+_PART = 1e-5  # of a float32 result's size: what sums in another order may differ by, through a whole model
+
+
+def differs(got: Outcome, exact: Outcome, yardsticks: Sequence[Outcome]) -> str | None:
+    """What is wrong with ``got``, or None: each tensor is to be as near to ``exact`` (float64) as the tolerance rule
+    allows by one of ``yardsticks``, or, in float32, within 1e-5 of its root mean square in that of the errors and 1e-4
+    of its largest value everywhere (norms take channels-last statistics, which ATen sums less exactly, too)."""
+    for name, expected in exact.items():
+        if name not in got:
+            return f"{name} is missing"
+        if expected.numel() and expected.abs().max() < _NOTHING:
+            continue
+        found = [verdict(got[name], expected, other[name]) for other in yardsticks if name in other]
+        if None not in found and not (expected.numel() and _within(got[name], expected)):
+            return f"{name}: {found[0]}"
+    return None
+
+
+def _within(got: Tensor, exact: Tensor) -> bool:
+    if got.dtype != torch.float32 or got.shape != exact.shape:
+        return False
+    error = (got.double() - exact).abs()
+    rms, size = (t.square().mean().sqrt() for t in (error, exact))
+    return bool(rms <= _PART * size and error.max() <= 10 * _PART * exact.abs().max())
+
+
+class _Trial:
+    """Runs of a model on the same inputs, buffers and random numbers."""
+
+    def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model, self.args, self.kwargs = model, args, kwargs
+        record = record_of(model)
+        assert record is not None
+        self.record = record
+        self.gradients = False
+        self.yardsticks: list[Outcome] = []
+        self.exact: Outcome = {}
+
+    def sites(self) -> list[Site]:
+        """Those that have run, and are on."""
+        return [s for graph in self.record.graphs for s in graph.sites if s.ran and s.off is None]
+
+    def prepare(self, gradients: bool) -> str | None:
+        """What to compare with, and a first run. Why that cannot be, or None.
+
+        The yardsticks are the plain model with and without oneDNN: PyTorch's own arithmetic in two orders. (Not in
+        channels-last, where PyTorch 2.13 itself crashes in some backwards.) Where float64 gives something else
+        altogether, as a dropout does, the two are compared with each other.
+        """
+        self.gradients = gradients
+        with plain_call(self.model):
+            plain = self._run(self.model, self.args, self.kwargs)
+            with _without_onednn():
+                other = self._run(self.model, self.args, self.kwargs)
+        if gradients and not any(name.startswith("gradient") for name in plain):
+            return "there is no gradient"
+        try:
+            twin = copy.deepcopy(self.model).double()
+            self.exact = self._run(twin, *tree_map(_double, (self.args, self.kwargs)))
+            self.yardsticks = [plain, other]
+            same = plain.keys() == self.exact.keys() and all(_near(t, self.exact[name]) for name, t in plain.items())
+        except Exception as error:  # of whatever the model does
+            self.record.notes.append(f"compared with float32: in float64 it does not run ({one_line(error)})")
+            same = False
+        if not same:
+            self.exact, self.yardsticks = {name: t.double() for name, t in plain.items()}, [other]
+            if not all(_near(t, self.exact[name]) for name, t in other.items()):
+                return "the plain model itself gives something else at a second run"
+        self._run(self.model, self.args, self.kwargs)
+        return None
+
+    def _run(self, model: nn.Module, args: Any, kwargs: Any) -> Outcome:
+        with unchanged(model), torch.set_grad_enabled(self.gradients):
+            torch.manual_seed(0)
+            args, kwargs = copied((args, kwargs))
+            results = leaves(model(*args, **kwargs))
+            found = {f"result {k}": t for k, t in enumerate(results)}
+            if self.gradients:
+                found |= self._gradients(model, results, leaves((args, kwargs)))
+            found |= {f"buffer {name}": b for name, b in model.named_buffers() if b.is_floating_point()}
+            return {name: t.detach().clone() for name, t in found.items()}
+
+    @staticmethod
+    def _gradients(model: nn.Module, results: Sequence[Tensor], inputs: Sequence[Tensor]) -> Outcome:
+        of = [t for t in results if t.requires_grad]
+        if not of:
+            return {}
+        noise = torch.Generator().manual_seed(1)
+        by = [torch.randn(t.shape, generator=noise).to(t.device, t.dtype) for t in of]
+        named: Outcome = {f"gradient of {name}": p for name, p in model.named_parameters() if p.requires_grad}
+        named |= {f"gradient of input {k}": t for k, t in enumerate(inputs) if t.requires_grad}
+        grads = torch.autograd.grad(of, list(named.values()), by, allow_unused=True)
+        return {name: g for name, g in zip(named, grads, strict=True) if g is not None}
+
+    def wrong(self, on: Sequence[Site]) -> str | None:
+        """What differs where these sites alone are on, or None. (Two runs: a weight is packed in the second.)"""
+        others = [s for s in self.sites() if s not in on]
+        for s in others:
+            s.off = "others are verified"
+        try:
+            for _ in range(2):
+                got = self._run(self.model, self.args, self.kwargs)
+                if problem := differs(got, self.exact, self.yardsticks):
+                    return problem
+        finally:
+            for s in others:
+                s.off = None
+        return None
+
+    def culprits(self, sites: Sequence[Site]) -> list[Site]:
+        """Those of the sites that make a difference, by bisection."""
+        if not sites or self.wrong(sites) is None:
+            return []
+        if len(sites) == 1:
+            return list(sites)
+        half = len(sites) // 2
+        # What differs only together is switched off together.
+        return [*self.culprits(sites[:half]), *self.culprits(sites[half:])] or list(sites)
+
+
+def _near(t: Tensor, exact: Tensor) -> bool:
+    """Whether they are the same thing in another precision."""
+    if t.shape != exact.shape or not t.numel():
+        return t.shape == exact.shape
+    error, size = (v.double().square().mean().sqrt() for v in (t.double() - exact, exact))
+    return bool(error <= 0.05 * size + 1e-6)
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    """(`torch.backends.mkldnn.flags` warns of GPUs.)"""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
+
+
+def _double(t: Any) -> Any:
+    return t.double() if isinstance(t, Tensor) and t.is_floating_point() else t
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def _veto(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Restore a model that is slower than the better of the plain one and its channels-last form."""
+    times = timed(model, args, kwargs)
+    ours = times.pop("cnnfast")
+    name, best = min(times.items(), key=lambda item: item[1].median)
+    if ours.low > best.median:  # on a busy machine, medians of the same code differ
+        restore(model)
+        warnings.warn(
+            f"cnnfast: {type(model).__name__} is restored: on these inputs {name} takes {best}, accelerated {ours}",
+            CnnfastWarning,
+            stacklevel=4,
+        )
+
+
+def timed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Timing]:
+    """Seconds of a call of the accelerated model, of the plain one, and of that in channels-last where it can be."""
+    device = next((t.device for t in (*model.parameters(), *leaves((args, kwargs)))), torch.device("cpu"))
+
+    def plain() -> object:
+        with plain_call(model):
+            return model(*args, **kwargs)
+
+    candidates: dict[str, Callable[[], object]] = {"cnnfast": lambda: model(*args, **kwargs), "plain": plain}
+    try:
+        twin: Any = copy.deepcopy(model)
+        twin.to(memory_format=torch.channels_last)
+    except Exception as error:  # of whatever the model holds
+        record = record_of(model)
+        assert record is not None
+        record.notes.append(f"not timed in channels-last: {one_line(error)}")
+    else:
+        last_args, last_kwargs = tree_map(channels_last, (args, kwargs))
+        candidates["channels-last"] = lambda: twin(*last_args, **last_kwargs)
+    with unchanged(model):
+        return measure(candidates, repeats=7, device=device)
+
+
+def channels_last(t: Any) -> Any:
+    return t.contiguous(memory_format=torch.channels_last) if isinstance(t, Tensor) and t.dim() == 4 else t

@@ -1,0 +1,240 @@
+"""The finder: runs of calls in a graph that Dynamo traced become sites, which run fused (`rewrite_site`).
+
+`backend` is a backend of `torch.compile`: the graph runs as PyTorch's own operators in eager mode, but for its sites. A
+site takes the calls that a `cnnfast.Sequential` would take as modules: each has the one before as its only user's
+argument, nothing writes in between to what they read, and nothing reads what they write. It runs where its last call
+stood.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils.checkpoint import checkpoint
+
+from .rewrite_calls import CallKind, call_kind, conv_functions
+from .rewrite_effects import Everything, storages, touched, value, written
+from .rewrite_site import Call, Place, Ref, Site
+
+__all__ = ["Apart", "Graph", "backend", "rewritten"]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A convolution in no site, and why."""
+
+    name: str
+    place: Place
+    why_not: str
+
+
+@dataclass
+class Graph:
+    """What became of one traced graph."""
+
+    sites: list[Site] = field(default_factory=list)
+    apart: list[Apart] = field(default_factory=list)
+    convolutions: int = 0
+    runs: int = 0
+
+
+def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    """``torch.compile(model, backend="cnnfast")``: what PyTorch runs, with fused steps. `cnnfast.accelerate` is this
+    with guards against hooks that are added later, a recompile limit of its own and eager mode's errors."""
+    return rewritten(gm)[0]
+
+
+def rewritten(gm: fx.GraphModule) -> tuple[Callable[..., Any], Graph]:
+    """The graph as a function, and what became of it."""
+    found = Graph()
+    _rewrite(gm, found)
+    forward = gm.forward
+
+    def run(*args: Any) -> Any:
+        found.runs += 1
+        return forward(*args)
+
+    return run, found
+
+
+def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
+    for child in gm.children():  # what operators of higher order run
+        if isinstance(child, fx.GraphModule):
+            _rewrite(child, found)
+    nodes = list(gm.graph.nodes)
+    for node in nodes:
+        if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+            node.target = _checkpointed
+    finder = _Finder(nodes)
+    taken: set[fx.Node] = set()
+    for node in nodes:
+        kind = _kind(node)
+        if kind is None or not kind.starts or node in taken:
+            continue
+        run = finder.run_from(node, kind, taken)
+        found.convolutions += sum(n.target in conv_functions() for n in run.nodes)
+        if run.problem:
+            if node.target in conv_functions():
+                found.apart.append(Apart(kind.name, _place(node), run.problem))
+            continue
+        if not any(n.target in conv_functions() for n in run.nodes):
+            continue  # an upsampling or a padding that nothing takes in
+        taken.update(run.nodes)
+        found.sites.append(_replace(gm.graph, run))
+    gm.graph.lint()
+    gm.recompile()
+
+
+def _checkpointed(body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What Dynamo's operator leaves to a compiler of backwards. (Buffers are arguments, too, and not to be saved.)"""
+    kwargs = {k: v for k, v in kwargs.items() if k in ("preserve_rng_state", "determinism_check")}
+    return checkpoint(lambda: body(*args), use_reentrant=False, **kwargs)
+
+
+def _kind(node: fx.Node) -> CallKind | None:
+    return call_kind(node.target) if node.op in ("call_function", "call_method") else None
+
+
+# --- which calls are one site -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    nodes: list[fx.Node]
+    kinds: list[CallKind]
+    through: list[str]
+    ended: str = ""
+    problem: str = ""
+
+
+class _Finder:
+    def __init__(self, nodes: list[fx.Node]) -> None:
+        self.nodes = nodes
+        self.order = {n: i for i, n in enumerate(nodes)}
+
+    def run_from(self, node: fx.Node, kind: CallKind, taken: set[fx.Node]) -> _Run:
+        """The longest run that starts at ``node``."""
+        run = _Run([node], [kind], ["input"])
+        run.problem = _why_no_start(node, kind)
+        while not run.problem:
+            last = run.nodes[-1]
+            if len(last.users) != 1:
+                run.ended = f"its result has {len(last.users)} users"
+                break
+            (user,) = last.users
+            how = _joins(user, last)
+            if isinstance(how, str):
+                run.ended = how
+                break
+            if user in taken:
+                run.ended = "the step of another convolution takes in what follows"
+                break
+            if why := self._why_not_moved(run.nodes, user):
+                run.ended = why
+                break
+            run.nodes.append(user)
+            run.kinds.append(how[0])
+            run.through.append(how[1])
+        return run
+
+    def _why_not_moved(self, nodes: list[fx.Node], user: fx.Node) -> str | None:
+        """Why ``nodes`` cannot run where ``user`` stands."""
+        inside = {*nodes, user}
+        reads = set().union(*(touched(n) for n in inside))
+        own = set().union(*(storages(n) for n in nodes)) - touched(nodes[0])
+        writes = set().union(*(written(n) for n in inside)) - own
+        for between in self.nodes[self.order[nodes[0]] + 1 : self.order[user]]:
+            if between in inside:
+                continue
+            changed = written(between)
+            if _meet(changed, reads | writes) or _meet(writes, touched(between)):
+                return f"{_name(between)}, which runs in between, may write to what it reads, or read what it writes"
+        return None
+
+
+def _meet(a: set[Any], b: set[Any]) -> bool:
+    return bool(a & b) or Everything in a and bool(b) or Everything in b and bool(a) or a == {Everything}
+
+
+def _why_no_start(node: fx.Node, kind: CallKind) -> str:
+    bound = kind.bind(node.args, node.kwargs)
+    if bound is None:
+        return "it is called with arguments that are not known here"
+    x = bound["input"]
+    if not isinstance(x, fx.Node) or not isinstance(value(x), Tensor):
+        return "its input is not a tensor"
+    return ""
+
+
+def _joins(user: fx.Node, last: fx.Node) -> tuple[CallKind, str] | str:
+    """The kind of ``user`` and the name of its argument that ``last`` is; or why it does not go on after that."""
+    kind = _kind(user)
+    if user.op == "output":
+        return "its result is returned"
+    bound = None if kind is None else kind.bind(user.args, user.kwargs)
+    if kind is None or bound is None:
+        return f"{_name(user)} follows"
+    at = [name for name, v in bound.items() if v is last]
+    if len(at) != 1 or at[0] not in kind.input:
+        return f"{_name(user)} follows, which takes it in another way"
+    if kind.name == "interpolate" and bound["size"] is not None:
+        return "interpolate to a given size follows"
+    if kind.name == "add":
+        other = value(bound["other" if at[0] == "input" else "input"])
+        mine = value(last)
+        if not isinstance(other, Tensor) or other.dtype != mine.dtype or other.dim() != mine.dim():
+            return "what is added to it is of another kind"
+        known = [(a, b) for a, b in zip(mine.shape, other.shape, strict=True) if type(a) is int and type(b) is int]
+        if any(a != b for a, b in known):
+            return "what is added to it is of another shape"
+    return kind, at[0]
+
+
+# --- the site ---------------------------------------------------------------------------------------------------------
+
+
+def _replace(graph: fx.Graph, run: _Run) -> Site:
+    """Put a site where the last of the run's nodes stands."""
+    operands: dict[fx.Node, int] = {}
+    calls, before = [], None
+    x = run.kinds[0].bind(run.nodes[0].args, run.nodes[0].kwargs)["input"]  # type: ignore[index]
+
+    def ref(n: fx.Node) -> Ref:
+        return Ref(-1) if n is before else Ref(operands.setdefault(n, len(operands)))
+
+    for node, kind, through in zip(run.nodes, run.kinds, run.through, strict=True):
+        before = x if node is run.nodes[0] else before
+        args, kwargs = (fx.node.map_arg(a, ref) for a in (node.args, node.kwargs))
+        calls.append(Call(kind, node.target, tuple(args), dict(kwargs), through, _place(node)))  # type: ignore[arg-type]
+        before = node
+    site = Site(tuple(calls), run.ended)
+    last = run.nodes[-1]
+    with graph.inserting_before(last):
+        new = graph.call_function(site, (x, *operands))
+    new.meta = dict(last.meta)
+    last.replace_all_uses_with(new)
+    for node in reversed(run.nodes):
+        graph.erase_node(node)
+    return site
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def _place(node: fx.Node) -> Place:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = re.sub(r"^L\[[^\]]*\]\.?|\['self'\]\.?", "", list(stack.values())[-1][0]) if stack else ""
+    path = re.sub(r"\._modules\['([^']*)'\]|\['([^']*)'\]", lambda m: f".{m[1] or m[2]}", path).lstrip(".")
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [f for f in frames if not re.search(r"[/\\](torch|cnnfast)[/\\]nn[/\\]", f[0])]
+    return Place(path, ":".join(own[-1]) if own else "")

@@ -1,0 +1,114 @@
+"""What the nodes of a traced graph read and write: whether a call may run later than where it stands.
+
+Names tell, as in PyTorch: what ends in an underscore, or is given ``inplace`` or ``out``, writes. A call that is not
+PyTorch's may write to whatever it is given; one that takes no tensor (a switch of the grad mode, of autocast) holds
+for all that follows.
+"""
+
+from __future__ import annotations
+
+import builtins
+import inspect
+import math
+import operator
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Everything", "storages", "touched", "value", "written"]
+
+
+class Everything:
+    """In a set of storages: any of them."""
+
+
+def value(node: Any) -> Any:
+    """What Dynamo found that the node gives; another argument as it is."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def storages(node: fx.Node) -> set[Any]:
+    """Of the tensors that the node gives."""
+    found: set[Any] = set()
+    for t in tree_leaves(value(node)):
+        if isinstance(t, Tensor):
+            plain = t.layout is torch.strided and type(t).__name__ == "FakeTensor"
+            found.add(t.untyped_storage()._cdata if plain else Everything)
+    return found
+
+
+def touched(node: fx.Node) -> set[Any]:
+    """The storages of its arguments."""
+    return set().union(*(storages(n) for n in node.all_input_nodes))
+
+
+def written(node: fx.Node) -> set[Any]:
+    """The storages that it may write to; `Everything` also for what changes how the rest runs."""
+    if node.op in ("placeholder", "get_attr", "output"):
+        return set()
+    if node.op == "call_method":
+        name = str(node.target)
+        if not hasattr(Tensor, name) or name in ("backward", "register_hook", "retain_grad", "set_", "resize_"):
+            return {Everything}
+        return _of(node.args[0]) if _writes(name) else _marked(node, None)
+    if node.op != "call_function":
+        return {Everything}
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return touched(node) if target._schema.is_mutable else set()
+    if id(target) not in _known():
+        return touched(node) or {Everything}
+    name = getattr(target, "__name__", "")
+    if target in _IN_PLACE or _writes(name):
+        return _of(node.args[0] if node.args else None) or {Everything}
+    if name in ("batch_norm", "instance_norm", "embedding", "embedding_bag"):  # running statistics; max_norm
+        return set().union(*(storages(n) for n in node.all_input_nodes[1:]))
+    return _marked(node, target)
+
+
+def _writes(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _of(argument: Any) -> set[Any]:
+    return storages(argument) if isinstance(argument, fx.Node) else set()
+
+
+def _marked(node: fx.Node, target: Any) -> set[Any]:
+    """By ``inplace`` and ``out``."""
+    if node.kwargs.get("out") is not None:
+        return {Everything}
+    at = _inplace_at(target)
+    given = node.kwargs.get("inplace", node.args[at] if at is not None and len(node.args) > at else False)
+    return touched(node) if given is not False else set()
+
+
+@lru_cache(maxsize=1024)
+def _inplace_at(target: Any) -> int | None:
+    """The position of a function's ``inplace``."""
+    if not inspect.isfunction(target):
+        return None
+    names = list(inspect.signature(target).parameters)
+    return names.index("inplace") if "inplace" in names else None
+
+
+_IN_PLACE = frozenset(
+    getattr(operator, name) for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name}__")
+) - {operator.index, operator.inv, operator.invert} | {operator.setitem, operator.delitem}  # fmt: skip
+_SWITCHES = ("set_", "manual_seed", "seed", "use_deterministic", "autocast", "_")
+
+
+@lru_cache(maxsize=1)
+def _known() -> frozenset[int]:
+    """Functions of PyTorch and of Python that do what their names say. (By identity: not all can be compared.)"""
+    found = {id(getattr), id(len), id(builtins.sum), id(min), id(max), id(abs), id(isinstance)}
+    for module in (torch, F, torch._C._nn, torch.special, torch.fft, torch.linalg, operator, math):
+        for name in dir(module):
+            if not name.startswith(_SWITCHES) and callable(function := getattr(module, name)):
+                found.add(id(function))
+    found |= {id(torch._C._nn.pad), id(torch.sym_float), id(torch.sym_int)}
+    return frozenset(found)

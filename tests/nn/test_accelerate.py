@@ -1,0 +1,687 @@
+"""`cnnfast.accelerate`, `restore` and `explain`: the same model in place; what is found, and what is not and why."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import cnnfast
+from cnnfast.cpu.packing import PACKS
+from cnnfast.messages import CnnfastWarning, UsageError
+from cnnfast.nn.accelerate_call import record_of
+from cnnfast.nn.rewrite import rewritten
+
+from .test_sequential_training import randomized
+
+
+class Generator(nn.Module):
+    """A block of each kind; an encoder and a decoder, to be called apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(inplace=True))
+        self.decoder = nn.Sequential(
+            nn.ConvTranspose2d(16, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.LeakyReLU(0.2, inplace=True),
+            nn.Upsample(scale_factor=2), nn.Conv2d(32, 16, 3, padding=1), nn.Dropout(0.5), nn.Tanh(),
+            nn.ConvTranspose2d(16, 3, 3, padding=1),
+        )  # fmt: skip
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(z)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.decode(self.encode(x)))
+
+
+def pair(model: nn.Module | None = None) -> tuple[nn.Module, nn.Module]:
+    """(accelerated, plain) with the same values, in eval mode."""
+    torch.manual_seed(0)
+    plain = randomized(Generator() if model is None else model).eval()
+    return cnnfast.accelerate(copy.deepcopy(plain)), plain
+
+
+def images(*shape: int) -> Tensor:
+    return torch.randn(*(shape or (2, 3, 16, 16)), generator=torch.Generator().manual_seed(1))
+
+
+def graphs(model: nn.Module) -> int:
+    record = record_of(model)
+    assert record is not None and record.failed is None
+    return len(record.graphs)
+
+
+@torch.no_grad()
+def same(ours: nn.Module, plain: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Twice, as weights are packed at the second call."""
+    for _ in range(2):
+        a, b = ours(*args, **kwargs), plain(*args, **kwargs)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert a.stride() == b.stride()
+
+
+# --- in place, and back -----------------------------------------------------------------------------------------------
+
+
+def test_it_is_the_same_object_with_the_same_state() -> None:
+    model = Generator()
+    before, parameters = {k: t.clone() for k, t in model.state_dict().items()}, list(model.parameters())
+    assert cnnfast.accelerate(model) is model and type(model) is Generator
+    assert list(model.state_dict()) == list(before)
+    assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))
+    model(images())
+    assert graphs(model) == 1
+    assert cnnfast.restore(model) is model and record_of(model) is None
+    assert all("_compiled_call_impl" not in m.__dict__ for m in model.modules())
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_are_plain(copy_of: Callable[[nn.Module], nn.Module]) -> None:
+    ours, plain = pair()
+    same(ours, plain, images())
+    other = copy_of(ours)
+    assert record_of(other) is None and record_of(ours) is not None
+    same(other, plain, images())
+
+
+def test_a_sequential_of_ours_copies_plain_too() -> None:
+    ours, plain = pair(cnnfast.Sequential(nn.ConvTranspose2d(3, 8, 4, 2, 1), nn.ReLU()))
+    same(ours, plain, images())
+    assert record_of(copy.deepcopy(ours)) is None
+
+
+def test_saving_the_model_saves_the_plain_one() -> None:
+    ours, plain = pair()
+    file = io.BytesIO()
+    torch.save(ours, file)
+    file.seek(0)
+    same(torch.load(file, weights_only=False), plain, images())
+
+
+@pytest.mark.parametrize(
+    ("model", "error"),
+    [
+        (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(3, 3, 1))), "not a"),
+        (lambda: torch.compile(nn.Conv2d(3, 3, 1), backend="eager"), "not a OptimizedModule"),
+    ],
+    ids=["scripted", "compiled"],
+)
+def test_models_that_are_taken_as_they_were_written(model: Callable[[], Any], error: str) -> None:
+    with pytest.raises(UsageError, match=error):
+        cnnfast.accelerate(model())
+
+
+def test_a_model_compiled_in_place_is_refused() -> None:
+    model = nn.Conv2d(3, 3, 1)
+    model.compile(backend="eager")
+    with pytest.raises(UsageError, match="compiled already"):
+        cnnfast.accelerate(model)
+
+
+def test_no_module() -> None:
+    with pytest.raises(TypeError, match="takes an nn.Module, got function"):
+        cnnfast.accelerate(lambda x: x)  # type: ignore[type-var]
+    with pytest.raises(TypeError, match="takes an nn.Module, got int"):
+        cnnfast.explain(3)  # type: ignore[arg-type]
+
+
+# --- what changes later is seen ---------------------------------------------------------------------------------------
+
+
+def test_five_sizes_cost_two_compilations() -> None:
+    ours, plain = pair()
+    for shape in ((1, 3, 16, 16), (2, 3, 24, 24), (3, 3, 40, 32), (5, 3, 16, 20), (2, 3, 64, 16)):
+        same(ours, plain, images(*shape))
+    assert graphs(ours) == 2
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["on the model", "inside"])
+def test_hooks_added_and_removed_later(inside: bool) -> None:
+    ours, plain = pair()
+    same(ours, plain, images())
+    handles = []
+    for model in (ours, plain):
+        module = model.decoder[0] if inside else model  # type: ignore[index]
+        handles.append(module.register_forward_hook(lambda m, args, y: y * 2))
+        handles.append(module.register_forward_pre_hook(lambda m, args: (args[0] + 1,)))
+    assert not torch.allclose(plain(images()), cnnfast.restore(copy.deepcopy(ours))(images()) * 0)
+    same(ours, plain, images())
+    for handle in handles:
+        handle.remove()
+    same(ours, plain, images())
+
+
+def test_changed_attributes_weights_and_modules() -> None:
+    ours, plain = pair()
+    same(ours, plain, images())
+    changes: list[Callable[[Any], None]] = [
+        lambda m: setattr(m.decoder[1], "eps", 0.3),
+        lambda m: setattr(m.decoder[1], "eps", 0.7),
+        lambda m: setattr(m.decoder[2], "negative_slope", 0.5),
+        lambda m: m.decoder[0].weight.data.mul_(0.5),
+        lambda m: setattr(m.decoder[0], "weight", nn.Parameter(m.decoder[0].weight.detach() * 2)),
+        lambda m: m.load_state_dict({k: t * 0.9 if t.is_floating_point() else t for k, t in m.state_dict().items()}),
+        lambda m: m.load_state_dict({k: t.clone() for k, t in m.state_dict().items()}, assign=True) and None,
+        lambda m: m.decoder.__setitem__(2, nn.ELU()),
+        lambda m: torch.nn.utils.parametrizations.weight_norm(m.encoder[0]),
+        lambda m: torch.nn.utils.parametrize.remove_parametrizations(m.encoder[0], "weight"),
+        lambda m: m.decoder[3].__setattr__("scale_factor", 3.0),
+    ]
+    for change in changes:
+        for model in (ours, plain):
+            change(model)
+        same(ours, plain, images())
+    record = record_of(ours)
+    assert record is not None and record.failed is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_cast_models(dtype: torch.dtype) -> None:
+    ours, plain = pair()
+    same(ours, plain, images())
+    x = images().to(dtype)
+    ours.to(dtype), plain.to(dtype)
+    with torch.no_grad():
+        a, b, exact = ours(x), plain(x), copy.deepcopy(plain).double()(x.double())
+    assert a.dtype == b.dtype and a.stride() == b.stride()
+    assert (a - exact).abs().max() <= 2 * (b - exact).abs().max() + torch.finfo(dtype).eps
+
+
+def test_autocast() -> None:
+    ours, plain = pair()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        a, b = ours(images()), plain(images())
+    with torch.no_grad():
+        exact = plain(images())
+    assert a.dtype == b.dtype == torch.bfloat16
+    assert (a - exact).abs().max() <= 2 * (b - exact).abs().max() + 0.004
+    same(ours, plain, images())  # outside again
+
+
+def test_meta_device_and_empty_batches() -> None:
+    ours, plain = pair()
+    same(ours, plain, images(0, 3, 16, 16))
+    assert ours.to("meta")(images().to("meta")).shape == (2, 3, 32, 32)
+
+
+def test_channels_last_models_and_inputs() -> None:
+    ours, plain = pair()
+    same(ours, plain, images().contiguous(memory_format=torch.channels_last))
+    for model in (ours, plain):
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    same(ours, plain, images())
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_with_an_optimiser_and_dropout() -> None:
+    ours, plain = pair()
+    for model in (ours, plain):
+        model.train()
+    optimizers = [torch.optim.Adam(m.parameters(), 1e-3) for m in (ours, plain)]
+    for step in range(3):
+        losses = []
+        for model, optimizer in zip((ours, plain), optimizers, strict=True):
+            torch.manual_seed(step)
+            optimizer.zero_grad(set_to_none=True)
+            loss = model(images()).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for (name, a), b in zip(ours.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    assert int(ours.decoder[1].num_batches_tracked) == 3  # type: ignore[union-attr,index,arg-type]
+
+
+def test_second_derivatives() -> None:
+    ours, plain = pair()
+    found = []
+    for model in (ours, plain):
+        x = images().requires_grad_()
+        (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        found.append(x.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+def test_gradient_checkpointing_computes_again() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.ConvTranspose2d(3, 8, 4, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.body, x, use_reentrant=False)
+
+    ours, plain = pair(Checkpointed())
+    found = []
+    for model in (ours, plain):
+        model.train()
+        x = images().requires_grad_()
+        model(x).square().sum().backward()
+        found.append((x.grad, *[p.grad for p in model.parameters()], *model.buffers()))
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max()
+    assert int(ours.body[1].num_batches_tracked) == 2  # type: ignore[union-attr,index,arg-type]
+
+
+# --- who sees the plain model -----------------------------------------------------------------------------------------
+
+
+def test_tracers_transforms_and_modes_see_the_plain_model() -> None:
+    ours, plain = pair()
+    x = images()
+    same(torch.jit.trace(ours, x, check_trace=False), plain, x)
+    parameters = {k: p.detach() for k, p in ours.named_parameters()}
+    call = torch.func.functional_call
+    torch.testing.assert_close(
+        torch.func.vmap(lambda x: call(ours, parameters, x))(x[None]), plain(x)[None], rtol=1e-5, atol=1e-5
+    )
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        ours(x)
+    with FlopCounterMode(display=False) as expected, torch.no_grad():
+        plain(x)
+    assert counter.get_total_flops() == expected.get_total_flops() > 0
+    tangent = torch.func.jvp(lambda x: ours(x), (x,), (x,))[1]
+    torch.testing.assert_close(tangent, torch.func.jvp(lambda x: plain(x), (x,), (x,))[1])
+    assert graphs(ours) == 0
+
+
+def test_hooks_on_every_module_see_every_module() -> None:
+    ours, _ = pair()
+    seen: list[type] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(type(m)))
+    try:
+        ours(images())
+    finally:
+        handle.remove()
+    assert seen.count(nn.ConvTranspose2d) == 2 and graphs(ours) == 0
+
+
+def test_compiled_and_exported_around() -> None:
+    ours, plain = pair()
+    outer = torch.compile(nn.Sequential(ours, nn.ReLU()), backend="eager", fullgraph=True)
+    torch.testing.assert_close(outer(images()), plain(images()).relu())
+    exported = torch.export.export(ours, (images(),)).module()
+    torch.testing.assert_close(exported(images()), plain(images()))
+
+
+def test_functional_call_with_other_weights() -> None:
+    ours, plain = pair()
+    other = {k: p.detach() * 1.5 for k, p in plain.named_parameters()}
+    same(ours, plain, images())
+    with torch.no_grad():
+        a, b = (torch.func.functional_call(m, other, (images(),)) for m in (ours, plain))
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["at the first call", "later"])
+@pytest.mark.parametrize(
+    "bad",
+    [images(1, 5, 16, 16), images(3, 16, 16, 4, 4), images().long(), None],
+    ids=["channels", "dims", "dtype", "none"],
+)
+def test_a_bad_input_raises_what_it_raised(bad: Any, first: bool) -> None:
+    ours, plain = pair()
+    if not first:
+        same(ours, plain, images())
+    with pytest.raises(Exception) as expected:
+        plain(bad)
+    with pytest.raises(type(expected.value)) as raised:
+        ours(bad)
+    assert type(raised.value) is type(expected.value) and str(raised.value) == str(expected.value)
+    same(ours, plain, images())
+    assert graphs(ours) >= 1
+
+
+def test_what_cannot_be_traced_runs_as_it_stands_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(gm: object) -> Any:
+        raise ValueError("a matcher with a bug")
+
+    monkeypatch.setattr("cnnfast.nn.accelerate_call.rewritten", broken)
+    ours, plain = pair()
+    with pytest.warns(CnnfastWarning, match="Generator runs as it stands: .*a matcher with a bug"):
+        same(ours, plain, images())
+    same(ours, plain, images())
+    assert "a matcher with a bug" in str(cnnfast.explain(ours))
+
+
+# --- methods and parts ------------------------------------------------------------------------------------------------
+
+
+def test_methods_run_the_children() -> None:
+    ours, plain = pair()
+    z = plain.encode(images()).detach()  # type: ignore[operator]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.decode(z), plain.decode(z), rtol=1e-5, atol=1e-5)  # type: ignore[operator]
+    child = record_of(ours.decoder)  # type: ignore[arg-type]
+    assert child is not None and len(child.graphs) == 1 and graphs(ours) == 0
+
+
+def test_weights_are_packed_once() -> None:
+    ours, plain = pair()
+    ours.requires_grad_(False)
+    before = len(PACKS)
+    for _ in range(3):
+        same(ours, plain, images(4, 3, 64, 64))
+    assert len(PACKS) > before
+
+
+def test_scripted_and_quantised_children() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()))
+            self.up = nn.Sequential(nn.ConvTranspose2d(8, 16, 4, 2, 1), nn.ReLU())
+            self.last = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(16, 16)), {nn.Linear})
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.up(self.first(x)).movedim(1, -1))
+
+    torch.manual_seed(0)
+    plain = Mixed().eval()
+    ours = Mixed().eval()
+    for name in ("first", "up"):
+        getattr(ours, name).load_state_dict(getattr(plain, name).state_dict())
+    ours.last = plain.last
+    cnnfast.accelerate(ours)
+    same(ours, plain, images())
+    record = record_of(ours)
+    assert record is not None and record.failed is None and any(g.sites for g in record.graphs)
+
+
+def test_hooks_that_were_there_before() -> None:
+    torch.manual_seed(0)
+    plain = randomized(Generator()).eval()
+    seen: list[int] = []
+    plain.decoder[0].register_forward_hook(lambda m, args, y: seen.append(1) or y * 2)  # type: ignore[index,func-returns-value,union-attr]
+    ours = cnnfast.accelerate(copy.deepcopy(plain))
+    same(ours, plain, images())
+    assert len(seen) == 4
+
+
+def test_an_average_of_weights_is_seen() -> None:
+    ours, plain = pair()
+    same(ours, plain, images())
+    for model in (ours, plain):
+        for k, p in enumerate(model.parameters()):
+            p.data.lerp_(torch.full_like(p, 0.01 * k), 0.1)
+    same(ours, plain, images())
+
+
+def test_in_distributed_data_parallel(tmp_path: Path) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        ours, plain = pair()
+        parallel = nn.parallel.DistributedDataParallel(ours)
+        for model in (parallel, plain):
+            model(images()).square().sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert graphs(ours) >= 1
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert (a.grad - b.grad).abs().max() <= 1e-4 * b.grad.abs().max() + 1e-4
+
+
+# --- what is found ----------------------------------------------------------------------------------------------------
+
+
+class Calls(nn.Module):
+    """One convolution, 64 -> 64 and transposed so that a CPU gains, and calls around it."""
+
+    def __init__(self, calls: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose2d(64, 64, 4, 2, 1)
+        self.plain = nn.Conv2d(64, 64, 3, padding=1)
+        self.norm = nn.BatchNorm2d(64)
+        self.calls = calls
+
+    def forward(self, x: Tensor) -> Any:
+        return self.calls(self, x)
+
+
+FOUND = {
+    "functional": (lambda m, x: F.relu(m.conv(x)), "conv_transpose2d + relu"),
+    "method": (lambda m, x: m.conv(x).tanh(), "conv_transpose2d + tanh"),
+    "in place": (lambda m, x: m.norm(m.conv(x)).relu_(), "conv_transpose2d + batch_norm + relu"),
+    "positional in place": (lambda m, x: F.leaky_relu(m.conv(x), 0.3, True), "conv_transpose2d + leaky_relu"),
+    "added after": (lambda m, x: F.relu(m.norm(m.conv(x)) + m.other), "conv_transpose2d + batch_norm + add + relu"),
+    "added before": (lambda m, x: F.relu(m.other + m.norm(m.conv(x))), "conv_transpose2d + batch_norm + add + relu"),
+    "added in place": (lambda m, x: F.relu(m.conv(x).add_(m.other)), "conv_transpose2d + add + relu"),
+    "size": (
+        lambda m, x: F.relu(m.plain(F.interpolate(x, size=(x.shape[2] * 2, x.shape[3] * 2)))),
+        "interpolate + conv2d + relu",
+    ),
+    "float factor": (lambda m, x: m.plain(F.interpolate(x, scale_factor=2.0)), "interpolate + conv2d"),
+    "padded": (
+        lambda m, x: torch.relu(F.conv2d(F.pad(x, (1, 1, 1, 1), "reflect"), m.plain.weight)),
+        "pad + conv2d + relu",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_functional_forms(name: str) -> None:
+    calls, pattern = FOUND[name]
+    ours, plain = pair(Calls(calls))
+    x = images(2, 64, 16, 16)
+    for model in (ours, plain):
+        model.other = images(2, 64, 32, 32)  # type: ignore[assignment]
+    same(ours, plain, x)
+    same(ours, plain, images(1, 64, 16, 16)) if name.startswith("size") else None
+    with torch.no_grad():
+        (row,) = cnnfast.explain(ours, x).rows
+    assert row.pattern == pattern and row.found and row.flops > 0 and row.bytes > 0
+    assert row.fused or name == "padded", row.why_not
+    assert "test_accelerate.py:" in row.line
+
+
+def _two_users(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    return F.relu(y) + y
+
+
+def _alias(m: Any, x: Tensor) -> Tensor:
+    x = x * 1
+    y = m.conv(x)
+    x.add_(1)
+    return F.relu(y)
+
+
+def _grad_mode(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    torch._C._set_grad_enabled(torch.is_grad_enabled())
+    return F.relu(y)
+
+
+APART = {
+    "two users": (_two_users, "its result has 2 users"),
+    "a write to an alias": (_alias, "add_, which runs in between, may write"),
+    "a switch": (_grad_mode, "_set_grad_enabled, which runs in between"),
+    "another shape": (
+        lambda m, x: F.relu(m.conv(x) + m.other[:, :, :1, :1]),
+        "what is added to it is of another shape",
+    ),
+    "scaled": (lambda m, x: F.relu(torch.add(m.conv(x), m.other, alpha=2)), ""),
+    "onto another": (lambda m, x: F.relu((m.other * 1).add_(m.conv(x))), "add_ follows, which takes it in another way"),
+    "unknown": (lambda m, x: m.conv(x).softmax(1), "softmax follows"),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_does_not_go_on(name: str) -> None:
+    calls, ended = APART[name]
+    ours, plain = pair(Calls(calls))
+    for model in (ours, plain):
+        model.other = images(2, 64, 32, 32)  # type: ignore[assignment]
+    same(ours, plain, images(2, 64, 16, 16))
+    record = record_of(ours)
+    assert record is not None
+    site = record.graphs[-1].sites[0]
+    assert ended in site.ended
+    with torch.no_grad():
+        (row,) = cnnfast.explain(ours, images(2, 64, 16, 16)).rows
+    assert row.pattern == "conv_transpose2d"
+
+
+def test_three_dimensions_and_unknown_padding_say_why() -> None:
+    with torch.no_grad():
+        found = cnnfast.explain(nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU()), images(1, 3, 6, 6, 6))
+        assert found.reasons == {"a convolution of three dimensions has no fused path": 1}
+        found = cnnfast.explain(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")), images())
+        assert found.convolutions == 1
+
+
+# --- torch.compile's own front end ------------------------------------------------------------------------------------
+
+
+def test_as_a_backend_of_torch_compile() -> None:
+    from cnnfast.nn.rewrite import backend
+
+    _, plain = pair()
+    compiled = torch.compile(plain, backend=backend)
+    same(compiled, plain, images())
+
+
+def test_the_entry_point_names_the_backend() -> None:
+    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    assert '[project.entry-points.torch_dynamo_backends]\ncnnfast = "cnnfast.nn.rewrite:backend"' in text
+
+
+def test_a_graph_without_convolutions_stays() -> None:
+    graph = torch.fx.symbolic_trace(nn.ReLU())
+    run, found = rewritten(graph)
+    assert not found.sites and not found.apart and torch.equal(run(torch.ones(2)), torch.ones(2))
+
+
+# --- verification -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification without its times."""
+    monkeypatch.setattr("cnnfast.nn.accelerate_verify._veto", lambda *args: None)
+
+
+@pytest.mark.usefixtures("no_clock")
+@pytest.mark.parametrize("training", [False, True])
+def test_verified_with_example_inputs(training: bool) -> None:
+    _, plain = pair()
+    plain.train(training)
+    model = copy.deepcopy(plain)
+    model.decoder[1].weight.grad = torch.ones(32)  # type: ignore[union-attr,index]
+    torch.manual_seed(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cnnfast.accelerate(model, images())
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(3)), "random state is as before"
+    for (name, a), b in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert torch.equal(model.decoder[1].weight.grad, torch.ones(32))  # type: ignore[union-attr,index]
+    assert model.encoder[0].weight.grad is None  # type: ignore[union-attr,index]
+    found = cnnfast.explain(model)
+    assert found.convolutions >= 4 and all(row.verified == "yes" for row in found.rows), str(found)
+    assert not found.notes
+
+
+@pytest.mark.usefixtures("no_clock")
+def test_a_wrong_step_is_found_and_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cnnfast.nn.chain import Chain
+
+    run = Chain.run
+
+    def wrong(self: Any, x: Any, reading: Any) -> Any:
+        y = run(self, x, reading)
+        return y * 1.001 if self.steps[-1].step.spec.out_channels == 32 else y
+
+    monkeypatch.setattr(Chain, "run", wrong)
+
+    class Apart(Generator):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.decoder[2](self.decoder[1](self.decoder[0](self.encode(x))))
+            y = y + torch.flip(y, (3,))
+            return self.decoder[7](torch.tanh(self.decoder[4](y)))
+
+    ours, plain = pair(Apart())
+    cnnfast.restore(ours)
+    with (
+        torch.no_grad(),
+        pytest.warns(CnnfastWarning, match=r"encoder\.0, decoder\.0: fused, it differs from PyTorch's"),
+    ):
+        cnnfast.accelerate(ours, (images(),))
+    found = cnnfast.explain(ours)
+    off = [row for row in found.rows if row.why_not.startswith("differs")]
+    assert [row.path for row in off] == ["encoder.0", "decoder.0"] and "differs" in off[0].verified
+    assert sum(row.verified == "yes" for row in found.rows) == found.convolutions - 2 == 2
+    same(ours, plain, images())
+
+
+def test_a_slower_model_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cnnfast.timing import Timing
+
+    times = {"cnnfast": 3.0, "plain": 2.0, "channels-last": 1.0}
+
+    def measure(candidates: Any, **kwargs: Any) -> dict[str, Timing]:
+        assert candidates.keys() == times.keys() and all(call() is not None for call in candidates.values())
+        return {name: Timing((t,), 1) for name, t in times.items()}
+
+    monkeypatch.setattr("cnnfast.nn.accelerate_verify.measure", measure)
+    model = Generator().eval()
+    with torch.no_grad(), pytest.warns(CnnfastWarning, match="Generator is restored: on these inputs channels-last"):
+        cnnfast.accelerate(model, {"x": images()})
+    assert record_of(model) is None
+    times["cnnfast"] = 0.9
+    with torch.no_grad():
+        cnnfast.accelerate(model, images())
+    assert record_of(model) is not None
+
+
+# --- explain ----------------------------------------------------------------------------------------------------------
+
+
+def test_explain_leaves_no_trace() -> None:
+    model = Generator()
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    found = cnnfast.explain(model, images())
+    assert record_of(model) is None and found.graphs == found.compilations == 1 and not found.breaks
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+    text = str(found)
+    assert text.startswith(f"Generator: {found.fused} of 4 convolutions fused")
+    assert "decoder.0" in text and "conv_transpose2d + batch_norm + leaky_relu" in text
+
+
+def test_explain_names_what_interrupts() -> None:
+    class Interrupted(Generator):
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.encode(x)
+            return self.decode(z * 2 if z.sum() > 0 else z)
+
+    found = cnnfast.explain(Interrupted(), images())
+    assert found.graphs == 2 and found.breaks and found.convolutions == 4
+
+
+def test_explain_of_a_sequential_of_ours() -> None:
+    model = nn.Sequential(cnnfast.Sequential(nn.ConvTranspose2d(8, 8, 4, 2, 1), nn.ReLU()), nn.Sigmoid())
+    text = str(cnnfast.explain(model))
+    assert "not accelerated" in text and "0-1: ConvTranspose2d + ReLU fused" in text
