@@ -2,9 +2,9 @@
 
 A step is ``ConvTranspose1d/2d/3d``, ``Conv1d/2d/3d`` or ``Upsample(nearest) + Conv2d``, then a norm (Batch-,
 SyncBatch-, Instance- or GroupNorm, in training or eval mode), then an activation, both optional. Ahead of the latter
-two's convolution a module may pad by zeros, reflection or replication. `plan_modules` gives steps for a list of modules,
-and for every other module the reason why it runs as it stands. A step is made of values alone (slots in the list, geometry,
-numbers); whoever runs it reads the tensors from the modules on every call.
+two's convolution a module may pad by zeros, reflection or replication. `plan_modules` gives steps for a list of
+modules, and for every other module the reason why it runs as it stands. A step is made of values alone (slots in the
+list, geometry, numbers); whoever runs it reads the tensors from the modules on every call.
 """
 
 from __future__ import annotations
