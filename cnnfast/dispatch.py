@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch.autograd import forward_ad
 
+from .spec import ConvSpec
 from .step import Operands, Step
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "autocast_dtype",
     "backend",
     "by_kernels",
+    "by_loops",
     "channels_last_inside",
     "check_backend",
     "choose",
@@ -175,6 +177,20 @@ def on_cpu(x: torch.Tensor) -> bool:
 def by_kernels(x: torch.Tensor, name: str | None) -> bool:
     """Whether the GPU's kernels are asked for x under a backend's ``name`` (None: "auto")."""
     return name == "triton" or name != "aten" and x.is_cuda
+
+
+def by_loops(spec: ConvSpec, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether ATen runs this convolution of a CPU tensor (N, C_in, *size), of three dimensions, by loops of its own
+    instead of oneDNN: they are slow, and their result is contiguous, whatever they get. ATen is asked for its choice,
+    which depends on the number of threads, too."""
+    if spec.ndim != 3:
+        return False
+    x, weight = (torch.empty(tuple(n), dtype=dtype, device="cpu") for n in (shape, spec.weight_shape))
+    s, kinds = spec, torch._C._ConvBackend  # type: ignore[attr-defined]
+    found = torch._C._select_conv_backend(
+        x, weight, None, s.stride, s.padding, s.dilation, s.transposed, s.output_padding, s.groups, None
+    )
+    return found in (kinds.Slow3d, kinds.SlowDilated3d, kinds.SlowTranspose3d)
 
 
 def choose(x: torch.Tensor, name: str) -> tuple[Backend, ...]:

@@ -12,6 +12,7 @@ from torch import nn
 __all__ = [
     "channels_last",
     "convert",
+    "format_of",
     "has_both",
     "is_channels_last",
     "new_strides",
@@ -23,18 +24,30 @@ __all__ = [
 M = TypeVar("M", bound=nn.Module)
 
 
+# From the densest dimension to the widest, channels-last, by the number of dimensions.
+_ORDERS = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}
+
+
+def format_of(dims: int, channels_last: bool) -> torch.memory_format:
+    """The memory format of a tensor of so many dimensions: channels_last, of five channels_last_3d."""
+    if not channels_last:
+        return torch.contiguous_format
+    return torch.channels_last_3d if dims == 5 else torch.channels_last
+
+
 def is_channels_last(t: torch.Tensor) -> bool:
-    """ATen's ``suggest_memory_format`` of a 4-D tensor: strides ordered C < W < H < N, sizes of one not deciding
-    alone."""
+    """ATen's ``suggest_memory_format`` of a 4-D or 5-D tensor: strides ordered C < W < H (< D) < N, sizes of one not
+    deciding alone."""
     return suggests_channels_last(t.shape, t.stride())
 
 
 def suggests_channels_last(size: Sequence[int], strides: Sequence[int]) -> bool:
     """`is_channels_last` of a tensor of this size and with these strides."""
-    if len(size) != 4 or strides[1] == 0:
+    order = _ORDERS.get(len(size))
+    if order is None or strides[1] == 0:
         return False
     least = 0
-    for d in (1, 3, 2, 0):
+    for d in order:
         if size[d] == 0 or strides[d] < least:
             return False
         if d == 0 and least == strides[1]:
@@ -44,8 +57,11 @@ def suggests_channels_last(size: Sequence[int], strides: Sequence[int]) -> bool:
 
 
 def new_strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
-    """Those of a new tensor (N, C, H, W), none of them 0, in this format. Where its memory fits both formats, they tell
-    ATen's next operator which of them to take."""
+    """Those of a new tensor (N, C, *size), none of them 0, in this format. Where its memory fits both formats, they
+    tell ATen's next operator which of them to take."""
+    if len(shape) == 5:
+        _, c, d, h, w = shape
+        return (d * h * w * c, 1, h * w * c, w * c, c) if channels_last else (c * d * h * w, d * h * w, h * w, w, 1)
     _, c, h, w = shape
     return (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
 
@@ -73,7 +89,7 @@ def channels_last(module: M) -> M:
 
 
 def to_format(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return t.contiguous(memory_format=format_of(t.dim(), channels_last))
 
 
 def _transposed(t: torch.Tensor) -> torch.Tensor:
@@ -81,10 +97,9 @@ def _transposed(t: torch.Tensor) -> torch.Tensor:
 
     ATen does those in blocks but on one thread; its general copy strides through memory (seven times slower was seen).
     """
-    n, c, h, w = t.shape
     y = t.new_empty(t.shape)
-    for image, source in zip(y, t.permute(0, 2, 3, 1), strict=True):
-        image.view(c, h * w).copy_(source.reshape(h * w, c).t())
+    for image, source in zip(y, t, strict=True):
+        image.flatten(1).copy_(source.movedim(0, -1).flatten(0, -2).t())
     return y
 
 
@@ -101,15 +116,15 @@ class _Transposed(torch.autograd.Function):
 
 
 def convert(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
-    """``t`` (N, C, H, W) in this dtype and memory format; itself where it is that already."""
+    """``t`` (N, C, *size) in this dtype and memory format; itself where it is that already."""
     if not channels_last and t.is_contiguous():
         return t.to(dtype)
     image = t.numel() // max(1, t.shape[0])
     large = image >= 2**20 and t.shape[1] >= 32 or image >= 2**18 and t.shape[1] >= 64
     if large and not channels_last and t.device.type == "cpu" and torch.get_num_threads() <= 4:
-        t = t.to(dtype, memory_format=torch.channels_last)
+        t = t.to(dtype, memory_format=format_of(t.dim(), True))
         return _Transposed.apply(t) if t.requires_grad else _transposed(t)
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    memory_format = format_of(t.dim(), channels_last)
     if t.dtype == dtype:  # the cheaper call, on a path that counts microseconds
         return t.contiguous(memory_format=memory_format)
     return t.to(dtype, memory_format=memory_format)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .activations import Activation, activation_derivative
 from .dispatch import on_cpu
+from .memory_format import format_of
 from .norm_sync import shared, synchronised
 from .norms import Norm, check_values, per_channel
 from .spec import ConvSpec, summed_taps
@@ -44,9 +45,9 @@ def conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, spec:
     """torch's own convolution for ``spec``. x (N, C_in, *size) -> (N, C_out, *output_size)."""
     s = spec
     if s.transposed:
-        ct = F.conv_transpose1d if s.ndim == 1 else F.conv_transpose2d
+        ct = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[s.ndim - 1]
         return ct(x, weight, bias, s.stride, s.padding, s.output_padding, s.groups, s.dilation)
-    c = F.conv1d if s.ndim == 1 else F.conv2d
+    c = (F.conv1d, F.conv2d, F.conv3d)[s.ndim - 1]
     return c(x, weight, bias, s.stride, s.padding, s.dilation, s.groups)
 
 
@@ -248,16 +249,16 @@ def of_one_image(o: Operands, eps: float) -> Tensor | None:
     if (
         not on_cpu(o.x)
         or o.x.dtype != torch.float32
-        or o.x.dim() != 4
+        or o.x.dim() not in (4, 5)
         or o.x.is_contiguous()
-        or not o.x.is_contiguous(memory_format=torch.channels_last)
+        or not o.x.is_contiguous(memory_format=format_of(o.x.dim(), True))
         or o.mean is not None
         or o.var is not None
         or torch.compiler.is_compiling()
         or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given))
     ):
         return None
-    rows = o.x.permute(0, 2, 3, 1).flatten(0, 2)
+    rows = o.x.movedim(1, -1).flatten(0, -2)
     mean = (_sums(rows) / len(rows)).float()
     var = (_sums((rows - mean).square_()) / len(rows)).float()
     return torch.batch_norm(o.x, o.scale, o.shift, mean, var, False, 0.0, eps, False)

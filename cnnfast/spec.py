@@ -97,7 +97,7 @@ def _tuple(value: int | Sequence[int], n: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """Geometry of a 1-D or 2-D convolution, transposed or plain; sizes of the input are not part of it.
+    """Geometry of a 1-, 2- or 3-D convolution, transposed or plain; sizes of the input are not part of it.
 
     Weights have torch's shapes: ``(in_channels, out_channels/groups, *kernel_size)`` when ``transposed``,
     ``(out_channels, in_channels/groups, *kernel_size)`` otherwise.
@@ -260,8 +260,8 @@ class ConvSpec:
         )
 
     def as_2d(self) -> ConvSpec:
-        """A 1-D spec as the 2-D spec of height 1."""
-        if self.ndim == 2:
+        """A 1-D spec as the 2-D spec of height 1; others as they are."""
+        if self.ndim > 1:
             return self
         return replace(
             self,

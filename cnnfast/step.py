@@ -48,8 +48,8 @@ class Upsample:
 
 @dataclass(frozen=True)
 class Step:
-    """``spec`` is the 2-D convolution that runs on the input padded by ``pad`` in ``pad_mode`` (replicate or reflect);
-    None where the step is only what follows one.
+    """``spec`` is the 2-D or 3-D convolution that runs on the input padded by ``pad`` in ``pad_mode`` (replicate or
+    reflect); None where the step is only what follows one.
 
     With ``upsample``, the step is an upsampling and a plain convolution whose weight (C_out, C_in/g, kh, kw) is summed
     to the weight of ``spec`` (`reference.conv_weight`). ``residual``: something is added ahead of the activation.
@@ -58,7 +58,7 @@ class Step:
     spec: ConvSpec  # or None: see above
     activation: Activation = None  # type: ignore[assignment]  # identity: Dynamo (2.11) traces no objects as defaults
     upsample: Upsample | None = None
-    pad: tuple[int, int] = (0, 0)
+    pad: tuple[int, ...] = None  # type: ignore[assignment]  # none: a 0 for each dimension
     pad_mode: str = "replicate"
     norm: Norm | None = None
     residual: bool = False
@@ -66,6 +66,8 @@ class Step:
     def __post_init__(self) -> None:
         if self.activation is None:
             object.__setattr__(self, "activation", Activation())
+        if self.pad is None:
+            object.__setattr__(self, "pad", (0, 0) if self.spec is None or self.spec.ndim < 3 else (0, 0, 0))
 
     @cached_property
     def _hash(self) -> int:
@@ -129,9 +131,10 @@ class Step:
         return self.spec.output_size([n + 2 * p for n, p in zip(input_size, self.pad, strict=True)])
 
     def pad_input(self, x: torch.Tensor) -> torch.Tensor:
-        """x (N, C, H, W) padded by ``pad``."""
-        ph, pw = self.pad
-        return F.pad(x, (pw, pw, ph, ph), mode=self.pad_mode) if ph or pw else x
+        """x (N, C, *size) padded by ``pad``."""
+        if not any(self.pad):
+            return x
+        return F.pad(x, [p for p in reversed(self.pad) for _ in range(2)], mode=self.pad_mode)
 
     def describe(self) -> str:
         """Which layer, for people."""
@@ -179,8 +182,7 @@ def plain_step(spec: ConvSpec, mode: str = "zeros", activation: Activation = Act
         raise ValueError(f"padding_mode={mode!r} must be one of {PADDING_MODES}")
     if mode == "zeros" or not any(spec.padding):
         return Step(spec, activation)
-    ph, pw = spec.padding
-    return Step(replace(spec, padding=(0, 0)), activation, None, (ph, pw), mode)
+    return Step(replace(spec, padding=(0,) * spec.ndim), activation, None, spec.padding, mode)
 
 
 def upsample_step(
@@ -228,7 +230,7 @@ def step_key(step: Step) -> str:
     if s is not None and u is not None:
         conv = f"up {_numbers(u.scale)} {_numbers(u.padding)} {u.mode} {s.groups}"
     elif s is not None:
-        kind, mode = "t" if s.transposed else "c", step.pad_mode if step.pad[0] or step.pad[1] else "zeros"
+        kind, mode = "t" if s.transposed else "c", step.pad_mode if any(step.pad) else "zeros"
         conv = (
             f"{kind} {_numbers(s.stride)} {_numbers(s.padding)} {_numbers(s.dilation)} {_numbers(step.pad)} {mode} "
             f"{s.groups}"
@@ -267,7 +269,7 @@ def _made(key: str, weight_shape: Sequence[int], output_padding: Sequence[int]) 
         stride, padding, dilation, pad = (_ints(n) for n in numbers[:4])
         ints = (tuple(kernel), stride, padding, tuple(output_padding), dilation)
         spec = ConvSpec(how == "t", c_in, c_out, *ints, int(groups))
-        step = Step(spec, activation, None, (pad[0], pad[1]), "replicate" if numbers[4] == "zeros" else numbers[4])
+        step = Step(spec, activation, None, pad, "replicate" if numbers[4] == "zeros" else numbers[4])
     return replace(step, norm=norm, residual=bool(residual))
 
 
@@ -275,7 +277,7 @@ _known_step = lru_cache(maxsize=4096)(_made)
 
 
 def step_of(key: str, weight_shape: Sequence[int] = (), output_padding: Sequence[int] = ()) -> Step:
-    """The step with this `step_key` and output padding whose layer has a weight of this (4-D) shape."""
+    """The step with this `step_key` and output padding whose layer has a weight of this (4-D or 5-D) shape."""
     symbolic = any(isinstance(n, torch.SymInt) for n in (*weight_shape, *output_padding))
     make = _made if symbolic else _known_step
     return make(key, tuple(weight_shape), tuple(output_padding))
@@ -290,7 +292,7 @@ def output_padding_of(step: Step) -> list[int]:
 
 
 class Operands(NamedTuple):
-    """The tensors of one call. x (N, C_in, H, W); weight in the layer's own shape; residual like the output; every
+    """The tensors of one call. x (N, C_in, *size); weight in the layer's own shape; residual like the output; every
     other one of C_out elements (``slope``, PReLU's weight, of 1 or C_out).
 
     ``scale`` and ``shift`` are the norm's weight and bias; ``mean`` and ``var`` its statistics where it is of kind

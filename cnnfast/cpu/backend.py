@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dispatch import Arrangement, Planned, channels_last_inside
+from ..dispatch import Arrangement, Planned, channels_last_inside, needs_gradient
 from ..memory_format import has_both
 from ..step import Operands, Step
 from . import inference
@@ -20,24 +20,34 @@ def why_not(step: Step, o: Operands, *, channels_last: bool, training: bool, req
     """See `dispatch.Backend`."""
     if step.spec is None:
         return "PyTorch's own norms are as fast"
+    if training and step.spec.ndim == 3 and needs_gradient(o):
+        return _NO_TRAINING_3D
     return None if training else inference.why_not(step, o, channels_last)
 
 
 def run(step: Step, o: Operands, *, channels_last: bool, training: bool, required: bool) -> Tensor | None:
     """See `dispatch.Backend`."""
     y = None if training else inference.run(step, o, channels_last)
+    if y is None and step.spec.ndim == 3 and not training:
+        return None
     return by_layers(step, o, channels_last, new=not training) if y is None else y
 
 
 # --- which steps of a chain gain --------------------------------------------------------------------------------------
 
 
+_NO_TRAINING_3D = "in three dimensions, training is left to PyTorch's operators"
+
+
 def arrange(
     steps: Sequence[Planned], shapes: Sequence[torch.Size], eager: Sequence[bool], *, gradient: bool
 ) -> Arrangement | str:
     """Channels-last where it saves more conversions than it costs, and modules where those are as fast."""
+    three = steps[0].ndim == 3
+    if three and gradient:
+        return _NO_TRAINING_3D
     inside, as_eager = channels_last_inside(eager).channels_last, tuple(eager[1:])
-    if not any(eager) and not _saves_conversions(steps, [shape.numel() for shape in shapes], gradient):
+    if not (three or any(eager)) and not _saves_conversions(steps, [shape.numel() for shape in shapes], gradient):
         inside = as_eager
     # Whoever runs the chain converts the input where the first result is channels-last.
     reads = [inside[0] or eager[0], *inside]
@@ -47,7 +57,7 @@ def arrange(
         if s.step.measured and (before or after) and not eager[i + 1] and s.step.norm.kind != "instance":  # type: ignore[union-attr]
             continue  # ATen's statistics are less exact in channels-last, `norm`'s are not
         why[i] = _no_gain_in_training(s, before) if gradient else _no_gain(s, shapes[i], before or after)
-    if why[0] is not None and None not in why and (inside == as_eager or gradient and steps[0].ndim == 1):
+    if why[0] is not None and None not in why and (three or inside == as_eager or gradient and steps[0].ndim == 1):
         return why[0]
     if steps[0].ndim == 1:  # modules would convert on the way in and out
         why = [None] * len(why)
@@ -71,6 +81,8 @@ def _no_gain(s: Planned, shape: torch.Size, channels_last: bool) -> str | None:
     """Why a plain convolution's step gains nothing; ``channels_last``: its input or its result."""
     if s.synchronised:  # its module wants a GPU
         return None
+    if s.step.spec.ndim == 3 and s.step.spec.transposed:
+        return inference.why_slower_transposed(s.step, shape, s.dtype)
     step, norm, slopes = s.step, s.step.norm is not None, s.slopes
     if s.step.measured or s.step.residual:  # what follows the convolution takes its passes anyway
         step, norm, slopes = s.step.bare, False, 0

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 
 from ..activations import Activation
-from ..memory_format import convert
+from ..dispatch import by_loops
+from ..memory_format import convert, format_of
 from ..spec import DTYPES, ConvSpec
 from ..step import Operands, Step
 from .isa import InstructionSet, cache_bytes, instruction_set, lowered_products
@@ -47,6 +48,7 @@ __all__ = [
     "run",
     "why_not",
     "why_slower_plain",
+    "why_slower_transposed",
 ]
 
 
@@ -84,10 +86,12 @@ def gathers(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: Ins
 def _method(
     spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet, matmul: bool = True
 ) -> type[Method]:
-    """The method for products in ``dtype`` on an input (N, C_in, H, W) whose border is already repeated; ``matmul``:
-    they may be matrix products."""
+    """The method for products in ``dtype`` on an input (N, C_in, *size) whose border is already repeated; ``matmul``:
+    they may be matrix products. In three dimensions, oneDNN's operators alone."""
     if not spec.transposed:
         return Convolution
+    if spec.ndim == 3:
+        return Deconvolution
     if matmul and Projection.applies(spec, shape):
         return Projection
     if Merged.applies(spec) and Merged.padded_macs(spec) < Deconvolution.padded_macs(spec):
@@ -97,11 +101,15 @@ def _method(
     return Deconvolution
 
 
+# Multiply-adds from which packed operators are faster than ATen's own loops in three dimensions; transposed ones.
+_LEAST_3D, _LEAST_3D_TRANSPOSED = 2e6, 2e7
+
+
 def _too_few(s: ConvSpec, shape: tuple[int, ...], least: float) -> str | None:
     """Whether the step is too little work for packed operators; ``least`` where ATen leaves oneDNN for a matrix product
     and col2im (or im2col) with little overhead. The condition is ATen's own (``use_mkldnn``)."""
     macs = s.macs(shape[0], shape[2:])
-    small = shape[0] == 1 and math.prod(shape) <= 20480 and min(s.kernel_size) <= 3
+    small = s.ndim == 3 or shape[0] == 1 and math.prod(shape) <= 20480 and min(s.kernel_size) <= 3
     few = macs < (least if small else 2e6)
     return f"{macs} multiply-adds are too few to gain from packed operators" if few else None
 
@@ -122,11 +130,15 @@ def _why_slower(step: Step, shape: tuple[int, ...], method: Method, isa: Instruc
     if isinstance(method, Deconvolution) and not fits and (method.dtype == torch.float32 or isa < InstructionSet.AMX):
         # oneDNN then applies bias and post-ops element by element: ten times slower was seen.
         return f"output size {out} is no multiple of stride {s.stride}, or there is a dilation"
+    if by_loops(s, shape, method.dtype):
+        return _too_few(s, shape, _LEAST_3D_TRANSPOSED)
+    if s.ndim == 3:
+        return "PyTorch's own transposed convolution by oneDNN is as fast in three dimensions"
     return _too_few(s, shape, 8e6)
 
 
 def _padded(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:2], shape[2] + 2 * step.pad[0], shape[3] + 2 * step.pad[1])
+    return (*shape[:2], *(n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)))
 
 
 def _elements(step: Step, shape: tuple[int, ...]) -> tuple[int, int]:
@@ -154,6 +166,10 @@ def why_slower_plain(
     if s.transposed or step.upsample is not None:
         return None
     isa, padded = instruction_set(), _padded(step, shape)
+    if by_loops(s, padded, dtype):
+        if max(s.kernel_size) == 1:
+            return "ATen runs a kernel of one position as a matrix product, without conversions"
+        return _too_few(s, padded, _LEAST_3D)
     before, after = _elements(step, shape)
     elements = before + after
     # In 16 bits ATen takes oneDNN for small inputs, too; few input channels it gathers slowly.
@@ -197,7 +213,7 @@ def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) 
     """How to run ``step`` on an x of this shape and dtype, or why not; ``lowered``: what `lowered_products` says."""
     if dtype not in DTYPES:
         return f"{dtype} has no packed operators"
-    if len(shape) != 4 or not all(shape) or shape[1] != step.spec.in_channels:
+    if len(shape) != step.spec.ndim + 2 or not all(shape) or shape[1] != step.spec.in_channels:
         return f"an input of shape {tuple(shape)} is empty or does not fit"
     try:
         step.output_size(shape[2:])
@@ -221,6 +237,12 @@ def _key(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) 
     # Device and dtype are named: a default may be set (`torch.set_default_device`).
     sample = plan.method.pack(torch.zeros(step.spec.weight_shape, dtype=torch.float32, device="cpu"), None)
     return step, plan.method.dtype, type(plan.method), layout(sample)
+
+
+def why_slower_transposed(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+    """`why_slower_plain` of a transposed convolution."""
+    plan = _way(step, shape, dtype, lowered_products())
+    return plan if isinstance(plan, str) else plan.slower
 
 
 def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str | None:
@@ -247,7 +269,7 @@ def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str |
     o = operands
     norm = not step.residual and step.norm is not None
     slopes = 0 if o.slope is None else o.slope.numel()
-    nchw = not channels_last and not x.is_contiguous(memory_format=torch.channels_last)
+    nchw = not channels_last and not x.is_contiguous(memory_format=format_of(x.dim(), True))
     return why_slower_plain(step, x.shape, x.dtype, norm=norm, slopes=slopes, nchw=nchw)
 
 
@@ -268,11 +290,11 @@ def _pack(method: Method, step: Step, o: Operands) -> tuple[Any, bool]:
     scale, shift = o.folded(step.norm)
     if scale is not None:
         s = step.spec
-        if s.transposed:  # (C_in, C_out/g, kh, kw): the input channels of a group share that group's outputs
+        if s.transposed:  # (C_in, C_out/g, *kernel): the input channels of a group share that group's outputs
             rows = scale.view(s.groups, 1, -1).expand(-1, s.in_channels // s.groups, -1)
-            weight = weight * rows.reshape(s.in_channels, -1)[:, :, None, None]
+            weight = weight * rows.reshape(s.in_channels, -1, *(1,) * s.ndim)
         else:
-            weight = weight * scale[:, None, None, None]
+            weight = weight * scale.view(-1, *(1,) * (s.ndim + 1))
     finite = math.isfinite(weight.sum().item()) and (shift is None or math.isfinite(shift.sum().item()))
     return method.pack(weight, shift), finite
 
@@ -292,13 +314,14 @@ def _prelu(y: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
     """`F.prelu` of a channels-last y. Its loop runs over the channels: in 16 bits, where a vector has 32 of them, a
     number that is no multiple of 32 is left to scalar code (18 times slower was seen for 16 channels), so that several
     pixels are taken as the channels of one."""
-    n, c, h, w = y.shape
+    c = y.shape[1]
     pixels = 32 // math.gcd(c, 32)
-    suits = y.element_size() == 2 and slope.numel() == c and pixels > 1 and n * h * w % pixels == 0
-    if not suits or not y.is_contiguous(memory_format=torch.channels_last):
+    suits = y.element_size() == 2 and slope.numel() == c and pixels > 1 and y.numel() // c % pixels == 0
+    if not suits or not y.is_contiguous(memory_format=format_of(y.dim(), True)):
         return F.prelu(y, slope)
-    rows = F.prelu(y.permute(0, 2, 3, 1).reshape(-1, pixels * c), slope.repeat(pixels))
-    return rows.view(n, h, w, c).permute(0, 3, 1, 2)
+    last = y.movedim(1, -1)
+    rows = F.prelu(last.reshape(-1, pixels * c), slope.repeat(pixels))
+    return rows.view(last.shape).movedim(-1, 1)
 
 
 def _finish(y: torch.Tensor, activation: Activation, o: Operands) -> torch.Tensor:
@@ -313,7 +336,7 @@ def _finish(y: torch.Tensor, activation: Activation, o: Operands) -> torch.Tenso
 def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor | None:
     """The step, for operands that `why_not` accepts. No gradient flows.
 
-    Returns (N, C_out, H_out, W_out) in x's dtype and the memory format asked for; None where weight and vectors are met
+    Returns (N, C_out, *size) in x's dtype and the memory format asked for; None where weight and vectors are met
     for the first time, or hold something else than at the call before: packing them pays if they are met again.
     ValueError where there is no way to run it here (what `why_not` says beyond that is about speed, and is not asked
     again).

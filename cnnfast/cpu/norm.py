@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..dispatch import is_batched
 from ..memory_format import convert
-from ..norms import Norm
+from ..norms import Norm, per_channel
 from ..reference import of_one_image
 from ..step import Operands
 
@@ -34,7 +35,7 @@ def _shifted(o: Operands, mean: Tensor) -> Operands:
 
 
 def _batch_norm(o: Operands, eps: float, shifted: bool = False) -> Tensor:
-    """BatchNorm by the statistics of x (N, C, H, W), of more than one value per channel."""
+    """BatchNorm by the statistics of x (N, C, *size), of more than one value per channel."""
     running = o.mean, o.var
     before = [None if t is None else t.detach().clone() for t in running]
     z, mean, inverse = torch.native_batch_norm(o.x, o.scale, o.shift, *running, True, o.momentum, eps)
@@ -44,7 +45,7 @@ def _batch_norm(o: Operands, eps: float, shifted: bool = False) -> Tensor:
     for t, old in zip(running, before, strict=True):
         if t is not None and old is not None:
             t.data.copy_(old)
-    z = _batch_norm(_shifted(o, mean.view(-1, 1, 1)), eps, shifted=True)
+    z = _batch_norm(_shifted(o, per_channel(mean, o.x)), eps, shifted=True)
     if o.mean is not None:
         o.mean.data.add_(mean.detach(), alpha=o.momentum)
     return z.to(o.x.dtype)
@@ -67,8 +68,8 @@ class _GroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> tuple[Tensor, ...]:
-        n, c, h, w = y.shape
-        z, mean, rstd = torch.native_group_norm(y, weight, bias, n, c, h * w, norm.groups, norm.eps)
+        n, c, *size = y.shape
+        z, mean, rstd = torch.native_group_norm(y, weight, bias, n, c, math.prod(size), norm.groups, norm.eps)
         ctx.norm = norm
         ctx.save_for_backward(y, weight, bias, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
@@ -82,11 +83,11 @@ class _GroupNorm(torch.autograd.Function):
         if grad is None:
             return None, None, None, None
         if not torch.is_grad_enabled() and not is_batched(grad):
-            n, c, h, w = y.shape
+            n, c, *size = y.shape
             # Both channels-last, whatever hooks on saved tensors made of y: it reads memory as if they were alike.
             grad, y = (convert(t, y.dtype, True) for t in (grad, y))
             grads = torch.ops.aten.native_group_norm_backward(
-                grad, y, mean, rstd, weight, n, c, h * w, norm.groups, (True, *need[1:])
+                grad, y, mean, rstd, weight, n, c, math.prod(size), norm.groups, (True, *need[1:])
             )
             return grads[0] if need[0] else None, *grads[1:], None
         # Aliases: y may depend on the vectors elsewhere.
@@ -105,14 +106,15 @@ def _group_norm(o: Operands, norm: Norm, shifted: bool = False) -> Tensor:
     if shifted or not _is_far(mean, inverse, _FAR_GROUP):
         return z
     n, c = o.x.shape[:2]
-    mean = mean.repeat_interleave(c // norm.groups, 1).view(n, c, 1, 1)
+    mean = mean.repeat_interleave(c // norm.groups, 1).view(n, c, *(1,) * (o.x.dim() - 2))
     return _group_norm(_shifted(o, mean), norm, shifted=True).to(o.x.dtype)
 
 
 def normalised(norm: Norm, o: Operands) -> Tensor | None:
     """The norm of a channels-last x; None where `reference` is to do it (it also has the errors for too few values)."""
     x = o.x
-    n, c, h, w = x.shape
+    n, c, *size = x.shape
+    values = math.prod(size)
     wide = torch.promote_types(x.dtype, torch.float32)
     running = [t for t in (o.mean, o.var) if t is not None]
     affine = {t.dtype for t in (o.scale, o.shift) if t is not None}
@@ -121,9 +123,9 @@ def normalised(norm: Norm, o: Operands) -> Tensor | None:
     if not norm.measured or o.group is not None or not fits or x.numel() == 0:
         return None
     if norm.kind == "batch":
-        return _batch_norm(o, norm.eps) if n * h * w > 1 else None
+        return _batch_norm(o, norm.eps) if n * values > 1 else None
     if norm.kind == "group":
-        return _group_norm(o, norm) if c // norm.groups * h * w > 1 else None
-    if h * w == 1 or (n > 1 and (running or c * h * w < 2**13)):
+        return _group_norm(o, norm) if c // norm.groups * values > 1 else None
+    if values == 1 or (n > 1 and (running or c * values < 2**13)):
         return None
     return _instance_norm(o, norm.eps)

@@ -30,7 +30,7 @@ __all__ = ["collapses", "packs", "run"]
 
 def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> Tensor:
     """``step`` with gradients, or with a norm that measures; differentiable any number of times. Dense CPU tensors, x
-    and bias of one floating dtype (the weight may be float32): (N, C_in, H, W) -> (N, C_out, OH, OW) in x's dtype and
+    and bias of one floating dtype (the weight may be float32): (N, C_in, *size) -> (N, C_out, *size) in x's dtype and
     the memory format asked for. Whoever calls it has cast for autocast. ``new``: the weight has just been met for the
     first time (`inference.run`), and is not packed."""
     if torch.is_autocast_enabled("cpu"):  # it would round what is done in float32 on purpose
@@ -73,6 +73,8 @@ def _gains_nothing(step: Step, x: Tensor) -> bool:
     images are safer as they are, too: channels-last, oneDNN's convolutions read past the end of some, torch 2.13.)"""
     if step.upsample is not None:
         return lowered_products() or not collapses(step, x.shape, x.dtype)
+    if step.spec.ndim == 3:
+        return False
     n, c, h, w = x.shape
     return by_aten(step.spec, (n, c, h + 2 * step.pad[0], w + 2 * step.pad[1]), x.dtype)
 
@@ -80,6 +82,9 @@ def _gains_nothing(step: Step, x: Tensor) -> bool:
 def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
     """The convolution of ``step`` and its bias."""
     u, weight = step.upsample, o.weight.to(x.dtype)
+    if step.spec.ndim == 3:
+        y = reference.conv(step.pad_input(x), weight, o.bias, step.spec)
+        return convert(y, y.dtype, True)
     if u is None:
         return convolution(step.pad_input(x), weight, o.bias, step.spec)
     if lowered_products() or not collapses(step, x.shape, x.dtype):

@@ -12,7 +12,7 @@ from ..step import Operands, Step
 from .conv_plan import lower
 from .devices import cuda_index
 
-__all__ = ["NO_DEVICE", "cuda_why_not", "launch_why_not", "spec_why_not", "triton_why_not", "why_not"]
+__all__ = ["NOT_ON_TRITON", "NO_DEVICE", "cuda_why_not", "launch_why_not", "spec_why_not", "triton_why_not", "why_not"]
 
 
 # --- why not Triton ---------------------------------------------------------------------------------------------------
@@ -61,12 +61,15 @@ def launch_why_not(device: torch.device) -> str | None:
     return None if taken == kind else f"the tensors are on {device}, Triton launches on {taken}"
 
 
+NOT_ON_TRITON = "three dimensions: not on Triton yet"
 MIN_CHANNELS = 16  # of a group: one tensor-core fragment
 
 
 def spec_why_not(spec: ConvSpec) -> str | None:
     """Why no kernel runs this convolution, whatever its input."""
     s = spec
+    if s.ndim == 3:
+        return NOT_ON_TRITON
     channels_in, channels_out = s.in_channels // s.groups, s.out_channels // s.groups
     if channels_in < MIN_CHANNELS:
         return f"{channels_in} input channels per group are fewer than {MIN_CHANNELS}"
@@ -111,6 +114,8 @@ def why_not(step: Step, o: Operands, few_channels: bool = False, training: bool 
     if reason is not None:
         return reason
     apart = step.spec is None or training and (step.norm is not None or step.residual)
+    if x.dim() == 5:
+        return NOT_ON_TRITON
     if step.spec is None:
         reason = _norm_why_not(x.shape, x.dtype) if x.numel() else None
     else:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .. import memory_format
 from ..activations import Activation
-from ..dispatch import Planned, autocast_dtype, channels_last_inside, choose, on_cpu, resolve_backend
+from ..dispatch import Planned, autocast_dtype, by_loops, channels_last_inside, choose, on_cpu, resolve_backend
 from ..gradients import enter, plain, squeezed
-from ..memory_format import has_both, is_channels_last, new_strides
+from ..memory_format import format_of, has_both, is_channels_last, new_strides
 from ..norms import check_values
 from ..ops.run import run_step
 from ..step import Operands, Step
@@ -29,16 +29,18 @@ __all__ = ["Bound", "Chain", "Run", "chained"]
 # --- the memory format of eager mode ----------------------------------------------------------------------------------
 
 
-def _eager_layout(step: FusedStep, channels_last: bool, size: Sequence[int], out: Sequence[int]) -> bool:
+def _eager_layout(
+    step: FusedStep, channels_last: bool, size: Sequence[int], out: Sequence[int], loops: bool = False
+) -> bool:
     """Whether eager mode's result suggests channels_last, for an input that does (``channels_last``) or doesn't.
 
     Convolutions follow input or weight, the rest mostly keeps what it gets; but a tensor that is contiguous as well
     comes out of a BatchNorm or an activation as contiguous, InstanceNorm makes its input contiguous, and so does
     GroupNorm on a GPU. In one dimension there is no channels_last: only a weight whose strides happen to say so has an
-    effect, and a norm ends it. (Checked against torch 2.13 on a CPU.)
+    effect, and a norm ends it. ``loops``: `by_loops`, of three. (Checked against torch 2.13 on a CPU.)
     """
     spec, rule = step.step.spec, step.rule
-    if rule is not None and rule.contiguous:
+    if rule is not None and rule.contiguous or loops:
         return False
     if step.ndim == 1:  # ATen makes 3-D inputs contiguous first, and so does padding
         channels_last = channels_last and has_both(spec.in_channels, size) and not any(step.step.pad)
@@ -79,7 +81,10 @@ def _pads(module: nn.Module) -> bool:
     return getattr(module, "padding_mode", "zeros") != "zeros" or isinstance(module, _PADS)
 
 
-_PADS = (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReplicationPad1d, nn.ReplicationPad2d)
+_PADS = (
+    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+)
 
 
 # --- how a chain runs on an input -------------------------------------------------------------------------------------
@@ -119,7 +124,7 @@ class Chain:
     """Consecutive fused steps of one dimensionality, dtype and device."""
 
     steps: tuple[FusedStep, ...]
-    # Of inputs seen: (shape, strides, dtype, device, backend, autocast's dtype, gradient) -> see `bind`.
+    # Of inputs seen: (shape, strides, dtype, device, backend, autocast's dtype, gradient, threads) -> see `bind`.
     _bindings: dict[object, Bound | str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -155,7 +160,9 @@ class Chain:
         if torch._C._is_any_autocast_enabled():
             low = autocast_dtype(x)
         backend = resolve_backend(None)
-        key: tuple[object, ...] = (x.shape, x.stride(), x.dtype, x.device, backend, low, gradient)
+        # In three dimensions, ATen's choice and with it the memory format depends on the number of threads.
+        threads = torch.get_num_threads() if self.steps[0].ndim == 3 else 0
+        key: tuple[object, ...] = (x.shape, x.stride(), x.dtype, x.device, backend, low, gradient, threads)
         for k in self._residuals:
             (r,) = reading.tensors[k]
             key = (*key, None if r is None else (type(r), r.shape, r.stride(), r.dtype, r.device))
@@ -177,7 +184,7 @@ class Chain:
         if x.dim() != first.ndim + 2 or x.numel() == 0:
             return f"an input of shape {tuple(x.shape)} is no batch for a {first.ndim}-D convolution"
         shapes = [torch.Size((*x.shape[:2], *(1,) * (2 - first.ndim), *x.shape[2:]))]
-        eager = [is_channels_last(x if first.ndim == 2 else x.contiguous().unsqueeze(2))]
+        eager = [is_channels_last(x.contiguous().unsqueeze(2) if first.ndim == 1 else x)]
         for s in self.steps:
             n, channels, *size = shapes[-1]
             if channels != s.step.spec.in_channels:
@@ -186,14 +193,16 @@ class Chain:
                 out = s.step.output_size(size)
             except ValueError as error:
                 return str(error)
-            eager.append(_eager_layout(s, eager[-1], size, out))
+            entering = [n, channels, *(k + 2 * p for k, p in zip(size, s.step.pad, strict=True))]
+            loops = by_loops(s.step.spec, entering, low or s.dtype)
+            eager.append(_eager_layout(s, eager[-1], size, out, loops))
             shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
             if s.residual is not None:
                 (added,) = reading.tensors[s.residual]
                 if reason := _why_no_residual(s, added, x, low or x.dtype, shapes[-1]):
                     return reason
                 if s.leads:  # the result of a sum has its first operand's format
-                    eager[-1] = s.ndim == 2 and is_channels_last(added)  # type: ignore[arg-type]
+                    eager[-1] = s.ndim > 1 and is_channels_last(added)  # type: ignore[arg-type]
             if s.step.measured and _one_value(s, shapes[-1]):
                 return "a norm would measure one value"
         arrangement = channels_last_inside(eager)
@@ -212,7 +221,7 @@ class Chain:
             runs[i] = run._replace(measured=s.step.measured, simple=simple)
         padded = any(_pads(reading.modules[k]) for k in first.slots)
         of_gradient = eager[0] or first.weight_channels_last and not padded
-        entered = x if first.ndim == 2 else x.unsqueeze(2)
+        entered = x.unsqueeze(2) if first.ndim == 1 else x
         as_is = not convert and is_channels_last(entered) == of_gradient and not has_both(shapes[0][1], shapes[0][2:])
         both = has_both(shapes[-1][1], shapes[-1][2:])
         return Bound(tuple(runs), low, convert, of_gradient, as_is, both)
@@ -262,7 +271,7 @@ class Chain:
             if not x.requires_grad:
                 x = plain(x, last)
             elif x.stride() != new_strides(x.shape, last):  # a copy: a backward may have saved x
-                x = x.clone(memory_format=torch.channels_last if last else torch.contiguous_format)
+                x = x.clone(memory_format=format_of(x.dim(), last))
         return squeezed(x, 2) if ndim == 1 else x
 
 
@@ -292,8 +301,8 @@ def _enter(x: Tensor, ndim: int, bound: Bound) -> Tensor:
     if not bound.convert:
         return x if x.dtype == dtype else x.to(dtype)
     if x.dtype == dtype:  # the cheaper call, on a path that counts microseconds
-        return x.contiguous(memory_format=torch.channels_last)
-    return x.to(dtype, memory_format=torch.channels_last)
+        return x.contiguous(memory_format=format_of(x.dim(), True))
+    return x.to(dtype, memory_format=format_of(x.dim(), True))
 
 
 def _fused(s: FusedStep, x: Tensor, run: Run, reading: Reading, low: torch.dtype | None) -> Tensor:

@@ -1,11 +1,11 @@
 """Which run of modules is one fused step: the rules, once.
 
-A step is ``ConvTranspose1d/2d``, ``Conv1d/2d`` or ``Upsample(nearest) + Conv2d``, then a norm (Batch-, SyncBatch-,
-Instance- or GroupNorm, in training or eval mode), then an activation, both optional (in a traced graph also something
-that is added between these). Ahead of the latter two's convolution a module may pad by zeros, reflection or
-replication. `plan_modules` gives steps for a list of modules, and
-for every other module the reason why it runs as it stands. A step is made of values alone (slots in the list, geometry,
-numbers); whoever runs it reads the tensors from the modules on every call.
+A step is ``ConvTranspose1d/2d/3d``, ``Conv1d/2d/3d`` or ``Upsample(nearest) + Conv2d``, then a norm (Batch-,
+SyncBatch-, Instance- or GroupNorm, in training or eval mode), then an activation, both optional (in a traced graph also
+something that is added between these). Ahead of the latter two's convolution a module may pad by zeros, reflection or
+replication. `plan_modules` gives steps for a list of modules, and for every other module the reason why it runs as it
+stands. A step is made of values alone (slots in the list, geometry, numbers); whoever runs it reads the tensors from
+the modules on every call.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
         norm=norm,
         rule=rule,
         slope=slope,
-        weight_channels_last=is_channels_last(weight if ndim == 2 else weight.unsqueeze(2)),
+        weight_channels_last=is_channels_last(weight.unsqueeze(2) if ndim == 1 else weight),
         in_place=in_place,
         overwrites=overwrites,
         residual=residual,

@@ -77,7 +77,8 @@ def _only_device_contexts() -> bool:
 class Sequential(nn.Sequential):
     """`torch.nn.Sequential` whose forward runs blocks of modules as one fused step, in inference and in training.
 
-    ``ConvTranspose1d/2d``, ``Conv1d/2d`` or ``Upsample(nearest, integer factor) + Conv2d``, with the norm (Batch-,
+    ``ConvTranspose1d/2d``, ``Conv1d/2d`` (or 3d, on a CPU in inference) or
+    ``Upsample(nearest, integer factor) + Conv2d``, with the norm (Batch-,
     SyncBatch-, Instance- or GroupNorm) and the activation that follow, become one step; every other module runs as it
     stands, a dropout in training mode among them, and so does everything under tracing, forward-mode differentiation
     or a functorch transform, and a module that has hooks. Constructor, children, ``state_dict``, indexing and hooks

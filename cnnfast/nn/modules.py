@@ -121,21 +121,31 @@ def _kinds() -> dict[type, Kind]:
     geometry = ("stride", "padding", "output_padding", "dilation", "groups", "padding_mode")
     add(nn.ConvTranspose1d, "transposed", 1, geometry, _conv_tensors)
     add(nn.ConvTranspose2d, "transposed", 2, geometry, _conv_tensors)
+    add(nn.ConvTranspose3d, "transposed", 3, geometry, _conv_tensors)
     # They pad by this list, made at construction, whenever padding_mode is not "zeros".
     add(nn.Conv1d, "conv", 1, (*geometry, "_reversed_padding_repeated_twice"), _conv_tensors)
     add(nn.Conv2d, "conv", 2, (*geometry, "_reversed_padding_repeated_twice"), _conv_tensors)
+    add(nn.Conv3d, "conv", 3, (*geometry, "_reversed_padding_repeated_twice"), _conv_tensors)
     for upsample in (nn.Upsample, nn.UpsamplingNearest2d):
         add(upsample, "upsample", 2, ("size", "scale_factor", "mode", "align_corners"))
-    for n, pads in ((1, (nn.ReflectionPad1d, nn.ReplicationPad1d)), (2, (nn.ReflectionPad2d, nn.ReplicationPad2d))):
+    pads_of = (
+        (nn.ReflectionPad1d, nn.ReplicationPad1d),
+        (nn.ReflectionPad2d, nn.ReplicationPad2d),
+        (nn.ReflectionPad3d, nn.ReplicationPad3d),
+    )
+    for n, pads in enumerate(pads_of, 1):
         for pad, mode in zip(pads, ("reflect", "replicate"), strict=True):
             add(pad, f"pad {mode}", n, ("padding",))
     add(nn.ZeroPad2d, "pad zeros", 2, ("padding",))
+    add(nn.ZeroPad3d, "pad zeros", 3, ("padding",))
     tracked = ("eps", "momentum", "track_running_stats")
     add(nn.BatchNorm1d, "norm batch", 1, tracked, _norm_tensors)
     add(nn.BatchNorm2d, "norm batch", 2, tracked, _norm_tensors)
+    add(nn.BatchNorm3d, "norm batch", 3, tracked, _norm_tensors)
     add(nn.SyncBatchNorm, "norm sync", 0, tracked, _norm_tensors)
     add(nn.InstanceNorm1d, "norm instance", 1, (*tracked, "num_features"), _norm_tensors)
     add(nn.InstanceNorm2d, "norm instance", 2, (*tracked, "num_features"), _norm_tensors)
+    add(nn.InstanceNorm3d, "norm instance", 3, (*tracked, "num_features"), _norm_tensors)
     add(nn.GroupNorm, "norm group", 0, ("eps", "num_groups"), _group_norm_tensors)
     for cls in dict.fromkeys(cls for row in ACTIVATIONS.values() for cls in row.modules):
         rows = [row for row in ACTIVATIONS.values() if cls in row.modules]
@@ -146,6 +156,7 @@ def _kinds() -> dict[type, Kind]:
     add(nn.AlphaDropout, "dropout", 0)
     add(nn.Dropout1d, "dropout", 1)
     add(nn.Dropout2d, "dropout", 2)
+    add(nn.Dropout3d, "dropout", 3)
     return kinds
 
 

@@ -7,7 +7,8 @@ that are added to a compiled module's children.
 
 Which steps are operators: on a CPU, in inference, transposed convolutions and upsamplings, whose packed form beats what
 Inductor makes of the modules; on a GPU, whatever has a kernel, in training too. The rest is traced as it stands, for
-Inductor to fuse. `torch.export` always gets PyTorch's own operators: an exported program does not need cnnfast.
+Inductor to fuse, steps of three dimensions too. `torch.export` always gets PyTorch's own operators: an exported
+program does not need cnnfast.
 
 torch < 2.13 cannot trace the call that plans a module: there, a Sequential is traced as its modules.
 
@@ -121,7 +122,7 @@ def _walk(
 
 def _worth(s: FusedStep, backend: str | None) -> bool:
     """Whether the step is for the operator; see the head of this file."""
-    if backend == "aten":
+    if backend == "aten" or s.ndim == 3:
         return False
     cuda = s.device.index is not None  # of a CPU there is one, without a number
     if cuda or backend == "triton":

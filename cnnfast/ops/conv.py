@@ -1,4 +1,4 @@
-"""conv1d and conv2d: `torch.nn.functional`'s signatures plus an epilogue."""
+"""conv1d, conv2d and conv3d: `torch.nn.functional`'s signatures plus an epilogue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..activations import Activation
 from .arguments import ActivationParam, Epilogue, Ints
 from .convolution import DOC, convolve
 
-__all__ = ["conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d"]
+__all__ = ["conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"]
 
 
 def conv1d(
@@ -51,6 +51,29 @@ def conv2d(
     return convolve(2, False, input, weight, bias, stride, padding, 0, groups, dilation, e)
 
 
+def conv3d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    *,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: Activation | str | None = None,
+    activation_param: ActivationParam = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    e = Epilogue(scale, shift, residual, activation, activation_param, backend)
+    return convolve(3, False, input, weight, bias, stride, padding, 0, groups, dilation, e)
+
+
+_NOTE_3D = """
+    In three dimensions, packed operators run on a CPU, without gradients; elsewhere PyTorch's own do.
+    """
 _PLAIN = dict(
     kind="convolution",
     function="conv",
@@ -59,6 +82,9 @@ _PLAIN = dict(
 )
 conv1d.__doc__ = DOC.format(ndim=1, batched="N, C_in, L", unbatched="C_in, L", kernel="k", **_PLAIN)
 conv2d.__doc__ = DOC.format(ndim=2, batched="N, C_in, H, W", unbatched="C_in, H, W", kernel="kh, kw", **_PLAIN)
+conv3d.__doc__ = (
+    DOC.format(ndim=3, batched="N, C_in, D, H, W", unbatched="C_in, D, H, W", kernel="kd, kh, kw", **_PLAIN) + _NOTE_3D
+)
 
 
 def conv_transpose1d(
@@ -103,6 +129,27 @@ def conv_transpose2d(
     return convolve(2, True, input, weight, bias, stride, padding, output_padding, groups, dilation, e)
 
 
+def conv_transpose3d(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: Ints = 1,
+    padding: Ints = 0,
+    output_padding: Ints = 0,
+    groups: int = 1,
+    dilation: Ints = 1,
+    *,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    activation: Activation | str | None = None,
+    activation_param: ActivationParam = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    e = Epilogue(scale, shift, residual, activation, activation_param, backend)
+    return convolve(3, True, input, weight, bias, stride, padding, output_padding, groups, dilation, e)
+
+
 _TRANSPOSED = dict(
     kind="transposed convolution",
     function="conv_transpose",
@@ -112,4 +159,8 @@ _TRANSPOSED = dict(
 conv_transpose1d.__doc__ = DOC.format(ndim=1, batched="N, C_in, L", unbatched="C_in, L", kernel="k", **_TRANSPOSED)
 conv_transpose2d.__doc__ = DOC.format(
     ndim=2, batched="N, C_in, H, W", unbatched="C_in, H, W", kernel="kh, kw", **_TRANSPOSED
+)
+conv_transpose3d.__doc__ = (
+    DOC.format(ndim=3, batched="N, C_in, D, H, W", unbatched="C_in, D, H, W", kernel="kd, kh, kw", **_TRANSPOSED)
+    + _NOTE_3D
 )

@@ -1,4 +1,4 @@
-"""What the four public convolutions share: arguments to a step, torch's own function where there is none."""
+"""What the public convolutions share: arguments to a step, torch's own function where there is none."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from .. import dispatch, reference
 from ..activations import Activation
-from ..dispatch import on_cpu, watched
+from ..dispatch import by_loops, on_cpu, watched
 from ..gradients import enter, plain, squeezed
-from ..memory_format import is_channels_last
+from ..memory_format import has_both, is_channels_last
 from ..norms import Norm
 from ..spec import DTYPES, MAX_STRIDE, ConvSpec
 from ..step import Operands, Step, convolution_of
@@ -41,9 +41,14 @@ __all__ = ["DOC", "convolve", "finish", "fused", "takes"]
 _TORCH: dict[tuple[int, bool], Callable[..., Tensor]] = {
     (1, True): F.conv_transpose1d,
     (2, True): F.conv_transpose2d,
+    (3, True): F.conv_transpose3d,
     (1, False): F.conv1d,
     (2, False): F.conv2d,
+    (3, False): F.conv3d,
 }
+
+
+_NOT_TRACED_3D = "in three dimensions, traced code and modes see PyTorch's operators"
 
 
 DOC = """{ndim}-D {kind}, then ``act(scale * (conv + bias) + shift + residual)``.
@@ -189,10 +194,12 @@ def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epil
     unbatched = x.dim() == ndim + 1
     if unbatched:
         x = x.unsqueeze(0)
-    channels_last = ndim == 2 and is_channels_last(x)  # of one dimension, ATen makes the input contiguous first
+    channels_last = ndim > 1 and is_channels_last(x)  # of one dimension, ATen makes the input contiguous first
     if ndim == 1:
         x, w = x.unsqueeze(-2), w.unsqueeze(-2)
     channels_last = channels_last or is_channels_last(w)
+    if ndim == 3 and channels_last and on_cpu(x):
+        channels_last = not by_loops(step.spec, x.shape, x.dtype)
     compiling = torch.compiler.is_compiling()
     if ndim == 1 and not (channels_last or compiling) and is_channels_last(x):
         x = enter(x, x.dtype, None, False) if torch.is_grad_enabled() and x.requires_grad else x
@@ -203,7 +210,7 @@ def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epil
         check_slope(x, slope)
     mixed = False
     if residual is not None:
-        size = step.output_size((x.shape[2], x.shape[3]))[2 - ndim :]
+        size = step.output_size(x.shape[2:])[-ndim:]
         check_residual(x, residual, (*(() if unbatched else x.shape[:1]), step.spec.out_channels, *size))
         residual = residual.unsqueeze(0) if unbatched else residual
         residual = residual.unsqueeze(-2) if ndim == 1 else residual
@@ -214,7 +221,7 @@ def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epil
     else:
         o = Operands(x, w, b, None, None, e.scale, e.shift, residual, slope)
         y = run(step, o, channels_last, e.backend)
-        if not (compiling or y.requires_grad) and (y.shape[1] == 1 or y.shape[2] == y.shape[3] == 1):
+        if not (compiling or y.requires_grad) and has_both(y.shape[1], y.shape[2:]):
             y = y if watched(y) else plain(y, channels_last)
     if ndim == 1:
         y = y.squeeze(-2) if compiling or watched(y) else squeezed(y, 2)
@@ -270,7 +277,8 @@ def convolve(
         affine = e.scale is not None or e.shift is not None
         step = resolve(ndim, transposed, x.shape, w.shape, given, act, affine, e.residual is not None)
         if step is not None:
-            reason = takes(x, w, b, channels)
+            unseen = ndim == 3 and (compiling or watched(x))
+            reason = _NOT_TRACED_3D if unseen else takes(x, w, b, channels)
             if reason is None:
                 return fused(step, ndim, x, w, b, e, slope)
         elif not compiling:

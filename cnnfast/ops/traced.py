@@ -97,11 +97,16 @@ def pays_on_cpu(step: Step) -> bool:
     return step.spec.groups == 1 and (step.spec.transposed or step.upsample is not None)
 
 
+def takes(step: Step) -> bool:
+    """Whether there may be an operator for the step: not in three dimensions, nor without a convolution."""
+    return step.spec is not None and len(step.spec.kernel_size) < 3
+
+
 def traced_step(step: Step, o: Operands, channels_last: bool, backend: str | None) -> Tensor:
     """`run.run_step` in traced code: an operator, or PyTorch's own operators where there is none (a gradient on a CPU,
     a functorch transform), where it does not pay, or where none is wanted: an exported program is to run without
     cnnfast."""
-    if torch.compiler.is_dynamo_compiling() and not exporting() and not transformed() and step.spec is not None:
+    if torch.compiler.is_dynamo_compiling() and not exporting() and not transformed() and takes(step):
         backend = chosen_backend() if backend is None else backend
         measured = step.norm is not None and step.norm.measured
         if (

@@ -168,7 +168,6 @@ UNFUSED: dict[str, tuple[list[nn.Module], int, str]] = {
     "plain-padding-list": ([having(nn.Conv2d(4, 6, 3), padding=[1, 1])], 0, "is not a tuple"),
     "plain-bias": ([having(nn.Conv1d(4, 6, 3), bias=nn.Parameter(torch.zeros(5)))], 0, r"shape \(5,\)"),
     "plain-subclass": ([nn.LazyConv2d(6, 3)], 0, "subclass of Conv2d"),
-    "three-dimensional": ([nn.Conv3d(4, 6, 3)], 0, "no part"),
     "strided-elsewhere": ([nn.Conv2d(4, 6, 3, 2, device="meta")], 0, "meta"),
     "pixel-shuffle": ([nn.Conv2d(4, 8, 3), nn.PixelShuffle(2)], 1, "does not shuffle pixels yet"),
     "activation-after-shuffle": ([nn.Conv2d(4, 8, 3), nn.PixelShuffle(2), nn.PReLU()], 2, "no convolution ahead"),
@@ -179,7 +178,6 @@ UNFUSED: dict[str, tuple[list[nn.Module], int, str]] = {
     "unknown-activation": ([ct(), nn.Softplus()], 1, "Softplus is no part"),
     "subclass": ([Other(4, 6, 3)], 0, "subclass of ConvTranspose2d"),
     "lazy": ([nn.LazyConvTranspose2d(6, 3)], 0, "subclass of ConvTranspose2d"),
-    "three-dimensions": ([nn.ConvTranspose3d(4, 6, 3)], 0, "no part"),
     **{
         register: ([hooked(ct(), register)], 0, "hooks")
         for register in (

@@ -1,0 +1,262 @@
+"""cnnfast.Sequential and cnnfast.ops in three dimensions: PyTorch's results, formats and errors."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cnnfast
+from cnnfast.cpu.packing import PACKS
+
+from ..tolerance import assert_close
+from .test_drop_in import close
+from .test_sequential_training import randomized
+
+LAST = torch.channels_last_3d
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
+def both(*modules: nn.Module) -> tuple[nn.Sequential, cnnfast.Sequential]:
+    plain = randomized(nn.Sequential(*modules)).eval()
+    return plain, cnnfast.Sequential(*copy.deepcopy(plain))  # type: ignore[return-value, misc]
+
+
+def assert_same(plain: nn.Sequential, ours: cnnfast.Sequential, x: Tensor, what: str = "") -> None:
+    """Three calls without gradients: of a weight that is new, that is packed, and from the pack."""
+    with torch.no_grad():
+        want = plain(x)
+        exact = copy.deepcopy(plain).double()(x.double())
+        for _ in range(3):
+            got = ours(x)
+            assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride()), what
+            assert_close(got, exact, want, what)
+
+
+STACKS = {
+    "batch norm": lambda: [nn.Conv3d(16, 24, 3, padding=1, bias=False), nn.BatchNorm3d(24), nn.ReLU()],
+    "strided": lambda: [nn.Conv3d(16, 24, 3, 2, 1), nn.LeakyReLU(0.2), nn.Conv3d(24, 8, 1), nn.Tanh()],
+    "transposed": lambda: [nn.ConvTranspose3d(16, 8, 4, 2, 1), nn.BatchNorm3d(8), nn.ReLU()],
+    "group norm": lambda: [nn.Conv3d(16, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.SiLU(), nn.Conv3d(16, 8, 3)],
+    "instance norm": lambda: [nn.Conv3d(16, 8, 3), nn.InstanceNorm3d(8, affine=True), nn.ReLU(True)],
+    "grouped": lambda: [nn.Conv3d(16, 16, 3, groups=4), nn.PReLU(16), nn.ConvTranspose3d(16, 16, 2, 2, groups=4)],
+    "padded": lambda: [nn.ReplicationPad3d((1, 1, 0, 0, 2, 2)), nn.Conv3d(16, 8, (5, 1, 3)), nn.Sigmoid()],
+    "reflect": lambda: [nn.Conv3d(16, 8, 3, padding=(1, 2, 1), padding_mode="reflect"), nn.ELU()],
+    "upsampling": lambda: [nn.Upsample(scale_factor=2), nn.Conv3d(16, 8, 3, padding=1), nn.BatchNorm3d(8), nn.GELU()],
+    "one channel": lambda: [nn.Conv3d(16, 1, 3, padding=1), nn.Softplus()],
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_results_and_strides_are_pytorchs(name: str, batch: int, channels_last: bool) -> None:
+    plain, ours = both(*STACKS[name]())
+    x = torch.randn(batch, 16, 9, 8, 10)
+    if channels_last:
+        x = x.contiguous(memory_format=LAST)
+    assert list(plain.state_dict()) == list(ours.state_dict())
+    assert_same(plain, ours, x)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_lower_precision_is_pytorchs(name: str) -> None:
+    plain, ours = both(*STACKS[name]())
+    x = torch.randn(2, 16, 8, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            for _ in range(3):
+                got, want = ours(x), plain(x)
+                assert (got.dtype, got.stride()) == (want.dtype, want.stride())
+                exact = copy.deepcopy(plain).double()
+                with torch.autocast("cpu", enabled=False):
+                    assert_close(got, exact(x.double()), want)
+    assert_same(plain.bfloat16(), ours.bfloat16(), x.bfloat16())
+
+
+def test_weights_are_packed_in_inference() -> None:
+    _, ours = both(*STACKS["batch norm"](), nn.ConvTranspose3d(24, 24, 3, 2, 1, 1), nn.ReLU())
+    x = torch.randn(1, 16, 12, 12, 12)
+    before = len(PACKS)
+    with torch.no_grad():
+        assert ours.explain(x) == "0-2: Conv3d + BatchNorm3d + ReLU fused\n3-4: ConvTranspose3d + ReLU fused"
+        ours(x), ours(x)
+    assert len(PACKS) == before + 2
+
+
+def test_a_changed_weight_is_seen() -> None:
+    plain, ours = both(*STACKS["batch norm"]())
+    x = torch.randn(1, 16, 9, 9, 9)
+    assert_same(plain, ours, x)
+    for m in (plain, ours):
+        m[0].weight.data.mul_(-2)  # type: ignore[operator, union-attr]
+    assert_same(plain, ours, x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", STACKS)
+def test_gradients_and_buffers_are_pytorchs(name: str, training: bool) -> None:
+    plain, ours = both(*STACKS[name]())
+    plain.train(training), ours.train(training)
+    for last in (False, True):
+        x = torch.randn(2, 16, 7, 8, 6)
+        x = x.contiguous(memory_format=LAST) if last else x
+        found = []
+        for m in (plain, ours):
+            m.zero_grad()
+            leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            y = m(leaf)
+            y.square().sum().backward()
+            found.append([y.detach(), leaf.grad, *(p.grad for p in m.parameters()), *m.buffers()])
+        for want, got in zip(*found, strict=True):
+            assert got.stride() == want.stride()
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert "training is left to PyTorch" in ours.explain(x) or "upsampling" in name
+
+
+def test_batch_statistics_without_gradients() -> None:
+    plain, ours = both(*STACKS["batch norm"]())
+    plain.train(), ours.train()
+    x = torch.randn(2, 16, 8, 8, 8) + 3
+    exact = copy.deepcopy(plain).double()
+    with torch.no_grad():
+        want, got, y64 = plain(x), ours(x), exact(x.double())
+    assert got.stride() == want.stride()
+    assert_close(got, y64, want)
+    for buffer, w, b64 in zip(ours.buffers(), plain.buffers(), exact.buffers(), strict=True):
+        assert_close(buffer, b64, w) if buffer.is_floating_point() else torch.testing.assert_close(buffer, w)
+
+
+@pytest.mark.parametrize("shape", [(1, 15, 8, 8, 8), (1, 16, 8, 8), (1, 16, 1, 1, 1), (16, 16), (0, 16, 4, 4, 4)])
+def test_errors_are_pytorchs(shape: tuple[int, ...]) -> None:
+    plain, ours = both(nn.Conv3d(16, 8, 3), nn.BatchNorm3d(8), nn.ReLU())
+    outcomes = []
+    for m in (plain, ours):
+        try:
+            with torch.no_grad():
+                outcomes.append((tuple(m(torch.ones(shape)).shape), ""))
+        except (RuntimeError, ValueError) as error:
+            outcomes.append(((), str(error)))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_triton_declines_with_a_reason() -> None:
+    _, ours = both(*STACKS["batch norm"]())
+    with cnnfast.backend("triton"), torch.no_grad():
+        with pytest.raises(RuntimeError, match="three dimensions: not on Triton yet|triton is not installed"):
+            ours(torch.ones(1, 16, 8, 8, 8))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_stacks(seed: int) -> None:
+    r = random.Random(seed)
+    modules: list[nn.Module] = []
+    channels = first = r.choice([1, 2, 8, 16])
+    for _ in range(r.randint(1, 3)):
+        out, groups = r.choice([1, 2, 8, 12]), 1
+        kernel = tuple(r.choice([1, 2, 3]) for _ in range(3))
+        if r.random() < 0.4:
+            modules.append(
+                nn.ConvTranspose3d(
+                    channels, out, kernel, r.choice([1, 2]), r.choice([0, 0, 1]) * min(1, min(kernel) - 1)
+                )
+            )
+        else:
+            mode = r.choice(["zeros", "zeros", "replicate"])
+            padding = tuple(k // 2 for k in kernel)
+            modules.append(
+                nn.Conv3d(channels, out, kernel, r.choice([1, 1, 2]), padding, 1, groups, r.random() < 0.5, mode)
+            )
+        channels = out
+        norm = r.choice(["", "batch", "group", "running"])
+        if norm in ("batch", "running"):
+            modules.append(nn.BatchNorm3d(channels))
+        elif norm == "group":
+            modules.append(nn.GroupNorm(1, channels))
+        modules += r.choice([[], [nn.ReLU()], [nn.GELU()], [nn.PReLU(channels)], [nn.Hardtanh()]])
+    plain, ours = both(*modules)
+    x = torch.randn(r.choice([1, 2]), first, *(r.choice([4, 6, 11]) for _ in range(3)))
+    if r.random() < 0.5:
+        x = x.contiguous(memory_format=LAST)
+    if r.random() < 0.3:
+        for m in plain, ours:
+            for c in m:
+                if isinstance(c, nn.Conv3d | nn.ConvTranspose3d):
+                    c.to(memory_format=LAST)
+    if r.random() < 0.3:
+        plain, ours, x = plain.bfloat16(), ours.bfloat16(), x.bfloat16()
+    if x.dtype != torch.float32:
+        assert_same(plain, ours, x, str(plain))
+        return
+    with torch.no_grad():
+        want, exact = plain(x), copy.deepcopy(plain).double()(x.double())
+        for _ in range(3):
+            got = ours(x)
+            assert got.stride() == want.stride()
+            close(got, exact.float())
+
+
+# --- the functions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_functions(transposed: bool, channels_last: bool) -> None:
+    ours, theirs = (
+        (cnnfast.ops.conv3d, F.conv3d) if not transposed else (cnnfast.ops.conv_transpose3d, F.conv_transpose3d)
+    )
+    w, b = nn.Parameter(torch.randn(16, 16, 3, 3, 3) / 20), nn.Parameter(torch.randn(16))
+    scale, shift = torch.rand(16) + 0.5, torch.randn(16)
+    x = torch.randn(2, 16, 8, 9, 10)
+    x = x.contiguous(memory_format=LAST) if channels_last else x
+    for stride, residual in ((1, False), (2, True), ((1, 2, 1), True)):
+        with torch.no_grad():
+            bare = theirs(x, w, b, stride, 1)
+            r = torch.randn_like(bare) if residual else None
+            v = (-1, 1, 1, 1)
+            plain = bare * scale.view(v) + shift.view(v) + (0 if r is None else r)
+            bare64 = theirs(x.double(), w.double(), b.double(), stride, 1)
+            exact = bare64 * scale.double().view(v) + shift.double().view(v) + (0 if r is None else r.double())
+            for _ in range(3):
+                got = ours(x, w, b, stride, 1, scale=scale, shift=shift, residual=r, activation="relu")
+                assert got.stride() == bare.stride()
+                assert_close(got, exact.relu(), plain.relu())
+        assert ours(x[0], w, b, stride, 1).shape == bare.shape[1:]
+        assert ours(x.to("meta"), w.to("meta"), b.to("meta"), stride, 1).shape == bare.shape
+
+
+@pytest.mark.parametrize("function", [cnnfast.ops.conv3d, cnnfast.ops.conv_transpose3d])
+def test_functions_gradients(function: object) -> None:
+    x = torch.randn(2, 2, 3, 4, 3, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(2, 2, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(2, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return function(x, w, b, 2, 1, activation="silu")  # type: ignore[operator]
+
+    assert torch.autograd.gradcheck(run, (x, w, b))
+    assert torch.autograd.gradgradcheck(run, (x, w, b))
+
+
+def test_functions_errors() -> None:
+    x, w = torch.randn(1, 4, 5, 5, 5), torch.randn(8, 3, 3, 3, 3)
+    with pytest.raises(RuntimeError) as theirs:
+        F.conv3d(x, w)
+    with pytest.raises(RuntimeError) as ours:
+        cnnfast.ops.conv3d(x, w)
+    assert str(ours.value) == str(theirs.value)
+    with pytest.raises(RuntimeError, match="three dimensions|triton"):
+        cnnfast.ops.conv3d(torch.ones(1, 4, 5, 5, 5), torch.ones(4, 4, 3, 3, 3), backend="triton")
