@@ -66,12 +66,12 @@ def _why_no_residual(s: FusedStep, residual: Any, x: Tensor, dtype: torch.dtype,
     """Why the step cannot add ``residual`` (in the dimensions of its layer), or None. ``out``: its result's shape."""
     if type(residual) is not Tensor and type(residual) is not nn.Parameter:
         return f"a {type(residual).__name__} is added"
-    shape = out if s.ndim == 2 else out[:2] + out[3:]
+    shape = out[:2] + out[3:] if s.ndim == 1 else out
     if residual.shape != shape or residual.dtype != dtype or residual.device != x.device:
         return f"{residual.dtype} of shape {tuple(residual.shape)} is added to {dtype} of shape {tuple(shape)}"
     if has_both(out[1], out[2:]):
         return "a sum of maps with one channel or position"
-    if residual.is_contiguous() or s.ndim == 2 and residual.is_contiguous(memory_format=torch.channels_last):
+    if residual.is_contiguous() or s.ndim > 1 and residual.is_contiguous(memory_format=format_of(s.ndim + 2, True)):
         return None
     return f"what is added has strides {residual.stride()}"
 

@@ -57,8 +57,6 @@ def _each(value: Any, n: int) -> Any:
 
 def _conv(n: int, transposed: bool) -> Callable[[Values], Part]:
     def part(v: Values) -> Part:
-        if n == 3:
-            return Part("", 0, "a convolution of three dimensions has no fused path")
         geometry = (
             _each(v["stride"], n),
             _each(v["padding"], n),

@@ -543,10 +543,32 @@ def test_what_does_not_go_on(name: str) -> None:
     assert row.pattern == "conv_transpose2d"
 
 
-def test_three_dimensions_and_unknown_padding_say_why() -> None:
+class Residual3d(nn.Module):
+    """As in SegResNet: what is added has three dimensions, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.conv = nn.GroupNorm(4, 16), nn.Conv3d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(F.relu(self.norm(x))) + x)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_three_dimensions(channels_last: bool) -> None:
+    ours, plain = pair(nn.Sequential(Residual3d(), Residual3d()))
+    x = images(1, 16, 12, 12, 12)
+    if channels_last:
+        ours, plain = (m.to(memory_format=torch.channels_last_3d) for m in (ours, plain))
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    same(ours, plain, x)
     with torch.no_grad():
-        found = cnnfast.explain(nn.Sequential(nn.Conv3d(3, 4, 3), nn.ReLU()), images(1, 3, 6, 6, 6))
-        assert found.reasons == {"a convolution of three dimensions has no fused path": 1}
+        found = cnnfast.explain(ours, x)
+    assert found.found == 2 and found.rows[0].pattern == "conv3d + add + relu"
+
+
+def test_unknown_padding_runs_as_it_stands() -> None:
+    with torch.no_grad():
         found = cnnfast.explain(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")), images())
         assert found.convolutions == 1
 
