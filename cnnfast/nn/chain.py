@@ -149,7 +149,7 @@ class Chain:
         last = self.steps[-1]
         return (last.ndim, last.dtype, last.device) == (step.ndim, step.dtype, step.device)
 
-    def bind(self, x: Any, reading: Reading) -> Bound | str:
+    def bind(self, x: Any, reading: Reading, last: bool | None = None) -> Bound | str:
         """How each step runs on x, or why all modules run as they stand."""
         if type(x) is not Tensor and type(x) is not nn.Parameter:
             return f"the input is a {type(x).__name__}, not a plain tensor"
@@ -162,7 +162,7 @@ class Chain:
         backend = resolve_backend(None)
         # In three dimensions, ATen's choice and with it the memory format depends on the number of threads.
         threads = torch.get_num_threads() if self.steps[0].ndim == 3 else 0
-        key: tuple[object, ...] = (x.shape, x.stride(), x.dtype, x.device, backend, low, gradient, threads)
+        key: tuple[object, ...] = (x.shape, x.stride(), x.dtype, x.device, backend, low, gradient, last, threads)
         for k in self._residuals:
             (r,) = reading.tensors[k]
             key = (*key, None if r is None else (type(r), r.shape, r.stride(), r.dtype, r.device))
@@ -170,10 +170,12 @@ class Chain:
         if bound is None:
             if len(self._bindings) >= _MAX_BINDINGS:
                 self._bindings.clear()
-            bound = self._bindings[key] = self._bind(x, reading, backend, low, gradient)
+            bound = self._bindings[key] = self._bind(x, reading, backend, low, gradient, last)
         return bound
 
-    def _bind(self, x: Tensor, reading: Reading, backend: str, low: torch.dtype | None, gradient: bool) -> Bound | str:
+    def _bind(
+        self, x: Tensor, reading: Reading, backend: str, low: torch.dtype | None, gradient: bool, last: bool | None
+    ) -> Bound | str:
         first = self.steps[0]
         if low is not None:
             dtypes = {s.rule.dtype for s in self.steps if s.rule is not None} - {None, torch.float32, low}
@@ -205,6 +207,8 @@ class Chain:
                     eager[-1] = s.ndim > 1 and is_channels_last(added)  # type: ignore[arg-type]
             if s.step.measured and _one_value(s, shapes[-1]):
                 return "a norm would measure one value"
+        if last is not None:
+            eager[-1] = last and not has_both(shapes[-1][1], shapes[-1][2:])
         arrangement = channels_last_inside(eager)
         for by in choose(x, backend):
             planned = [self._planned(s, reading, low) for s in self.steps]
@@ -247,9 +251,10 @@ class Chain:
 
     # --- running it ---------------------------------------------------------------------------------------------------
 
-    def run(self, x: Any, reading: Reading) -> Any:
-        """The chain's modules on x, fused where that can be."""
-        bound = self.bind(x, reading)
+    def run(self, x: Any, reading: Reading, last: bool | None = None) -> Any:
+        """The chain's modules on x, fused where that can be. ``last``: whether the result of fused ones is
+        channels-last; None: as eager mode's."""
+        bound = self.bind(x, reading, last)
         if isinstance(bound, str):
             for k in self.slots:
                 x = reading.modules[k](x)

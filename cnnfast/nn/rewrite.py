@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .rewrite_calls import CallKind, call_kind, conv_functions
 from .rewrite_effects import Everything, storages, touched, value, written
+from .rewrite_layout import keep_channels_last
 from .rewrite_site import Call, Place, Ref, Site
 
 __all__ = ["Apart", "Graph", "backend", "rewritten"]
@@ -86,6 +87,7 @@ def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
             continue  # an upsampling or a padding that nothing takes in
         taken.update(run.nodes)
         found.sites.append(_replace(gm.graph, run))
+    keep_channels_last(gm.graph)
     gm.graph.lint()
     gm.recompile()
 

@@ -26,7 +26,8 @@ Values = Mapping[str, Any]
 class CallKind(NamedTuple):
     """How to read one function's call. ``parameters``: names and defaults, in order; ``tensors``: those of the
     parameters that are tensors, as a `Part` has them ("" for one that it does not have); ``input``: those that may be
-    the tensor that comes through the step; ``starts``: a step can begin here."""
+    the tensor that comes through the step; ``starts``: a step can begin here; ``pointwise``: it gives the memory format
+    that it gets, and the same numbers in each."""
 
     name: str
     parameters: tuple[tuple[str, Any], ...]
@@ -34,6 +35,7 @@ class CallKind(NamedTuple):
     part: Callable[[Values], Part]
     input: tuple[str, ...] = ("input",)
     starts: bool = False
+    pointwise: bool = False
 
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
         """The arguments by name; None where the call has others."""
@@ -198,7 +200,7 @@ def _activations() -> dict[Any, CallKind]:
 
     def add(name: str, functions: Sequence[Any], parameters: Any, cls: type[nn.Module], *attributes: Any) -> None:
         tensors = ("weight",) if cls is nn.PReLU else ()
-        kind = CallKind(name, parameters, tensors, _activation(cls, *attributes))
+        kind = CallKind(name, parameters, tensors, _activation(cls, *attributes), pointwise=True)
         table.update(dict.fromkeys(functions, kind))
 
     x = _p("input")

@@ -131,12 +131,14 @@ _MAX_PLANS = 64
 @dataclass(eq=False)
 class Site:
     """``calls`` on one input and the operands. ``ended``: why it takes in no more. ``off``: why it runs as it stands,
-    or None; ``verified``: "yes", "no", or what was wrong: both are set by verification. ``ran``: how it ran the last
-    time, or the reason why all calls ran as they stand."""
+    or None; ``verified``: "yes", "no", or what was wrong: both are set by verification. ``channels_last``: the format
+    of its result where that is not eager mode's by the input that it gets (`rewrite_layout`). ``ran``: how it ran the
+    last time, or the reason why all calls ran as they stand."""
 
     calls: tuple[Call, ...]
     ended: str = ""
     off: str | None = None
+    channels_last: bool | None = None
     verified: str = "no"
     ran: tuple[Chain | Unfused | str, ...] = ()
     _plans: dict[object, tuple[Chain | Unfused, ...]] = field(default_factory=dict, repr=False)
@@ -147,6 +149,12 @@ class Site:
         self._scalars = tuple(k for c in self.calls for k in c.scalars)
         first = self.calls[0]
         self._by_size = first.kind.name == "interpolate"
+
+    @property
+    def added(self) -> set[int]:
+        """The places of the operands that are added to a convolution's result."""
+        places = zip(self.calls, self._tensors, strict=True)
+        return {k for call, own in places if call.kind.name == "add" for k in own if k is not None}
 
     @property
     def paths(self) -> list[str]:
@@ -164,15 +172,18 @@ class Site:
             self.ran = (why,)
             for call in self.calls:
                 x = call.run(x, operands)
-            return x
+            return x.contiguous() if self.channels_last is False else x
         tensors = [tuple([None if k is None else operands[k] for k in places]) for places in self._tensors]
         items = self._planned(x, operands, tensors)
         calls: Any = _Calls(self.calls, operands)
         reading = Reading(calls, [], tensors)
         self.ran = items
         for item in items:
-            x = item.run(x, reading) if isinstance(item, Chain) else self.calls[item.slot].run(x, operands)
-        return x
+            if isinstance(item, Chain):
+                x = item.run(x, reading, self.channels_last if item is items[-1] else None)
+            else:
+                x = self.calls[item.slot].run(x, operands)
+        return x.contiguous() if self.channels_last is False else x
 
     def _planned(self, x: Tensor, operands: Sequence[Any], tensors: list[tuple[Any, ...]]) -> tuple[Any, ...]:
         seen = [

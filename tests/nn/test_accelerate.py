@@ -573,6 +573,93 @@ def test_unknown_padding_runs_as_it_stands() -> None:
         assert found.convolutions == 1
 
 
+# --- memory formats between steps -------------------------------------------------------------------------------------
+
+
+class Maps(nn.Module):
+    """Two convolutions whose steps gain, with a function of the first one's result in between."""
+
+    def __init__(self, between: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.second = nn.ConvTranspose2d(16, 32, 4, 2, 1), nn.ConvTranspose2d(32, 16, 4, 2, 1)
+        self.third = nn.ConvTranspose2d(64, 16, 4, 2, 1)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Any:
+        y = F.relu(self.first(x))
+        return self.between(self, y)  # type: ignore[call-arg]
+
+
+def written(m: Any, y: Tensor) -> Tensor:
+    z = m.second(y)
+    y[:, 0] = 1
+    return z.sum() + y
+
+
+BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Any], list[bool | None]]] = {
+    "a step with two users": (lambda m, y: m.second(y) + m.second(y * 0.5), [True, False, True]),
+    "activations": (lambda m, y: m.second(F.silu(y) + F.relu(y) * 0.5), [True, False]),
+    "a pool": (lambda m, y: m.second(F.max_pool2d(y, 2)), [True, False]),
+    "a sum": (lambda m, y: m.second(y).tanh() + F.interpolate(y, scale_factor=2.0)[:, :16], [True, False]),
+    "cat": (lambda m, y: m.third(torch.cat([y, torch.sigmoid(y)], 1)), [True, False]),
+    "cat along rows": (lambda m, y: m.second(torch.cat([y, y], 2)), [None, None]),
+    "returned, too": (lambda m, y: (m.second(y), y), [True, False]),
+    "returned": (lambda m, y: y, [None]),
+    "dropout": (lambda m, y: m.second(F.dropout(y * 2, 0.5, training=True)), [None, None]),
+    "a sum of positions": (lambda m, y: m.second(y) * y.mean((1, 2, 3), keepdim=True), [True, False]),
+    "a view": (lambda m, y: (m.second(y), y.view(y.shape[0], -1)), [None, None]),
+    "written": (written, [None, None]),
+    "as a weight": (lambda m, y: F.conv2d(m.second(y), y[:, :16, :3, :3].contiguous()), [None, None]),
+}
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("name", BETWEEN)
+def test_channels_last_stays_between_steps_where_nobody_can_tell(name: str, gradients: bool) -> None:
+    between, formats = BETWEEN[name]
+    if name == "written" and gradients:
+        pytest.skip("autograd has saved it")
+    ours, plain = pair(Maps(between))  # type: ignore[arg-type]
+    x = images(2, 16, 8, 8)
+    for _ in range(2):
+        results = []
+        for model in (ours, plain):
+            torch.manual_seed(5)
+            given = x.clone().requires_grad_(gradients)
+            with torch.set_grad_enabled(gradients):
+                ys = model(given)
+            ys = ys if isinstance(ys, tuple) else (ys,)
+            if gradients:
+                sum(y.sin().mean() for y in ys).backward()  # type: ignore[union-attr]
+            results.append([*ys, *([given.grad, *(p.grad for p in model.parameters())] if gradients else [])])
+            model.zero_grad()
+        for a, b in zip(*results, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+                assert a.stride() == b.stride()
+    record = record_of(ours)
+    assert record is not None
+    assert [site.channels_last for site in record.graphs[-1].sites] == formats
+
+
+def test_nothing_is_converted_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cnnfast.nn import chain
+
+    seen: list[bool] = []
+    run_step = chain.run_step
+
+    def recorded(step: Any, o: Any, **how: Any) -> Tensor:
+        y = run_step(step, o, **how)
+        seen.extend(t.is_contiguous(memory_format=torch.channels_last) for t in (o.x, y))
+        return y
+
+    monkeypatch.setattr(chain, "run_step", recorded)
+    ours, plain = pair(Maps(BETWEEN["activations"][0]))  # type: ignore[arg-type]
+    same(ours, plain, images(2, 16, 8, 8))
+    assert seen[1:3] == [True, True] and seen[3] is False
+
+
 # --- torch.compile's own front end ------------------------------------------------------------------------------------
 
 
@@ -633,8 +720,8 @@ def test_a_wrong_step_is_found_and_switched_off(monkeypatch: pytest.MonkeyPatch)
 
     run = Chain.run
 
-    def wrong(self: Any, x: Any, reading: Any) -> Any:
-        y = run(self, x, reading)
+    def wrong(self: Any, x: Any, reading: Any, *rest: Any) -> Any:
+        y = run(self, x, reading, *rest)
         return y * 1.001 if self.steps[-1].step.spec.out_channels == 32 else y
 
     monkeypatch.setattr(Chain, "run", wrong)
