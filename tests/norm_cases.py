@@ -10,16 +10,25 @@ import torch
 from torch import Tensor
 
 from cnnfast.activations import Activation, activation_derivative
-from cnnfast.norms import Norm
+from cnnfast.norms import KINDS, Norm
 from cnnfast.ops.run import run_step
 from cnnfast.reference import composition
 from cnnfast.step import Operands, Step, norm_step
 
 from .tolerance import assert_close
 
-__all__ = ["FORMATS", "NormCase", "Tensors", "check", "compute", "expect", "spread"]
+__all__ = ["FORMATS", "NormCase", "Tensors", "check", "compute", "expect", "of_every_kind", "spread"]
 
 FORMATS = {True: torch.channels_last, False: torch.contiguous_format}
+
+
+def of_every_kind(*norms: Norm) -> dict[str, Norm]:
+    """``norms`` by kind. All kinds must be there but "running", whose statistics are given: a new one is tested by
+    whoever asks for every kind."""
+    found = {norm.kind: norm for norm in norms}
+    if missing := {*KINDS} - {"running", *found}:
+        raise ValueError(f"no case of the norm {', '.join(sorted(missing))}")
+    return found
 
 
 @dataclass

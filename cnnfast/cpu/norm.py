@@ -126,6 +126,6 @@ def normalised(norm: Norm, o: Operands) -> Tensor | None:
         return _batch_norm(o, norm.eps) if n * values > 1 else None
     if norm.kind == "group":
         return _group_norm(o, norm) if c // norm.groups * values > 1 else None
-    if values == 1 or (n > 1 and (running or c * values < 2**13)):
+    if norm.kind != "instance" or values == 1 or (n > 1 and (running or c * values < 2**13)):
         return None
     return _instance_norm(o, norm.eps)

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
-from cnnfast import reference
+from cnnfast import norms, reference
 from cnnfast.activations import Activation
 from cnnfast.cpu import conv_autograd, inference, methods, training
+from cnnfast.cpu import norm as cpu_norm
 from cnnfast.cpu.conv_autograd import Ways, ways
 from cnnfast.cpu.isa import InstructionSet
 from cnnfast.norms import Norm
@@ -27,6 +28,7 @@ from cnnfast.reference import run_reference
 from cnnfast.spec import ConvSpec
 from cnnfast.step import Operands, Step, Upsample, norm_step, plain_step, upsample_step
 
+from ..norm_cases import of_every_kind
 from ..tolerance import assert_close
 
 CL = torch.channels_last
@@ -348,12 +350,7 @@ def test_upsampling_and_convolution(name: str, dtype: torch.dtype, monkeypatch: 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
 
-NORMS = {
-    "batch": Norm("batch", eps=1e-3),
-    "instance": Norm("instance"),
-    "group": Norm("group", 3),
-    "affine": Norm("affine"),
-}
+NORMS = of_every_kind(Norm("batch", eps=1e-3), Norm("instance"), Norm("group", 3), Norm("affine"))
 
 
 def normalised(norm: Norm) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -393,6 +390,13 @@ def finish(norm: Norm | None, activation: Activation = Activation(), residual: T
         return training._finished(norm_step(norm, residual is not None, activation), o)
 
     return f
+
+
+def test_a_norm_that_is_not_known_here_is_left_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norms, "KINDS", (*norms.KINDS, "new"))
+    monkeypatch.setattr(norms, "MEASURED", (*norms.MEASURED, "new"))
+    o = Operands(torch.randn(1, 12, 32, 32).contiguous(memory_format=CL))
+    assert cpu_norm.normalised(Norm("instance"), o) is not None and cpu_norm.normalised(Norm("new"), o) is None
 
 
 @pytest.mark.parametrize("shape", [(3, 12, 7, 5), (1, 12, 9, 8), (3, 12, 32, 32)], ids=str)

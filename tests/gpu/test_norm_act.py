@@ -10,14 +10,13 @@ import torch
 from cnnfast.activations import ACTIVATIONS, Activation
 from cnnfast.norms import Norm
 
-from ..norm_cases import NormCase, check
+from ..norm_cases import NormCase, check, of_every_kind
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NORMS: dict[str, Norm | None] = {
-    "batch": Norm("batch"), "instance": Norm("instance", eps=1e-3), "group": Norm("group", 4), "affine": Norm("affine"),
-    "none": None,
+    **of_every_kind(Norm("batch"), Norm("instance", eps=1e-3), Norm("group", 4), Norm("affine")), "none": None,
 }  # fmt: skip
 TABLE = [Activation(name) for name in ACTIVATIONS] + [Activation("leaky_relu", (-0.3,)), Activation("elu", (-0.5,))]
 OFTEN = ("relu", "silu", "prelu")

@@ -21,10 +21,10 @@ from cnnfast.ops.run import run_step
 from cnnfast.reference import composition
 from cnnfast.step import Operands, norm_step
 
-from ..norm_cases import NormCase, expect, spread
+from ..norm_cases import NormCase, expect, of_every_kind, spread
 from ..tolerance import assert_close
 
-NORMS = {"batch": Norm("batch"), "instance": Norm("instance"), "group": Norm("group", 2), "affine": Norm("affine")}
+NORMS = of_every_kind(Norm("batch"), Norm("instance"), Norm("group", 2), Norm("affine"))
 TABLE = [Activation(name) for name in ACTIVATIONS] + [Activation("leaky_relu", (-0.3,)), Activation("elu", (-0.5,))]
 RELU, TANH = Activation("relu"), Activation("tanh")
 
