@@ -45,7 +45,7 @@ def keep_channels_last(graph: fx.Graph) -> None:
             useful.add(node)
     kept &= useful
     for node in nodes:
-        if isinstance(node.target, Site) and _is_map(node) and (node in kept or not kept.isdisjoint(_taken(node))):
+        if isinstance(node.target, Site) and (node in kept or any(n in kept and _takes(node, n) for n in _taken(node))):
             node.target.channels_last = node in kept
     for node in nodes:
         if node in kept:
@@ -78,8 +78,10 @@ def _is_map(node: fx.Node) -> bool:
 
 def _keeps(node: fx.Node) -> bool:
     """Whether it gives the format that it gets, and the same numbers in each."""
-    if node.op not in ("call_function", "call_method") or isinstance(node.target, Site):
-        return isinstance(node.target, Site)
+    if isinstance(node.target, Site):
+        return node.target.any_format
+    if node.op not in ("call_function", "call_method"):
+        return False
     if node.target is torch.cat:
         dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
         return isinstance(dim, int) and dim == 1
@@ -113,7 +115,7 @@ def _taken(node: fx.Node) -> set[Any]:
 
 def _takes(user: fx.Node, node: fx.Node) -> bool:
     """Whether ``user`` is a site with a result like `_is_map` that takes ``node``, and as that alone."""
-    if not isinstance(user.target, Site) or not _is_map(user):
+    if not isinstance(user.target, Site) or not user.target.any_format or not _is_map(user):
         return False
     added = user.target.added
     others = {a for k, a in enumerate(user.args[1:]) if k not in added}

@@ -157,6 +157,16 @@ class Site:
         return {k for call, own in places if call.kind.name == "add" for k in own if k is not None}
 
     @property
+    def any_format(self) -> bool:
+        """Whether its calls give the same numbers in any memory format: a dropout's mask follows the memory, and of
+        channels-last maps ATen takes a batch's and a group's statistics less exactly."""
+        names = {call.kind.name for call in self.calls}
+        if "group_norm" in names or any("dropout" in name for name in names):
+            return False
+        norms = [call.kind.bind(call.args, call.kwargs) for call in self.calls if call.kind.name == "batch_norm"]
+        return all(bound is not None and bound["training"] is False for bound in norms)
+
+    @property
     def paths(self) -> list[str]:
         """Of its convolutions."""
         return [c.place.path for c in self.calls if c.kind.name.startswith("conv") and c.place.path]

@@ -583,6 +583,7 @@ class Maps(nn.Module):
         super().__init__()
         self.first, self.second = nn.ConvTranspose2d(16, 32, 4, 2, 1), nn.ConvTranspose2d(32, 16, 4, 2, 1)
         self.third = nn.ConvTranspose2d(64, 16, 4, 2, 1)
+        self.same = nn.Conv2d(32, 32, 3, padding=1)
         self.between = between
 
     def forward(self, x: Tensor) -> Any:
@@ -606,6 +607,11 @@ BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Any], list[bool | None]]] = {
     "returned, too": (lambda m, y: (m.second(y), y), [True, False]),
     "returned": (lambda m, y: y, [None]),
     "dropout": (lambda m, y: m.second(F.dropout(y * 2, 0.5, training=True)), [None, None]),
+    "dropout in the next step": (
+        lambda m, y: m.third(torch.cat([F.dropout(m.same(y), 0.5, training=True), y], 1)),
+        [None, None, None],
+    ),
+    "statistics in the next step": (lambda m, y: F.group_norm(m.second(y), 4) + y.mean(), [None, None]),
     "a sum of positions": (lambda m, y: m.second(y) * y.mean((1, 2, 3), keepdim=True), [True, False]),
     "a view": (lambda m, y: (m.second(y), y.view(y.shape[0], -1)), [None, None]),
     "written": (written, [None, None]),
