@@ -71,7 +71,8 @@ def _why_no_residual(s: FusedStep, residual: Any, x: Tensor, dtype: torch.dtype,
         return f"{residual.dtype} of shape {tuple(residual.shape)} is added to {dtype} of shape {tuple(shape)}"
     if has_both(out[1], out[2:]):
         return "a sum of maps with one channel or position"
-    if residual.is_contiguous() or s.ndim > 1 and residual.is_contiguous(memory_format=format_of(s.ndim + 2, True)):
+    # Not `is_contiguous`: a dimension of one may have any stride, and ATen's sum follows it.
+    if residual.is_contiguous() if s.ndim == 1 else residual.stride() in [new_strides(shape, f) for f in (False, True)]:
         return None
     return f"what is added has strides {residual.stride()}"
 

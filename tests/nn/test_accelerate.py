@@ -567,6 +567,26 @@ def test_three_dimensions(channels_last: bool) -> None:
     assert found.found == 2 and found.rows[0].pattern == "conv3d + add + relu"
 
 
+@pytest.mark.parametrize("leads", [False, True])
+def test_sum_with_a_stride_of_a_dimension_of_one(leads: bool) -> None:
+    """As attention leaves its maps: channels-last but for the batch's stride, which ATen's sum follows."""
+    ours, plain = pair(
+        Calls(lambda m, x: torch.rand_like(F.relu(m.other + m.conv(x) if leads else m.conv(x) + m.other)))
+    )
+    other = images(32 * 32, 1, 64).permute(1, 2, 0).reshape(1, 64, 32, 32)
+    assert other.stride() == (64, 1, 32 * 64, 64)
+    for model in (ours, plain):
+        model.other = other  # type: ignore[assignment]
+    x = images(1, 64, 16, 16)
+    results = []
+    with torch.no_grad():
+        for model in (ours, plain):
+            torch.manual_seed(0)
+            results.append(model(x))
+    assert results[0].stride() == results[1].stride()
+    assert torch.equal(*results)
+
+
 def test_unknown_padding_runs_as_it_stands() -> None:
     with torch.no_grad():
         found = cnnfast.explain(nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")), images())
