@@ -14,7 +14,10 @@ from .. import trained
 from ..messages import one_line
 from ..nn.layers import Sequential
 from .dcgan import DCGANConfig, DCGANGenerator
+from .fast_neural_style import FastStyle, FastStyleConfig
 from .ncnn import by_order
+from .pix2pix import Pix2PixConfig, Pix2PixUNet
+from .resnet import ResNetConfig, ResNetGenerator
 from .rrdb import RRDB, RRDBConfig
 from .selfie import Selfie, SelfieConfig
 from .span import SPAN, SPANConfig
@@ -64,6 +67,10 @@ _MODELS: Mapping[str, _Family] = MappingProxyType(
         "style_any": _Family(StyleConfig(100, (8, 16, 32), 5, (16, 8), predicted=True), StyleTransfer),
         "style_predictor": _Family(StylePredictorConfig(), StylePredictor),
         "selfie": _Family(SelfieConfig(), Selfie),
+        "pix2pix": _Family(Pix2PixConfig(), Pix2PixUNet),
+        "cyclegan": _Family(ResNetConfig(), ResNetGenerator),
+        "pix2pixhd": _Family(ResNetConfig(n_downsampling=4, use_bias=True), ResNetGenerator),
+        "fast_style": _Family(FastStyleConfig(), FastStyle),
     }
 )
 # Names with trained weights: those that are fetched and those that ship with the package.
