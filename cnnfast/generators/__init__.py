@@ -15,6 +15,7 @@ from ..messages import one_line
 from ..nn.layers import Sequential
 from .dcgan import DCGANConfig, DCGANGenerator
 from .fast_neural_style import FastStyle, FastStyleConfig
+from .hifigan import HiFiGAN, HiFiGANConfig
 from .ncnn import by_order
 from .pix2pix import Pix2PixConfig, Pix2PixUNet
 from .resnet import ResNetConfig, ResNetGenerator
@@ -23,8 +24,10 @@ from .selfie import Selfie, SelfieConfig
 from .span import SPAN, SPANConfig
 from .srvgg import SRVGG, SRVGGConfig
 from .style import StyleConfig, StylePredictor, StylePredictorConfig, StyleTransfer
+from .taesd import TinyDecoder, TinyDecoderConfig
 from .text_image import TextImageConfig, TextImageGenerator
 from .unet import RepairConfig, RepairUNet
+from .vae import VAEDecoder, VAEDecoderConfig
 from .waifu2x import CUNet, CUNetConfig, UpConv7, UpConv7Config
 from .weights import PRETRAINED, WeightsError, load_weights
 
@@ -71,6 +74,9 @@ _MODELS: Mapping[str, _Family] = MappingProxyType(
         "cyclegan": _Family(ResNetConfig(), ResNetGenerator),
         "pix2pixhd": _Family(ResNetConfig(n_downsampling=4, use_bias=True), ResNetGenerator),
         "fast_style": _Family(FastStyleConfig(), FastStyle),
+        "vae_decoder": _Family(VAEDecoderConfig(), VAEDecoder),
+        "taesd_decoder": _Family(TinyDecoderConfig(), TinyDecoder),
+        "hifigan": _Family(HiFiGANConfig(), HiFiGAN),
     }
 )
 # Names with trained weights: those that are fetched and those that ship with the package.

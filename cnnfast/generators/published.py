@@ -1,4 +1,4 @@
-"""What the layouts of several published generators share: their norms by name, and what old checkpoints hold beside."""
+"""What the layouts of several published generators share: their norms by name, and what checkpoints hold beside."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["check_positive", "drop_statistics", "norm2d"]
+__all__ = ["check_positive", "drop_encoder", "drop_statistics", "norm2d"]
 
 
 def norm2d(kind: str, channels: int) -> nn.Module:
@@ -28,6 +28,13 @@ def drop_statistics(module: nn.Module, state_dict: dict[str, Any], prefix: str) 
         if isinstance(norm, (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)) and not norm.track_running_stats:
             for statistic in ("running_mean", "running_var", "num_batches_tracked"):
                 state_dict.pop(f"{prefix}{name}.{statistic}", None)
+
+
+def drop_encoder(state_dict: dict[str, Any], prefix: str) -> None:
+    """Take out of ``state_dict`` what an autoencoder's has ahead of the latents."""
+    for name in list(state_dict):
+        if name.startswith((f"{prefix}encoder.", f"{prefix}quant_conv.")):
+            del state_dict[name]
 
 
 def check_positive(config: Any, *names: str) -> None:

@@ -35,7 +35,10 @@ SHAPES = {
 }
 
 # What takes a published checkpoint, of which this package has none.
-WITHOUT_WEIGHTS = ["dcgan", "pix2pix", "cyclegan", "pix2pixhd", "fast_style"]
+WITHOUT_WEIGHTS = [
+    *("dcgan", "pix2pix", "cyclegan", "pix2pixhd", "fast_style"),
+    *("vae_decoder", "taesd_decoder", "hifigan"),
+]
 
 
 def pair(config: DCGANConfig, seed: int = 0) -> tuple[DCGANGenerator, DCGANGenerator]:
