@@ -20,6 +20,7 @@ from .ncnn import by_order
 from .pix2pix import Pix2PixConfig, Pix2PixUNet
 from .resnet import ResNetConfig, ResNetGenerator
 from .rrdb import RRDB, RRDBConfig
+from .segresnet import SegResNet, SegResNetConfig
 from .selfie import Selfie, SelfieConfig
 from .span import SPAN, SPANConfig
 from .srvgg import SRVGG, SRVGGConfig
@@ -77,6 +78,10 @@ _MODELS: Mapping[str, _Family] = MappingProxyType(
         "vae_decoder": _Family(VAEDecoderConfig(), VAEDecoder),
         "taesd_decoder": _Family(TinyDecoderConfig(), TinyDecoder),
         "hifigan": _Family(HiFiGANConfig(), HiFiGAN),
+        # That of MONAI's bundle brats_mri_segmentation.
+        "segresnet": _Family(
+            SegResNetConfig(init_filters=16, in_channels=4, out_channels=3, dropout_prob=0.2), SegResNet
+        ),
     }
 )
 # Names with trained weights: those that are fetched and those that ship with the package.
