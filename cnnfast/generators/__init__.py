@@ -25,6 +25,7 @@ from .selfie import Selfie, SelfieConfig
 from .span import SPAN, SPANConfig
 from .srvgg import SRVGG, SRVGGConfig
 from .style import StyleConfig, StylePredictor, StylePredictorConfig, StyleTransfer
+from .stylegan2 import StyleGAN2, StyleGAN2Config
 from .taesd import TinyDecoder, TinyDecoderConfig
 from .text_image import TextImageConfig, TextImageGenerator
 from .unet import RepairConfig, RepairUNet
@@ -82,6 +83,7 @@ _MODELS: Mapping[str, _Family] = MappingProxyType(
         "segresnet": _Family(
             SegResNetConfig(init_filters=16, in_channels=4, out_channels=3, dropout_prob=0.2), SegResNet
         ),
+        "stylegan2": _Family(StyleGAN2Config(), StyleGAN2),
     }
 )
 # Names with trained weights: those that are fetched and those that ship with the package.
