@@ -1,5 +1,5 @@
 """RRDBNet of ESRGAN (Wang et al., 2018) as Real-ESRGAN publishes it: residual-in-residual dense blocks, then two times
-nearest upsampling and a convolution. ``state_dict`` keys are the published ones; `load_state_dict` knows those of
+nearest upsampling and a convolution. ``state_dict`` keys are the published ones; ``load_state_dict`` knows those of
 ESRGAN's first two releases, too.
 """
 

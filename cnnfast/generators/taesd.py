@@ -1,7 +1,7 @@
 """The decoder of TAESD, the tiny autoencoder for Stable Diffusion (Ollin Boer Bohan, 2023): 3x3 convolutions and ReLU.
 
 ``state_dict`` keys are those of diffusers' ``AutoencoderTiny`` without its encoder: ``decoder.layers.*``.
-`load_state_dict` takes the whole autoencoder's, too, and leaves ``encoder.*`` out.
+``load_state_dict`` takes the whole autoencoder's, too, and leaves ``encoder.*`` out.
 """
 
 from __future__ import annotations

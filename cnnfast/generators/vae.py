@@ -1,7 +1,7 @@
 """The decoder of latent diffusion's autoencoder (Rombach, Blattmann, Lorenz, Esser and Ommer, 2022).
 
 ``state_dict`` keys are those of diffusers' ``AutoencoderKL`` without its encoder: ``decoder.*`` and
-``post_quant_conv.*``. `load_state_dict` takes the whole autoencoder's, too, and leaves ``encoder.*`` and
+``post_quant_conv.*``. ``load_state_dict`` takes the whole autoencoder's, too, and leaves ``encoder.*`` and
 ``quant_conv.*`` out; of older ones it knows the attention's former names.
 """
 
