@@ -19,6 +19,7 @@ from .fast_neural_style import FastStyle, FastStyleConfig
 from .hifigan import HiFiGAN, HiFiGANConfig
 from .ncnn import by_order
 from .pix2pix import Pix2PixConfig, Pix2PixUNet
+from .pix2pixhd import LocalEnhancer, LocalEnhancerConfig
 from .resnet import ResNetConfig, ResNetGenerator
 from .rrdb import RRDB, RRDBConfig
 from .segresnet import SegResNet, SegResNetConfig
@@ -76,6 +77,7 @@ _MODELS: Mapping[str, _Family] = MappingProxyType(
         "pix2pix": _Family(Pix2PixConfig(), Pix2PixUNet),
         "cyclegan": _Family(ResNetConfig(), ResNetGenerator),
         "pix2pixhd": _Family(ResNetConfig(n_downsampling=4, use_bias=True), ResNetGenerator),
+        "pix2pixhd_local": _Family(LocalEnhancerConfig(), LocalEnhancer),
         "fast_style": _Family(FastStyleConfig(), FastStyle),
         "vae_decoder": _Family(VAEDecoderConfig(), VAEDecoder),
         "taesd_decoder": _Family(TinyDecoderConfig(), TinyDecoder),

@@ -36,7 +36,7 @@ SHAPES = {
 
 # What takes a published checkpoint, of which this package has none.
 WITHOUT_WEIGHTS = [
-    *("dcgan", "pix2pix", "cyclegan", "pix2pixhd", "fast_style"),
+    *("dcgan", "pix2pix", "cyclegan", "pix2pixhd", "pix2pixhd_local", "fast_style"),
     *("vae_decoder", "taesd_decoder", "hifigan", "segresnet", "stylegan2"),
 ]
 

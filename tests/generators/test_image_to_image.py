@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from cnnfast.generators import create_model
 from cnnfast.generators.fast_neural_style import FastStyle, FastStyleConfig
 from cnnfast.generators.pix2pix import Pix2PixConfig, Pix2PixUNet
+from cnnfast.generators.pix2pixhd import LocalEnhancer, LocalEnhancerConfig
 from cnnfast.generators.resnet import ResNetConfig, ResNetGenerator
 
 from .family import check, disturbed, fused, same_as_published, shapes, unfused
@@ -214,6 +215,59 @@ def test_resnet_names_are_pix2pixhd_s() -> None:
     assert found["model.16.conv_block.1.weight"] == (1024, 1024, 3, 3) and found["model.38.weight"] == (3, 64, 7, 7)
 
 
+def local_enhancer(config: LocalEnhancerConfig, state: Mapping[str, Tensor], x: Tensor, training: bool) -> Tensor:
+    """Of one halving inside and one block outside, of instance norms."""
+
+    def padded(name: str, x: Tensor, p: int) -> Tensor:
+        return conv(state, name, F.pad(x, (p,) * 4, mode="reflect"))
+
+    def behind(x: Tensor) -> Tensor:
+        return F.relu(F.instance_norm(x))
+
+    def down(name: str, x: Tensor) -> Tensor:
+        x = behind(padded(f"{name}.1", x, 3))
+        return behind(conv(state, f"{name}.4", x, 2, 1))
+
+    def block_and_up(name: str, at: int, x: Tensor) -> Tensor:
+        y = behind(padded(f"{name}.{at}.conv_block.1", x, 1))
+        x = x + F.instance_norm(padded(f"{name}.{at}.conv_block.5", y, 1))
+        up = f"{name}.{at + 1}"
+        return behind(F.conv_transpose2d(x, state[f"{up}.weight"], state[f"{up}.bias"], 2, 1, 1))
+
+    ones = torch.ones_like(x)  # a mean of what is there: 3x3 pixels, but at two borders fewer
+    half = F.avg_pool2d(x, 3, 2, 1) / F.avg_pool2d(ones, 3, 2, 1)
+    inner = block_and_up("model", 7, down("model", half))
+    return torch.tanh(padded("model1_2.5", block_and_up("model1_2", 0, down("model1_1", x) + inner), 3))
+
+
+def test_local_enhancer() -> None:
+    config = LocalEnhancerConfig(input_nc=2, ngf=4, n_downsampling=1, n_blocks=1, n_blocks_local=1)
+    x = torch.randn(2, 2, 24, 16, generator=torch.Generator().manual_seed(1))
+    model = check(lambda s: LocalEnhancer(config, sequential=s), partial(local_enhancer, config), x)
+    pad, norm = "ReflectionPad2d + ", "InstanceNorm2d"
+    assert fused(model) == {
+        f"{pad}Conv2d + {norm} + ReLU": 2 + 2,
+        f"{pad}Conv2d + {norm}": 2,
+        f"Conv2d + {norm} + ReLU": 2,
+        f"ConvTranspose2d + {norm} + ReLU": 2,
+        f"{pad}Conv2d + Tanh": 1,
+    }
+    assert unfused(model) == {"_Block": 2}
+
+
+def test_local_enhancer_names_are_pix2pixhd_s() -> None:
+    """``netG local`` of 1024p: the inner network is ``netG global`` without what makes its picture."""
+    with torch.device("meta"):
+        found, inner = shapes(create_model("pix2pixhd_local")), shapes(create_model("pix2pixhd", input_nc=36))
+    layers = {"model1_1.1": (32, 36, 7, 7), "model1_1.4": (64, 32, 3, 3)}
+    layers |= {f"model1_2.{block}.conv_block.{k}": (64, 64, 3, 3) for block in range(3) for k in (1, 5)}
+    layers |= {"model1_2.3": (64, 32, 3, 3), "model1_2.7": (3, 32, 7, 7)}
+    expected = {name: shape for name, shape in inner.items() if not name.startswith("model.38.")}
+    for name, shape in layers.items():
+        expected |= {f"{name}.weight": shape, f"{name}.bias": (shape[1 if name == "model1_2.3" else 0],)}
+    assert list(found.items()) == list(expected.items())
+
+
 def test_statistics_of_old_checkpoints_are_left_out() -> None:
     """Those of instance norms, which PyTorch before 0.4 saved; a BatchNorm's are needed."""
     for make in (
@@ -253,6 +307,14 @@ def test_global_generator_of_the_published_repository() -> None:
         config = ResNetConfig(**SMALL_RESNET, norm=norm, n_downsampling=3, use_bias=True)
         theirs = networks.GlobalGenerator(3, 3, 4, 3, 2, layer)
         same_as_published(ResNetGenerator(config), theirs, lambda m, x: m(x), torch.randn(2, 3, 32, 48))
+
+
+def test_local_enhancer_of_the_published_repository() -> None:
+    networks = pytest.importorskip("pix2pixhd.models.networks", exc_type=ImportError)
+    for norm, layer in (("batch", nn.BatchNorm2d), ("instance", nn.InstanceNorm2d)):
+        config = LocalEnhancerConfig(3, 3, 4, 2, 2, norm=norm, n_blocks_local=1)
+        theirs = networks.LocalEnhancer(3, 3, 4, 2, 2, 1, 1, layer)
+        same_as_published(LocalEnhancer(config), theirs, lambda m, x: m(x), torch.randn(2, 3, 32, 48))
 
 
 # --- fast neural style ------------------------------------------------------------------------------------------------
