@@ -97,7 +97,8 @@ class ResNetGenerator(nn.Module):
         layers += [_Block(widths[-1], c, sequential) for _ in range(c.n_blocks)]
         for b, a in zip(widths[:0:-1], widths[-2::-1], strict=True):
             layers += [nn.ConvTranspose2d(b, a, 3, 2, 1, 1, bias=c.bias), *behind(a)]
-        self.model: nn.Sequential = sequential(*layers, nn.ReflectionPad2d(3), nn.Conv2d(c.ngf, c.output_nc, 7), nn.Tanh())
+        layers += [nn.ReflectionPad2d(3), nn.Conv2d(c.ngf, c.output_nc, 7), nn.Tanh()]
+        self.model: nn.Sequential = sequential(*layers)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         drop_statistics(self, state_dict, prefix)
