@@ -100,7 +100,7 @@ def test_damaged_entries(changes: dict[str, Any], said: str, tmp_path: Path) -> 
 
 def test_cut_off_anywhere(tmp_path: Path) -> None:
     path, whole = tmp_path / "weights.safetensors", safetensors(STATE)
-    for length in range(len(whole)):
+    for length in (*range(0, len(whole), 7), len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(WeightsError):
             read_checkpoint(path)
