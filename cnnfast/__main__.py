@@ -56,7 +56,7 @@ def _models(arguments: argparse.Namespace) -> int:
     rows = []
     fetched, shipped = _loaded("generators.weights").PRETRAINED, _loaded("trained").SHIPPED
     for name in _loaded("generators").list_models():
-        about = "no trained weights"
+        about = "no weights: load_state_dict a published checkpoint"
         if name in fetched:
             about = f"{fetched[name].about}; {fetched[name].licence}; {fetched[name].file.requirement}"
         elif name in shipped:

@@ -72,16 +72,20 @@ def has_both(channels: int, size: Sequence[int]) -> bool:
 
 
 def channels_last(module: M) -> M:
-    """``module.to(memory_format=torch.channels_last)`` and the same for 1-D convolutions, in place. Returns ``module``.
+    """``module.to(memory_format=torch.channels_last)`` and the same for 1-D and 3-D convolutions, in place. Returns
+    ``module``.
 
     PyTorch's own conversion leaves 3-D weights as they are, and a GPU kernel would copy them on every call. Here the
     weight (C_in, C_out/groups, k) of a ConvTranspose1d, or (C_out, C_in/groups, k) of a Conv1d, gets its second
     dimension contiguous, as channels_last does for four. Values, shapes and ``state_dict`` stay; ``load_state_dict``
     keeps the order. For GPUs: PyTorch's own operators copy such a 3-D weight on a CPU. Parametrized and lazy modules
-    are left alone.
+    are left alone. PyTorch's own refuses a module with tensors of five dimensions: here a Conv3d's or ConvTranspose3d's
+    weight becomes channels_last_3d, and others stay as they are.
     """
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
     for m in module.modules():
+        if isinstance(m, nn.Conv3d | nn.ConvTranspose3d) and type(m) in (nn.Conv3d, nn.ConvTranspose3d):
+            m.weight.data = m.weight.data.contiguous(memory_format=torch.channels_last_3d)
         if isinstance(m, nn.Conv1d | nn.ConvTranspose1d) and type(m) in (nn.Conv1d, nn.ConvTranspose1d):
             weight = m.weight
             weight.data = weight.data.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2)

@@ -43,6 +43,20 @@ def test_four_dimensions_as_torch() -> None:
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_three_dimensions_and_other_tensors_of_five() -> None:
+    """Which PyTorch's own conversion refuses."""
+    modules = nn.Sequential(nn.Conv3d(4, 8, 3), nn.ConvTranspose3d(8, 4, 2, 2), nn.Conv2d(4, 8, 3))
+    modules.register_parameter("other", nn.Parameter(torch.randn(1, 4, 5, 3, 3)))
+    before = copy.deepcopy(modules.state_dict())
+    strides = modules.other.stride()
+    cnnfast.channels_last(modules)
+    for conv in modules[:2]:
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last_3d) and not conv.weight.is_contiguous()
+    assert modules[2].weight.is_contiguous(memory_format=torch.channels_last)
+    assert modules.other.stride() == strides
+    assert all(torch.equal(t, before[name]) for name, t in modules.state_dict().items())
+
+
 def test_kernels_read_it_in_place(device: torch.device) -> None:
     from cnnfast.gpu.conv import lookup
 
