@@ -17,6 +17,7 @@ from cnnfast.step import Step
 from ..cases import PRECISIONS, Case, conv, reference, upsample
 from ..tolerance import assert_close
 
+pytestmark = pytest.mark.usefixtures("gluon_under_ttsem")
 SMALL = replace(DEVICES[90], multiprocessors=3)  # so that each program has several tiles
 
 
@@ -91,3 +92,4 @@ def ids(cases: tuple[Case, ...]) -> list[str]:
 @pytest.mark.parametrize("case", GEOMETRY, ids=ids(GEOMETRY))
 def test_geometry(case: Case, device: torch.device, hopper: Device, launches: list[str]) -> None:
     check(case, "fp16", device, launches)
+
