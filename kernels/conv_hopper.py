@@ -3,8 +3,8 @@ only multiply.
 
     y = act((conv(x) + bias - mean) * rsqrt(var + eps) * scale + shift + residual)
 
-The same implicit GEMM as `conv_transpose.py`'s "phases", in Gluon. M = a box of BOX_N images x BOX_H rows x BOX_W columns
-of one phase of y; N = output channels; K = taps of the phase x input channels of the group, taps outside.
+The same implicit GEMM as `conv_transpose.py`'s "phases", in Gluon. M = a box of BOX_N images x BOX_H rows x BOX_W
+columns of one phase of y; N = output channels; K = taps of the phase x input channels of the group, taps outside.
 
 x and y are channels-last and dense, and seen as
 
@@ -21,7 +21,6 @@ counts the copies' bytes, ``empty`` the product that has read it.
 
 from __future__ import annotations
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -261,9 +260,7 @@ def multiply_tiles(
             here_n = gl.minimum(N - image, BOX_N)
             here = here_n * gl.minimum(QH - first_h, BOX_H) * gl.minimum(QW - first_w, BOX_W)
             part = m * (SH * SW) + phase
-            emit_statistics(
-                y, row_mask, here, stats_ptr, part, num_m * (SH * SW), chan, chan_mask, n == 0, COUT
-            )
+            emit_statistics(y, row_mask, here, stats_ptr, part, num_m * (SH * SW), chan, chan_mask, n == 0, COUT)
     tma.store_wait(0)
 
 
@@ -317,7 +314,7 @@ def conv_hopper_kernel(
     STAGES: gl.constexpr,
     BIG: gl.constexpr,  # y has 2^31 elements or more
 ):
-    """y of every tile that is this program's. Launched with the multiplying warps; the copying one comes beside them."""
+    """y of every tile that is this program's. Launched with the multiplying warps; Triton adds the copying one."""
     num_h = gl.cdiv(QH, BOX_H)
     num_w = gl.cdiv(QW, BOX_W)
     num_m = gl.cdiv(N, BOX_N) * num_h * num_w

@@ -1,7 +1,7 @@
 """Where `kernels/conv_hopper.py` runs a step, and with which tile. Pure: no tensor, no GPU, no Triton.
 
-`why_not` is the one predicate; `candidates` gives the plans, `chosen` the one that a call takes. `HOPPER` says whether a
-call takes any.
+`why_not` is the one predicate; `candidates` gives the plans, `chosen` the one that a call takes. `HOPPER` says whether
+a call takes any.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = ["HOPPER", "BoxPlan", "candidates", "chosen", "why_not"]
 HOPPER = False
 """Whether calls take this kernel wherever `why_not` finds nothing against it. Off, because no GPU has run it: a barrier
 that is wrong hangs the device, and no trial survives that. What turns it on: the stage "hopper" of `make gpu` on an
-sm_90, right in every row and, over the twelve layers of docs/facts.md ("The kernel for Hopper"), faster than the pointer
-kernel; name the results' folder here. Until then `cnnfast.tune` may take it for single layers that this stage found right
-and faster on the same machine (`tuned.faster_here`)."""
+sm_90 that is right in every row and, over the layers of docs/facts.md ("The kernel for Hopper"), faster than the
+pointer kernel; name the results' folder here. Until then `cnnfast.tune` takes it only for steps that this stage found
+right and faster on the same machine (`tuned.hopper_allowed`)."""
 
 LEAST_CHANNELS = 32  # in and out: with fewer, the pointer kernel's tiles fit better
 ALIGNED = 8  # elements of 16 bits: a descriptor's strides are multiples of 16 bytes
@@ -186,19 +186,19 @@ def candidates(
     device: Device,
     channels_last: bool = True,
 ) -> list[BoxPlan]:
-    """Every plan of the kernel for ``step`` on x (batch, C_in, *input_size), by modelled time; none where `why_not` says
-    why."""
+    """Every plan of the kernel for ``step`` on x (batch, C_in, *input_size), by modelled time; none where `why_not` has
+    a reason."""
     if why_not(step, batch, input_size, precision, device, channels_last) is not None:
         return []
     low = lower(step.spec, input_size, channels_last)
     out = step.spec.output_size(input_size)
-    plans = sorted(_plans(low, batch, out, precision, device), key=lambda p: modelled_clocks(p, batch, out, precision, device))
+    plans = sorted(
+        _plans(low, batch, out, precision, device), key=lambda p: modelled_clocks(p, batch, out, precision, device)
+    )
     return list(dict.fromkeys(plans))
 
 
-def _plans(
-    low: Lowering, batch: int, out: Sequence[int], precision: Precision, device: Device
-) -> Iterator[BoxPlan]:
+def _plans(low: Lowering, batch: int, out: Sequence[int], precision: Precision, device: Device) -> Iterator[BoxPlan]:
     channels_in, columns, itemsize = low.channels_in, low.columns, precision.itemsize
     deep = channels_in % 64 == 0 if _in_parts(low) else channels_in > 32
     block_k = 64 if deep else 32

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from cnnfast.activations import ACTIVATIONS, Activation
+from cnnfast.activations import ACTIVATIONS
 from cnnfast.gpu import conv_hopper_plan as plans
 from cnnfast.gpu.conv_hopper_plan import BoxPlan
 from cnnfast.gpu.devices import DEVICES, Device
-from cnnfast.spec import ConvSpec, Precision
-from cnnfast.step import Step
+from cnnfast.spec import Precision
+from cnnfast.step import Operands
 
-from ..cases import PRECISIONS, Case, conv, reference, upsample
+from ..cases import CONTIGUOUS, PRECISIONS, Case, conv, fitted, reference, upsample
 from ..tolerance import assert_close
+from .test_conv_statistics import check_statistics
 
 pytestmark = pytest.mark.usefixtures("gluon_under_ttsem")
 SMALL = replace(DEVICES[90], multiprocessors=3)  # so that each program has several tiles
@@ -27,7 +29,11 @@ def hopper(device: torch.device, poison: None, monkeypatch: pytest.MonkeyPatch) 
     from cnnfast.gpu import conv as launch
     from cnnfast.gpu.devices import target_device
 
-    if device.type == "cuda" and torch.version.cuda is not None and target_device(torch.empty(0, device=device)).arch != 90:
+    if (
+        device.type == "cuda"
+        and torch.version.cuda is not None
+        and target_device(torch.empty(0, device=device)).arch != 90
+    ):
         pytest.skip("this GPU's compute capability is not 9.0")
     monkeypatch.setattr(launch, "target_device", lambda x: SMALL)
     return SMALL
@@ -39,18 +45,20 @@ def plans_of(case: Case, precision: str) -> list[BoxPlan]:
 
 
 def check(case: Case, precision: str, device: torch.device, launches: list[str], plan: BoxPlan | None = None) -> None:
+    dtype, _ = PRECISIONS[precision]
+    launch_and_check(case, case.operands(dtype, device), launches, plan or plans_of(case, precision)[0])
+
+
+def launch_and_check(case: Case, o: Operands, launches: list[str], plan: BoxPlan) -> None:
     from cnnfast.gpu import conv as launch
 
-    dtype, _ = PRECISIONS[precision]
-    plan = plan or plans_of(case, precision)[0]
-    o = case.operands(dtype, device)
     launches.clear()
     with torch.no_grad():
         y = launch.run(case.step, o, True, plan)
     assert launches == [plan.name]
     exact, yardstick, before = reference(case.step, o, False)
     assert y is not None and y.is_contiguous(memory_format=torch.channels_last)
-    assert_close(y, exact, yardstick, f"{case.id} {precision} {plan.name}", before)
+    assert_close(y, exact, yardstick, f"{case.id} {o.x.dtype} {plan.name}", before)
 
 
 # Geometries: every way in which a tap, a phase, a group or a border can lie, at the sizes of a few boxes.
@@ -93,3 +101,167 @@ def ids(cases: tuple[Case, ...]) -> list[str]:
 def test_geometry(case: Case, device: torch.device, hopper: Device, launches: list[str]) -> None:
     check(case, "fp16", device, launches)
 
+
+def chosen(case: Case, precision: str, tile: tuple[int, int, int], blocks: int = 1) -> BoxPlan:
+    found = (p for p in plans_of(case, precision) if (p.block_m, p.block_n, p.num_warps, p.blocks) == (*tile, blocks))
+    return next(found)
+
+
+UP = conv("up", "phases", 128, 256, 4, 2, 1, size=(9, 7), batch=3)
+PLAIN = conv("down", "phases", 128, 256, 3, 1, 1, transposed=False, size=(13, 11), batch=2)
+
+
+@pytest.mark.parametrize("tile", plans.TILES, ids=lambda t: "x".join(map(str, t)))
+def test_tile(tile: tuple[int, int, int], device: torch.device, hopper: Device, launches: list[str]) -> None:
+    check(UP, "fp16", device, launches, chosen(UP, "fp16", tile))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("tile", plans.TILES, ids=lambda t: "x".join(map(str, t)))
+def test_every_tile(
+    tile: tuple[int, int, int], precision: str, device: torch.device, hopper: Device, launches: list[str]
+) -> None:
+    check(PLAIN, precision, device, launches, chosen(PLAIN, precision, tile))
+
+
+@pytest.mark.parametrize("stages", [2, 3, 5])
+def test_stages(stages: int, device: torch.device, hopper: Device, launches: list[str]) -> None:
+    """Fewer and more buffers than a tile has trips, and numbers that do not divide them."""
+    plan = replace(chosen(PLAIN, "fp16", (128, 128, 4)), num_stages=stages)
+    check(PLAIN, "fp16", device, launches, plan)
+
+
+SLOWER = [pytest.param(box, marks=pytest.mark.slow) for box in ((4, 4, 8), (16, 1, 8), (1, 128, 1), (128, 1, 1))]
+
+
+@pytest.mark.parametrize("box", [(2, 8, 8), (8, 4, 4), *SLOWER], ids=str)
+def test_box(box: tuple[int, int, int], device: torch.device, hopper: Device, launches: list[str]) -> None:
+    """Boxes of any form, those that are larger than the phase among them."""
+    case = conv("boxes", "phases", 64, 64, 4, 2, 1, size=(5, 9), batch=3)
+    plan = replace(chosen(case, "fp16", (128, 64, 4)), box=box)
+    check(case, "fp16", device, launches, plan)
+
+
+def small(id: str, **rest: Any) -> Case:
+    return conv(id, "phases", 64, 128, 4, 2, 1, size=(5, 6), **rest)
+
+
+EPILOGUE = (
+    small("nothing", bias=False, activation="identity"),
+    small("norm", norm=True),
+    small("residual", residual=True, bias=False),
+    small("norm-residual", residual=True, norm=True),
+    small("one-slope", activation="prelu", slopes=1),
+    small("slopes", activation="prelu", slopes=128, norm=True, residual=True),
+    conv("residual-masked", "phases", 64, 72, 3, 1, 1, transposed=False, size=(6, 7), residual=True, norm=True),
+    conv("residual-groups", "phases", 128, 128, 3, 1, 1, groups=2, transposed=False, size=(6, 5), residual=True),
+    small("nchw-in", x_format=CONTIGUOUS, weight_format=CONTIGUOUS, residual=True),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", EPILOGUE, ids=ids(EPILOGUE))
+def test_epilogue(case: Case, device: torch.device, hopper: Device, launches: list[str]) -> None:
+    check(case, "bf16", device, launches)
+
+
+def test_vectors_of_other_kinds(device: torch.device, hopper: Device, launches: list[str]) -> None:
+    """A scale without a shift, and a shift without a scale, of half precision: each vector stands for itself."""
+    for given in ({"scale"}, {"shift"}):
+        case = small(f"only-{given}")
+        o = case.operands(torch.float16, device)
+        vector = torch.linspace(-1, 2, 128, device=device).half()
+        o = o._replace(**dict.fromkeys(given, vector))
+        plan, step = plans_of(case, "fp16")[0], fitted(case.step, o)
+        object.__setattr__(case, "step", step)
+        launch_and_check(case, o, launches, plan)
+
+
+PARAMS = {"leaky_relu": (0.2,), "elu": (1.5,), "hardtanh": (-0.5, 0.75)}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activation(name: str, device: torch.device, hopper: Device, launches: list[str]) -> None:
+    case = conv(f"act-{name}", "phases", 64, 64, 1, transposed=False, size=(9, 8), activation=name,
+                params=PARAMS.get(name, ()), slopes=64 if name == "prelu" else 0)  # fmt: skip
+    check(case, "fp16", device, launches)
+
+
+STATISTICS = (
+    ("batch", conv("batch", "phases", 64, 64, 4, 2, 1, size=(9, 7), batch=3)),
+    ("batch", conv("several-images", "phases", 64, 64, 4, 2, 1, size=(4, 4), batch=9)),
+    ("batch", conv("masked-channels", "phases", 64, 72, 3, 1, 1, transposed=False, size=(9, 7), batch=2)),
+    ("batch", conv("groups", "phases", 128, 128, 4, 2, 1, groups=2, size=(4, 5))),
+    ("image", conv("image", "phases", 64, 64, 4, 2, 1, size=(9, 12), batch=3)),
+)
+
+
+@pytest.mark.parametrize(("statistics", "case"), STATISTICS, ids=lambda v: v if isinstance(v, str) else v.id)
+def test_statistics(statistics: str, case: Case, device: torch.device, hopper: Device) -> None:
+    """Of the result as stored, with the launch; none where a box lies in several images that count apart."""
+    from cnnfast.gpu import conv as launch
+
+    plan, o = plans_of(case, "fp16")[0], case.operands(torch.float16, device)
+    if statistics == "image":
+        assert launch.run_with_statistics(case.step, o, True, "image", replace(plan, box=(2, 8, 8)))[1] is None
+        plan = replace(plan, box=(1, 8, 16))
+    both = launch.run_with_statistics(case.step, o, True, statistics, plan)
+    assert both is not None and both[1] is not None
+    check_statistics(*both, statistics)
+
+
+def test_addresses_beyond_2_31(
+    device: torch.device, hopper: Device, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The residual's 64-bit image base, forced."""
+    from cnnfast.gpu import conv as launch
+
+    monkeypatch.setattr(launch, "INT32", 1)
+    launch.prepare.cache_clear()
+    try:
+        check(small("big", residual=True), "fp16", device, launches)
+    finally:
+        launch.prepare.cache_clear()
+
+
+# --- where it applies -------------------------------------------------------------------------------------------------
+
+HALF = Precision(torch.float16)
+REASONS = {
+    "float32": (Precision(torch.float32, tf32=True), conv("", "phases", 64, 64, 4, 2, 1, size=(4, 4))),
+    "the regime is merged": (HALF, conv("", "merged", 64, 3, 4, 2, 1, size=(4, 4))),
+    "the regime is latent": (HALF, conv("", "latent", 64, 64, 4, size=(1, 1))),
+    "result is contiguous": (HALF, conv("", "phases", 64, 64, 4, 2, 1, size=(4, 4), channels_last=False)),
+    "replicate padding": (HALF, upsample("", "phases", 64, 64, (3, 3), (2, 2), (1, 1), "replicate", size=(4, 4))),
+    "16 -> 64 channels": (HALF, conv("", "phases", 16, 64, 4, 2, 1, size=(4, 4))),
+    "68 -> 64 channels": (HALF, conv("", "phases", 68, 64, 4, 2, 1, size=(4, 4))),
+    "40 input channels": (HALF, conv("", "phases", 40, 64, 4, 2, 1, transposed=False, size=(4, 4))),
+    "72 output channels": (HALF, conv("", "phases", 64, 72, 4, 2, 1, size=(4, 4))),
+    "an output of": (HALF, conv("", "phases", 64, 64, 3, 2, 1, size=(4, 4))),
+    "an input of": (HALF, conv("", "phases", 64, 64, 4, 2, 1, transposed=False, size=(5, 4))),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_why_not(reason: str) -> None:
+    precision, case = REASONS[reason]
+    size = tuple(n + 2 * p for n, p in zip(case.size, case.step.pad, strict=True))
+    asked = (case.step, 2, size, precision, DEVICES[90], case.channels_last)
+    found = plans.why_not(*asked)
+    assert found is not None and reason in found
+    assert plans.candidates(*asked) == []
+
+
+def test_other_architectures() -> None:
+    for arch, device in DEVICES.items():
+        found = plans.why_not(UP.step, 2, UP.size, HALF, device)
+        assert (found is None) == (arch == 90), found
+
+
+def test_a_plan_that_does_not_apply_raises(device: torch.device, hopper: Device) -> None:
+    from cnnfast.gpu import conv as launch
+
+    plan = plans_of(UP, "fp16")[0]
+    other = conv("other", "phases", 128, 256, 4, 2, 1, size=(9, 7), activation="relu")
+    with pytest.raises(ValueError, match="cannot run as phases boxes .*the result is contiguous"):
+        launch.run(other.step, other.operands(torch.float16, device), False, plan)
