@@ -73,6 +73,16 @@ def pixel(position, STRIDE: gl.constexpr, PAD: gl.constexpr):
 
 
 @gluon.jit
+def columns_of(x, PARTS: gl.constexpr):
+    """x (BLOCK_M, BLOCK_N) in PARTS pieces of consecutive columns. Each lies in registers of its own: nothing moves."""
+    if PARTS == 1:
+        return (x,)
+    else:
+        a, b = x.reshape((x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1)).split()
+        return columns_of(a, PARTS // 2) + columns_of(b, PARTS // 2)
+
+
+@gluon.jit
 def copy_tiles(
     x_desc,
     w_desc,
@@ -201,18 +211,24 @@ def multiply_tiles(
     BOX_W: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
+    CHUNK: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
     BIG: gl.constexpr,
 ):
-    """The multiplying warps: the products of a tile, the epilogue on its sums, and the store."""
+    """The multiplying warps: the products of a tile, then by CHUNK columns the epilogue on the sums and the store, from
+    two buffers in turn."""
     BLOCK_M: gl.constexpr = BOX_N * BOX_H * BOX_W
     TRIPS: gl.constexpr = (CIN + BLOCK_K - 1) // BLOCK_K
     L: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, BLOCK_N, 16]
     )
+    OF_CHUNK: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[gl.num_warps(), 1], instr_shape=[16, CHUNK, 16]
+    )
     stage = gl.to_tensor(0)
     parity = gl.to_tensor(0)
+    turn = gl.to_tensor(0)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         m, n, phase = tile_order(tile, num_m, num_n, SH * SW, GROUP_M)
         _, taps_h, _ = phase_taps(phase // SW, KH, SH, PAD_H, DH, GH, INV_H, TRANSPOSED)
@@ -236,9 +252,7 @@ def multiply_tiles(
         image, first_h, first_w = box_of(m, num_h, num_w, BOX_N, BOX_H, BOX_W)
         rh = phase // SW
         rw = phase % SW
-        chan = n * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, L))
-        chan_mask = chan < COUT
-        rows = gl.arange(0, BLOCK_M, gl.SliceLayout(1, L))
+        rows = gl.arange(0, BLOCK_M, gl.SliceLayout(1, OF_CHUNK))
         i = image + rows // (BOX_H * BOX_W)
         qh = first_h + rows // BOX_W % BOX_H
         qw = first_w + rows % BOX_W
@@ -246,21 +260,28 @@ def multiply_tiles(
         if BIG:
             i = i.to(gl.int64)
         offs_y = (((i * QH + qh) * SH + rh) * QW + qw) * (SW * COUT) + rw * COUT
-        offs = offs_y[:, None] + chan[None, :]
-        mask = row_mask[:, None] & chan_mask[None, :]
-        # fmt: off
-        y = epilogue(sums, offs, mask, chan, chan_mask, residual_ptr, bias_ptr, mean_ptr, var_ptr, scale_ptr,
-                     shift_ptr, slope_ptr, eps, SLOPES, P0, P1, ACT).to(y_desc.dtype)
-        # fmt: on
-        tma.store_wait(0)  # the last tile has left the buffer
-        out.reshape((BLOCK_M, BLOCK_N)).store(y)
-        fence_async_shared()
-        tma.async_copy_shared_to_global(y_desc, [image, first_h, rh, first_w, rw * COUT + n * BLOCK_N], out)
-        if stats_ptr is not None:
-            here_n = gl.minimum(N - image, BOX_N)
-            here = here_n * gl.minimum(QH - first_h, BOX_H) * gl.minimum(QW - first_w, BOX_W)
-            part = m * (SH * SW) + phase
-            emit_statistics(y, row_mask, here, stats_ptr, part, num_m * (SH * SW), chan, chan_mask, n == 0, COUT)
+        here = gl.minimum(N - image, BOX_N) * gl.minimum(QH - first_h, BOX_H) * gl.minimum(QW - first_w, BOX_W)
+        chunks = columns_of(sums, BLOCK_N // CHUNK)
+        for c in gl.static_range(BLOCK_N // CHUNK):
+            first = n * BLOCK_N + c * CHUNK
+            chan = first + gl.arange(0, CHUNK, gl.SliceLayout(0, OF_CHUNK))
+            chan_mask = chan < COUT
+            part = gl.convert_layout(chunks[c], OF_CHUNK, assert_trivial=True)
+            # fmt: off
+            y = epilogue(part, offs_y[:, None] + chan[None, :], row_mask[:, None] & chan_mask[None, :], chan, chan_mask,
+                         residual_ptr, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, slope_ptr, eps, SLOPES,
+                         P0, P1, ACT).to(y_desc.dtype)
+            # fmt: on
+            tma.store_wait(1)  # the last but one has left its buffer
+            out.index(turn).reshape((BLOCK_M, CHUNK)).store(y)
+            fence_async_shared()
+            tma.async_copy_shared_to_global(y_desc, [image, first_h, rh, first_w, rw * COUT + first], out.index(turn))
+            turn ^= 1
+            if stats_ptr is not None:
+                # fmt: off
+                emit_statistics(y, row_mask, here, stats_ptr, m * (SH * SW) + phase, num_m * (SH * SW), chan,
+                                chan_mask, first == 0, COUT)
+                # fmt: on
     tma.store_wait(0)
 
 
@@ -268,7 +289,7 @@ def multiply_tiles(
 def conv_hopper_kernel(
     x_desc,  # boxes (BOX_N, BOX_H, 1, BOX_W, BLOCK_K) of x, as above
     w_desc,  # (C_in, taps, columns) by (BLOCK_K, 1, BLOCK_N); K_LAST: (C_out, taps, C_in) by (BLOCK_N, 1, BLOCK_K)
-    y_desc,  # boxes (BOX_N, BOX_H, 1, BOX_W, BLOCK_N) of y, as above
+    y_desc,  # boxes (BOX_N, BOX_H, 1, BOX_W, CHUNK) of y, as above
     residual_ptr,  # as y, or None, like the others
     bias_ptr,  # (COUT,), like the next five
     mean_ptr,
@@ -310,6 +331,7 @@ def conv_hopper_kernel(
     BOX_W: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
+    CHUNK: gl.constexpr,  # columns of a tile that the epilogue holds, and the store copies, at a time
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
     BIG: gl.constexpr,  # y has 2^31 elements or more
@@ -326,7 +348,7 @@ def conv_hopper_kernel(
         w_buffers = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, 1, BLOCK_K], w_desc.layout)
     else:
         w_buffers = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_K, 1, BLOCK_N], w_desc.layout)
-    out = gl.allocate_shared_memory(dtype, [BOX_N, BOX_H, 1, BOX_W, BLOCK_N], y_desc.layout)
+    out = gl.allocate_shared_memory(dtype, [2, BOX_N, BOX_H, 1, BOX_W, CHUNK], y_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(STAGES):
@@ -339,7 +361,7 @@ def conv_hopper_kernel(
             y_desc, residual_ptr, bias_ptr, mean_ptr, var_ptr, scale_ptr, shift_ptr, slope_ptr, stats_ptr,
             x_buffers, w_buffers, out, ready, empty, tiles, num_m, num_n, num_h, num_w, N, QH, QW, eps,
             GROUPS, CIN, COUT, KH, KW, SH, SW, PAD_H, PAD_W, DH, DW, GH, GW, INV_H, INV_W, TRANSPOSED, K_LAST,
-            SLOPES, P0, P1, ACT, BOX_N, BOX_H, BOX_W, BLOCK_N, BLOCK_K, GROUP_M, STAGES, BIG,
+            SLOPES, P0, P1, ACT, BOX_N, BOX_H, BOX_W, BLOCK_N, BLOCK_K, CHUNK, GROUP_M, STAGES, BIG,
         )),
         (copy_tiles, (
             x_desc, w_desc, x_buffers, w_buffers, ready, empty, tiles, num_m, num_n, num_h, num_w,

@@ -35,7 +35,7 @@ def constants(plan: BoxPlan, step: Step, slopes: int, big: bool) -> dict[str, An
         INV_H=inverse[0], INV_W=inverse[1], TRANSPOSED=s.transposed, K_LAST=not s.transposed,
         SLOPES=slopes, P0=params[0], P1=params[1], ACT=step.activation.name,
         BOX_N=plan.box[0], BOX_H=plan.box[1], BOX_W=plan.box[2], BLOCK_N=plan.block_n, BLOCK_K=plan.block_k,
-        GROUP_M=plan.group_m, STAGES=plan.num_stages, BIG=big,
+        CHUNK=plan.chunk, GROUP_M=plan.group_m, STAGES=plan.num_stages, BIG=big,
     )  # fmt: skip
 
 
@@ -93,7 +93,7 @@ def launch(
     s = low.spec
     taps, k, n = math.prod(s.kernel_size), plan.block_k, plan.block_n
     x_desc = _image(x, read_stride(s), (plan.box[0], plan.box[1], 1, plan.box[2], k))
-    y_desc = _image(y, low.phases, (plan.box[0], plan.box[1], 1, plan.box[2], n))
+    y_desc = _image(y, low.phases, (plan.box[0], plan.box[1], 1, plan.box[2], plan.chunk))
     if s.transposed:  # [C_in][tap][C_out/g]
         rows, last, block = s.in_channels, low.columns, (k, 1, n)
     else:  # [C_out][tap][C_in/g]

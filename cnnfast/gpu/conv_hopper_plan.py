@@ -10,7 +10,7 @@ import importlib.util
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -36,8 +36,9 @@ TILES = ((128, 256, 8), (256, 128, 8), (128, 128, 8), (128, 128, 4), (256, 64, 8
 """(block_m, block_n, warps that multiply): 32 to 128 sums a thread."""
 MOST_STAGES = 6
 COPYING = 4  # warps beside them: one copies, and Triton starts them by four
-BARRIERS = 1024  # bytes: barriers, what is handed to the copying warp, alignment of the buffers
-ROUNDING = 1024
+HELD = 32  # results of a thread that the epilogue has in hand: with more, the heavier activations spill
+OTHER = 3072  # bytes: barriers, what is handed to the copying warp, sums of the statistics between warps
+SYSTEM = 1024  # bytes that a program takes beside its own
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,14 @@ class BoxPlan(Plan):
         return math.prod(self.boxes(batch, output_size)) * columns * math.prod(self.lowering.phases)
 
     def shared_memory(self, itemsize: int) -> int:
-        """Bytes of the buffers and of the result's tile (an upper bound of what the compiler takes)."""
+        """Bytes of the buffers of operands and results (an upper bound of what the compiler takes)."""
         buffers = self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
-        return buffers + self.block_m * self.block_n * itemsize + BARRIERS
+        return buffers + 2 * self.block_m * self.chunk * itemsize + OTHER
+
+    @property
+    def chunk(self) -> int:
+        """Columns of the tile that the epilogue has in hand at a time."""
+        return HELD * 32 * self.num_warps // self.block_m
 
     @property
     def registers(self) -> int:
@@ -171,11 +177,11 @@ def box_of(rows: int, batch: int, size: Sequence[int]) -> tuple[int, int, int]:
     return min(found, key=cost)
 
 
-def _stages(plan: Plan, itemsize: int, device: Device, blocks: int) -> int:
-    """Buffers that fit, at most `MOST_STAGES`."""
-    each = (plan.block_m + plan.block_n) * plan.block_k * itemsize
-    room = min(device.shared_memory, device.shared_per_multiprocessor // blocks - ROUNDING)
-    return min(MOST_STAGES, (room - plan.block_m * plan.block_n * itemsize - BARRIERS) // each)
+def _stages(tile: BoxPlan, itemsize: int, device: Device) -> int:
+    """Buffers that fit, where ``tile`` has one."""
+    room = min(device.shared_memory, device.shared_per_multiprocessor // tile.blocks - SYSTEM)
+    each = (tile.block_m + tile.block_n) * tile.block_k * itemsize
+    return 1 + (room - tile.shared_memory(itemsize)) // each
 
 
 def candidates(
@@ -208,10 +214,10 @@ def _plans(low: Lowering, batch: int, out: Sequence[int], precision: Precision, 
             continue
         box = box_of(m, batch, phase)
         for blocks in (1, 2) if warps == 4 else (1,):
-            tile = Plan(low, m, n, block_k, 1, warps, 1)
-            stages = _stages(tile, itemsize, device, blocks)
+            tile = BoxPlan(low, m, n, block_k, 1, warps, 1, box=box, blocks=blocks)
+            stages = min(MOST_STAGES, _stages(tile, itemsize, device))
             if stages >= 2:
-                yield BoxPlan(low, m, n, block_k, 1, warps, stages, box=box, blocks=blocks)
+                yield replace(tile, num_stages=stages)
 
 
 def modelled_clocks(
