@@ -164,9 +164,9 @@ def _plan(
     s, plan = step.spec, None
     if index is not None:
         plan = tuned.stored(s, batch, input_size, precision, device, index, channels_last)
-    if isinstance(plan, BoxPlan) and conv_hopper_plan.why_not(
+    if isinstance(plan, BoxPlan) and plan not in conv_hopper_plan.candidates(
         step, batch, input_size, precision, device, channels_last
-    ):  # tuned for the same convolution with other borders
+    ):  # a damaged record, or one of the same convolution with other borders
         plan = None
     plan = plan or conv_hopper_plan.chosen(step, batch, input_size, precision, device, channels_last)
     return plan or choose_plan(s, batch, input_size, precision, device, channels_last)

@@ -27,7 +27,7 @@ HOPPER = False
 """Whether calls take this kernel wherever `why_not` finds nothing against it. Off, because no GPU has run it: a barrier
 that is wrong hangs the device, and no trial survives that. What turns it on: the stage "hopper" of `make gpu` on an
 sm_90 that is right in every row and, over the layers of docs/facts.md ("The kernel for Hopper"), faster than the
-pointer kernel; name the results' folder here. Until then `cnnfast.tune` takes it only for steps that this stage found
+pointer kernel; name the results' folder here. Until then `cnnfast.tune` tries it only for steps that this stage found
 right and faster on the same machine (`tuned.hopper_allowed`)."""
 
 LEAST_CHANNELS = 32  # in and out: with fewer, the pointer kernel's tiles fit better
