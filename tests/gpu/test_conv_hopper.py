@@ -224,40 +224,6 @@ def test_addresses_beyond_2_31(
         launch.prepare.cache_clear()
 
 
-# --- where it applies -------------------------------------------------------------------------------------------------
-
-HALF = Precision(torch.float16)
-REASONS = {
-    "float32": (Precision(torch.float32, tf32=True), conv("", "phases", 64, 64, 4, 2, 1, size=(4, 4))),
-    "the regime is merged": (HALF, conv("", "merged", 64, 3, 4, 2, 1, size=(4, 4))),
-    "the regime is latent": (HALF, conv("", "latent", 64, 64, 4, size=(1, 1))),
-    "result is contiguous": (HALF, conv("", "phases", 64, 64, 4, 2, 1, size=(4, 4), channels_last=False)),
-    "replicate padding": (HALF, upsample("", "phases", 64, 64, (3, 3), (2, 2), (1, 1), "replicate", size=(4, 4))),
-    "16 -> 64 channels": (HALF, conv("", "phases", 16, 64, 4, 2, 1, size=(4, 4))),
-    "68 -> 64 channels": (HALF, conv("", "phases", 68, 64, 4, 2, 1, size=(4, 4))),
-    "40 input channels": (HALF, conv("", "phases", 40, 64, 4, 2, 1, transposed=False, size=(4, 4))),
-    "72 output channels": (HALF, conv("", "phases", 64, 72, 4, 2, 1, size=(4, 4))),
-    "an output of": (HALF, conv("", "phases", 64, 64, 3, 2, 1, size=(4, 4))),
-    "an input of": (HALF, conv("", "phases", 64, 64, 4, 2, 1, transposed=False, size=(5, 4))),
-}
-
-
-@pytest.mark.parametrize("reason", REASONS)
-def test_why_not(reason: str) -> None:
-    precision, case = REASONS[reason]
-    size = tuple(n + 2 * p for n, p in zip(case.size, case.step.pad, strict=True))
-    asked = (case.step, 2, size, precision, DEVICES[90], case.channels_last)
-    found = plans.why_not(*asked)
-    assert found is not None and reason in found
-    assert plans.candidates(*asked) == []
-
-
-def test_other_architectures() -> None:
-    for arch, device in DEVICES.items():
-        found = plans.why_not(UP.step, 2, UP.size, HALF, device)
-        assert (found is None) == (arch == 90), found
-
-
 def test_a_plan_that_does_not_apply_raises(device: torch.device, hopper: Device) -> None:
     from cnnfast.gpu import conv as launch
 
