@@ -68,6 +68,7 @@ class Report:
     local: int  # LDL and STL anywhere
     unfenced: int  # wgmma without a proxy fence since the last write to shared memory
     drains: int = 0  # waits in the loop for all products of wgmma, with none left in flight
+    bulk: int = 0  # copies by descriptor (TMA) into shared memory, anywhere
 
     @property
     def per_mma(self) -> float:
@@ -389,4 +390,5 @@ def inspect(kernel: Any) -> Report:
         local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         unfenced=_unfenced(kernel.asm["ptx"]),
         drains=sum(bool(_DRAIN.match(text)) for text in body),
+        bulk=len(re.findall(r"\bUTMALDG\b", sass)),
     )

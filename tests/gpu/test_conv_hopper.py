@@ -13,7 +13,7 @@ from cnnfast.gpu import conv_hopper_plan as plans
 from cnnfast.gpu.conv_hopper_plan import BoxPlan
 from cnnfast.gpu.devices import DEVICES, Device
 from cnnfast.spec import Precision
-from cnnfast.step import Operands
+from cnnfast.step import Operands, Step
 
 from ..cases import CONTIGUOUS, PRECISIONS, Case, conv, fitted, reference, upsample
 from ..tolerance import assert_close
@@ -231,3 +231,29 @@ def test_a_plan_that_does_not_apply_raises(device: torch.device, hopper: Device)
     other = conv("other", "phases", 128, 256, 4, 2, 1, size=(9, 7), activation="relu")
     with pytest.raises(ValueError, match="cannot run as phases boxes .*the result is contiguous"):
         launch.run(other.step, other.operands(torch.float16, device), False, plan)
+
+
+def test_forward_and_gradients_when_it_is_on(
+    device: torch.device, hopper: Device, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one constant: a training step's convolution and its input gradient (the adjoint geometry) launch it."""
+    from cnnfast.gpu import conv as launch
+    from cnnfast.gpu import conv_autograd
+
+    monkeypatch.setattr(plans, "HOPPER", True)
+    for forget in (launch.prepare.cache_clear, plans.chosen.cache_clear):
+        forget()
+    case = small("gradients", bias=False, activation="identity")
+    o = case.operands(torch.float16, device)
+    x = o.x.requires_grad_()
+    try:
+        y = conv_autograd.convolution(x, o.weight, None, case.step, True, True)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).half().to(device)
+        (dx,) = torch.autograd.grad(y, x, grad)
+    finally:
+        for forget in (launch.prepare.cache_clear, plans.chosen.cache_clear):
+            forget()
+    assert len(launches) == 2 and all(name.startswith("phases boxes") for name in launches), launches
+    of_input = Step(case.step.spec.adjoint(case.size))
+    exact, yardstick, before = reference(of_input, Operands(grad, o.weight), False)
+    assert_close(dx, exact, yardstick, "dx", before)

@@ -11,11 +11,13 @@ import pytest
 import torch
 
 from cnnfast import store
+from cnnfast.activations import ACTIVATIONS, Activation
 from cnnfast.gpu import conv_hopper_plan as plans
 from cnnfast.gpu import guard, tuned
 from cnnfast.gpu.conv_choice import choose_plan
 from cnnfast.gpu.conv_hopper_plan import BoxPlan
 from cnnfast.gpu.devices import DEVICES
+from cnnfast.norms import Norm
 from cnnfast.spec import ConvSpec, Precision
 from cnnfast.step import Step
 
@@ -167,3 +169,81 @@ def test_tuning_tries_it_only_where_it_was_found_right(
     tuning.tune_steps([tuning.Task.of(UP.step, Operands(x, weight), True)], tell=lambda line: None)
     assert any(isinstance(plan, BoxPlan) for plan in tried) is allowed
     assert tried[0] == choose_plan(UP.step.spec, *ASKED)
+
+
+# --- the machine code -------------------------------------------------------------------------------------------------
+
+WIDE = ConvSpec.make(256, 256, 4, 2, 1)
+
+
+def compiled(step: Step, plan: BoxPlan, dtype: torch.dtype = torch.float16) -> Any:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from benchmarks.rehearse.hopper import job_of
+    from benchmarks.rehearse.inspections import Inspections
+    from benchmarks.rehearse.inspector import Report
+
+    (report,) = Inspections(0).of([job_of(step, (16, step.spec.in_channels, 16, 16), plan, dtype)]).values()
+    assert isinstance(report, Report), report
+    return report
+
+
+def plan_of(step: Step, tile: tuple[int, int, int] | None = None) -> BoxPlan:
+    found = plans.candidates(step, 16, (16, 16), HALF, H100)
+    return next(p for p in found if tile in (None, (p.block_m, p.block_n, p.num_warps)))
+
+
+@pytest.mark.parametrize("tile", plans.TILES, ids=lambda t: "x".join(map(str, t)))
+def test_machine_code(tile: tuple[int, int, int]) -> None:
+    """wgmma and copies by descriptor, nothing on the stack, no wait for all products in the loop; a third of the
+    pointer kernel's instructions."""
+    from benchmarks.rehearse.hopper import rules
+
+    step = Step(WIDE, Activation("relu"), norm=Norm("running"))
+    plan = plan_of(step, tile)
+    report = compiled(step, plan)
+    assert rules(report, plan, H100) == []
+    products = plan.block_m // (16 * plan.num_warps) * plan.block_k // 16  # of a warp, 64 rows x BLOCK_N x 16 of four
+    assert report.mma == products, "a trip of the machine code is one of the source"
+    assert report.instructions <= 66, report
+
+
+def test_machine_code_of_a_plain_convolution() -> None:
+    """And of an input gradient: K contiguous in the weight, a strided read, statistics of the result."""
+    from benchmarks.rehearse.hopper import rules
+
+    step = Step(WIDE.adjoint((16, 16)), norm=Norm("batch"))
+    plan = plan_of(step)
+    assert rules(compiled(step, plan, torch.bfloat16), plan, H100) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("tile", plans.TILES, ids=lambda t: "x".join(map(str, t)))
+def test_no_activation_spills(tile: tuple[int, int, int], name: str) -> None:
+    """With everything else that an epilogue may have."""
+    from benchmarks.rehearse.hopper import rules
+
+    params = {"leaky_relu": (0.2,), "elu": (1.5,), "hardtanh": (-0.5, 0.75)}.get(name, ())
+    step = Step(WIDE, Activation(name, params), norm=Norm("running"), residual=True)
+    plan = plan_of(step, tile)
+    assert rules(compiled(step, plan), plan, H100) == []
+
+
+def test_the_rules_find_what_is_wrong() -> None:
+    from benchmarks.rehearse.hopper import rules
+
+    step = Step(WIDE, Activation("relu"))
+    plan = plan_of(step)
+    report = compiled(step, plan)
+    broken = {
+        "no wgmma": dict(mma_kind="mma"),
+        "no copy by descriptor": dict(bulk=0),
+        "1 waits for all products": dict(drains=1),
+        "global loads": dict(loads={"LDG.E": 1}),
+        "spills: 8 bytes": dict(stack=8),
+        "248 registers": dict(registers=248),
+        "bytes of shared memory": dict(shared=300_000),
+    }
+    for text, change in broken.items():
+        (found,) = rules(replace(report, **change), plan, H100)
+        assert text in found
