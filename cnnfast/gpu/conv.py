@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from .conv_plan import Plan
 from .devices import Device, allocate, cuda_index, on_device, precision_of, target_device
 from .observers import OBSERVERS, of_launch, of_step
 from .weight import kernel_weight, weight_layout
+
+if TYPE_CHECKING:
+    from .conv_hopper import Boxes
 
 __all__ = ["lookup", "prepare", "run", "run_with_statistics"]
 
@@ -46,6 +49,7 @@ class Launch:
     tf32: bool
     proof: guard.Proof  # whether the kernel may run on this GPU
     gathers: bool  # the weight is brought into an order of its own
+    boxes: Boxes | None  # where the plan is of boxes
 
 
 def constants(
@@ -106,13 +110,15 @@ def prepare(
     out = s.output_size(input_size)
     big = batch * max(s.in_channels * math.prod(input_size), s.out_channels * math.prod(out)) >= INT32
     reduce, reduce_grid = None, (0, 0, 0)
+    boxes: Boxes | None = None
     if isinstance(plan, BoxPlan):
         reason = conv_hopper_plan.why_not(step, batch, input_size, precision, device, channels_last)
         if reason is not None:
             raise ValueError(f"{step.describe()} cannot run as {plan.name}: {reason}")
         hopper = _hopper()
         consts = hopper.constants(plan, step, slopes, big)
-        binary, grid = hopper.binary(plan, consts), hopper.grid(plan, batch, out, device)
+        boxes = hopper.boxes(plan, consts, precision.dtype, batch, input_size, out, device)
+        binary, grid = boxes.binary, boxes.grid
         parts = hopper.parts(plan, batch, out, statistics)
     else:
         consts = constants(plan, precision, step, channels_last, slopes, big, fence.needed(device.arch))
@@ -148,6 +154,7 @@ def prepare(
         precision.tf32,
         proof,
         step.upsample is not None or weight_layout(plan.lowering).packed,
+        boxes,
     )
 
 
@@ -328,8 +335,8 @@ def _launch(
 ) -> None:
     """Fill y. x and weight in the kernel's layouts, y and residual in one memory format; ``vectors``: bias, mean, var,
     scale, shift and slope, each (C_out,) or None; ``stats`` float32, of ``launch.parts`` parts, or None."""
-    if isinstance(launch.plan, BoxPlan):
-        _hopper().launch(launch.binary, launch.grid, launch.plan, x, weight, y, residual, vectors, stats, eps)
+    if launch.boxes is not None:
+        launch.boxes.launch(x, weight, y, residual, vectors, stats, eps)
         return
     n, c, oh, ow = launch.output_shape
     splits, reduce = launch.plan.split_k, launch.reduce

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .binary import Binary
 from .conv_hopper_plan import BoxPlan, read_stride
 from .devices import Device
 
-__all__ = ["binary", "constants", "grid", "launch", "parts"]
+__all__ = ["Boxes", "boxes", "constants", "parts"]
 
 
 def constants(plan: BoxPlan, step: Step, slopes: int, big: bool) -> dict[str, Any]:
@@ -39,13 +40,60 @@ def constants(plan: BoxPlan, step: Step, slopes: int, big: bool) -> dict[str, An
     )  # fmt: skip
 
 
-def binary(plan: BoxPlan, consts: dict[str, Any]) -> Binary:
-    return Binary(conv_hopper_kernel, consts, num_warps=plan.num_warps, maxnreg=plan.registers)
+@dataclass(frozen=True)
+class Boxes:
+    """A launch but for its tensors: the binary, the programs, x, w and y as descriptors of nothing, and the size of a
+    phase."""
+
+    binary: Binary
+    grid: tuple[int, int, int]
+    forms: tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]
+    batch: int
+    phase: tuple[int, ...]
+
+    def launch(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        y: torch.Tensor,
+        residual: torch.Tensor | None,
+        vectors: Sequence[torch.Tensor | None],
+        stats: torch.Tensor | None,
+        eps: float,
+    ) -> None:
+        """Fill y. x, y and residual channels-last, weight as `weight.weight_layout` has it; ``vectors``: bias, mean,
+        var, scale, shift and slope, each (C_out,) or None; ``stats`` float32, of `parts`, or None."""
+        of_x, of_w, of_y = (_of(form, t) for form, t in zip(self.forms, (x, weight, y), strict=True))
+        self.binary(self.grid, of_x, of_w, of_y, residual, *vectors, stats, self.batch, *self.phase, eps)
 
 
-def grid(plan: BoxPlan, batch: int, output_size: tuple[int, ...], device: Device) -> tuple[int, int, int]:
-    """As many programs as run at once, or as there are tiles."""
-    return min(plan.tiles(batch, output_size), plan.blocks * device.multiprocessors), 1, 1
+def boxes(
+    plan: BoxPlan,
+    consts: dict[str, Any],
+    dtype: torch.dtype,
+    batch: int,
+    input_size: Sequence[int],
+    output_size: tuple[int, ...],
+    device: Device,
+) -> Boxes:
+    """The launch of ``plan`` on x (batch, C_in, *input_size): as many programs as run at once, or as it has tiles."""
+    low = plan.lowering
+    s = low.spec
+    n, h, w = plan.box
+    taps = math.prod(s.kernel_size)
+    if s.transposed:  # [C_in][tap][C_out/g]
+        of_w = (s.in_channels, taps, low.columns), (plan.block_k, 1, plan.block_n)
+    else:  # [C_out][tap][C_in/g]
+        of_w = (s.out_channels, taps, low.channels_in), (plan.block_n, 1, plan.block_k)
+    forms = (
+        _form(dtype, _view(batch, s.in_channels, input_size, read_stride(s)), (n, h, 1, w, plan.block_k)),
+        _form(dtype, *of_w),
+        _form(dtype, _view(batch, s.out_channels, output_size, low.phases), (n, h, 1, w, plan.chunk)),
+    )
+    programs = min(plan.tiles(batch, output_size), plan.blocks * device.multiprocessors)
+    run = Binary(conv_hopper_kernel, consts, num_warps=plan.num_warps, maxnreg=plan.registers)
+    phase = tuple(size // p for size, p in zip(output_size, low.phases, strict=True))
+    return Boxes(run, (programs, 1, 1), forms, batch, phase)
 
 
 def parts(plan: BoxPlan, batch: int, output_size: Sequence[int], statistics: str | None) -> tuple[int, int] | None:
@@ -58,46 +106,27 @@ def parts(plan: BoxPlan, batch: int, output_size: Sequence[int], statistics: str
     return segments, count // segments
 
 
-def _descriptor(
-    t: torch.Tensor, shape: Sequence[int], strides: Sequence[int], block: Sequence[int]
-) -> TensorDescriptor:
-    """Of ``t``'s memory in this form; a box lies in shared memory as the tensor cores and the copies want it."""
-    width = min(128, block[-1] * t.element_size())
-    layout = NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8 * t.element_size(), rank=len(block))
-    return TensorDescriptor(t, list(shape), list(strides), list(block), layout)
+# --- descriptors ------------------------------------------------------------------------------------------------------
 
 
-def _image(t: torch.Tensor, step: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
-    """Of t (N, C, H, W), channels-last, as (N, H / step, step, W / step, step * C)."""
-    n, c, h, w = t.shape
-    sh, sw = step
-    shape = (n, h // sh, sh, w // sw, sw * c)
-    return _descriptor(t, shape, (h * w * c, sh * w * c, w * c, sw * c, 1), block)
+def _view(batch: int, channels: int, size: Sequence[int], step: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a channels-last tensor as (N, H / step, step, W / step, step * C)."""
+    (h, w), (sh, sw) = size, step
+    return batch, h // sh, sh, w // sw, sw * channels
 
 
-def launch(
-    run: Binary,
-    where: tuple[int, int, int],
-    plan: BoxPlan,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    y: torch.Tensor,
-    residual: torch.Tensor | None,
-    vectors: Sequence[torch.Tensor | None],
-    stats: torch.Tensor | None,
-    eps: float,
-) -> None:
-    """Fill y. x, y and residual channels-last, weight as `weight.weight_layout` has it; ``vectors``: bias, mean, var,
-    scale, shift and slope, each (C_out,) or None; ``stats`` float32, of `parts`, or None."""
-    low = plan.lowering
-    s = low.spec
-    taps, k, n = math.prod(s.kernel_size), plan.block_k, plan.block_n
-    x_desc = _image(x, read_stride(s), (plan.box[0], plan.box[1], 1, plan.box[2], k))
-    y_desc = _image(y, low.phases, (plan.box[0], plan.box[1], 1, plan.box[2], plan.chunk))
-    if s.transposed:  # [C_in][tap][C_out/g]
-        rows, last, block = s.in_channels, low.columns, (k, 1, n)
-    else:  # [C_out][tap][C_in/g]
-        rows, last, block = s.out_channels, low.channels_in, (n, 1, k)
-    w_desc = _descriptor(weight, (rows, taps, last), (taps * last, last, 1), block)
-    qh, qw = (size // p for size, p in zip(y.shape[2:], low.phases, strict=True))
-    run(where, x_desc, w_desc, y_desc, residual, *vectors, stats, x.shape[0], qh, qw, eps)
+def _form(dtype: torch.dtype, shape: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
+    """Of dense tensors of this shape. A box lies in shared memory as the tensor cores and the copies want it."""
+    size = dtype.itemsize
+    layout = NVMMASharedLayout(
+        swizzle_byte_width=min(128, block[-1] * size), element_bitwidth=8 * size, rank=len(block)
+    )
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return TensorDescriptor(torch.empty(0, dtype=dtype, device="cpu"), list(shape), strides, list(block), layout)
+
+
+def _of(form: TensorDescriptor, t: torch.Tensor) -> TensorDescriptor:
+    """``form`` of the memory of ``t``. (A new one would check itself again, which takes 30 us.)"""
+    made = object.__new__(TensorDescriptor)
+    made.__dict__ = {**form.__dict__, "base": t}
+    return made
