@@ -271,7 +271,7 @@ def test_stages_as_on_a_gpu(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(RUN))
     variables = environ() | {"CNNFAST_CACHE": str(tmp_path / "cache"), "CNNFAST_GUARD": "1"}
     for stage in ("table", "candidates", "tune", "tuned", "prediction"):
-        arguments = ["-m", "ttsem.sanitize", str(script), "--", stage, "--output", str(tmp_path), "--seconds", "300"]
+        arguments = ["-m", "benchmarks.gpu.on_cpu", str(script), "--", stage, "--output", str(tmp_path), "--seconds", "300"]
         done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     (row,) = gpu_rows.read(tmp_path / "table.json")["rows"]
