@@ -1,8 +1,8 @@
 """``python -m benchmarks.gpu.on_cpu SCRIPT [-- ARGUMENTS]`` or ``... pytest ARGUMENTS``: Triton kernels on a CPU.
 
-It is ``python -m ttsem.sanitize`` for Triton 3.6 too. ttsem reads Triton's intermediate language in MLIR's generic form,
-and switches the printer over by a function of MLIR's that wheels before 3.7 do not export. MLIR prints that same form
-of a module that does not verify, so there each module is made to fail, once nothing but printing is left to do.
+It is ``python -m ttsem.sanitize`` for Triton 3.6 too. ttsem reads Triton's intermediate language in MLIR's generic
+form, and switches the printer over by a function of MLIR's that wheels before 3.7 do not export. MLIR prints that same
+form of a module that does not verify, so there each module is made to fail, once nothing but printing is left to do.
 """
 
 from __future__ import annotations
