@@ -42,6 +42,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MMA = re.compile(r"^(HMMA|IMMA|QMMA|HGMMA|UTCHMMA|UTCQMMA|UTCIMMA)\b")
 _LOADS = re.compile(r"^(LDG|LDGSTS|UBLKCP|UTMALDG)\b")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;")
+_DRAIN = re.compile(r"\bWARPGROUP\.DEPBAR\.LE\s+gsb\d+,\s*0x0\b")
 _HMMA_SHAPES = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
 
 
@@ -65,6 +66,7 @@ class Report:
     looped: bool  # False: the loop was unrolled away, and everything from its first to its last product counts as one
     local: int  # LDL and STL anywhere
     unfenced: int  # wgmma without a proxy fence since the last write to shared memory
+    drains: int  # waits of the main loop for all of wgmma's outstanding products
 
     @property
     def per_mma(self) -> float:
@@ -382,4 +384,5 @@ def inspect(kernel: Any) -> Report:
         looped=looped,
         local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         unfenced=_unfenced(kernel.asm["ptx"]),
+        drains=sum(bool(_DRAIN.search(t)) for t in body),
     )
