@@ -52,7 +52,7 @@ def _tiles(low: Lowering, precision: Precision, device: Device) -> Iterator[tupl
         yield from ((128, 128, 8, 2, 256), (128, 64, 4, 3, 256), (64, 128, 4, 3, 256))
     hopper = device.arch // 10 == 9
     if hopper and not wide:
-        yield from ((128, 256, 8, 3, 128), (256, 128, 8, 3, 128))
+        yield from ((128, 256, 8, 3, 128), (256, 128, 8, 3, 128), (128, 128, 8, 3, 128))
     for m, n in itertools.product((128, 64, 32, 16), (128, 64, 32, 16)):
         if wide and m * n > 64 * 64:
             continue

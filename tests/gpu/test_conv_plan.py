@@ -121,7 +121,7 @@ CHOSEN = {
     (90, "dcgan1", 64): "latent 64x64x64*1 w4 s3",
     (90, "dcgan2", 1): "phases 32x32x64*2 w2 s3 split4",
     (90, "dcgan2", 16): "phases 32x32x64*2 w2 s3 split1",
-    (90, "dcgan2", 64): "phases 128x128x64*1 w4 s3",
+    (90, "dcgan2", 64): "phases 128x128x64*1 w8 s3 split2",
     (90, "dcgan3", 1): "phases 16x16x64*2 w1 s3",
     (90, "dcgan3", 16): "phases 64x32x64*1 w4 s5",
     (90, "dcgan3", 64): "phases 128x128x64*1 w4 s3",
