@@ -25,7 +25,6 @@ import cnnfast
 from cnnfast.cpu.isa import InstructionSet, instruction_set
 from cnnfast.gpu import guard
 from cnnfast.gpu.observers import observed
-from cnnfast.nn import traced
 
 from .timers import captured
 from .workload import Implementation, NotAvailable, Prepared, Workload
@@ -75,18 +74,22 @@ def _require_compiler() -> None:
 
 
 def _compiled(
-    channels_last: bool | None, mode: str | None = None, container: type[nn.Sequential] = nn.Sequential
+    channels_last: bool | None,
+    mode: str | None = None,
+    container: type[nn.Sequential] = nn.Sequential,
+    launches: bool = False,
 ) -> Callable[[Workload], Prepared]:
-    """``channels_last`` None: where there is such a thing."""
+    """``channels_last`` None: where there is such a thing. ``launches``: RuntimeError where no step is a kernel of ours
+    (`_launched`)."""
 
     def prepare(w: Workload) -> Prepared:
         _formats(w, bool(channels_last))
-        if container is cnnfast.Sequential and not traced.PLANS:
-            raise NotAvailable(f"torch {torch.__version__} traces a Sequential as its modules: the time is Inductor's")
         last = w.has_formats if channels_last is None else channels_last
         if w.device == "cpu":
             _require_compiler()
         call = w.call(torch.compile(w.modules(container, last), dynamic=False, mode=mode), last)
+        if launches:
+            _launched(call, w.gradients)
         return Prepared(call, path=lambda: path_of(call, w.gradients))
 
     return prepare
@@ -302,6 +305,13 @@ def _without_launch(call: Callable[[], object], gradients: bool) -> int:
     return sum(a is None and b is None for a, b in pairwise([*seen, None]))
 
 
+def _launched(call: Callable[[], object], gradients: bool) -> None:
+    """RuntimeError where no step of a call runs as a Triton kernel of ours: its time would be somebody else's."""
+    path = path_of(call, gradients)
+    if "Triton" not in path:
+        raise RuntimeError(f"no step of it ran as a Triton kernel: {path or 'no convolution seen'}")
+
+
 def _on_gpu(w: Workload) -> Prepared:
     """`cnnfast.Sequential`. RuntimeError where no step of it runs as a Triton kernel, or one that could does not
     (`cnnfast.gpu.guard` says why): every case has such steps, and a row without them says nothing of the kernels."""
@@ -320,9 +330,7 @@ def _on_gpu(w: Workload) -> Prepared:
     if missed := _without_launch(call, w.gradients):
         states = [line for line in guard.report() if "PyTorch's operators run" in line]
         raise RuntimeError(f"{missed} steps ran PyTorch's operators: {'; '.join(states) or 'for a reason not known'}")
-    path = path_of(call, w.gradients)
-    if "Triton" not in path:
-        raise RuntimeError(f"no step of it ran as a Triton kernel: {path or 'no convolution seen'}")
+    _launched(call, w.gradients)
     return Prepared(call, path=lambda: path_of(call, w.gradients))
 
 
@@ -346,6 +354,6 @@ GPU_IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("torch.compile max-autotune", _compiled(None, "max-autotune")),
     Implementation("cnnfast", _on_gpu),
     Implementation("cnnfast" + GRAPH, _graph(_on_gpu)),
-    Implementation("cnnfast under torch.compile", _compiled(None, container=cnnfast.Sequential)),
+    Implementation("cnnfast under torch.compile", _compiled(None, container=cnnfast.Sequential, launches=True)),
 )
 COMPILED = ("torch.compile", "torch.compile max-autotune")  # on a GPU

@@ -225,7 +225,9 @@ def needs_gradient(o: Operands) -> bool:
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """Autocast's dtype for x's device; None where it is off."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):  # which Dynamo cannot always trace
+        return None
+    if not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

@@ -170,15 +170,15 @@ def _command(stage: Stage, folder: Path, dry_run: bool, part: int, of: int, seco
     if stage.command is not None:
         return [sys.executable, *stage.command]
     ours = ["--part", f"{part}/{of}", "--output", str(folder), "--seconds", f"{seconds:.1f}"]
-    ttsem = ["-m", "ttsem.sanitize"] if dry_run else []
+    on_cpu = ["-m", "benchmarks.gpu.on_cpu"] if dry_run else []
     if stage.name == "tests":
         options = [option.replace("--", "--gpu-") for option in ours[::2]]
         mine = [text for pair in zip(options, ours[1::2], strict=True) for text in pair]
         dry = ["--gpu-limit", "6", "--gpu-stubbed"] if dry_run else []
         marks = "kernel and not slow" if dry_run else "kernel"
         plain = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-m", marks, "tests"]
-        return [sys.executable, *(ttsem or ["-m"]), "pytest", "-p", "benchmarks.gpu.plugin", *plain, *mine, *dry]
-    runner = [*ttsem, str(WORKER), "--"] if dry_run else [str(WORKER)]
+        return [sys.executable, *(on_cpu or ["-m"]), "pytest", "-p", "benchmarks.gpu.plugin", *plain, *mine, *dry]
+    runner = [*on_cpu, str(WORKER), "--"] if dry_run else [str(WORKER)]
     return [sys.executable, *runner, stage.name, *ours, *(["--dry-run"] if dry_run else [])]
 
 

@@ -43,7 +43,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MMA = re.compile(r"^(HMMA|IMMA|QMMA|HGMMA|UTCHMMA|UTCQMMA|UTCIMMA)\b")
 _LOADS = re.compile(r"^(LDG|LDGSTS|UBLKCP|UTMALDG)\b")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;")
-_DRAIN = re.compile(r"^(?:@!?U?P\w+\s+)?WARPGROUP\.DEPBAR\.LE\s+gsb0,\s*0x0\b")
+_DRAIN = re.compile(r"\bWARPGROUP\.DEPBAR\.LE\s+gsb\d+,\s*0x0\b")
 _HMMA_SHAPES = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
 
 
@@ -389,6 +389,6 @@ def inspect(kernel: Any) -> Report:
         looped=looped,
         local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         unfenced=_unfenced(kernel.asm["ptx"]),
-        drains=sum(bool(_DRAIN.match(text)) for text in body),
+        drains=sum(bool(_DRAIN.search(text)) for text in body),
         bulk=len(re.findall(r"\bUTMALDG\b", sass)),
     )

@@ -32,6 +32,7 @@ __all__ = [
     "PRESSURE",
     "RATIO",
     "better_plan",
+    "drained",
     "grids",
     "issue_slots",
     "limits",
@@ -78,6 +79,14 @@ def narrow_loads(report: Report, plan: Plan, call: Call) -> int:
     return report.narrow_loads if report.looped or report.narrow_loads > vectors or not wide else 0
 
 
+def drained(report: Report, precision: Precision) -> list[str]:
+    """Tensor cores of sm_90 that stand still in each trip: nothing is multiplied until a warp has seen the last product
+    and issued the next. TF32's operands are rounded in registers, which one product's must leave for the next one's."""
+    if not report.drains or precision.itemsize == 4:
+        return []
+    return [f"{report.drains} waits for all of wgmma's products in the main loop"]
+
+
 def whole_trips(report: Report, plan: Plan, precision: Precision) -> bool:
     """Whether the loop's tensor-core instructions make up whole trips of the source's loop: a check of both counts."""
     if not report.mma_kind:
@@ -94,6 +103,7 @@ def loop(report: Report, plan: Plan, call: Call, precision: Precision) -> list[s
         found.append(f"{narrow} loads of 2 bytes or less in the main loop")
     if report.shared > plan.shared_memory(precision.itemsize):
         found.append(f"{report.shared} bytes of shared memory, the plan says {plan.shared_memory(precision.itemsize)}")
+    found += drained(report, precision)
     if not whole_trips(report, plan, precision):
         found.append(f"{report.mma} tensor-core instructions in the main loop are no whole trips of it")
     return found

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 
 from ..spec import ConvSpec, Phase, Precision
 from .devices import Device
 
-__all__ = ["Lowering", "Plan", "is_exact", "is_valid", "lower", "tap_map"]
+__all__ = ["Lowering", "Plan", "Tile", "is_exact", "is_valid", "lower", "tap_map", "uses_wgmma"]
 
 
 # --- lowering: which gather the kernel runs ---------------------------------------------------------------------------
@@ -182,9 +183,29 @@ class Plan:
         return buffers + 64  # barriers (sm_100 has 16 bytes of them)
 
 
+class Tile(Protocol):
+    """What the model looks at: rows x columns x the depth of a trip, and the schedule."""
+
+    @property
+    def block_m(self) -> int: ...
+    @property
+    def block_n(self) -> int: ...
+    @property
+    def block_k(self) -> int: ...
+    @property
+    def unroll(self) -> int: ...
+    @property
+    def num_warps(self) -> int: ...
+
+
 def is_exact(precision: Precision) -> bool:
     """float32 on the CUDA cores: no tensor core multiplies it exactly."""
     return precision.dtype == torch.float32 and not precision.tf32
+
+
+def uses_wgmma(plan: Tile, device: Device) -> bool:
+    """Whether Triton makes wgmma of sm_90 of the plan's products, not mma.sync."""
+    return device.arch // 10 == 9 and plan.block_m >= 64 and plan.num_warps >= 4
 
 
 def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
@@ -203,11 +224,15 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
         # Two pipelined tcgen05 products a trip: the compiled code gave wrong sums when executed in emulation (triton
         # 3.7.1); whether compiler or emulator is at fault is open. One product a trip is right.
         return False
+    if plan.unroll > 1 and uses_wgmma(plan, device):  # between two products of a trip Triton waits for all of them
+        return False
     # Rows of few channels (the input gradient of an RGB head) are loaded by elements: addresses take registers.
     if plan.lowering.channels_in < 16 and m * n > threads * 64:
         return False
     # Seen by compiling: these spill a few registers.
     if device.arch // 10 == 10 and (m, n, k) == (128, 64, 128) and plan.splits and not plan.lowering.transposed:
+        return False
+    if device.arch // 10 == 9 and (m, n, plan.num_warps) == (128, 128, 4) and plan.splits:
         return False
     # Seen by compiling: ptxas unrolls short loops of these, and spills a few registers.
     if device.arch // 10 == 8 and (m, n, k) == (128, 32, 32) and not plan.splits:
