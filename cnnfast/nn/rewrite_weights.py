@@ -3,7 +3,7 @@ what they are computed from holds the same.
 
 A weight that is a function of Parameters and buffers alone, by operators that write nothing and draw no random
 numbers, is computed by one node, `Computed`. In inference on a CPU it keeps its result in the cache of packed weights
-(`cpu/packing`), under the rules that hold there for a plain weight: the content of every source is looked at on each
+(cpu/packing.py), under the rules that hold there for a plain weight: the content of every source is looked at on each
 call, and a result is kept when that is met for the second time. Kept, it is a Parameter of nobody's: its convolution
 packs it once. With gradients, under autocast, on a GPU and where somebody watches, it is computed as it stands.
 """
