@@ -107,6 +107,7 @@ class _Slot:
     memory: tuple[Hashable, ...]  # where and in which form the Parameter is
     contents: dict[Hashable, bytes | None] = field(default_factory=dict)  # at the last call
     frozen: Hashable = None  # the version for which the Parameter counts as constant
+    own: bool = False  # nobody else has the Parameter: its content stays
     packs: OrderedDict[tuple[Hashable, Hashable], _Pack] = field(default_factory=OrderedDict)  # by form and key
 
 
@@ -160,7 +161,7 @@ class PackCache:
         build: Callable[[], T],
     ) -> T | None:
         """As `get`, by content; ``versions`` where the weight is frozen."""
-        form, content = _form(weight), _content(weight)
+        form, content = _form(weight), b"own" if slot.own else _content(weight)
         if slot.contents.get(form) != content:
             with self._lock:
                 for name in [name for name in slot.packs if name[0] == form]:
@@ -168,7 +169,7 @@ class PackCache:
                 if len(slot.contents) >= _MAX_VIEWS:
                     slot.contents.clear()
                 slot.contents[form] = content
-            if versions is None:
+            if versions is None and not slot.own:
                 return None
         name, others = (form, key()), tuple(map(_vector, vectors))
         with self._lock:
@@ -182,7 +183,7 @@ class PackCache:
         if value is None and (met or versions is not None):
             with torch.no_grad():
                 value = build()
-            if content != _content(weight) or others != tuple(map(_vector, vectors)):
+            if not slot.own and content != _content(weight) or others != tuple(map(_vector, vectors)):
                 return value  # written to in between
         with self._lock:
             if slot.contents.get(form) == content:  # else another thread has met another content since
@@ -210,6 +211,11 @@ class PackCache:
             if slot is None or slot.ref() is not owner or slot.memory != memory:
                 slot = self._slots[ident] = _Slot(weakref.ref(owner, forget), memory)
             return slot
+
+    def own(self, weight: nn.Parameter) -> None:
+        """Let a Parameter that nobody else can write to count as met already, and as constant: a value of this cache
+        from which others are made. (The vectors that go with it are looked at on every call.)"""
+        self._slot(weight).own = True
 
     def invalidate(self, target: nn.Module | torch.Tensor) -> int:
         """Drop the values made from ``target`` (a Parameter, or all Parameters of a module); returns how many there

@@ -306,9 +306,7 @@ def _enter(x: Tensor, ndim: int, bound: Bound) -> Tensor:
         return enter(x, dtype, True if bound.convert else None, bound.of_gradient)
     if not bound.convert:
         return x if x.dtype == dtype else x.to(dtype)
-    if x.dtype == dtype:  # the cheaper call, on a path that counts microseconds
-        return x.contiguous(memory_format=format_of(x.dim(), True))
-    return x.to(dtype, memory_format=format_of(x.dim(), True))
+    return memory_format.convert(x, dtype, True)
 
 
 def _fused(s: FusedStep, x: Tensor, run: Run, reading: Reading, low: torch.dtype | None) -> Tensor:
