@@ -75,10 +75,15 @@ def _short_groups(norm: Norm, o: Operands) -> Tensor | None:
 
 
 def _normalise(norm: Norm, o: Operands, y: Tensor) -> None:
-    for image, result, scale, shift in zip(o.x, y, *_affine(norm, o), strict=True):
-        fold = _folded(len(scale), image[0].numel())
-        source, target = (_rows(t).view(-1, fold * len(scale)) for t in (image, result))
-        torch.addcmul(_repeated(shift, fold), source, _repeated(scale, fold), out=target)
+    x = o.x
+    centre, scale, shift = _affine(norm, o)
+    if centre.any():
+        x = x - centre.view(*centre.shape, *(1,) * (x.dim() - 2))
+        _, scale, shift = _affine(norm, o._replace(x=x))
+    for image, result, factor, more in zip(x, y, scale, shift, strict=True):
+        fold = _folded(len(factor), image[0].numel())
+        source, target = (_rows(t).view(-1, fold * len(factor)) for t in (image, result))
+        torch.addcmul(_repeated(more, fold), source, _repeated(factor, fold), out=target)
 
 
 def _rows(image: Tensor) -> Tensor:
@@ -101,8 +106,12 @@ def _repeated(v: Tensor, fold: int) -> Tensor:
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
-def _affine(norm: Norm, o: Operands) -> tuple[Tensor, Tensor]:
-    """What x is multiplied by and what is added, (N, C) each."""
+_FAR = 8.0  # deviations of a mean from 0: beyond, sums and products are rounded at a size that the result has not
+
+
+def _affine(norm: Norm, o: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean where one is far from 0 (else 0), what x is multiplied by, and what is added, (N, C) each: of x as it
+    is."""
     n, c = o.x.shape[:2]
     moments = [_moments(_rows(image)) for image in o.x]
     mean, var = torch.stack([m for m, _ in moments]), torch.stack([v for _, v in moments])
@@ -113,10 +122,11 @@ def _affine(norm: Norm, o: Operands) -> tuple[Tensor, Tensor]:
         var = (var + (mean - centre).square_()).mean(2).repeat_interleave(join, 1)
         mean = centre.expand(n, c // join, join).reshape(n, c)
     scale = torch.rsqrt(var + norm.eps)
+    centre = torch.where((mean.abs() * scale > _FAR).any(), mean, 0.0).float()
     if o.scale is not None:
         scale = scale * o.scale
     shift = -mean * scale if o.shift is None else o.shift - mean * scale
-    return scale.float(), shift.float()
+    return centre, scale.float(), shift.float()
 
 
 _FEW = 512  # values whose sum in float32 is about as exact as each of them
