@@ -3,9 +3,9 @@ be converted at both ends of each.
 
 A map that is contiguous in eager mode is channels-last inside of a stretch, where nobody can tell (one that is so there
 stays it): its users are sites, which convolve or add it, and operators that keep the format and give the same numbers
-in each (`_Layout._keeps`); any other user gets a contiguous copy. What somebody views is contiguous as in eager mode, and so is
-what is written to, unless by such an operator. A stretch starts with the first site in it, and in inference that site's
-input is converted.
+in each (`_Layout._keeps`); any other user gets a contiguous copy. What somebody views is contiguous as in eager mode,
+and so is what is written to, unless by such an operator. A stretch starts with the first site in it, and in inference
+that site's input is converted.
 
 With gradients, norms by a map's own statistics end a stretch (of channels-last maps ATen takes them less exactly), and
 so do operators that resize by other rules than the nearest value, maps of three dimensions or one, and all writes.
