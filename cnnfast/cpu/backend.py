@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..dispatch import Arrangement, Planned, channels_last_inside, needs_gradient
-from ..memory_format import has_both
+from ..memory_format import convert, has_both
 from ..step import Operands, Step
-from . import inference
+from . import inference, norm_inference
 from .training import run as by_layers
 
 __all__ = ["arrange", "run", "why_not"]
@@ -19,7 +19,7 @@ __all__ = ["arrange", "run", "why_not"]
 def why_not(step: Step, o: Operands, *, channels_last: bool, training: bool, required: bool) -> str | None:
     """See `dispatch.Backend`."""
     if step.spec is None:
-        return "PyTorch's own norms are as fast"
+        return norm_inference.why_not(step.norm, o) and "PyTorch's own norms are as fast"
     if training and step.spec.ndim == 3 and needs_gradient(o):
         return _NO_TRAINING_3D
     return None if training else inference.why_not(step, o, channels_last)
@@ -27,6 +27,9 @@ def why_not(step: Step, o: Operands, *, channels_last: bool, training: bool, req
 
 def run(step: Step, o: Operands, *, channels_last: bool, training: bool, required: bool) -> Tensor | None:
     """See `dispatch.Backend`."""
+    if step.spec is None and step.norm is not None:
+        y = norm_inference.finished(step.norm, o, step.activation, ours=False)
+        return convert(y, y.dtype, channels_last)
     y = None if training else inference.run(step, o, channels_last)
     if y is None and step.spec.ndim == 3 and not training:
         return None
@@ -46,6 +49,8 @@ def arrange(
     three = steps[0].ndim == 3
     if three and gradient:
         return _NO_TRAINING_3D
+    if steps[0].ndim == 1 and not gradient and not any(eager) and not any(_gains_in_1d(s) for s in steps):
+        return "in one dimension, PyTorch's plain convolutions are as fast on a CPU"
     inside, as_eager = channels_last_inside(eager).channels_last, tuple(eager[1:])
     if not (three or any(eager)) and not _saves_conversions(steps, [shape.numel() for shape in shapes], gradient):
         inside = as_eager
@@ -63,6 +68,10 @@ def arrange(
         why = [None] * len(why)
     # Whatever runs the first step: its result is likely to be larger.
     return Arrangement(inside, tuple(why), inside[0] or gradient and why[0] is None)
+
+
+def _gains_in_1d(s: Planned) -> bool:
+    return s.step.spec.transposed or s.step.measured or s.synchronised
 
 
 def _no_gain_in_training(s: Planned, channels_last: bool) -> str | None:
@@ -86,7 +95,10 @@ def _no_gain(s: Planned, shape: torch.Size, channels_last: bool) -> str | None:
     step, norm, slopes = s.step, s.step.norm is not None, s.slopes
     if s.step.measured or s.step.residual:  # what follows the convolution takes its passes anyway
         step, norm, slopes = s.step.bare, False, 0
-    return inference.why_slower_plain(step, shape, s.dtype, norm=norm, slopes=slopes, nchw=not channels_last)
+    copied = channels_last and not s.weight_channels_last
+    return inference.why_slower_plain(
+        step, shape, s.dtype, norm=norm, slopes=slopes, nchw=not channels_last, copied=copied
+    )
 
 
 def _saves_conversions(steps: Sequence[Planned], elements: list[int], gradient: bool) -> bool:

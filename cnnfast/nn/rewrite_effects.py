@@ -112,5 +112,6 @@ def _known() -> frozenset[int]:
         for name in dir(module):
             if not name.startswith(_SWITCHES) and callable(function := getattr(module, name)):
                 found.add(id(function))
-    found |= {id(torch._C._nn.pad), id(torch._weight_norm), id(torch.sym_float), id(torch.sym_int)}
+    found |= {id(torch._C._log_api_usage_once), id(torch._C._nn.pad), id(torch._weight_norm)}
+    found |= {id(torch.sym_float), id(torch.sym_int)}
     return frozenset(found)

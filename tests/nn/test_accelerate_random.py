@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.nn.utils import parametrizations, weight_norm
 
 import cnnfast
 from cnnfast.nn.accelerate_call import record_of
-from cnnfast.nn.accelerate_verify import differs
+from cnnfast.nn.accelerate_verify import differs, without_onednn
 
 from .test_sequential_training import loss_of, randomized, real_strides
 from .test_training_features import Outcome
@@ -30,16 +29,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@contextmanager
-def without_onednn() -> Iterator[None]:
-    """PyTorch's arithmetic in another order."""
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(True)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
