@@ -363,7 +363,13 @@ def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor | N
             and finite
             and math.isfinite(x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None).item())
         )
-    y = method.run(x, packed, post if fused else PostOp(), channels_last)
+    y = None
+    if o.residual is not None and isinstance(method, Convolution):
+        y = method.run_adding(x, packed, o.residual)
+    if y is None:
+        y = method.run(x, packed, post if fused else PostOp(), channels_last)
+    else:
+        o = o._replace(residual=None)
     if not fused:
         y = _finish(y, step.activation, o)
     return convert(y, o.x.dtype, channels_last)
