@@ -147,9 +147,11 @@ class Convolution:
         weight, shift = packed
         if residual.dtype != self.dtype or not residual.is_contiguous(memory_format=format_of(residual.dim(), True)):
             return None
-        low = None if shift is None else shift.to(self.dtype)
-        if low is not shift and not torch.equal(low.to(shift.dtype), shift):
-            return None
+        low = shift
+        if shift is not None and shift.dtype != self.dtype:
+            low = shift.to(self.dtype)
+            if not torch.equal(low.to(shift.dtype), shift):
+                return None
         return self.op_adding(x, residual, weight, low, *self.geometry, "add", None, None, (), None)
 
 

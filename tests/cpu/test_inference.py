@@ -267,6 +267,19 @@ def test_residuals_that_the_operator_does_not_take(sums: list[bool]) -> None:
     assert sums and all(sums)
 
 
+def test_a_residual_in_three_dimensions(sums: list[bool]) -> None:
+    spec = ConvSpec.make(16, 24, 3, 2, 1, transposed=False, ndim=3)
+    step, last = Step(spec, Activation("relu"), residual=True), torch.channels_last_3d
+    x, residual = torch.randn(2, 16, 5, 6, 7), torch.randn(2, 24, 3, 3, 4).contiguous(memory_format=last)
+    o = Operands(x, nn.Parameter(torch.randn(spec.weight_shape) / 20), torch.randn(24), residual=residual)
+    with torch.no_grad():
+        y = packed(step, o)
+        exact, yardstick, before = reference(step, o, tf32=False)
+    assert y.is_contiguous(memory_format=last)
+    assert_close(y, exact, yardstick, "three dimensions", before)
+    assert sums and all(sums)
+
+
 @pytest.mark.parametrize("shift", ["norm", "bias"])
 def test_a_shift_is_not_rounded_for_a_residual(shift: str, sums: list[bool]) -> None:
     """In 16 bits the operator takes a bias of 16 bits: one that the norm was folded into is float32."""
