@@ -66,7 +66,7 @@ class Cutter:
         if sequential is None:
             # Of a hundred small layers, 1x1 and depthwise, fusing gains less on a CPU than it costs there.
             sequential = nn.Sequential if self.device.type == "cpu" else Sequential
-        network = create_model("selfie", pretrained=True, sequential=sequential).requires_grad_(False)
+        network = create_model("selfie", pretrained=True, sequential=sequential).eval().requires_grad_(False)
         self.network = network.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         freeze(self.network)
 
