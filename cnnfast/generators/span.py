@@ -102,9 +102,9 @@ class SPAN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         head, body, tail = self._steps
         first = y = head((x - self.mean) * _RANGE)
-        y = outer = self.block_1(y)
-        for i in range(2, 6):
-            y = getattr(self, f"block_{i}")(y)
-        last: Any = self.block_6
-        y, inner = last.with_first(y)
+        blocks: list[Any] = [getattr(self, f"block_{i}") for i in range(1, 7)]
+        y = outer = blocks[0](y)
+        for block in blocks[1:-1]:
+            y = block(y)
+        y, inner = blocks[-1].with_first(y)
         return tail(torch.cat([first, body(y), outer, inner], 1))
