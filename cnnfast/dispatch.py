@@ -138,7 +138,8 @@ Ready = Callable[[Operands], "torch.Tensor | None"]
 class Arrangement(NamedTuple):
     """How a chain of steps runs: whether each result is channels-last; why the modules of a step run as they stand, or
     None; whether the input is brought to channels-last. ``ready``: for each step, or for none, a shorter way than
-    `run_step` for operands of these shapes, or None; it gives None where that has to decide after all."""
+    to ask the backend anew, for operands of these shapes, or None; it gives None where that has to be asked after
+    all."""
 
     channels_last: tuple[bool, ...]
     as_modules: tuple[str | None, ...]

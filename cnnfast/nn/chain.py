@@ -96,7 +96,7 @@ class Run(NamedTuple):
     """How a step runs on inputs of one shape: whether its result is ``channels_last``; ``as_modules``: why its modules
     run as they stand, or None. ``wide``: what follows the convolution is computed, and returned, in float32 (autocast's
     rule). ``apart``: the activation runs by itself. ``measured``: a norm takes statistics. ``simple``: none of these,
-    and no autocast; ``ready``: what then stands for `run_step`, where there is something (`Arrangement`)."""
+    and no autocast; ``ready``: what then stands for `run_step`, where there is something (`dispatch.Arrangement`)."""
 
     channels_last: bool
     as_modules: str | None = None
