@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dispatch import Arrangement, Planned, channels_last_inside, needs_gradient
+from ..dispatch import Arrangement, Planned, Ready, channels_last_inside, needs_gradient
 from ..memory_format import convert, has_both
 from ..step import Operands, Step
 from . import inference, norm_inference
@@ -64,10 +64,28 @@ def arrange(
         why[i] = _no_gain_in_training(s, before) if gradient else _no_gain(s, shapes[i], before or after)
     if why[0] is not None and None not in why and (three or inside == as_eager or gradient and steps[0].ndim == 1):
         return why[0]
+    ready: tuple[Ready | None, ...] = ()
+    if not gradient:
+        ready = tuple(_ready(s, shapes[i], inside[i]) if why[i] is None else None for i, s in enumerate(steps))
     if steps[0].ndim == 1:  # modules would convert on the way in and out
         why = [None] * len(why)
     # Whatever runs the first step: its result is likely to be larger.
-    return Arrangement(inside, tuple(why), inside[0] or gradient and why[0] is None)
+    return Arrangement(inside, tuple(why), inside[0] or gradient and why[0] is None, ready)
+
+
+def _ready(s: Planned, shape: torch.Size, channels_last: bool) -> Ready | None:
+    """See `dispatch.Arrangement`."""
+    packed = None if s.synchronised else inference.Ready.of(s.step, shape, s.dtype, channels_last)
+    if packed is None:
+        return None
+
+    def ready(o: Operands) -> Tensor | None:
+        if not packed.holds(o):
+            return None
+        y = packed.run(o)
+        return by_layers(s.step, o, channels_last, new=True) if y is None else y
+
+    return ready
 
 
 def _gains_in_1d(s: Planned) -> bool:

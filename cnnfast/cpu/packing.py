@@ -81,13 +81,17 @@ def _form(t: torch.Tensor) -> tuple[Hashable, ...]:
     return t.storage_offset(), t.shape, t.stride(), t.dtype
 
 
+def _memory(t: torch.Tensor) -> tuple[Hashable, ...]:
+    return t.data_ptr(), *_form(t)
+
+
 def _vector(t: torch.Tensor | None) -> Hashable:
     return None if t is None else (t.shape, t.stride(), t.dtype, _content(t))
 
 
 def _version(t: torch.Tensor | None) -> Hashable:
     """What tells most writes to a frozen tensor without reading it: not those through ``.data`` and the like."""
-    return None if t is None else (t.data_ptr(), *_form(t), None if t.is_inference() else t._version)
+    return None if t is None else (_memory(t), None if t.is_inference() else t._version)
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -139,11 +143,13 @@ class PackCache:
         The number of vectors is the same for the same key. The weight is one that `why_not_cacheable` accepts.
         """
         owner = _owner(weight)
-        slot = self._slot(owner)
+        memory = _memory(owner)
+        slot = self._slot(owner, memory)
         versions: tuple[Hashable, ...] | None = None
         if slot.frozen is not None:
-            versions = (_version(owner), *map(_version, vectors))
-            pack = slot.packs.get((_form(weight), key()))
+            of_owner = (memory, None if owner.is_inference() else owner._version)  # `_version`
+            versions = (of_owner, *(None if v is None else _version(v) for v in vectors))
+            pack = slot.packs.get((memory[1:] if weight is owner else _form(weight), key()))
             if pack is not None and pack.versions == versions:
                 return pack.value  # type: ignore[return-value]
             written = pack is not None and pack.versions is not None and pack.versions[0] == slot.frozen
@@ -193,9 +199,9 @@ class PackCache:
                     slot.packs.popitem(last=False)
         return value
 
-    def _slot(self, owner: torch.Tensor) -> _Slot:
-        """That of a Parameter; a new one where it got other memory."""
-        ident, memory = id(owner), (owner.data_ptr(), *_form(owner))
+    def _slot(self, owner: torch.Tensor, memory: tuple[Hashable, ...]) -> _Slot:
+        """That of a Parameter, whose `_memory` is this; a new one where it got another."""
+        ident = id(owner)
         slot = self._slots.get(ident)
         if slot is not None and slot.ref() is owner and slot.memory == memory:
             return slot
@@ -233,7 +239,7 @@ class PackCache:
         """Let the Parameters count as constant while their versions stay. Those of them that did not."""
         found = []
         for t in _tensors("freeze", module):
-            slot = self._slot(t)
+            slot = self._slot(t, _memory(t))
             if slot.frozen is None or slot.frozen != _version(t):
                 slot.frozen = _version(t)
                 found.append(t)

@@ -701,14 +701,14 @@ def test_nothing_is_converted_between_steps(monkeypatch: pytest.MonkeyPatch) -> 
     from cnnfast.nn import chain
 
     seen: list[bool] = []
-    run_step = chain.run_step
+    run = chain.Chain.run
 
-    def recorded(step: Any, o: Any, **how: Any) -> Tensor:
-        y = run_step(step, o, **how)
-        seen.extend(t.is_contiguous(memory_format=torch.channels_last) for t in (o.x, y))
+    def recorded(self: Any, x: Tensor, *how: Any, **more: Any) -> Tensor:
+        y = run(self, x, *how, **more)
+        seen.extend(t.is_contiguous(memory_format=torch.channels_last) for t in (x, y))
         return y
 
-    monkeypatch.setattr(chain, "run_step", recorded)
+    monkeypatch.setattr(chain.Chain, "run", recorded)
     ours, plain = pair(Maps(BETWEEN["activations"][0]))  # type: ignore[arg-type]
     same(ours, plain, images(2, 16, 8, 8))
     assert seen[1:3] == [True, True] and seen[3] is False
