@@ -221,7 +221,7 @@ class PackCache:
     def own(self, weight: nn.Parameter) -> None:
         """Let a Parameter that nobody else can write to count as met already, and as constant: a value of this cache
         from which others are made. (The vectors that go with it are looked at on every call.)"""
-        self._slot(weight).own = True
+        self._slot(weight, _memory(weight)).own = True
 
     def invalidate(self, target: nn.Module | torch.Tensor) -> int:
         """Drop the values made from ``target`` (a Parameter, or all Parameters of a module); returns how many there
