@@ -131,7 +131,7 @@ class TwoConsumers(nn.Module):
         if self.how == 0:
             return torch.relu(y) - 0.5 * y
         if self.how == 1:
-            view = y.view(y.shape[0], -1)
+            view = y.unsqueeze(0)  # in any memory format
             view.mul_(0.5)
             return torch.relu(y)
         z = y * 2
