@@ -62,11 +62,8 @@ def _one_value(step: FusedStep, shape: torch.Size) -> bool:
     return False
 
 
-def _why_no_residual(
-    s: FusedStep, residual: Any, x: Tensor, dtype: torch.dtype, out: torch.Size, inside: bool
-) -> str | None:
-    """Why the step cannot add ``residual`` (in the dimensions of its layer), or None. ``out``: its result's shape;
-    ``inside``: whoever runs the chain has chosen the result's format."""
+def _why_no_residual(s: FusedStep, residual: Any, x: Tensor, dtype: torch.dtype, out: torch.Size) -> str | None:
+    """Why the step cannot add ``residual`` (in the dimensions of its layer), or None. ``out``: its result's shape."""
     if type(residual) is not Tensor and type(residual) is not nn.Parameter:
         return f"a {type(residual).__name__} is added"
     shape = out[:2] + out[3:] if s.ndim == 1 else out
@@ -74,8 +71,6 @@ def _why_no_residual(
         return f"{residual.dtype} of shape {tuple(residual.shape)} is added to {dtype} of shape {tuple(shape)}"
     if has_both(out[1], out[2:]):
         return "a sum of maps with one channel or position"
-    if inside and s.ndim == 1 and residual.unsqueeze(2).is_contiguous(memory_format=torch.channels_last):
-        return None
     # Not `is_contiguous`: a dimension of one may have any stride, and ATen's sum follows it.
     if residual.is_contiguous() if s.ndim == 1 else residual.stride() in [new_strides(shape, f) for f in (False, True)]:
         return None
@@ -208,7 +203,7 @@ class Chain:
             shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
             if s.residual is not None:
                 (added,) = reading.tensors[s.residual]
-                if reason := _why_no_residual(s, added, x, low or x.dtype, shapes[-1], last is not None):
+                if reason := _why_no_residual(s, added, x, low or x.dtype, shapes[-1]):
                     return reason
                 if s.leads:  # the result of a sum has its first operand's format
                     eager[-1] = s.ndim > 1 and is_channels_last(added)  # type: ignore[arg-type]

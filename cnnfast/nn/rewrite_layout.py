@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..memory_format import format_of, has_both, suggests_channels_last
+from ..memory_format import format_of, suggests_channels_last
 from .rewrite_calls import call_kind
 from .rewrite_effects import Everything, storages, value, written
 from .rewrite_norm import NormCall, as_norms
@@ -79,6 +79,7 @@ class _Layout:
                 if node in kept or any(n in kept and self._takes(node, n) for n in _taken(node)):
                     node.target.channels_last = node in kept or self.eager[node] == "last"
                     node.target.converts = self.inference
+                    node.target.given_contiguous = self.eager.get(node.args[0]) == "contiguous"  # type: ignore[arg-type]
             elif isinstance(node.target, NormCall):
                 node.target.channels_last = node in kept
         for node in nodes:
@@ -110,8 +111,6 @@ class _Layout:
             return ""
         if not t.is_floating_point() or t.layout is not torch.strided:
             return ""
-        if t.dim() == 3:
-            return "contiguous" if t.is_contiguous() and not has_both(t.shape[1], t.shape[2:]) else ""
         last = t.is_contiguous(memory_format=format_of(t.dim(), True))
         if last == t.is_contiguous():
             return ""
@@ -176,9 +175,9 @@ class _Layout:
         if bound is None:
             return False
         if kind.name == "interpolate":
-            return bound["mode"] == "nearest" or self.inference and value(node).dim() > 3
+            return bound["mode"] == "nearest" or self.inference
         if self.inference and kind.name == "batch_norm":
-            return bound["training"] is False and value(node).dim() > 3
+            return bound["training"] is False
         return kind.pointwise
 
     @staticmethod
@@ -211,8 +210,6 @@ def _strides(node: fx.Node) -> tuple[int, ...]:
 def _said(node: fx.Node) -> str:
     """What Dynamo says of `_Layout._in_eager_mode`."""
     t = value(node)
-    if t.dim() not in (4, 5):
-        return "contiguous"
     return "contiguous" if t.is_contiguous() else "last" if suggests_channels_last(t.shape, t.stride()) else "odd"
 
 

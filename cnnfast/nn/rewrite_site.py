@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..memory_format import format_of
+from ..memory_format import to_format
 from .chain import Chain, chained
 from .fusion import Unfused, plan_parts
 from .fusion_conv import Part
@@ -151,14 +151,15 @@ class Site:
     """``calls`` on one input and the operands. ``ended``: why it takes in no more. ``off``: why it runs as it stands,
     or None; ``verified``: "yes", "no", or what was wrong: both are set by verification. ``channels_last``: the format
     of its result where that is not eager mode's by the input that it gets, and ``converts``: its input becomes
-    channels-last (`rewrite_layout`). ``ran``: how it ran the last time, or the reason why all calls ran as they
-    stand."""
+    channels-last, ``given_contiguous``: and is not so in eager mode (`rewrite_layout`). ``ran``: how it ran the last
+    time, or the reason why all calls ran as they stand."""
 
     calls: tuple[Call, ...]
     ended: str = ""
     off: str | None = None
     channels_last: bool | None = None
     converts: bool = False
+    given_contiguous: bool = True
     verified: str = "no"
     ran: tuple[Chain | Unfused | str, ...] = ()
     _plans: dict[object, tuple[Chain | Unfused, ...]] = field(default_factory=dict, repr=False)
@@ -210,13 +211,13 @@ class Site:
         why = self.off or why_not_now(x)
         if why is not None:
             self.ran = (why,)
-            if self.converts:
+            if self.converts and self.given_contiguous:
                 x = x.contiguous()
             for call in self.calls:
                 x = call.run(x, operands)
             return x.contiguous() if self.channels_last is False else x
         if self.converts:
-            x = _channels_last(x)
+            x = to_format(x, True)
         kind = self._kind(x, operands)
         known = None if kind is None else self._quick.get(kind)
         if known is not None and known.holds(operands):
@@ -276,13 +277,6 @@ class Site:
             parts = [c.part(x if k == 0 else None, operands) for k, c in enumerate(self.calls)]
             items = self._plans[key] = chained(plan_parts(parts, [False] * len(parts)))
         return items
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """x (N, C, *size) with its channels side by side; (N, C, L), too."""
-    if x.dim() == 3:
-        return x.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2)
-    return x.contiguous(memory_format=format_of(x.dim(), True))
 
 
 class _AsRefs(dict[str, Any]):
