@@ -140,6 +140,7 @@ class Sequential(nn.Sequential):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Sequential:  # what to(), half(), cuda(), ... call
         PACKS.thaw(self.parameters())
+        self.__dict__.pop("_stands", None)
         return super()._apply(fn, recurse)
 
     def __add__(self, other: nn.Sequential) -> Sequential:
