@@ -17,13 +17,13 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ..activations import Activation
 from ..dispatch import by_loops
 from ..memory_format import convert, format_of, is_channels_last
 from ..spec import DTYPES, ConvSpec
 from ..step import Operands, Step
+from .finish import activated
 from .isa import InstructionSet, cache_bytes, instruction_set, lowered_products
 from .methods import (
     Convolution,
@@ -314,29 +314,11 @@ def _post(step: Step, post: PostOp, o: Operands) -> PostOp:
     return post
 
 
-def _prelu(y: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """`F.prelu` of a channels-last y. Its loop runs over the channels: in 16 bits, where a vector has 32 of them, a
-    number that is no multiple of 32 is left to scalar code (18 times slower was seen for 16 channels), so that several
-    pixels are taken as the channels of one."""
-    c = y.shape[1]
-    pixels = 32 // math.gcd(c, 32)
-    suits = y.element_size() == 2 and slope.numel() == c and pixels > 1 and y.numel() // c % pixels == 0
-    if not suits or not y.is_contiguous(memory_format=format_of(y.dim(), True)):
-        return F.prelu(y, slope)
-    last = y.movedim(1, -1)
-    rows = F.prelu(last.reshape(-1, pixels * c), slope.repeat(pixels))
-    return rows.view(last.shape).movedim(-1, 1)
-
-
 def _finish(y: torch.Tensor, activation: Activation, o: Operands) -> torch.Tensor:
     """Residual and activation after the convolution, on a tensor that is ours: in float32 where there is a residual."""
     if o.residual is not None:
         y = y.float().add_(o.residual)
-    row = activation.row
-    function = row.without_gradient or row.in_place
-    if function is not None:
-        return function(y, *activation.params)
-    return activation(y) if o.slope is None else _prelu(y, o.slope.to(y.dtype))
+    return activated(y, activation, o.slope)
 
 
 def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor | None:

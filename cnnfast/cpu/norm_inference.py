@@ -11,7 +11,6 @@ import math
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import Activation
@@ -19,6 +18,7 @@ from ..dispatch import needs_gradient
 from ..memory_format import format_of, new_strides
 from ..norms import Norm
 from ..step import Operands
+from .finish import activated
 from .norm import is_far
 
 __all__ = ["finished", "why_not"]
@@ -53,12 +53,8 @@ def finished(norm: Norm, o: Operands, activation: Activation, *, ours: bool) -> 
         _normalise(norm, o, y)
     if o.residual is not None:
         y += o.residual
-    function = activation.row.in_place or _IN_PLACE.get(activation.name)
-    return function(y, *activation.params) if function is not None else activation(y, o.slope)
+    return activated(y, activation, o.slope)
 
-
-# Of those whose backward would need the input.
-_IN_PLACE = {"silu": lambda y: F.silu(y, inplace=True), "mish": lambda y: F.mish(y, inplace=True)}
 
 _SHORT = 4096  # positions whose squares ATen may add up one after the other
 _NEAR = 0.5  # deviations of a mean from 0 that E[x^2] - E[x]^2 bears without a loss to speak of

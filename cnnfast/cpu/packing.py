@@ -91,7 +91,12 @@ def _vector(t: torch.Tensor | None) -> Hashable:
 
 def _version(t: torch.Tensor | None) -> Hashable:
     """What tells most writes to a frozen tensor without reading it: not those through ``.data`` and the like."""
-    return None if t is None else (_memory(t), None if t.is_inference() else t._version)
+    return None if t is None else _written(t, _memory(t))
+
+
+def _written(t: torch.Tensor, memory: tuple[Hashable, ...]) -> Hashable:
+    """`_version` of a tensor whose `_memory` is this."""
+    return memory, None if t.is_inference() else t._version
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -147,8 +152,7 @@ class PackCache:
         slot = self._slot(owner, memory)
         versions: tuple[Hashable, ...] | None = None
         if slot.frozen is not None:
-            of_owner = (memory, None if owner.is_inference() else owner._version)  # `_version`
-            versions = (of_owner, *(None if v is None else _version(v) for v in vectors))
+            versions = (_written(owner, memory), *map(_version, vectors))
             pack = slot.packs.get((memory[1:] if weight is owner else _form(weight), key()))
             if pack is not None and pack.versions == versions:
                 return pack.value  # type: ignore[return-value]
