@@ -5,6 +5,7 @@ Runs on whatever instruction set oneDNN is allowed (ONEDNN_MAX_CPU_ISA): the dty
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import replace
 from typing import Any
@@ -601,6 +602,7 @@ def test_every_change_of_the_operands_is_seen(case: Case, dtype: torch.dtype) ->
 def test_batch_sizes_share_a_pack_and_a_second_call_packs_nothing() -> None:
     case = replace(PLAIN, norm=True)
     o = operands(case, torch.float32)
+    gc.collect()  # what models of other tests left
     packs = len(PACKS)
     for batch in (1, 2, 4, 2, 1):
         run(case, o._replace(x=torch.randn(batch, *o.x.shape[1:])))
@@ -621,6 +623,7 @@ def test_inference_mode_and_no_grad_share_a_pack() -> None:
     o = operands(PLAIN, torch.float32)
     with torch.inference_mode():
         first = packed(PLAIN.step, o)
+    gc.collect()  # what models of other tests left
     packs = len(PACKS)
     with torch.no_grad():
         second = packed(PLAIN.step, o)

@@ -135,6 +135,7 @@ def test_the_packed_weight_is_kept_too() -> None:
     """Nothing but sources is read on a call: the computed weight is not hashed, and packed once."""
     plain, ours, x = pair("weight_norm", 2, True)
     gc.collect()  # what other tests have left
+    gc.collect()  # what models of other tests left
     before = len(PACKS)
     with torch.no_grad():
         for _ in range(3):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
@@ -57,13 +58,14 @@ def test_modules_that_run_as_they_stand_are_read_once(monkeypatch: pytest.Monkey
         lambda ours, x: (ours, x[:1]),
         lambda ours, x: (ours, x.contiguous(memory_format=torch.channels_last)),
         lambda ours, x: (ours.double(), x.double()),
+        lambda ours, x: (ours.to(memory_format=torch.channels_last), x),
         lambda ours, x: (ours.train(), x),
         lambda ours, x: (ours.append(nn.Tanh()), x),
         lambda ours, x: (ours.__setitem__(1, nn.Tanh()) or ours, x),
         lambda ours, x: (ours, x.clone().requires_grad_()),
         lambda ours, x: (copy.deepcopy(ours), x),
     ],
-    ids=["shape", "format", "dtype", "train", "append", "set", "gradient", "copy"],
+    ids=["shape", "format", "dtype", "weights", "train", "append", "set", "gradient", "copy"],
 )
 def test_of_another_kind_they_are_read_again(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, x = tiny(), torch.randn(2, 4, 8, 8)
@@ -99,6 +101,7 @@ def block() -> tuple[cnnfast.Sequential, Tensor]:
 def test_packed_steps_of_a_chain_ask_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ours, x = block()
     expected = nn.Sequential.forward(ours, x)
+    gc.collect()  # what models of other tests left
     before = len(PACKS)
     ours(x)
     assert len(PACKS) == before, "a weight that is met once is not packed"
