@@ -15,7 +15,7 @@ import torch
 from ..kernels import conv_transpose as kernels
 from ..memory_format import to_format
 from ..norms import Partials
-from ..spec import INT32, Precision, tap_inverse
+from ..spec import INT32, Precision
 from ..step import Operands, Step
 from . import conv_hopper_plan, fence, guard, trial, tuned
 from .binary import MAX_REGISTERS, Binary, aligned, empty_partials, unused
@@ -58,20 +58,12 @@ def constants(
     """Compile-time arguments of `kernels.conv_transpose.conv_transpose_kernel`: the sizes of batch and image are
     not among them."""
     low = plan.lowering
-    s, layout = low.spec, weight_layout(low)
+    layout = weight_layout(low)
     params = (*step.activation.params, 0.0, 0.0)
-    gcd = [math.gcd(st, d) if low.transposed else 1 for st, d in zip(s.stride, s.dilation, strict=True)]
-    inverse = [tap_inverse(st, d) if low.transposed else 0 for st, d in zip(s.stride, s.dilation, strict=True)]
-    dilation = (1, 1) if low.merged else s.dilation
-    from_row = (1, 1) if s.transposed else s.stride
     return dict(
-        GROUPS=s.groups, CIN=low.channels_in, COUT=s.out_channels, COLS=low.columns,
-        KH=low.kernel[0], KW=low.kernel[1], SH=low.phases[0], SW=low.phases[1],
-        IN_H=from_row[0], IN_W=from_row[1],
-        PAD_H=low.padding[0], PAD_W=low.padding[1],
+        **low.constants(),
         EDGE=step.pad_mode if any(step.pad) else "zeros", EDGE_H=step.pad[0], EDGE_W=step.pad[1],
-        DH=dilation[0], DW=dilation[1], GH=gcd[0], GW=gcd[1], INV_H=inverse[0], INV_W=inverse[1],
-        TRANSPOSED=low.transposed, TAPS_H=low.uniform_taps(0), TAPS_W=low.uniform_taps(1), MAX_TAPS=low.max_taps,
+        TAPS_H=low.uniform_taps(0), TAPS_W=low.uniform_taps(1), MAX_TAPS=low.max_taps,
         MERGE_H=low.merge[0], MERGE_W=low.merge[1],
         W_GROUP=layout.group, W_TAP=layout.tap, W_K=layout.k, W_COL=layout.column,
         W_FIRST=layout.first, W_ROW=layout.row,

@@ -12,10 +12,9 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..kernels.conv_hopper import conv_hopper_kernel
-from ..spec import tap_inverse
 from ..step import Step
 from .binary import Binary
-from .conv_hopper_plan import BoxPlan, read_stride
+from .conv_hopper_plan import BoxPlan
 from .devices import Device
 
 __all__ = ["Boxes", "boxes", "constants", "parts"]
@@ -23,17 +22,9 @@ __all__ = ["Boxes", "boxes", "constants", "parts"]
 
 def constants(plan: BoxPlan, step: Step, slopes: int, big: bool) -> dict[str, Any]:
     """Compile-time arguments of `kernels.conv_hopper.conv_hopper_kernel`."""
-    low = plan.lowering
-    s = low.spec
-    params = (*step.activation.params, 0.0, 0.0)
-    gcd = [math.gcd(st, d) if s.transposed else 1 for st, d in zip(s.stride, s.dilation, strict=True)]
-    inverse = [tap_inverse(st, d) if s.transposed else 0 for st, d in zip(s.stride, s.dilation, strict=True)]
-    in_h, in_w = read_stride(s)
+    low, params = plan.lowering, (*step.activation.params, 0.0, 0.0)
     return dict(
-        GROUPS=s.groups, CIN=low.channels_in, COUT=s.out_channels, COLS=low.columns,
-        KH=s.kernel_size[0], KW=s.kernel_size[1], SH=low.phases[0], SW=low.phases[1], IN_H=in_h, IN_W=in_w,
-        PAD_H=s.padding[0], PAD_W=s.padding[1], DH=s.dilation[0], DW=s.dilation[1], GH=gcd[0], GW=gcd[1],
-        INV_H=inverse[0], INV_W=inverse[1], TRANSPOSED=s.transposed, K_LAST=not s.transposed,
+        **low.constants(), K_LAST=not low.transposed,
         SLOPES=slopes, P0=params[0], P1=params[1], ACT=step.activation.name,
         BOX_N=plan.box[0], BOX_H=plan.box[1], BOX_W=plan.box[2], BLOCK_N=plan.block_n, BLOCK_K=plan.block_k,
         CHUNK=plan.chunk, GROUP_M=plan.group_m, STAGES=plan.num_stages, BIG=big,
@@ -86,7 +77,7 @@ def boxes(
     else:  # [C_out][tap][C_in/g]
         of_w = (s.out_channels, taps, low.channels_in), (plan.block_n, 1, plan.block_k)
     forms = (
-        _form(dtype, _view(batch, s.in_channels, input_size, read_stride(s)), (n, h, 1, w, plan.block_k)),
+        _form(dtype, _view(batch, s.in_channels, input_size, low.read_stride), (n, h, 1, w, plan.block_k)),
         _form(dtype, *of_w),
         _form(dtype, _view(batch, s.out_channels, output_size, low.phases), (n, h, 1, w, plan.chunk)),
     )

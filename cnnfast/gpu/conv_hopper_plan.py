@@ -15,7 +15,7 @@ from functools import lru_cache
 
 import torch
 
-from ..spec import ConvSpec, Precision
+from ..spec import Precision
 from ..step import Step
 from .conv_choice import PROLOGUE, trip_clocks
 from .conv_plan import Lowering, Plan, lower
@@ -122,7 +122,7 @@ def why_not(
         return "the result is contiguous, and it stores boxes of channels-last tensors"
     if any(step.pad):
         return f"{step.pad_mode} padding, and copies fill with zeros"
-    return _channels_why_not(low) or _sizes_why_not(s, low, input_size) or _gluon_why_not()
+    return _channels_why_not(low) or _sizes_why_not(low, input_size) or _gluon_why_not()
 
 
 def _channels_why_not(low: Lowering) -> str | None:
@@ -138,24 +138,20 @@ def _channels_why_not(low: Lowering) -> str | None:
     return None
 
 
-def _sizes_why_not(s: ConvSpec, low: Lowering, input_size: Sequence[int]) -> str | None:
+def _sizes_why_not(low: Lowering, input_size: Sequence[int]) -> str | None:
+    s = low.spec
     for n, p in zip(s.output_size(input_size), low.phases, strict=True):
         if n % p:
             return f"an output of {tuple(s.output_size(input_size))} is no multiple of the stride {s.stride}"
-    for n, st in zip(input_size, read_stride(s), strict=True):
+    for n, st in zip(input_size, low.read_stride, strict=True):
         if n % st:
             return f"an input of {tuple(input_size)} is no multiple of the stride {s.stride}"
     return None
 
 
-def read_stride(s: ConvSpec) -> tuple[int, int]:
-    """Input positions from one row of a phase to the next."""
-    return (1, 1) if s.transposed else (s.stride[0], s.stride[1])
-
-
 def _in_parts(low: Lowering) -> bool:
     """Whether other input channels follow on those that a product may read."""
-    return low.spec.groups > 1 or read_stride(low.spec)[1] > 1
+    return low.spec.groups > 1 or low.read_stride[1] > 1
 
 
 def _out_parts(low: Lowering) -> bool:

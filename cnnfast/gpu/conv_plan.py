@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from ..spec import ConvSpec, Phase, Precision
+from ..spec import ConvSpec, Phase, Precision, tap_inverse
 from .devices import Device
 
 __all__ = ["Lowering", "Plan", "Tile", "is_exact", "is_valid", "lower", "tap_map", "uses_wgmma"]
@@ -67,6 +67,24 @@ class Lowering:
             return self.kernel[dim]
         counts = {ph.taps for ph in self.spec.phases[dim]}
         return counts.pop() if len(counts) == 1 else 0
+
+    @property
+    def read_stride(self) -> tuple[int, int]:
+        """Input positions from one row of a phase to the next: a plain convolution's stride."""
+        return (1, 1) if self.spec.transposed else (self.spec.stride[0], self.spec.stride[1])
+
+    def constants(self) -> dict[str, int]:
+        """The geometry as the kernels' compile-time arguments."""
+        s, read = self.spec, self.read_stride
+        gcd = [math.gcd(st, d) if self.transposed else 1 for st, d in zip(s.stride, s.dilation, strict=True)]
+        inverse = [tap_inverse(st, d) if self.transposed else 0 for st, d in zip(s.stride, s.dilation, strict=True)]
+        dilation = (1, 1) if self.merged else s.dilation
+        return dict(
+            GROUPS=s.groups, CIN=self.channels_in, COUT=s.out_channels, COLS=self.columns,
+            KH=self.kernel[0], KW=self.kernel[1], SH=self.phases[0], SW=self.phases[1], IN_H=read[0], IN_W=read[1],
+            PAD_H=self.padding[0], PAD_W=self.padding[1], DH=dilation[0], DW=dilation[1], GH=gcd[0], GW=gcd[1],
+            INV_H=inverse[0], INV_W=inverse[1], TRANSPOSED=self.transposed,
+        )  # fmt: skip
 
     def rows(self, batch: int, output_size: tuple[int, ...]) -> int:
         """Rows of the largest phase."""

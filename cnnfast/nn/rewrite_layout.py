@@ -79,7 +79,7 @@ class _Layout:
                 if node in kept or any(n in kept and self._takes(node, n) for n in _taken(node)):
                     node.target.channels_last = node in kept or self.eager[node] == "last"
                     node.target.converts = self.inference
-                    node.target.given_contiguous = self.eager.get(node.args[0]) == "contiguous"  # type: ignore[arg-type]
+                    node.target.given_contiguous = self.eager.get(node.args[0]) == "contiguous"
             elif isinstance(node.target, NormCall):
                 node.target.channels_last = node in kept
         for node in nodes:
