@@ -129,7 +129,7 @@ def matmul_report(arch: int, tile: Tile) -> Report:
     return inspect(kernels[-1])
 
 
-ADDRESSES = 40  # instructions of a trip: borders and offsets of the rows that a thread copies
+ADDRESSES = 36  # instructions of a trip: borders and offsets of the rows that a thread copies
 LONG = ConvSpec.make(1024, 256, 4, 2, 1)  # so many channels that no loop is unrolled away
 
 
