@@ -72,11 +72,13 @@ def grids(calls: list[Call]) -> list[str]:
 
 def narrow_loads(report: Report, plan: Plan, call: Call) -> int:
     """Loads of 2 bytes or less of the loop's operands. Where the loop was unrolled away, the compiler may have moved up
-    the epilogue's vectors: beside wider loads, as many as those can take (a thread holds a quarter of the columns of
-    its warp's products) are none of the operands'."""
-    vectors = len(set(call.tensors) & _VECTORS) * plan.block_n // 4
+    the epilogue's vectors: as many as those can take (a thread holds a quarter of the columns of its warp's products)
+    are none of the operands' beside wider loads, or where they are fewer than a thread's elements of an operand in one
+    trip (all copies were moved ahead of the first product)."""
+    narrow, vectors = report.narrow_loads, len(set(call.tensors) & _VECTORS) * plan.block_n // 4
     wide = sum(n for width, n in report.widths.items() if width >= 4)
-    return report.narrow_loads if report.looped or report.narrow_loads > vectors or not wide else 0
+    elements = min(plan.block_m, plan.block_n) * plan.block_k // (32 * plan.num_warps)
+    return narrow if report.looped or narrow > vectors or not wide and narrow >= elements else 0
 
 
 def drained(report: Report, precision: Precision) -> list[str]:

@@ -277,8 +277,10 @@ def test_vectors_moved_up_in_an_unrolled_loop_are_no_narrow_operands() -> None:
     run.plan = dataclasses.replace(run.plan, **TILE)
     some = dataclasses.replace(GOOD, loads={"LDGSTS.E.BYPASS.128": 16, "LDG.E.U16": 64}, looped=False)
     assert verdict(some, run).failures == ()
+    # No operand's load in sight: a thread would have 32 elements of one in a trip.
+    assert verdict(dataclasses.replace(some, loads={"LDG.E.U16": 31}), run).failures == ()
     assert any("64 loads of 2 bytes" in f for f in verdict(some).failures)  # a step without vectors
-    for change in (dict(looped=True), dict(loads={"LDG.E.U16": 64}), dict(loads={"LDG.E": 16, "LDG.E.U16": 65})):
+    for change in (dict(looped=True), dict(loads={"LDG.E.U16": 32}), dict(loads={"LDG.E": 16, "LDG.E.U16": 65})):
         failures = verdict(dataclasses.replace(some, **change), run).failures
         assert any("loads of 2 bytes" in f for f in failures), (change, failures)
 
