@@ -49,8 +49,8 @@ def arrange(
     three = steps[0].ndim == 3
     if three and gradient:
         return _NO_TRAINING_3D
-    if steps[0].ndim == 1 and not gradient and not any(eager) and not any(_gains_in_1d(s) for s in steps):
-        return "in one dimension, PyTorch's plain convolutions are as fast on a CPU"
+    if steps[0].ndim == 1 and not (gradient or any(eager) or shapes[0][0] > 1 or any(map(_gains_in_1d, steps))):
+        return "in one dimension, PyTorch's plain convolutions of one sample are as fast on a CPU"
     inside, as_eager = channels_last_inside(eager).channels_last, tuple(eager[1:])
     if not (three or any(eager)) and not _saves_conversions(steps, [shape.numel() for shape in shapes], gradient):
         inside = as_eager
@@ -89,7 +89,8 @@ def _ready(s: Planned, shape: torch.Size, channels_last: bool) -> Ready | None:
 
 
 def _gains_in_1d(s: Planned) -> bool:
-    return s.step.spec.transposed or s.step.measured or s.synchronised
+    """Of one sample. (In 16 bits ATen has no vectors here; docs/facts.md.)"""
+    return s.dtype != torch.float32 or s.step.spec.transposed or s.step.measured or s.synchronised
 
 
 def _no_gain_in_training(s: Planned, channels_last: bool) -> str | None:

@@ -162,6 +162,18 @@ def test_how_a_chain_of_nchw_runs(name: str) -> None:
             assert [r.channels_last for r in runs] == [True] * (len(chain.steps) - 1) + [False]
 
 
+@pytest.mark.skipif(methods.why_missing() is not None, reason=str(methods.why_missing()))
+@pytest.mark.parametrize(
+    ("batch", "dtype", "fused"), [(1, "float32", False), (2, "float32", True), (1, "bfloat16", True)]
+)
+def test_plain_convolutions_of_one_dimension(batch: int, dtype: str, fused: bool) -> None:
+    of = {"dtype": getattr(torch, dtype)}
+    seq = Sequential(nn.Conv1d(64, 64, 7, **of), nn.LeakyReLU(), nn.Conv1d(64, 64, 7, **of)).eval()
+    with torch.no_grad():
+        text = seq.explain(torch.randn(batch, 64, 640, **of))
+    assert ("one sample are as fast" in text) is not fused and text.endswith("fused") is fused, text
+
+
 def test_explain() -> None:
     seq = Sequential(
         nn.ConvTranspose2d(4, 4, 2),
