@@ -114,10 +114,7 @@ def _no_gain(s: Planned, shape: torch.Size, channels_last: bool) -> str | None:
     step, norm, slopes = s.step, s.step.norm is not None, s.slopes
     if s.step.measured or s.step.residual:  # what follows the convolution takes its passes anyway
         step, norm, slopes = s.step.bare, False, 0
-    copied = channels_last and not s.weight_channels_last
-    return inference.why_slower_plain(
-        step, shape, s.dtype, norm=norm, slopes=slopes, nchw=not channels_last, copied=copied
-    )
+    return inference.why_slower_plain(step, shape, s.dtype, norm=norm, slopes=slopes, nchw=not channels_last)
 
 
 def _saves_conversions(steps: Sequence[Planned], elements: list[int], gradient: bool) -> bool:

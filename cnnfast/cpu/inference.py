@@ -20,7 +20,7 @@ import torch
 
 from ..activations import Activation
 from ..dispatch import by_loops
-from ..memory_format import convert, format_of, is_channels_last
+from ..memory_format import convert, format_of
 from ..spec import DTYPES, ConvSpec
 from ..step import Operands, Step
 from .finish import activated
@@ -156,14 +156,13 @@ def _check_pays(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 
 @lru_cache(maxsize=4096)
 def why_slower_plain(
-    step: Step, shape: tuple[int, ...], dtype: torch.dtype, *, norm: bool, slopes: int, nchw: bool, copied: bool = False
+    step: Step, shape: tuple[int, ...], dtype: torch.dtype, *, norm: bool, slopes: int, nchw: bool
 ) -> str | None:
     """Why PyTorch's own plain convolution of an x of ``shape`` is expected to be as fast, passes over memory included.
 
     ``norm``: a scale to fold in; ``slopes``: elements of PReLU's weight; ``nchw``: neither x nor the result is
     channels-last, so that both would be converted (oneDNN itself, called from ATen, converts faster than ATen's
-    copies); ``copied``: x is channels-last and the weight is not, so that ATen copies it ahead of that. None for other
-    steps.
+    copies). None for other steps.
     """
     s = step.spec
     if s.transposed or step.upsample is not None:
@@ -176,9 +175,9 @@ def why_slower_plain(
     before, after = _elements(step, shape)
     elements = before + after
     # In 16 bits ATen takes oneDNN for small inputs, too; few input channels it gathers slowly.
-    if few := _too_few(s, padded, 25e6 if dtype == torch.float32 and after < 4 * before and not copied else 2e6):
+    if few := _too_few(s, padded, 25e6 if dtype == torch.float32 and after < 4 * before else 2e6):
         return few
-    if copied or math.prod(s.weight_shape) >= elements:
+    if math.prod(s.weight_shape) >= elements:
         return None  # ATen brings the weight into oneDNN's layout on every call
     intense = s.macs(padded[0], padded[2:]) >= 64 * elements
     if products_dtype(dtype, isa) != dtype:
@@ -272,9 +271,8 @@ def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str |
     o = operands
     norm = not step.residual and step.norm is not None
     slopes = 0 if o.slope is None else o.slope.numel()
-    last = x.is_contiguous(memory_format=format_of(x.dim(), True))
-    nchw, copied = not channels_last and not last, last and not is_channels_last(weight)
-    return why_slower_plain(step, x.shape, x.dtype, norm=norm, slopes=slopes, nchw=nchw, copied=copied)
+    nchw = not channels_last and not x.is_contiguous(memory_format=format_of(x.dim(), True))
+    return why_slower_plain(step, x.shape, x.dtype, norm=norm, slopes=slopes, nchw=nchw)
 
 
 def method_name(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> str:
