@@ -441,13 +441,16 @@ def plain(id: str, c_in: int, c_out: int, k: int, *args: int, size: tuple[int, i
 
 # (case, dtype, instruction set, in NCHW, a part of the reason or None): what was measured, see docs/facts.md.
 PLAIN_RULES: list[tuple[Case, torch.dtype, str, bool, str | None]] = [
-    (plain("leaky", 64, 64, 3, 1, 1, size=(90, 120), activation="leaky_relu"), torch.float32, "AMX", False, None),
-    (plain("tanh", 64, 3, 7, 1, 3, size=(300, 320), activation="tanh"), torch.float32, "AVX2", False, None),
+    (plain("leaky", 64, 64, 3, 1, 1, size=(128, 128), activation="leaky_relu"), torch.float32, "AMX", False, None),
+    (plain("leaky", 64, 64, 3, 1, 1, size=(127, 128), activation="leaky_relu"), torch.float32, "AMX", False, "a pass"),
+    (plain("leaky", 64, 64, 3, 1, 1, size=(64, 64), activation="leaky_relu"), torch.bfloat16, "AMX", False, None),
+    (plain("leaky", 64, 64, 3, 1, 1, size=(63, 64), activation="leaky_relu"), torch.bfloat16, "AMX", False, "a pass"),
+    (plain("tanh", 64, 3, 7, 1, 3, size=(600, 600), activation="tanh"), torch.float32, "AVX2", False, None),
     (plain("tanh_little", 64, 3, 7, 1, 3, size=(64, 64), activation="tanh"), torch.float32, "AMX", False, "a pass"),
     (plain("strided", 64, 128, 4, 2, 1, size=(96, 96), activation="silu"), torch.bfloat16, "AMX", False, None),
-    (plain("norm", 64, 64, 3, 1, 1, size=(64, 64), norm=True), torch.float32, "AMX", False, None),
+    (plain("norm", 64, 64, 3, 1, 1, size=(91, 91), norm=True), torch.float32, "AMX", False, None),
     (plain("relu", 64, 64, 3, 1, 1, size=(64, 64)), torch.float32, "AMX", False, "a pass"),
-    (plain("relu_wider", 3, 64, 3, 1, 1, size=(72, 72)), torch.float32, "AMX", False, None),
+    (plain("relu_wider", 3, 64, 3, 1, 1, size=(132, 132)), torch.float32, "AMX", False, None),
     (plain("relu_16_bits", 64, 64, 3, 1, 1, size=(90, 120)), torch.bfloat16, "AMX", False, None),
     (plain("nothing", 64, 64, 3, 1, 1, size=(64, 64), activation="identity"), torch.float32, "AMX", False, "a pass"),
     (plain("weight", 512, 512, 3, 1, 1, size=(16, 16), activation="identity"), torch.float32, "AMX", True, None),
@@ -458,7 +461,7 @@ PLAIN_RULES: list[tuple[Case, torch.dtype, str, bool, str | None]] = [
         False,
         "a pass",
     ),
-    (plain("slope", 64, 64, 3, 1, 1, size=(64, 64), activation="prelu", slopes=1), torch.float32, "AMX", False, None),
+    (plain("slope", 64, 64, 3, 1, 1, size=(128, 128), activation="prelu", slopes=1), torch.float32, "AMX", False, None),
     (plain("nchw", 64, 64, 3, 1, 1, size=(90, 120), norm=True), torch.float32, "AMX", True, "conversions to channels"),
     (plain("nchw_bf16", 64, 64, 3, 1, 1, size=(180, 320), norm=True), torch.bfloat16, "AMX", True, None),
     (
@@ -478,7 +481,7 @@ PLAIN_RULES: list[tuple[Case, torch.dtype, str, bool, str | None]] = [
     (plain("half_1x1", 64, 64, 1, size=(64, 64), activation="silu"), torch.float16, "AMX", False, "to float32"),
     (plain("tiny", 16, 16, 3, 1, 1, size=(8, 8), activation="silu", batch=4), torch.bfloat16, "AMX", False, "too few"),
     (plain("small", 64, 64, 3, 1, 1, size=(16, 16), activation="silu"), torch.float32, "AMX", False, "too few"),
-    (plain("batch", 64, 64, 3, 1, 1, size=(16, 16), activation="silu", batch=16), torch.float32, "AMX", False, None),
+    (plain("batch", 64, 64, 3, 1, 1, size=(16, 16), activation="silu", batch=64), torch.float32, "AMX", False, None),
 ]
 
 
@@ -500,7 +503,7 @@ def test_the_rule_of_plain_convolutions(
 
 
 def test_why_not_asks_the_rule_of_plain_convolutions() -> None:
-    case = plain("facts", 64, 64, 3, 1, 1, size=(64, 64), activation="prelu")
+    case = plain("facts", 64, 64, 3, 1, 1, size=(128, 128), activation="prelu")
     step, o = case.step, operands(replace(case, slopes=1), torch.float32)
     assert inference.why_not(step, o) is None
     assert "a pass" in str(inference.why_not(step, o._replace(slope=torch.rand(64))))
