@@ -13,8 +13,9 @@ from typing import Any
 
 from ..peers import COMPILED, EAGER, GRAPH
 from ..report import table
+from .rows import read
 
-__all__ = ["Outcome", "digest", "page", "scrub", "summary"]
+__all__ = ["Outcome", "digest", "page", "probed", "scrub", "summary"]
 
 ROOT = Path(__file__).resolve().parents[2]
 Data = Mapping[str, Any]
@@ -24,7 +25,7 @@ STUBBED = (
     "**Dry run: the kernels ran in an interpreter on a CPU. Results are checked; times are stubbed (there are none).**"
 )
 NOTES = {
-    "probes": "Tensor cores' sums on chosen numbers; copies that stay in the L2 cache, at the data sheet's clock; the "
+    "probes": "Tensor cores' sums and a descriptor's copy of chosen numbers; copies that stay in the L2 cache, at the data sheet's clock; the "
     "same launch over and over, every bit compared on the device.",
     "check": "Every implementation is compared with float64; nothing is timed.",
     "training_check": "Forward and backward are compared with float64; nothing is timed.",
@@ -234,17 +235,38 @@ def _proven(data: Data) -> Iterator[str]:
     yield from _refused(data)
 
 
+def _sums(row: Row) -> str:
+    return f"{'truncates' if row['truncates'] else 'rounds'}, {row['bits']} bits below float32's last place kept"
+
+
+def _rate(row: Row) -> str:
+    rate = f"{row['bytes'] / 1e9:.0f} GB/s, {row['per_clock']:.0f} bytes a clock and multiprocessor"
+    return f"{rate}, {row['assumed']} assumed"
+
+
+def probed(data: Data | None) -> dict[str, str]:
+    """What the stage "probes" found of the device itself: facts of the machine like its name, for the summary."""
+    facts: dict[str, str] = {}
+    for row in () if data is None else data["rows"]:
+        if "truncates" in row:
+            facts[f"tensor cores' sums of {row['key'].rpartition(' ')[2]}"] = _sums(row)
+        elif "descriptor" in row:
+            facts["a descriptor of TF32"] = row["descriptor"]
+        elif "per_clock" in row and not data.get("stubbed"):
+            facts["L2 cache"] = _rate(row)
+    return facts
+
+
 def _probed(data: Data) -> Iterator[str]:
     body = []
     for row in data["rows"]:
         said = row.get("note", "")
         if "truncates" in row:
-            said = (
-                f"{'truncates' if row['truncates'] else 'rounds'}, {row['bits']} bits below float32's last place kept"
-            )
+            said = _sums(row)
+        elif "descriptor" in row:
+            said = row["descriptor"]
         elif "per_clock" in row:
-            measured = "stub" if data.get("stubbed") else f"{row['bytes'] / 1e9:.0f} GB/s, {row['per_clock']:.0f}"
-            said = f"{measured} bytes a clock and multiprocessor, {row['assumed']} assumed"
+            said = "stub" if data.get("stubbed") else _rate(row)
         elif "differing" in row:
             said = f"{row['differing']} of {row['launches']} launches differ from the first"
         body.append([row["key"], said])
@@ -350,7 +372,8 @@ def page(data: Data) -> str:
 def summary(
     facts: Mapping[str, str], outcomes: Sequence[Outcome], dry_run: bool, folder: Path, tail: int = 25
 ) -> tuple[dict[str, Any], str]:
-    """(``summary.json``'s content, ``summary.md``)."""
+    """(``summary.json``'s content, ``summary.md``). What the probes found stands with the facts of the machine."""
+    facts = {**facts, **probed(read(folder / "probes.json"))}
     data = {"dry_run": dry_run, "environment": dict(facts), "stages": [asdict(o) for o in outcomes]}
     lines = ["# cnnfast on a GPU" + (" (dry run: no GPU, times stubbed)" if dry_run else ""), ""]
     lines += ["Written by `python -m benchmarks.gpu`. Do not edit.", ""]

@@ -10,7 +10,9 @@ from benchmarks.gpu import report as gpu_report
 pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks.gpu import probes  # noqa: E402
+from benchmarks.gpu import rows as gpu_rows  # noqa: E402
 from cnnfast.gpu import conv, fence  # noqa: E402
+from cnnfast.tolerance import round_tf32  # noqa: E402
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -48,6 +50,46 @@ def test_the_product_that_is_probed(device):
     y = torch.full((64, 64), float("nan"), device=device)
     probes.product_kernel[(1,)](a, b, y, 64, 16, num_warps=4)
     assert torch.equal(y.cpu(), a.cpu().float() @ b.cpu().float())
+
+
+@pytest.mark.parametrize(
+    ("copy", "expected"),
+    [
+        (lambda x: x, "keeps every bit"),
+        (lambda x: (x.view(torch.int32) & ~0x1FFF).view(torch.float32), "cuts"),
+        (round_tf32, "rounds to nearest, ties away from zero"),
+        (lambda x: (x * 2.0**10).round() * 2.0**-10, "rounds to nearest, ties to even"),
+        (lambda x: (x * 2.0**10).floor() * 2.0**-10, "something else"),  # down, not towards zero
+        (lambda x: round_tf32(x).abs(), "something else"),
+    ],
+)
+def test_what_a_descriptor_makes_of_tf32(copy, expected):
+    assert probes.descriptor_rounding(copy, "cpu") == {"descriptor": expected}
+
+
+def test_the_box_that_is_probed(device):
+    """Any target but one with tensor maps: there the descriptor's own type is not asked for."""
+    x = torch.randn(8, 32, device=device)
+    y = torch.full((8, 32), float("nan"), device=device)
+    probes.box_kernel[(1,)](probes.TensorDescriptor.from_tensor(x, [8, 32]), y, 8, 32, num_warps=4)
+    assert torch.equal(y, x)
+
+
+def test_a_descriptor_of_tf32_is_asked_for(monkeypatch):
+    seen = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return self.run
+
+        def run(self, x_desc, y, rows, columns, num_warps):
+            seen.append((list(x_desc.block_shape), probes.nvidia.TMA_DTYPE_DEVICE_TO_HOST[probes.FLOAT32]))
+            y.copy_(x_desc.base)
+
+    monkeypatch.setattr(probes, "box_kernel", Kernel())
+    assert probes.descriptor_rounding(device="cpu") == {"descriptor": "keeps every bit"}
+    assert seen == [([8, 32], probes.TFLOAT32)]
+    assert probes.nvidia.TMA_DTYPE_DEVICE_TO_HOST[probes.FLOAT32] == probes.FLOAT32
 
 
 def test_launches_that_differ_are_counted():
@@ -91,6 +133,7 @@ def test_compute_sanitizer(tmp_path, monkeypatch):
 def test_the_page():
     rows = [
         {"key": "rounding, tf32", "truncates": True, "bits": 1},
+        {"key": "rounding, a descriptor of TF32", "descriptor": "cuts"},
         {"key": "L2", "bytes": 7e12, "per_clock": 29.0, "assumed": 64},
         {"key": "stress", "launches": 2000, "differing": 3},
         {"key": "sanitizer", "note": "not installed"},
@@ -98,5 +141,30 @@ def test_the_page():
     data = {"stage": "probes", "rows": rows, "crashes": [], "left_out": [], "ended": True}
     text = gpu_report.page(data)
     assert "| rounding, tf32 | truncates, 1 bits below float32's last place kept |" in text
+    assert "| rounding, a descriptor of TF32 | cuts |" in text
     assert "7000 GB/s, 29 bytes a clock and multiprocessor, 64 assumed" in text
     assert "3 of 2000 launches differ from the first" in text and "| sanitizer | not installed |" in text
+
+
+@pytest.mark.parametrize("stubbed", [False, True])
+def test_what_was_probed_stands_in_the_summary(stubbed, tmp_path):
+    """With the machine's other facts: what the device does. Of a dry run no rates."""
+    rows = gpu_rows.Rows(tmp_path, "probes", {"code": "a"}, stubbed=stubbed)
+    for name, bits in (("float16", 2), ("tf32", 1)):
+        rows.add({"key": f"rounding, {name}", "truncates": bits == 1, "bits": bits})
+    rows.add({"key": "rounding, a descriptor of TF32", "descriptor": "cuts"})
+    rows.add({"key": "L2 cache, copies inside it", "bytes": 7e12, "per_clock": 29.4, "assumed": 37})
+    rows.add({"key": "stress, a layer", "launches": 2000, "differing": 0})
+    rows.end()
+    data, text = gpu_report.summary({"gpu": "a GPU"}, [], stubbed, tmp_path)
+    expected = {
+        "gpu": "a GPU",
+        "tensor cores' sums of float16": "rounds, 2 bits below float32's last place kept",
+        "tensor cores' sums of tf32": "truncates, 1 bits below float32's last place kept",
+        "a descriptor of TF32": "cuts",
+    }
+    if not stubbed:
+        expected["L2 cache"] = "7000 GB/s, 29 bytes a clock and multiprocessor, 37 assumed"
+    assert data["environment"] == expected
+    assert all(f"- {name}: {value}\n" in text for name, value in expected.items())
+    assert gpu_report.summary({}, [], False, tmp_path / "none")[0]["environment"] == {}
