@@ -1,7 +1,7 @@
 """What the device does that no data sheet says, and whether kernels are the same every time.
 
-Rounding of tensor cores and of descriptors, bandwidth of the L2 cache, thousands of launches that must be equal to the bit, and one launch
-of each kernel under compute-sanitizer where that is installed.
+Rounding of tensor cores and of descriptors, bandwidth of the L2 cache, thousands of launches that must be equal to the
+bit, and one launch of each kernel under compute-sanitizer where that is installed.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ SIXTEENTHS = range(32)  # of TF32's last place above one
 
 
 def rounded_to_tf32(x: torch.Tensor) -> torch.Tensor:
-    """``x`` (8, 32) as a copy by a descriptor of type TFLOAT32 leaves it. Triton before 3.7 has no switch for that type,
-    so that it is put in the place of float32's."""
+    """``x`` (8, 32) as a copy by a descriptor of type TFLOAT32 leaves it. Triton before 3.7 has no switch for that
+    type, so that it is put in the place of float32's."""
     y = torch.empty_like(x)
     with mock.patch.dict(nvidia.TMA_DTYPE_DEVICE_TO_HOST, {FLOAT32: TFLOAT32}):
         box_kernel[(1,)](TensorDescriptor.from_tensor(x, [8, 32]), y, 8, 32, num_warps=4)

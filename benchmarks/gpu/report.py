@@ -25,8 +25,8 @@ STUBBED = (
     "**Dry run: the kernels ran in an interpreter on a CPU. Results are checked; times are stubbed (there are none).**"
 )
 NOTES = {
-    "probes": "Tensor cores' sums and a descriptor's copy of chosen numbers; copies that stay in the L2 cache, at the data sheet's clock; the "
-    "same launch over and over, every bit compared on the device.",
+    "probes": "Tensor cores' sums and a descriptor's copy of chosen numbers; copies that stay in the L2 cache, at the "
+    "data sheet's clock; the same launch over and over, every bit compared on the device.",
     "check": "Every implementation is compared with float64; nothing is timed.",
     "training_check": "Forward and backward are compared with float64; nothing is timed.",
     "tests": "The kernel tests of `tests/` on the device.",

@@ -1,8 +1,8 @@
 """A compile cache for a GPU that is elsewhere: ``python -m benchmarks.gpu --compile --arch 90 --cache DIR``.
 
 What the stages launch is recorded as on that architecture (`benchmarks.rehearse`), tuning's plans too, and each
-distinct binary compiled into a cache of Triton's, launcher and driver stubs included. The other machine needs the same Triton for the same
-Python, and ``--cache DIR``; `counting` tells there how many binaries were found.
+distinct binary compiled into a cache of Triton's, launcher and driver stubs included. The other machine needs the same
+Triton for the same Python, and ``--cache DIR``; `counting` tells there how many binaries were found.
 """
 
 from __future__ import annotations
