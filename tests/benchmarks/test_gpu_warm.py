@@ -130,12 +130,17 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     given = []
     jobs = {name: types.SimpleNamespace(key=name) for name in "abcdef"}
     monkeypatch.setattr(warm, "fill", lambda *a: given.append(a) or warm.Filled(2, 3, ("kernel: no",), 2**20))
-    monkeypatch.setattr(
-        warm, "recorded", lambda arch, found: [given.append((arch, len(found))), *map(jobs.get, "abc")][1:]
-    )
-    monkeypatch.setattr(
-        warm, "tried", lambda arch, found, limit: given.append((arch, len(found), limit)) or map(jobs.get, "bdef")
-    )
+
+    def recorded(arch, found):
+        given.append((arch, len(found)))
+        return map(jobs.get, "abc")
+
+    def tried(arch, found, limit):
+        given.append((arch, len(found), limit))
+        return map(jobs.get, "bdef")
+
+    monkeypatch.setattr(warm, "recorded", recorded)
+    monkeypatch.setattr(warm, "tried", tried)
     assert gpu.main(["--compile", "--arch", "80", "--cache", str(tmp_path), "--minutes", "2"]) == 1
     stages, tuned, (folder, wanted, _, seconds, most) = given
     assert stages[0] == tuned[0] == 80 and stages[1] > len(cases.CASES)
