@@ -1,7 +1,8 @@
 """What the device does that no data sheet says, and whether kernels are the same every time.
 
-Rounding of tensor cores and of descriptors, bandwidth of the L2 cache, thousands of launches that must be equal to the
-bit, and one launch of each kernel under compute-sanitizer where that is installed.
+Rounding of tensor cores and of descriptors, float32 by three TF32 products (`products`), bandwidth of the L2 cache,
+thousands of launches that must be equal to the bit, and one launch of each kernel under compute-sanitizer where that is
+installed.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .. import cases, timers
 from ..peers import backend, fused
 from ..workload import TrainingWorkload, Workload
 from .compare import set_tf32
+from .products import three_products
 from .rows import Item, Steps
 
 __all__ = ["descriptor_rounding", "probe_items", "rounding"]
@@ -224,6 +226,8 @@ def probe_items(numerics: tuple[tuple[torch.dtype, bool], ...], dry_run: bool) -
     arch = target_device(torch.empty(0, device="cuda")).arch
     if arch >= 90 and not dry_run:  # an interpreter has no tensor maps
         yield item("rounding, a descriptor of TF32", descriptor_rounding, 3.0)
+    small = ((64,), 64) if dry_run else ((64, 256, 1024, 4096), 4096)
+    yield item("float32 by three TF32 products", lambda: three_products(timer, "cuda", *small), 4.0)
     yield item("L2 cache, copies inside it", lambda: l2_bandwidth(timer, dry_run), 2.0)
     launches = DRY_LAUNCHES if dry_run else LAUNCHES
     layers = cases.MINI[1:2] if dry_run else cases.find(list(LAYERS))

@@ -244,6 +244,11 @@ def _rate(row: Row) -> str:
     return f"{rate}, {row['assumed']} assumed"
 
 
+def _three(row: Row, stubbed: bool | None) -> str:
+    faster = "stub" if stubbed else f"{row['faster']:.2f}x as fast as the CUDA cores"
+    return f"{row['three']:.2f} of the allowed error where the CUDA cores' one chain has {row['cores']:.2f}; {faster}"
+
+
 def probed(data: Data | None) -> dict[str, str]:
     """What the stage "probes" found of the device itself: facts of the machine like its name, for the summary."""
     facts: dict[str, str] = {}
@@ -254,6 +259,8 @@ def probed(data: Data | None) -> dict[str, str]:
             facts["a descriptor of TF32"] = row["descriptor"]
         elif "per_clock" in row and not data.get("stubbed"):
             facts["L2 cache"] = _rate(row)
+        elif "three" in row:
+            facts[row["key"]] = _three(row, data.get("stubbed"))
     return facts
 
 
@@ -267,6 +274,8 @@ def _probed(data: Data) -> Iterator[str]:
             said = row["descriptor"]
         elif "per_clock" in row:
             said = "stub" if data.get("stubbed") else _rate(row)
+        elif "three" in row:
+            said = _three(row, data.get("stubbed"))
         elif "differing" in row:
             said = f"{row['differing']} of {row['launches']} launches differ from the first"
         body.append([row["key"], said])

@@ -9,7 +9,8 @@ from benchmarks.gpu import report as gpu_report
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from benchmarks.gpu import probes  # noqa: E402
+from benchmarks import timers  # noqa: E402
+from benchmarks.gpu import probes, products  # noqa: E402
 from benchmarks.gpu import rows as gpu_rows  # noqa: E402
 from cnnfast.gpu import conv, fence  # noqa: E402
 from cnnfast.tolerance import round_tf32  # noqa: E402
@@ -92,6 +93,16 @@ def test_a_descriptor_of_tf32_is_asked_for(monkeypatch):
     assert probes.nvidia.TMA_DTYPE_DEVICE_TO_HOST[probes.FLOAT32] == probes.FLOAT32
 
 
+def test_three_products_of_tf32_are_as_exact_as_float32(device):
+    found = products.three_products(timers.stubbed, device.type, (64, 256), 64)
+    assert 0 < found["three"] < 1 and 0 < found["cores"] < 1 and found["faster"] > 0
+    a, b = torch.randn(64, 64), torch.randn(64, 64)
+    a[0, 3], a[1, 5], a[2, 7], a[3], a[4] = float("inf"), float("-inf"), float("nan"), 0.0, 1e-30
+    y, expected = products.product(a.to(device), b.to(device), True).cpu(), a @ b
+    assert torch.equal(y[:4].nan_to_num(7.0, 8.0, 9.0), expected[:4].nan_to_num(7.0, 8.0, 9.0))
+    assert ((y - expected)[4:].abs().amax(1) <= 1e-6 * expected[4:].abs().amax(1)).all()
+
+
 def test_launches_that_differ_are_counted():
     calls = iter(range(100))
 
@@ -136,6 +147,7 @@ def test_the_page():
         {"key": "rounding, a descriptor of TF32", "descriptor": "cuts"},
         {"key": "L2", "bytes": 7e12, "per_clock": 29.0, "assumed": 64},
         {"key": "stress", "launches": 2000, "differing": 3},
+        {"key": "float32 by three TF32 products", "three": 0.4, "cores": 1.5, "faster": 2.06},
         {"key": "sanitizer", "note": "not installed"},
     ]
     data = {"stage": "probes", "rows": rows, "crashes": [], "left_out": [], "ended": True}
@@ -143,6 +155,8 @@ def test_the_page():
     assert "| rounding, tf32 | truncates, 1 bits below float32's last place kept |" in text
     assert "| rounding, a descriptor of TF32 | cuts |" in text
     assert "7000 GB/s, 29 bytes a clock and multiprocessor, 64 assumed" in text
+    said = "0.40 of the allowed error where the CUDA cores' one chain has 1.50; 2.06x as fast as the CUDA cores"
+    assert f"| float32 by three TF32 products | {said} |" in text
     assert "3 of 2000 launches differ from the first" in text and "| sanitizer | not installed |" in text
 
 
@@ -154,6 +168,7 @@ def test_what_was_probed_stands_in_the_summary(stubbed, tmp_path):
         rows.add({"key": f"rounding, {name}", "truncates": bits == 1, "bits": bits})
     rows.add({"key": "rounding, a descriptor of TF32", "descriptor": "cuts"})
     rows.add({"key": "L2 cache, copies inside it", "bytes": 7e12, "per_clock": 29.4, "assumed": 37})
+    rows.add({"key": "float32 by three", "three": 0.4, "cores": 1.5, "faster": 2.06})
     rows.add({"key": "stress, a layer", "launches": 2000, "differing": 0})
     rows.end()
     data, text = gpu_report.summary({"gpu": "a GPU"}, [], stubbed, tmp_path)
@@ -162,8 +177,10 @@ def test_what_was_probed_stands_in_the_summary(stubbed, tmp_path):
         "tensor cores' sums of float16": "rounds, 2 bits below float32's last place kept",
         "tensor cores' sums of tf32": "truncates, 1 bits below float32's last place kept",
         "a descriptor of TF32": "cuts",
+        "float32 by three": "0.40 of the allowed error where the CUDA cores' one chain has 1.50; stub",
     }
     if not stubbed:
+        expected["float32 by three"] = expected["float32 by three"].replace("stub", "2.06x as fast as the CUDA cores")
         expected["L2 cache"] = "7000 GB/s, 29 bytes a clock and multiprocessor, 37 assumed"
     assert data["environment"] == expected
     assert all(f"- {name}: {value}\n" in text for name, value in expected.items())
