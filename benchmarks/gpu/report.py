@@ -13,9 +13,11 @@ from typing import Any
 
 from ..peers import COMPILED, EAGER, GRAPH
 from ..report import table
+from .probed import facts as probed_facts
+from .probed import table_of as probed
 from .rows import read
 
-__all__ = ["Outcome", "digest", "page", "probed", "scrub", "summary"]
+__all__ = ["Outcome", "digest", "page", "scrub", "summary"]
 
 ROOT = Path(__file__).resolve().parents[2]
 Data = Mapping[str, Any]
@@ -235,53 +237,6 @@ def _proven(data: Data) -> Iterator[str]:
     yield from _refused(data)
 
 
-def _sums(row: Row) -> str:
-    return f"{'truncates' if row['truncates'] else 'rounds'}, {row['bits']} bits below float32's last place kept"
-
-
-def _rate(row: Row) -> str:
-    rate = f"{row['bytes'] / 1e9:.0f} GB/s, {row['per_clock']:.0f} bytes a clock and multiprocessor"
-    return f"{rate}, {row['assumed']} assumed"
-
-
-def _three(row: Row, stubbed: bool | None) -> str:
-    faster = "stub" if stubbed else f"{row['faster']:.2f}x as fast as the CUDA cores"
-    return f"{row['three']:.2f} of the allowed error where the CUDA cores' one chain has {row['cores']:.2f}; {faster}"
-
-
-def probed(data: Data | None) -> dict[str, str]:
-    """What the stage "probes" found of the device itself: facts of the machine like its name, for the summary."""
-    facts: dict[str, str] = {}
-    for row in () if data is None else data["rows"]:
-        if "truncates" in row:
-            facts[f"tensor cores' sums of {row['key'].rpartition(' ')[2]}"] = _sums(row)
-        elif "descriptor" in row:
-            facts["a descriptor of TF32"] = row["descriptor"]
-        elif "per_clock" in row and not data.get("stubbed"):
-            facts["L2 cache"] = _rate(row)
-        elif "three" in row:
-            facts[row["key"]] = _three(row, data.get("stubbed"))
-    return facts
-
-
-def _probed(data: Data) -> Iterator[str]:
-    body = []
-    for row in data["rows"]:
-        said = row.get("note", "")
-        if "truncates" in row:
-            said = _sums(row)
-        elif "descriptor" in row:
-            said = row["descriptor"]
-        elif "per_clock" in row:
-            said = "stub" if data.get("stubbed") else _rate(row)
-        elif "three" in row:
-            said = _three(row, data.get("stubbed"))
-        elif "differing" in row:
-            said = f"{row['differing']} of {row['launches']} launches differ from the first"
-        body.append([row["key"], said])
-    yield from table(["probe", ""], body, (0, 1))
-
-
 def _refused(data: Data) -> Iterator[str]:
     found = [f"- {row['key']}: {line}" for row in data["rows"] for line in row.get("refused", ())]
     if found:
@@ -311,7 +266,7 @@ def _of_boxes(data: Data) -> Iterator[str]:
 
 
 TABLES: dict[str, Callable[[Data], Iterator[str]]] = {
-    "probes": _probed,
+    "probes": probed,
     "check": _checked,
     "training_check": _checked,
     "tests": _tested,
@@ -382,7 +337,7 @@ def summary(
     facts: Mapping[str, str], outcomes: Sequence[Outcome], dry_run: bool, folder: Path, tail: int = 25
 ) -> tuple[dict[str, Any], str]:
     """(``summary.json``'s content, ``summary.md``). What the probes found stands with the facts of the machine."""
-    facts = {**facts, **probed(read(folder / "probes.json"))}
+    facts = {**facts, **probed_facts(read(folder / "probes.json"))}
     data = {"dry_run": dry_run, "environment": dict(facts), "stages": [asdict(o) for o in outcomes]}
     lines = ["# cnnfast on a GPU" + (" (dry run: no GPU, times stubbed)" if dry_run else ""), ""]
     lines += ["Written by `python -m benchmarks.gpu`. Do not edit.", ""]

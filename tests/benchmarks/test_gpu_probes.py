@@ -174,14 +174,15 @@ def test_what_was_probed_stands_in_the_summary(stubbed, tmp_path):
     data, text = gpu_report.summary({"gpu": "a GPU"}, [], stubbed, tmp_path)
     expected = {
         "gpu": "a GPU",
-        "tensor cores' sums of float16": "rounds, 2 bits below float32's last place kept",
-        "tensor cores' sums of tf32": "truncates, 1 bits below float32's last place kept",
-        "a descriptor of TF32": "cuts",
+        "rounding, float16": "rounds, 2 bits below float32's last place kept",
+        "rounding, tf32": "truncates, 1 bits below float32's last place kept",
+        "rounding, a descriptor of TF32": "cuts",
+        "L2 cache, copies inside it": "stub",
         "float32 by three": "0.40 of the allowed error where the CUDA cores' one chain has 1.50; stub",
     }
     if not stubbed:
         expected["float32 by three"] = expected["float32 by three"].replace("stub", "2.06x as fast as the CUDA cores")
-        expected["L2 cache"] = "7000 GB/s, 29 bytes a clock and multiprocessor, 37 assumed"
+        expected["L2 cache, copies inside it"] = "7000 GB/s, 29 bytes a clock and multiprocessor, 37 assumed"
     assert data["environment"] == expected
     assert all(f"- {name}: {value}\n" in text for name, value in expected.items())
     assert gpu_report.summary({}, [], False, tmp_path / "none")[0]["environment"] == {}
