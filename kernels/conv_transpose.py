@@ -224,6 +224,11 @@ def conv_transpose_kernel(
             else:
                 acc = tl.dot(a, b, acc, input_precision="ieee")
 
+    if stats_ptr is not None:
+        # Stored and summed without anything between, the accumulator makes ptxas (sm_90) wait for each product of the
+        # loop; an addition that no compiler may drop, as it turns -0 to 0, does not.
+        acc += 0.0
+
     # --- the store: column -> (a, b, channel), row -> output position -------------------------------------------------
     chan = group * CHANNELS_OUT + offs_n - merged * CHANNELS_OUT
     oh = qh * (SH * MERGE_H) + rh

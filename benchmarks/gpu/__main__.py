@@ -40,6 +40,8 @@ from . import process, warm
 from .process import Ending, supervise, supervise_all
 from .report import Outcome, digest, page, scrub, summary
 from .rows import collect, part_name, read
+from .stages import single_steps
+from .tune import PLANS
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT, DRY_RUN = ROOT / "out" / "gpu", ROOT / "out" / "gpu-dry-run"  # what git ignores: publishing is a decision
@@ -335,11 +337,16 @@ def _finished(outcome: Outcome, folder: Path) -> bool:
 def compile_ahead(folder: Path, arch: int, seconds: float) -> int:
     """Fill a compile cache for GPUs of ``arch``. Returns 1 where a binary does not compile."""
     found = cases.CASES + tuple(c for c in (*cases.TRAINING, *cases.MINI, *cases.GEOMETRIES) if c not in cases.CASES)
-    filled = warm.fill(folder, warm.recorded(arch, found), os.cpu_count() or 1, seconds, CACHE_BYTES)
+    first = list(warm.recorded(arch, found))
+    known = {job.key for job in first}
+    plans = [job for job in warm.tried(arch, single_steps(False), PLANS) if job.key not in known]
+    filled = warm.fill(folder, [*first, *plans], os.cpu_count() or 1, seconds, CACHE_BYTES)
     print(*filled.failed, sep="\n", end="\n" if filled.failed else "")
+    of_plans = min(filled.left_out, len(plans))
     print(
-        f"{filled.compiled} binaries for sm_{arch} in {folder}, {filled.size / 2**20:.1f} MiB; "
-        f"{filled.left_out} left out, {len(filled.failed)} failed"
+        f"{filled.compiled} binaries for sm_{arch} in {folder}, {filled.size / 2**20:.1f} MiB; left out: "
+        f"{filled.left_out - of_plans} of {len(first)} that the stages launch, {of_plans} of {len(plans)} more of the "
+        f"plans that tuning tries, the least important; {len(filled.failed)} failed"
     )
     return 1 if filled.failed else 0
 

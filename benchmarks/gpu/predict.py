@@ -1,6 +1,6 @@
 """Prediction against measurement: how good the heuristic's plans, the model's order and the limits are.
 
-From the files of the stages `tune`, `table` and `tuned`; nothing runs.
+From the files of the stages `tune`, `table`, `tuned` and `probes`; nothing runs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ HEURISTIC = "the heuristic's plan over the best one (time)"
 ORDER = "rank correlation of modelled and measured time over all plans of a step"
 TUNED = "cnnfast's rows: time with the heuristic's plans over time with tuned ones"
 LIMIT = "of the limit: least time over measured"
+L2 = "the L2 cache's rate over the one that the model assumes"
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
@@ -71,6 +72,10 @@ def prediction_items(folder: Path) -> Iterator[Item]:
     for name, rows in (("table", table), ("tuned", tuned)):
         for dtype, values in _by_dtype((r["dtype"], fraction(r, stubbed=True)) for r in rows.values()).items():
             yield _item(f"{LIMIT}, {name}, {dtype}", values, True)
+    probes = read(folder / "probes.json")
+    rates = [r["per_clock"] / r["assumed"] for r in (probes or {"rows": ()})["rows"] if "per_clock" in r]
+    if rates:
+        yield _item(L2, rates, True)
 
 
 def _over_best(step: Mapping[str, Any]) -> float | None:

@@ -1,7 +1,8 @@
 """What the device does that no data sheet says, and whether kernels are the same every time.
 
-Rounding of tensor cores, bandwidth of the L2 cache, thousands of launches that must be equal to the bit, and one launch
-of each kernel under compute-sanitizer where that is installed.
+Rounding of tensor cores and of descriptors, float32 by three TF32 products (`products`), bandwidth of the L2 cache,
+thousands of launches that must be equal to the bit, and one launch of each kernel under compute-sanitizer where that is
+installed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from unittest import mock
 import torch
 import triton
 import triton.language as tl
+from triton.backends.nvidia import driver as nvidia
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import cnnfast
 from cnnfast.gpu import conv, conv_wgrad, fence
@@ -28,9 +31,10 @@ from .. import cases, timers
 from ..peers import backend, fused
 from ..workload import TrainingWorkload, Workload
 from .compare import set_tf32
+from .products import three_products
 from .rows import Item, Steps
 
-__all__ = ["probe_items", "rounding"]
+__all__ = ["descriptor_rounding", "probe_items", "rounding"]
 
 LAYERS = ("dcgan64.2", "dcgan64.3", "cyclegan.res", "pix2pix.5", "upsample256")  # wide tiles of wgmma on sm_90
 LAUNCHES, DRY_LAUNCHES = 2000, 3
@@ -65,6 +69,47 @@ def rounding(dtype: torch.dtype, device: str = "cuda") -> dict[str, Any]:
 
     kept = [j for j in (1, 2, 3) if summed(2.0**-j, 2**j) == 1.0]
     return {"truncates": summed(0.75, 1) == 0.0, "bits": max(kept, default=0)}
+
+
+@triton.jit
+def box_kernel(x_desc, y_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A box of x copied by its descriptor, and stored as it came."""
+    i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    tl.store(y_ptr + i[:, None] * COLUMNS + j[None, :], x_desc.load([0, 0]))
+
+
+FLOAT32, TFLOAT32 = 7, 11  # CUtensorMapDataType
+SIXTEENTHS = range(32)  # of TF32's last place above one
+
+
+def rounded_to_tf32(x: torch.Tensor) -> torch.Tensor:
+    """``x`` (8, 32) as a copy by a descriptor of type TFLOAT32 leaves it. Triton before 3.7 has no switch for that
+    type, so that it is put in the place of float32's."""
+    y = torch.empty_like(x)
+    with mock.patch.dict(nvidia.TMA_DTYPE_DEVICE_TO_HOST, {FLOAT32: TFLOAT32}):
+        box_kernel[(1,)](TensorDescriptor.from_tensor(x, [8, 32]), y, 8, 32, num_warps=4)
+    return y
+
+
+def descriptor_rounding(
+    copy: Callable[[torch.Tensor], torch.Tensor] = rounded_to_tf32, device: str = "cuda"
+) -> dict[str, Any]:
+    """What a copy by a descriptor of type TFLOAT32 makes of float32's last 13 bits: "keeps every bit", "cuts", "rounds
+    to nearest" with ties "away from zero" or "to even", or "something else"."""
+    sixteenths = torch.tensor(SIXTEENTHS, dtype=torch.float64)
+    x = (1 + sixteenths * 2.0**-14).float().repeat(8, 1)
+    x[1::2] *= -1
+    y = copy(x.to(device)).cpu().double()
+    there = (y.abs() - 1) * 2**14
+    known = {
+        "keeps every bit": sixteenths,
+        "cuts": sixteenths // 16 * 16,
+        "rounds to nearest, ties to even": (sixteenths / 16).round() * 16,
+        "rounds to nearest, ties away from zero": (sixteenths + 8) // 16 * 16,
+    }
+    signs = torch.equal(y.sign(), x.double().sign())
+    said = [name for name, expected in known.items() if signs and torch.equal(there, expected.repeat(8, 1))]
+    return {"descriptor": said[0] if said else "something else"}
 
 
 # --- the L2 cache -----------------------------------------------------------------------------------------------------
@@ -178,10 +223,14 @@ def probe_items(numerics: tuple[tuple[torch.dtype, bool], ...], dry_run: bool) -
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         name = "tf32" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
         yield item(f"rounding, {name}", lambda dtype=dtype: rounding(dtype), 3.0)  # type: ignore[misc]
+    arch = target_device(torch.empty(0, device="cuda")).arch
+    if arch >= 90 and not dry_run:  # an interpreter has no tensor maps
+        yield item("rounding, a descriptor of TF32", descriptor_rounding, 3.0)
+    small = ((64,), 64) if dry_run else ((64, 256, 1024, 4096), 4096)
+    yield item("float32 by three TF32 products", lambda: three_products(timer, "cuda", *small), 4.0)
     yield item("L2 cache, copies inside it", lambda: l2_bandwidth(timer, dry_run), 2.0)
     launches = DRY_LAUNCHES if dry_run else LAUNCHES
     layers = cases.MINI[1:2] if dry_run else cases.find(list(LAYERS))
-    arch = target_device(torch.empty(0, device="cuda")).arch
     for fenced in (True, False) if fence.needed(arch) else (True,):
         for case in layers:
             for dtype, tf32 in numerics[: 1 if dry_run else 3]:

@@ -13,6 +13,9 @@ from typing import Any
 
 from ..peers import COMPILED, EAGER, GRAPH
 from ..report import table
+from .probed import facts as probed_facts
+from .probed import table_of as probed
+from .rows import read
 
 __all__ = ["Outcome", "digest", "page", "scrub", "summary"]
 
@@ -24,8 +27,8 @@ STUBBED = (
     "**Dry run: the kernels ran in an interpreter on a CPU. Results are checked; times are stubbed (there are none).**"
 )
 NOTES = {
-    "probes": "Tensor cores' sums on chosen numbers; copies that stay in the L2 cache, at the data sheet's clock; the "
-    "same launch over and over, every bit compared on the device.",
+    "probes": "Tensor cores' sums and a descriptor's copy of chosen numbers; copies that stay in the L2 cache, at the "
+    "data sheet's clock; the same launch over and over, every bit compared on the device.",
     "check": "Every implementation is compared with float64; nothing is timed.",
     "training_check": "Forward and backward are compared with float64; nothing is timed.",
     "tests": "The kernel tests of `tests/` on the device.",
@@ -234,23 +237,6 @@ def _proven(data: Data) -> Iterator[str]:
     yield from _refused(data)
 
 
-def _probed(data: Data) -> Iterator[str]:
-    body = []
-    for row in data["rows"]:
-        said = row.get("note", "")
-        if "truncates" in row:
-            said = (
-                f"{'truncates' if row['truncates'] else 'rounds'}, {row['bits']} bits below float32's last place kept"
-            )
-        elif "per_clock" in row:
-            measured = "stub" if data.get("stubbed") else f"{row['bytes'] / 1e9:.0f} GB/s, {row['per_clock']:.0f}"
-            said = f"{measured} bytes a clock and multiprocessor, {row['assumed']} assumed"
-        elif "differing" in row:
-            said = f"{row['differing']} of {row['launches']} launches differ from the first"
-        body.append([row["key"], said])
-    yield from table(["probe", ""], body, (0, 1))
-
-
 def _refused(data: Data) -> Iterator[str]:
     found = [f"- {row['key']}: {line}" for row in data["rows"] for line in row.get("refused", ())]
     if found:
@@ -280,7 +266,7 @@ def _of_boxes(data: Data) -> Iterator[str]:
 
 
 TABLES: dict[str, Callable[[Data], Iterator[str]]] = {
-    "probes": _probed,
+    "probes": probed,
     "check": _checked,
     "training_check": _checked,
     "tests": _tested,
@@ -350,7 +336,8 @@ def page(data: Data) -> str:
 def summary(
     facts: Mapping[str, str], outcomes: Sequence[Outcome], dry_run: bool, folder: Path, tail: int = 25
 ) -> tuple[dict[str, Any], str]:
-    """(``summary.json``'s content, ``summary.md``)."""
+    """(``summary.json``'s content, ``summary.md``). What the probes found stands with the facts of the machine."""
+    facts = {**facts, **probed_facts(read(folder / "probes.json"))}
     data = {"dry_run": dry_run, "environment": dict(facts), "stages": [asdict(o) for o in outcomes]}
     lines = ["# cnnfast on a GPU" + (" (dry run: no GPU, times stubbed)" if dry_run else ""), ""]
     lines += ["Written by `python -m benchmarks.gpu`. Do not edit.", ""]

@@ -107,21 +107,21 @@ def table(c: Context) -> Iterator[Item]:
     return (c.row(w, names, timers.cold) for w in found)
 
 
-def single_steps(c: Context) -> list[Workload]:
+def single_steps(dry_run: bool) -> list[Workload]:
     """What is tuned: layers and blocks, the most important first. A generator's steps are its layers'."""
-    if c.dry_run:
+    if dry_run:
         return workloads(cases.MINI[1:2])[:2]
     return [w for w in workloads(cases.CASES) if w.case.suite != "generator"]
 
 
 def candidates(c: Context) -> Iterator[Item]:
     """The plans that `tune` will time, compiled and proven side by side."""
-    return candidate_items(single_steps(c)[c.part :: c.parts], c.dry_run)
+    return candidate_items(single_steps(c.dry_run)[c.part :: c.parts], c.dry_run)
 
 
 def tune(c: Context) -> Iterator[Item]:
     """The fastest plan of each step."""
-    return tune_items(single_steps(c), c.dry_run)
+    return tune_items(single_steps(c.dry_run), c.dry_run)
 
 
 def tuned(c: Context) -> Iterator[Item]:
@@ -176,7 +176,7 @@ def host_time(c: Context) -> Iterator[Item]:
 
 def hopper(c: Context) -> Iterator[Item]:
     """The Gluon kernel of sm_90: right, and faster than the pointer kernel, layer by layer."""
-    return hopper_items(single_steps(c), cuda_timer, c.dry_run)
+    return hopper_items(single_steps(c.dry_run), cuda_timer, c.dry_run)
 
 
 Stage = Callable[[Context], Iterator[Item]]

@@ -1,8 +1,8 @@
 """A compile cache for a GPU that is elsewhere: ``python -m benchmarks.gpu --compile --arch 90 --cache DIR``.
 
-What the stages launch is recorded as on that architecture (`benchmarks.rehearse`), and each distinct binary compiled
-into a cache of Triton's, launcher and driver stubs included. The other machine needs the same Triton for the same
-Python, and ``--cache DIR``; `counting` tells there how many binaries were found.
+What the stages launch is recorded as on that architecture (`benchmarks.rehearse`), tuning's plans too, and each
+distinct binary compiled into a cache of Triton's, launcher and driver stubs included. The other machine needs the same
+Triton for the same Python, and ``--cache DIR``; `counting` tells there how many binaries were found.
 """
 
 from __future__ import annotations
@@ -23,16 +23,22 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from triton import knobs
 
 from cnnfast.files import write_atomically
+from cnnfast.gpu import conv, tuning
+from cnnfast.gpu.devices import precision_of, target_device, tf32_convolutions
+from cnnfast.gpu.observers import observed
+from cnnfast.step import Operands, Step
 
 from .. import cases
-from ..rehearse.inspector import Job, compile_job
+from ..rehearse.inspector import Job, compile_job, recording
 from ..rehearse.launches import NUMERICS, Recorder, StepRun
 from ..rehearse.training_launches import record
+from ..workload import Workload
 
-__all__ = ["Filled", "counting", "fill", "recorded", "settle", "variables"]
+__all__ = ["Filled", "counting", "fill", "recorded", "settle", "tried", "variables"]
 
 LIBCUDA = "libcuda.so.1"
 
@@ -61,6 +67,40 @@ def recorded(arch: int, found: Iterable[cases.Case], numerics: Iterable[str] = t
                 if call.job.key not in known:
                     known.add(call.job.key)
                     yield call.job
+
+
+def tried(arch: int, found: Iterable[Workload], limit: int) -> Iterator[Job]:
+    """The binaries that tuning compiles of the steps of these workloads, in their order, ``limit`` plans of each step;
+    each once."""
+    known: set[str] = set()
+    for w in found:
+        steps: dict[tuning.Task, tuple[Step, Operands, bool]] = {}
+
+        def see(step: Step, o: Operands, channels_last: bool, steps: Any = steps) -> None:
+            steps[tuning.Task.of(step, o, channels_last)] = step, o, channels_last
+
+        with observed(step=see):
+            _recorder(w.case, _numerics(w))(w.batch, arch)
+        with torch.no_grad(), tf32_convolutions(w.tf32), recording(arch) as calls:
+            for step, o, channels_last in steps.values():
+                batch, _, *image = o.x.shape
+                size = tuple(n + 2 * p for n, p in zip(image, step.pad, strict=True))
+                asked = (step, batch, size, precision_of(o.x.dtype), target_device(o.x), channels_last)
+                for plan in tuning.tried(*asked)[:limit]:
+                    conv.run(step, o, channels_last, plan)
+        for call in calls:
+            if call.job.key not in known:
+                known.add(call.job.key)
+                yield call.job
+
+
+_recorder = cache(Recorder)
+
+
+def _numerics(w: Workload) -> str:
+    """The rehearsal's name for the precision of a workload on a GPU."""
+    exact = w.dtype == torch.float32
+    return next(n for n, (dtype, tf32) in NUMERICS.items() if dtype == w.dtype and not (exact and tf32 != w.tf32))
 
 
 # --- compiling --------------------------------------------------------------------------------------------------------

@@ -83,8 +83,10 @@ def narrow_loads(report: Report, plan: Plan, call: Call) -> int:
 
 def drained(report: Report, precision: Precision) -> list[str]:
     """Tensor cores of sm_90 that stand still in each trip: nothing is multiplied until a warp has seen the last product
-    and issued the next. TF32's operands are rounded in registers, which one product's must leave for the next one's."""
-    if not report.drains or precision.itemsize == 4:
+    and issued the next. Not judged where an operand passes registers on its way into the one buffer that the product
+    reads it from: TF32's, to be rounded, and one that comes in two bytes at a time, as no asynchronous copy is that
+    short (whether it must is another rule's)."""
+    if not report.drains or precision.itemsize == 4 or report.narrow_loads:
         return []
     return [f"{report.drains} waits for all of wgmma's products in the main loop"]
 

@@ -41,6 +41,8 @@ class Device:
     clock: A100 5.4 TB/s (108, 1.41 GHz), H200 9.7 TB/s (132, 1.98 GHz), L40 5.2 TB/s (142, 2.49 GHz). The others are
     taken to be as their nearest relative: B200 as the H200, RTX 3090 and 5090 as the L40. `benchmarks.gpu`'s stage
     ``probes`` measures it and prints the line to paste here.
+
+    How tensor cores round their sums is no column, as no plan depends on it: the same stage's summary says it.
     """
 
     arch: int

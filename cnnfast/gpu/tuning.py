@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ..messages import LOGGER
+from ..spec import Precision
 from ..step import Operands, Step
 from ..timing import Timing, measure
 from . import conv_hopper_plan, guard, trial, tuned
 from .conv_choice import candidates, choose_plan
 from .conv_plan import Plan
-from .devices import cuda_index, precision_of, target_device, tf32_convolutions
+from .devices import Device, cuda_index, precision_of, target_device, tf32_convolutions
 from .observers import observed
 from .warmup import warmup
 from .why_not import triton_why_not
@@ -27,7 +28,7 @@ from .why_not import triton_why_not
 if triton_why_not() is None:
     from . import conv
 
-__all__ = ["Result", "Task", "Timer", "cuda_timer", "record", "tune", "tune_steps"]
+__all__ = ["Result", "Task", "Timer", "cuda_timer", "record", "tried", "tune", "tune_steps"]
 
 
 # Times of calls, by their names, taken in turn.
@@ -180,6 +181,25 @@ def tune_steps(
     return results
 
 
+def tried(
+    step: Step,
+    batch: int,
+    input_size: tuple[int, ...],
+    precision: Precision,
+    device: Device,
+    channels_last: bool,
+    hopper: bool = False,
+) -> list[Plan]:
+    """The plans of ``step`` that tuning tries on x (batch, C_in, *input_size), the size with `Step.pad`: the
+    heuristic's, then the others by the model. ``hopper``: those of `kernels/conv_hopper.py`, too."""
+    asked = (batch, input_size, precision, device, channels_last)
+    heuristic = conv_hopper_plan.chosen(step, *asked) or choose_plan(step.spec, *asked)
+    others = candidates(step.spec, *asked)
+    if hopper:
+        others = [*conv_hopper_plan.candidates(step, *asked), *others]
+    return [heuristic, *(p for p in others if p != heuristic)]
+
+
 def _refusal(task: Task, o: Operands, plan: Plan) -> str | None:
     """Why a plan cannot be used: launches it, which compiles and proves it."""
     try:
@@ -197,12 +217,9 @@ def _tune(task: Task, timer: Timer, limit: int, end: float | None) -> Result:
         batch, _, *image = o.x.shape
         size = tuple(n + 2 * p for n, p in zip(image, task.step.pad, strict=True))
         spec, index = task.step.spec, cuda_index(o.x) or 0
-        asked = (batch, size, precision, device, task.channels_last)
-        heuristic = conv_hopper_plan.chosen(task.step, *asked) or choose_plan(spec, *asked)
-        others = candidates(spec, *asked)
-        if tuned.hopper_allowed(task.step, batch, size, precision, index, task.channels_last):
-            others = [*conv_hopper_plan.candidates(task.step, *asked), *others]
-        plans = [heuristic, *(p for p in others if p != heuristic)][:limit]
+        hopper = tuned.hopper_allowed(task.step, batch, size, precision, index, task.channels_last)
+        plans = tried(task.step, batch, size, precision, device, task.channels_last, hopper)[:limit]
+        heuristic = plans[0]
         calls: dict[str, Callable[[], object]] = {}
         refused: dict[str, str] = {}
         for plan in plans:

@@ -396,6 +396,8 @@ def test_prediction_reads_what_was_measured(tmp_path):
         entries = [{"name": "cnnfast", "us": {"median": us}}]
         row = {"key": "a", "dtype": "float16", "entries": entries, "least_us": 5.0}
         gpu_rows.Rows(tmp_path, stage, RUN).add(row)
+    probe = {"key": "L2 cache, copies inside it", "per_clock": 26.0, "assumed": 40}
+    gpu_rows.Rows(tmp_path, "probes", RUN).add(probe)
     rows = {item.key: item.work(None) for item in gpu_predict.prediction_items(tmp_path)}
     over = rows[f"{gpu_predict.HEURISTIC}, float16"]
     assert over["count"] == 2 and over["mean"] == pytest.approx(2**0.5) and over["most"] == 2.0
@@ -404,3 +406,4 @@ def test_prediction_reads_what_was_measured(tmp_path):
     assert rows[f"{gpu_predict.TUNED}, float16"]["mean"] == pytest.approx(2.0)
     assert rows[f"{gpu_predict.LIMIT}, table, float16"]["mean"] == pytest.approx(0.25)
     assert rows[f"{gpu_predict.LIMIT}, tuned, float16"]["mean"] == pytest.approx(0.5)
+    assert rows[gpu_predict.L2]["mean"] == pytest.approx(0.65)

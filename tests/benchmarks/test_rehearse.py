@@ -22,7 +22,7 @@ from benchmarks.rehearse.inspections import Failed, Inspections  # noqa: E402
 from benchmarks.rehearse.inspector import Call, Report, _main_loop, recording  # noqa: E402
 from benchmarks.rehearse.launches import Op, Recorder, StepRun, Unrun, eager_ops, inductor_passes, precision  # noqa: E402
 from benchmarks.rehearse.model import occupancy, pressure, traffic, work  # noqa: E402
-from benchmarks.rehearse.rules import overflows  # noqa: E402
+from benchmarks.rehearse.rules import drained, overflows  # noqa: E402
 from cnnfast.gpu.conv_plan import Plan, lower  # noqa: E402
 from cnnfast.gpu.devices import DEVICES  # noqa: E402
 from cnnfast.spec import ConvSpec  # noqa: E402
@@ -268,6 +268,14 @@ def test_tensor_cores_may_wait_for_operands_that_are_rounded() -> None:
     waits = dataclasses.replace(GOOD, drains=1, instructions=100)
     assert verdict(waits, numerics="tf32").failures == ()
     assert any("waits for all" in f for f in verdict(dataclasses.replace(GOOD, drains=1), numerics="bf16").failures)
+
+
+def test_tensor_cores_may_wait_for_operands_that_no_asynchronous_copy_brings() -> None:
+    """Rows of three channels: two bytes at a time, through registers. Wide ones that are not wide are another fault."""
+    waits = dataclasses.replace(GOOD, drains=1)
+    narrow = dataclasses.replace(waits, loads={"LDG.E.U16": 32})
+    assert drained(waits, precision("fp16")) and not drained(narrow, precision("fp16"))
+    assert any("32 loads of 2 bytes" in f for f in verdict(narrow).failures)
 
 
 def test_vectors_moved_up_in_an_unrolled_loop_are_no_narrow_operands() -> None:

@@ -83,6 +83,8 @@ def test_findings(run: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
         ]
         narrow = judge(call, replace(GOOD, loads={"LDG.E.U16": 4}), monkeypatch)
         assert narrow == ["4 loads of 2 bytes or less in the main loop"]
+        waits = judge(call, replace(GOOD, drains=GOOD.mma), monkeypatch)
+        assert waits == [f"{GOOD.mma} waits for all of wgmma's products in the main loop"]
     assert "spills: 16 bytes of stack" in judge(wgrad, replace(GOOD, stack=16), monkeypatch)[0]
     assert judge(wgrad, Failed("no"), monkeypatch) == ["does not compile: no"]
     assert "exceeds" in judge(replace(wgrad, grid=(1, 70000, 1)), GOOD, monkeypatch)[0]
