@@ -6,13 +6,13 @@ from functools import cache
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
-from ..norms import Partials
 from . import fence
 
-__all__ = ["Binary", "aligned", "empty_partials"]
+__all__ = ["Binary", "aligned"]
 
 
 class Binary:
@@ -43,9 +43,18 @@ class Binary:
         if self._found:
             active = driver.active
             device = active.get_current_device()
-            by, compiled = self._found.get(device, (None, None))
+            by, compiled = self._found.get(device, _NOTHING)
             if by is launch and compiled is not None:
-                compiled[grid](*args, *self.constants, stream=active.get_current_stream(device))
+                stream, hooks = active.get_current_stream(device), knobs.runtime
+                before, after, told = hooks.launch_enter_hook, hooks.launch_exit_hook, None
+                if getattr(before, "calls", before) or getattr(after, "calls", after):
+                    told = compiled.launch_metadata(grid, stream, *args, *self.constants)
+                else:  # chains of no hooks
+                    before = after = None
+                compiled.run(
+                    *grid, stream, compiled.function, compiled.packed_metadata, told, before, after, *args,
+                    *self.constants,
+                )  # fmt: skip
                 return
         # Compile-time arguments by position: by name they cost 5 us a launch.
         with fence.inserted(self.fenced):
@@ -54,19 +63,10 @@ class Binary:
             self._found[driver.active.get_current_device()] = launch, compiled
 
 
+_NOTHING: tuple[Any, Any] = (None, None)
+
 # Of a thread, as many as there are. Without this, ptxas aims at 128 for occupancy, and spills a few on the way.
 MAX_REGISTERS = 255
-
-
-def empty_partials(like: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, Partials]:
-    """Room for the statistics of (segments, parts of each, channels), in one piece of memory and as its parts: counts,
-    means, sums of squares."""
-    segments, parts, c = shape
-    total, strides = segments * parts, (parts * c, c, 1)
-    stats = like.new_empty(total * (1 + 2 * c), dtype=torch.float32)
-    count = stats.as_strided((segments, parts), (parts, 1))
-    mean, m2 = stats.as_strided(shape, strides, total), stats.as_strided(shape, strides, total * (1 + c))
-    return stats, Partials(count, mean, m2)
 
 
 @cache

@@ -50,6 +50,9 @@ class Device:
     dram_gb_per_second: int
     clock_mhz: int  # boost
 
+    def __hash__(self) -> int:  # devices are part of keys on the path of every call
+        return self.arch
+
     @property
     def dram_bytes_per_clock(self) -> float:
         """Of the whole GPU."""
@@ -114,10 +117,16 @@ def target_device(x: torch.Tensor) -> Device:
     from triton.runtime.driver import driver
 
     try:
-        target = driver.active.get_current_target()
+        return _device_of(driver.active)
     except RuntimeError:  # Triton's interpreter needs no driver, and there is none
         return device_for(80)
-    return device_for(target.arch) if isinstance(target.arch, int) else device_for(80)
+
+
+@lru_cache(maxsize=64)
+def _device_of(active: Any) -> Device:
+    """What a driver of Triton's stands for."""
+    arch = active.get_current_target().arch
+    return device_for(arch) if isinstance(arch, int) else device_for(80)
 
 
 def conv_tf32() -> bool:

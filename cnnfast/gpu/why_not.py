@@ -48,17 +48,19 @@ def launch_why_not(device: torch.device) -> str | None:
     kind = device.type
     if kind == "cuda":
         return cuda_why_not(device.index or 0)
-    from triton import knobs
     from triton.runtime.driver import driver
+
+    try:
+        taken = driver.active.get_active_torch_device().type
+    except RuntimeError:  # Triton finds no driver for this machine
+        taken = None
+    if taken == kind:
+        return None
+    from triton import knobs
 
     if knobs.runtime.interpret:
         return None if kind == "cpu" else f"the tensors are on {device}, Triton's interpreter runs on the CPU"
-    try:
-        active = driver.active
-    except RuntimeError:  # Triton finds no driver for this machine
-        return NO_DEVICE
-    taken = active.get_active_torch_device().type
-    return None if taken == kind else f"the tensors are on {device}, Triton launches on {taken}"
+    return NO_DEVICE if taken is None else f"the tensors are on {device}, Triton launches on {taken}"
 
 
 NOT_ON_TRITON = "three dimensions: not on Triton yet"

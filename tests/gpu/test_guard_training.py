@@ -304,7 +304,7 @@ def test_trials_of_known_and_of_shared_statistics(
     o = case.operands(t)._replace(mean=running[0], var=running[1], group=processes and object())
     segments = 1 if norm.kind == "batch" else 3
     shape = (segments, given or 0, 32)
-    parts = None if given is None else Partials(*(torch.empty(s).to(device) for s in (shape[:2], shape, shape)))
+    parts = None if given is None else Partials.empty(torch.empty(0).to(device), shape)
     for forward, right in (
         (norm_act_autograd.forward, True),
         (lambda *args: scaled(norm_act_autograd.forward(*args)), False),
@@ -313,7 +313,7 @@ def test_trials_of_known_and_of_shared_statistics(
         assert (found is None) is right, found
     assert all(v is None or torch.equal(v.cpu(), torch.full((32,), float(k))) for k, v in enumerate(running))
     done = norm_act_autograd.forward(case.step, o._replace(group=None), None, True, torch.float32)
-    saved = Saved(t.x, t.weight, t.bias, None, done.mean, done.rstd, None)
+    saved = Saved(t.x, t.weight, t.bias, None, done.mean, done.var, None)
     need = (True, True, True, False, False)
     assert norm_act_trial.backward_problem(t.grad, saved, case.step, True, need, processes is not None) is None
 
