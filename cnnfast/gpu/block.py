@@ -178,7 +178,8 @@ def _straight_forward(
             parts = norm_act.partials(u, how.step.statistics == "image", plan.statistics)
         moments = norm_act.moved(parts, plan.merge, o)
         y = torch.empty_strided(launch.output_shape, plan.strides, dtype=how.dtype, device=x.device)
-        plan.apply(u, y, None, moments, None, scale, shift, None)
+        apply = plan.apply
+        apply.binary(apply.grid, u, y, None, moments, None, scale, shift, None, *apply.numbers)
     return u, Forward(y, moments, None, None)
 
 

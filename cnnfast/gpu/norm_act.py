@@ -217,7 +217,7 @@ def moved(parts: Partials, m: Merge, o: Operands) -> Tensor:
 
 def apply(o: Operands, mean: Tensor | None, var: Tensor | None, dtype: torch.dtype, plan: ForwardPlan) -> Tensor:
     """``act((x - mean) / deviation * scale + shift + residual)`` in ``dtype``, on the current device; ``mean`` and
-    ``var`` as of `Saved`."""
+    ``var`` as of `cnnfast.reference.Saved`."""
     x = laid_out(o.x)
     y = torch.empty_strided(x.shape, plan.strides, dtype=dtype, device=x.device)
     residual = None if o.residual is None else _as(o.residual, plan.y_last)

@@ -302,7 +302,7 @@ def _(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 
 def _tensors(inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """Of the operator's inputs, or of what belongs to each of them, those of `block_forward`."""
+    """Of the operator's inputs, or of what belongs to each of them, those of `block.block_forward`."""
     return *inputs[:5], *inputs[7:9]
 
 
