@@ -8,6 +8,7 @@ search and the proof of a kernel at its first launch happen there.
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import re
 from collections import Counter
@@ -25,7 +26,6 @@ import cnnfast
 from cnnfast.cpu.isa import InstructionSet, instruction_set
 from cnnfast.gpu import guard
 from cnnfast.gpu.observers import observed
-from cnnfast.nn import traced
 
 from .timers import captured
 from .workload import Implementation, NotAvailable, Prepared, Workload
@@ -40,7 +40,11 @@ __all__ = [
     "backend",
     "fused",
     "named",
+    "onnxruntime_call",
+    "openvino_call",
     "path_of",
+    "require_compiler",
+    "traced_onnx",
 ]
 
 
@@ -64,7 +68,7 @@ def _eager(channels_last: bool | None) -> Callable[[Workload], Prepared]:
     return prepare
 
 
-def _require_compiler() -> None:
+def require_compiler() -> None:
     """NotAvailable where `torch.compile` has no C++ compiler."""
     from torch._inductor import cpp_builder, exc
 
@@ -75,18 +79,22 @@ def _require_compiler() -> None:
 
 
 def _compiled(
-    channels_last: bool | None, mode: str | None = None, container: type[nn.Sequential] = nn.Sequential
+    channels_last: bool | None,
+    mode: str | None = None,
+    container: type[nn.Sequential] = nn.Sequential,
+    launches: bool = False,
 ) -> Callable[[Workload], Prepared]:
-    """``channels_last`` None: where there is such a thing."""
+    """``channels_last`` None: where there is such a thing. ``launches``: RuntimeError where no step is a kernel of ours
+    (`_launched`)."""
 
     def prepare(w: Workload) -> Prepared:
         _formats(w, bool(channels_last))
-        if container is cnnfast.Sequential and not traced.PLANS:
-            raise NotAvailable(f"torch {torch.__version__} traces a Sequential as its modules: the time is Inductor's")
         last = w.has_formats if channels_last is None else channels_last
         if w.device == "cpu":
-            _require_compiler()
+            require_compiler()
         call = w.call(torch.compile(w.modules(container, last), dynamic=False, mode=mode), last)
+        if launches:
+            _launched(call, w.gradients)
         return Prepared(call, path=lambda: path_of(call, w.gradients))
 
     return prepare
@@ -163,31 +171,46 @@ def _cnnfast(channels_last: bool, frozen: bool = False) -> Callable[[Workload], 
 # --- others -----------------------------------------------------------------------------------------------------------
 
 
-def _require(module: str, w: Workload) -> None:
+def _require(module: str, w: Workload | None = None) -> None:
     if importlib.util.find_spec(module) is None:
         raise NotAvailable(f"{module} is not installed")
-    if w.device != "cpu":
+    if w is not None and w.device != "cpu":
         raise NotAvailable("timed on the CPU only")
     if importlib.util.find_spec("onnx") is None:
         raise NotAvailable("onnx, which builds its model, is not installed")
+
+
+def traced_onnx(model: nn.Module, x: torch.Tensor) -> bytes:
+    """A model in eval mode, as `torch.onnx` traces it, from ``x`` on. NotAvailable where there is no onnx."""
+    _require("onnx")
+    with io.BytesIO() as file, torch.inference_mode(False), torch.no_grad():
+        torch.onnx.export(model, (x.clone(),), file, dynamo=False, input_names=["x"], opset_version=17)
+        return file.getvalue()
+
+
+def onnxruntime_call(model: bytes, x: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+    """A call of a serialised float32 model on ``x``, with as many threads as torch uses. NotAvailable where it is not
+    installed."""
+    _require("onnxruntime")
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    # Its threads would otherwise go on spinning for a while, in the time of whoever is measured next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    feed = {"x": x.numpy()}
+    return lambda: [torch.from_numpy(y) for y in session.run(None, feed)]
 
 
 def _onnxruntime(w: Workload) -> Prepared:
     if w.dtype != torch.float32:
         raise NotAvailable(f"onnxruntime has no {w.dtype_name} convolutions on a CPU")
     _require("onnxruntime", w)
-    import onnxruntime
-
     from .onnx_graph import to_onnx
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    # Its threads would otherwise go on spinning for a while, in the time of whoever is measured next.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    model = to_onnx(w.source, tuple(w.x.shape))  # type: ignore[arg-type]
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    feed = {"x": w.x.numpy()}
-    return Prepared(lambda: session.run(None, feed), lambda y: torch.from_numpy(y[0]))  # type: ignore[index]
+    call = onnxruntime_call(to_onnx(w.source, tuple(w.x.shape)), w.x)  # type: ignore[arg-type]
+    return Prepared(call, lambda y: y[0])
 
 
 def _openvino(w: Workload) -> Prepared:
@@ -197,9 +220,22 @@ def _openvino(w: Workload) -> Prepared:
     _require("openvino", w)
     if hint == "bf16" and instruction_set() < InstructionSet.AVX512:
         raise NotAvailable("OpenVINO compiles no bfloat16 for a processor of AVX2 only")
-    import openvino
-
     from .onnx_graph import to_onnx
+
+    model, call = _openvino_model(to_onnx(w.source, tuple(w.x.shape)), w.x.float(), hint)  # type: ignore[arg-type]
+    return Prepared(call, lambda y: torch.from_numpy(y[0].copy()), lambda: _openvino_path(model))
+
+
+def openvino_call(model: bytes, x: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+    """As `onnxruntime_call`."""
+    _require("openvino")
+    _, call = _openvino_model(model, x, "f32")
+    return lambda: [torch.from_numpy(y) for y in call().values()]
+
+
+def _openvino_model(model: bytes, x: torch.Tensor, hint: str) -> tuple[Any, Callable[[], Any]]:
+    """Compiled for products in the precision of ``hint``, and its call on ``x``: float32 in and out."""
+    import openvino
 
     core = openvino.Core()
     config = {
@@ -208,13 +244,9 @@ def _openvino(w: Workload) -> Prepared:
         "PERFORMANCE_HINT": "LATENCY",
         "NUM_STREAMS": 1,
     }
-    model = core.compile_model(core.read_model(to_onnx(w.source, tuple(w.x.shape))), "CPU", config)  # type: ignore[arg-type]
-    request, x = model.create_infer_request(), w.x.float().numpy()  # float32 in and out: the hint is of what is inside
-    return Prepared(
-        lambda: request.infer([x], share_inputs=True, share_outputs=True),
-        lambda y: torch.from_numpy(y[0].copy()),  # type: ignore[index]
-        lambda: _openvino_path(model),
-    )
+    compiled = core.compile_model(core.read_model(model), "CPU", config)
+    request, given = compiled.create_infer_request(), x.numpy()
+    return compiled, lambda: request.infer([given], share_inputs=True, share_outputs=True)
 
 
 def _openvino_path(model: Any) -> str:
@@ -302,6 +334,13 @@ def _without_launch(call: Callable[[], object], gradients: bool) -> int:
     return sum(a is None and b is None for a, b in pairwise([*seen, None]))
 
 
+def _launched(call: Callable[[], object], gradients: bool) -> None:
+    """RuntimeError where no step of a call runs as a Triton kernel of ours: its time would be somebody else's."""
+    path = path_of(call, gradients)
+    if "Triton" not in path:
+        raise RuntimeError(f"no step of it ran as a Triton kernel: {path or 'no convolution seen'}")
+
+
 def _on_gpu(w: Workload) -> Prepared:
     """`cnnfast.Sequential`. RuntimeError where no step of it runs as a Triton kernel, or one that could does not
     (`cnnfast.gpu.guard` says why): every case has such steps, and a row without them says nothing of the kernels."""
@@ -320,9 +359,7 @@ def _on_gpu(w: Workload) -> Prepared:
     if missed := _without_launch(call, w.gradients):
         states = [line for line in guard.report() if "PyTorch's operators run" in line]
         raise RuntimeError(f"{missed} steps ran PyTorch's operators: {'; '.join(states) or 'for a reason not known'}")
-    path = path_of(call, w.gradients)
-    if "Triton" not in path:
-        raise RuntimeError(f"no step of it ran as a Triton kernel: {path or 'no convolution seen'}")
+    _launched(call, w.gradients)
     return Prepared(call, path=lambda: path_of(call, w.gradients))
 
 
@@ -346,6 +383,6 @@ GPU_IMPLEMENTATIONS: tuple[Implementation, ...] = (
     Implementation("torch.compile max-autotune", _compiled(None, "max-autotune")),
     Implementation("cnnfast", _on_gpu),
     Implementation("cnnfast" + GRAPH, _graph(_on_gpu)),
-    Implementation("cnnfast under torch.compile", _compiled(None, container=cnnfast.Sequential)),
+    Implementation("cnnfast under torch.compile", _compiled(None, container=cnnfast.Sequential, launches=True)),
 )
 COMPILED = ("torch.compile", "torch.compile max-autotune")  # on a GPU

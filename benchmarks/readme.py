@@ -1,4 +1,4 @@
-"""The README's table of times, rendered from a results file: ``python -m benchmarks.readme [bench.json]``."""
+"""The README's tables, rendered from results files: ``python -m benchmarks.readme [bench.json [models.json]]``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from cnnfast.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = ROOT / "benchmarks" / "results" / "amd-epyc-avx512-bf16" / "bench.json"
+MODELS = DEFAULT.with_name("models.json")
 # Whole generators and blocks, as a reader knows them.
 NAMES = {
     "dcgan64": "DCGAN 64x64",
@@ -44,6 +45,7 @@ COLUMNS = {
 }
 OWN = ("cnnfast", "cnnfast frozen")
 _BLOCK = re.compile(r"(<!-- bench -->\n).*?(<!-- /bench -->)", re.S)
+_MODELS_BLOCK = re.compile(r"(<!-- models -->\n).*?(<!-- /models -->)", re.S)
 
 
 def _cell(entry: dict[str, Any] | None) -> str:
@@ -100,15 +102,50 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(_lines(results)) + "\n"
 
 
-def render(readme: str, results: dict[str, Any]) -> str:
-    """``readme`` with its block of times replaced."""
-    return _BLOCK.sub(lambda m: m.group(1) + table(results) + m.group(2), readme)
+def models_table(results: dict[str, Any]) -> str:
+    """Of each accelerated model: how many times faster it is than the better of eager and eager channels_last, on one
+    and more threads, and how many of its convolutions are fused."""
+    env = results["environment"]
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        rows.setdefault(row["title"], {})[row["threads"]] = row
+    threads = sorted({n for of in rows.values() for n in of})
+    lines = [
+        f"{env['processor']}, {env['instruction set']}, torch {env['torch']}; {env['date']}. float32, inference, "
+        "over the better of eager and eager channels_last:",
+        "",
+        "| | " + " | ".join(f"{n} thread{'s' * (n > 1)}" for n in threads) + " | fused of found |",
+        "|---|" + "---:|" * (len(threads) + 1),
+    ]
+    for title, of in rows.items():
+        known = next(iter(of.values()))
+        cells = [_of_model(of.get(n)) for n in threads]
+        lines.append(f"| {title} | {' | '.join(cells)} | {known['fused']} of {known['found']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _of_model(row: dict[str, Any] | None) -> str:
+    entry = next((e for e in row["entries"] if e["name"] == "accelerate"), None) if row else None
+    ratio = entry and entry["over_best_eager"]
+    if not ratio:
+        return (entry or {}).get("note") or "-"
+    return f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def render(readme: str, results: dict[str, Any], models: dict[str, Any] | None = None) -> str:
+    """``readme`` with its blocks of times replaced."""
+    readme = _BLOCK.sub(lambda m: m.group(1) + table(results) + m.group(2), readme)
+    if models is None:
+        return readme
+    return _MODELS_BLOCK.sub(lambda m: m.group(1) + models_table(models) + m.group(2), readme)
 
 
 def main() -> None:
-    source = Path(sys.argv[1]) if len(sys.argv) > 1 else DEFAULT
+    sources = [Path(name) for name in sys.argv[1:]]
+    bench, models, *_ = [*sources, *(DEFAULT, MODELS)[len(sources) :]]
     path = ROOT / "README.md"
-    write_atomically(path, render(path.read_text(), json.loads(source.read_text())))
+    found = json.loads(models.read_text()) if models.exists() else None
+    write_atomically(path, render(path.read_text(), json.loads(bench.read_text()), found))
 
 
 if __name__ == "__main__":

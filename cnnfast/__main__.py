@@ -23,6 +23,7 @@ from typing import Any, TextIO
 from . import __version__
 from .messages import LOGGER, CnnfastError, CnnfastWarning, UsageError, one_line
 from .tasks import ranks
+from .tasks.allocator import keep_freed_memory
 from .tasks.arguments import positive, seed
 from .tasks.interrupt import Terminated, exit_status, terminable
 
@@ -56,7 +57,7 @@ def _models(arguments: argparse.Namespace) -> int:
     rows = []
     fetched, shipped = _loaded("generators.weights").PRETRAINED, _loaded("trained").SHIPPED
     for name in _loaded("generators").list_models():
-        about = "no trained weights"
+        about = "no weights: load_state_dict a published checkpoint"
         if name in fetched:
             about = f"{fetched[name].about}; {fetched[name].licence}; {fetched[name].file.requirement}"
         elif name in shipped:
@@ -269,6 +270,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise UsageError(f"{_ALONE}: run it as one process, without torchrun (WORLD_SIZE={here.size})")
             with _told(), terminable():
                 ranks.take_device(here)
+                keep_freed_memory()
                 return int(arguments.work(arguments))
         finally:
             if sys.stdout is not None:

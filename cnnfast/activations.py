@@ -26,6 +26,7 @@ class ActivationRow:
       parameter is a tensor instead, PReLU's weight.
     - ``in_place(x, *params)``: torch's own in place, where the backward needs the result alone. ``copies_input``: its
       own backward reads a copy of the input all the same.
+    - ``without_gradient(x, *params)``: torch's own in place, where no gradient is wanted; ``in_place`` where left out.
     - ``keeps_format``: out of place, torch's allocates like its input. (The others ask TensorIterator, which may choose
       another memory format for a tensor that has several.)
 
@@ -57,6 +58,7 @@ class ActivationRow:
     saves: str = "y"
     in_place: Callable[..., Tensor] | None = None
     copies_input: bool = False
+    without_gradient: Callable[..., Tensor] | None = None
     reads_input: bool = False
     keeps_format: bool = False
     modules: tuple[type[nn.Module], ...] = ()
@@ -142,9 +144,13 @@ ACTIVATIONS: dict[str, ActivationRow] = {
             modules=(nn.ELU,), attributes=("inplace", "alpha"),
         ),
         ActivationRow(
-            "silu", F.silu, _silu, saves="x", modules=(nn.SiLU,), attributes=("inplace",), onednn=("swish", "")
+            "silu", F.silu, _silu, saves="x", without_gradient=lambda x: F.silu(x, inplace=True),
+            modules=(nn.SiLU,), attributes=("inplace",), onednn=("swish", ""),
         ),
-        ActivationRow("mish", F.mish, _mish, saves="x", modules=(nn.Mish,), attributes=("inplace",)),
+        ActivationRow(
+            "mish", F.mish, _mish, saves="x", without_gradient=lambda x: F.mish(x, inplace=True),
+            modules=(nn.Mish,), attributes=("inplace",),
+        ),
         ActivationRow(
             "gelu", F.gelu, _gelu, saves="x",
             modules=(nn.GELU,), variant=("approximate", "none"), onednn=("gelu", "none"),

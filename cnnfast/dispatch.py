@@ -6,7 +6,7 @@ import contextvars
 import ctypes
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib import import_module
@@ -132,13 +132,19 @@ class Planned(NamedTuple):
     weight_channels_last: bool
 
 
+Ready = Callable[[Operands], "torch.Tensor | None"]
+
+
 class Arrangement(NamedTuple):
     """How a chain of steps runs: whether each result is channels-last; why the modules of a step run as they stand, or
-    None; whether the input is brought to channels-last."""
+    None; whether the input is brought to channels-last. ``ready``: for each step, or for none, a shorter way than
+    to ask the backend anew, for operands of these shapes, or None; it gives None where that has to be asked after
+    all."""
 
     channels_last: tuple[bool, ...]
     as_modules: tuple[str | None, ...]
     convert: bool = False
+    ready: tuple[Ready | None, ...] = ()
 
 
 class Backend(Protocol):
@@ -227,7 +233,9 @@ def needs_gradient(o: Operands) -> bool:
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """Autocast's dtype for x's device; None where it is off."""
     kind = x.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in ("cpu", "cuda") and not torch.amp.is_autocast_available(kind):  # which Dynamo cannot always trace
+        return None
+    if not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

@@ -72,16 +72,20 @@ def has_both(channels: int, size: Sequence[int]) -> bool:
 
 
 def channels_last(module: M) -> M:
-    """``module.to(memory_format=torch.channels_last)`` and the same for 1-D convolutions, in place. Returns ``module``.
+    """``module.to(memory_format=torch.channels_last)`` and the same for 1-D and 3-D convolutions, in place. Returns
+    ``module``.
 
     PyTorch's own conversion leaves 3-D weights as they are, and a GPU kernel would copy them on every call. Here the
     weight (C_in, C_out/groups, k) of a ConvTranspose1d, or (C_out, C_in/groups, k) of a Conv1d, gets its second
     dimension contiguous, as channels_last does for four. Values, shapes and ``state_dict`` stay; ``load_state_dict``
     keeps the order. For GPUs: PyTorch's own operators copy such a 3-D weight on a CPU. Parametrized and lazy modules
-    are left alone.
+    are left alone. PyTorch's own refuses a module with tensors of five dimensions: here a Conv3d's or ConvTranspose3d's
+    weight becomes channels_last_3d, and others stay as they are.
     """
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    module._apply(lambda t: t.to(memory_format=torch.channels_last) if t.dim() == 4 else t)
     for m in module.modules():
+        if isinstance(m, nn.Conv3d | nn.ConvTranspose3d) and type(m) in (nn.Conv3d, nn.ConvTranspose3d):
+            m.weight.data = m.weight.data.contiguous(memory_format=torch.channels_last_3d)
         if isinstance(m, nn.Conv1d | nn.ConvTranspose1d) and type(m) in (nn.Conv1d, nn.ConvTranspose1d):
             weight = m.weight
             weight.data = weight.data.unsqueeze(2).contiguous(memory_format=torch.channels_last).squeeze(2)
@@ -92,14 +96,26 @@ def to_format(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
     return t.contiguous(memory_format=format_of(t.dim(), channels_last))
 
 
-def _transposed(t: torch.Tensor) -> torch.Tensor:
-    """``t.contiguous()`` of a channels-last tensor with large images, as one matrix transposition for each image.
+def _by_matrices(t: torch.Tensor, channels_last: bool) -> bool:
+    """Whether `_transposed` is the fastest way: ATen's general copy strides through memory (three to seven times slower
+    was seen, docs/facts.md), but on all threads."""
+    if t.device.type != "cpu" or torch.get_num_threads() > 4:
+        return False
+    image, channels = t.numel() // max(1, t.shape[0]), t.shape[1]
+    if channels_last:
+        return channels >= 16 and image >= max(2**15, 16 * channels) and t.is_contiguous()
+    return image >= 2**20 and channels >= 32 or image >= 2**18 and channels >= 64
 
-    ATen does those in blocks but on one thread; its general copy strides through memory (seven times slower was seen).
-    """
-    y = t.new_empty(t.shape)
+
+def _transposed(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """A dense t in the other format, which is ``channels_last`` or contiguous, as one matrix transposition for each
+    image: ATen does those in blocks, on one thread."""
+    y = torch.empty_like(t, memory_format=format_of(t.dim(), channels_last))
     for image, source in zip(y, t, strict=True):
-        image.flatten(1).copy_(source.movedim(0, -1).flatten(0, -2).t())
+        if channels_last:
+            image.movedim(0, -1).flatten(0, -2).copy_(source.flatten(1).t())
+        else:
+            image.flatten(1).copy_(source.movedim(0, -1).flatten(0, -2).t())
     return y
 
 
@@ -107,23 +123,21 @@ class _Transposed(torch.autograd.Function):
     """`_transposed` with a gradient, which is in whatever format it comes."""
 
     @staticmethod
-    def forward(ctx: Any, t: torch.Tensor) -> torch.Tensor:
-        return _transposed(t)
+    def forward(ctx: Any, t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+        return _transposed(t, channels_last)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad, None
 
 
 def convert(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
     """``t`` (N, C, *size) in this dtype and memory format; itself where it is that already."""
     if not channels_last and t.is_contiguous():
         return t.to(dtype)
-    image = t.numel() // max(1, t.shape[0])
-    large = image >= 2**20 and t.shape[1] >= 32 or image >= 2**18 and t.shape[1] >= 64
-    if large and not channels_last and t.device.type == "cpu" and torch.get_num_threads() <= 4:
-        t = t.to(dtype, memory_format=format_of(t.dim(), True))
-        return _Transposed.apply(t) if t.requires_grad else _transposed(t)
+    if _by_matrices(t, channels_last):
+        t = t.to(dtype) if channels_last else t.to(dtype, memory_format=format_of(t.dim(), True))
+        return _Transposed.apply(t, channels_last) if t.requires_grad else _transposed(t, channels_last)
     memory_format = format_of(t.dim(), channels_last)
     if t.dtype == dtype:  # the cheaper call, on a path that counts microseconds
         return t.contiguous(memory_format=memory_format)

@@ -26,6 +26,10 @@ largest expected value (a yardstick can be exact by luck) and one float32 roundi
   rounding. Draws are fewer than elements where few errors outweigh the rest (2 n / (kurtosis - 1)) or a channel's go
   together (by the variance of the channels' means over that of independent errors).
 
+**A whole model** rounds in float32 at each of its layers, and sums in another order at each: values of up to `LAYERS`
+times the largest result count as rounded on the way. Its yardsticks are PyTorch's own runs of it, in which sums have
+other orders, too; it may be as far from float64 as the rule allows by one of them.
+
 So a single wrong element is noticed, in layers of DCGAN's sizes, when it is off by 1e-5 to 2e-5 of the result's RMS in
 float32, 0.7 % in TF32, 0.5 % in float16 and 4 % in bfloat16 (of its own magnitude, if that is larger).
 """
@@ -33,6 +37,7 @@ float32, 0.7 % in TF32, 0.5 % in float16 and 4 % in bfloat16 (of its own magnitu
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any
@@ -43,13 +48,14 @@ from .activations import Activation
 from .reference import conv_weight, run_reference
 from .step import Operands, Step
 
-__all__ = ["Limits", "expected", "limits", "round_tf32", "verdict"]
+__all__ = ["Limits", "expected", "limits", "model_verdict", "round_tf32", "verdict"]
 
 ALARM = 1e-9  # the probability that a right result is refused
 SIGMA = 6.0  # that of a normal number above this
 WORST = 16  # so many of the yardstick's errors tell how it errs at the worst: known within 18 %
 ROUNDING = 0.21  # the RMS of a rounding over u times the value, over mantissas as they occur: sqrt(3 / 8 / ln 2 / 12)
 FLOAT32 = 2**-14  # more than float32 arithmetic loses of a result: there, operands were rounded to fewer bits
+LAYERS = 64  # roundings on the way through a whole model, of the size of its largest result
 TINY = 1e-300
 
 
@@ -181,6 +187,13 @@ def verdict(
         f"RMS {rms:.3g} (allowed {allowed.rms:.3g})"
     )
     return "; ".join([numbers, *(f"{list(c)}: got {got[c].item():.6g}, expected {ref[c].item():.6g}" for c in at)])
+
+
+def model_verdict(actual: torch.Tensor, expected64: torch.Tensor, yardsticks: Sequence[torch.Tensor]) -> str | None:
+    """`verdict` of a result of a whole model, a gradient or a buffer, by any of ``yardsticks``: PyTorch's own runs."""
+    way = LAYERS * expected64.abs().max().item() if expected64.numel() else 0.0
+    found = [verdict(actual, expected64, yardstick, way) for yardstick in yardsticks]
+    return found[0] if None not in found else None
 
 
 def _cast(o: Operands, dtype: torch.dtype) -> Operands:

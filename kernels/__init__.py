@@ -5,6 +5,8 @@ Each kernel, what it computes, who launches it, and its test:
     conv_transpose.py                cnnfast/gpu/conv.py      tests/gpu/test_conv.py, test_conv_statistics.py
         conv_transpose_kernel        y = act((conv(x) + bias - mean) * rsqrt(var + eps) * scale + shift + residual)
         split_k_epilogue_kernel      the same of conv(x) = the sum of the parts of K
+    conv_hopper.py                   cnnfast/gpu/conv_hopper.py                    tests/gpu/test_conv_hopper.py
+        conv_hopper_kernel           the first again, for sm_90 in Gluon; off (gpu/conv_hopper_plan.HOPPER)
     conv_wgrad.py                    cnnfast/gpu/conv_wgrad.py                     tests/gpu/test_conv_wgrad.py
         conv_wgrad_kernel            dw[a, b, t] = sum of A[position, a] * B[position at tap t, b] over positions
         sum_splits_kernel            dw = the sum of the parts of the positions
@@ -23,7 +25,7 @@ Each kernel, what it computes, who launches it, and its test:
 What they share, device functions:
 
     activation.py                    act(x) and act'(x), one branch for each row of `cnnfast.activations`
-    epilogue.py                      from the accumulator to the store; vectors of channels; rounding to TF32
+    epilogue.py                      from the accumulator to the store, in any layout; vectors; rounding to TF32
     indexing.py                      which tile, phase or part a program owns, and where it lies
     statistics.py                    statistics stored by parts, and read
 

@@ -108,7 +108,7 @@ def lanes() -> tuple[list[list[Stage]], dict[str, Result]]:
 
 def command(stage: Stage, report: Path, everything: bool, extra: list[str]) -> list[str]:
     marks = stage.marks if everything else f"{stage.marks} and not slow"
-    runner = ["-m", "ttsem.sanitize", "pytest"] if stage.ttsem else ["-m", "pytest"]
+    runner = ["-m", "benchmarks.gpu.on_cpu", "pytest"] if stage.ttsem else ["-m", "pytest"]
     options = [
         "-q",
         "-m",

@@ -1,13 +1,16 @@
-"""`cnnfast.channels_last`: the same model, its weights in the kernels' order."""
+"""`cnnfast.channels_last`: the same model, its weights in the kernels' order; `convert`: the other memory format."""
 
 from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
 import cnnfast
+from cnnfast import memory_format
+from cnnfast.memory_format import convert, format_of, new_strides
 from cnnfast.nn.fusion import FusedStep, plan_modules
 from cnnfast.step import Operands
 
@@ -43,6 +46,20 @@ def test_four_dimensions_as_torch() -> None:
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_three_dimensions_and_other_tensors_of_five() -> None:
+    """Which PyTorch's own conversion refuses."""
+    modules = nn.Sequential(nn.Conv3d(4, 8, 3), nn.ConvTranspose3d(8, 4, 2, 2), nn.Conv2d(4, 8, 3))
+    modules.register_parameter("other", nn.Parameter(torch.randn(1, 4, 5, 3, 3)))
+    before = copy.deepcopy(modules.state_dict())
+    strides = modules.other.stride()
+    cnnfast.channels_last(modules)
+    for conv in modules[:2]:
+        assert conv.weight.is_contiguous(memory_format=torch.channels_last_3d) and not conv.weight.is_contiguous()
+    assert modules[2].weight.is_contiguous(memory_format=torch.channels_last)
+    assert modules.other.stride() == strides
+    assert all(torch.equal(t, before[name]) for name, t in modules.state_dict().items())
+
+
 def test_kernels_read_it_in_place(device: torch.device) -> None:
     from cnnfast.gpu.conv import lookup
 
@@ -57,3 +74,31 @@ def test_kernels_read_it_in_place(device: torch.device) -> None:
         assert isinstance(step, FusedStep) and in_place(step, modules[step.conv].weight)
     first = plan_modules(list(model().to(device)))[0]
     assert isinstance(first, FusedStep) and not in_place(first, model()[0].weight.to(device))
+
+
+LARGE = [(1, 64, 1, 2048), (3, 64, 24, 25), (1, 32, 65, 64), (2, 32, 8, 16, 16), (1, 64, 72, 72), (2, 256, 1, 130)]
+SMALL = [(1, 3, 128, 128), (1, 1, 256, 256), (2, 4096, 1, 8), (1, 64, 1, 1), (0, 64, 32, 32), (2, 16, 5, 7)]
+
+
+@pytest.mark.parametrize("to", [True, False], ids=["to channels-last", "back"])
+@pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.float16)])
+@pytest.mark.parametrize("shape", LARGE + SMALL, ids=str)
+def test_conversions(
+    shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], to: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values, strides and gradients; and that many channels go as matrices."""
+    found: list[torch.Tensor] = []
+    transposed = memory_format._transposed
+    monkeypatch.setattr(memory_format, "_transposed", lambda t, to: found.append(t) or transposed(t, to))  # type: ignore[func-returns-value]
+    before, after = dtypes
+    x = torch.randn(shape).to(before, memory_format=format_of(len(shape), not to))
+    y = convert(x, after, to)
+    assert torch.equal(y, x.to(after)) and y.dtype == after
+    if x.numel() and len(shape) == 4 and shape[1] > 1 and shape[2] * shape[3] > 1:
+        assert y.stride() == new_strides(shape, to)
+    if to:
+        assert bool(found) == (shape in LARGE)
+    given = x.float().requires_grad_()
+    grad = torch.randn(shape)
+    convert(given, after, to).backward(grad.to(after))
+    assert torch.equal(given.grad, grad.to(after).float())  # type: ignore[arg-type]

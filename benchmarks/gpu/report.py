@@ -44,6 +44,9 @@ NOTES = {
     "float64 at its first launch (`cnnfast.gpu.guard`).",
     "tune": "Plans of each fused step, timed in turn on noise, calls in a row; the best are kept in cnnfast's cache.",
     "prediction": "The model that chooses plans, against what was measured.",
+    "hopper": "`kernels/conv_hopper.py`, which no call takes before this: each plan compared with float64 in a step of "
+    "its own, then timed beside the pointer kernel's plan, calls in a row. Tuning may try it where it was right and "
+    "faster.",
 }
 SAME = (
     "Every implementation has the same weights, input and TF32 setting, and is compared with float64 before it is "
@@ -264,6 +267,18 @@ def _predicted(data: Data) -> Iterator[str]:
     yield from table(["", "cases", "mean", "least", "most"], body)
 
 
+def _of_boxes(data: Data) -> Iterator[str]:
+    stub, body = data.get("stubbed"), []
+    for row in data["rows"]:
+        for layer in row.get("layers", ({"note": row["note"]},) if "note" in row else ()):
+            us = layer.get("us", {})
+            times = ["stub" if stub else f"{us[layer[name]]:.1f}" if us else "" for name in ("pointer", "best")]
+            faster = "stub" if stub else _times(layer.get("faster"))
+            body.append([row["key"], layer.get("pointer", ""), layer.get("best", ""), *times, faster,
+                         layer.get("note", "")])  # fmt: skip
+    yield from table(["step", "pointer kernel", "of boxes", "us", "us", "faster", ""], body, (0, 1, 2, 6))
+
+
 TABLES: dict[str, Callable[[Data], Iterator[str]]] = {
     "probes": _probed,
     "check": _checked,
@@ -272,6 +287,7 @@ TABLES: dict[str, Callable[[Data], Iterator[str]]] = {
     "candidates": _proven,
     "tune": _tuned,
     "prediction": _predicted,
+    "hopper": _of_boxes,
 }
 
 

@@ -20,6 +20,7 @@ import torch
 from benchmarks import cases, timers
 from benchmarks.gpu import predict
 from benchmarks.gpu.compare import Measure, ceilings, compare, least_us
+from benchmarks.gpu.hopper import hopper_items
 from benchmarks.gpu.probes import probe_items
 from benchmarks.gpu.rows import Item, Rows, Steps, work_through
 from benchmarks.gpu.tune import candidate_items, tune_items, tuned_workloads
@@ -27,6 +28,7 @@ from benchmarks.gpu.warm import counting
 from benchmarks.peers import GPU_IMPLEMENTATIONS, GRAPH, named
 from benchmarks.report import environment
 from benchmarks.workload import TrainingWorkload, Workload
+from cnnfast.gpu.tuning import cuda_timer
 
 # The most important first.
 NUMERICS: tuple[tuple[torch.dtype, bool], ...] = (
@@ -172,6 +174,11 @@ def host_time(c: Context) -> Iterator[Item]:
     return (c.row(w, GRAPHS, timers.host) for w in least)
 
 
+def hopper(c: Context) -> Iterator[Item]:
+    """The Gluon kernel of sm_90: right, and faster than the pointer kernel, layer by layer."""
+    return hopper_items(single_steps(c), cuda_timer, c.dry_run)
+
+
 Stage = Callable[[Context], Iterator[Item]]
 STAGES: dict[str, Stage] = {
     "probes": lambda c: probe_items(NUMERICS, c.dry_run),
@@ -186,6 +193,7 @@ STAGES: dict[str, Stage] = {
     "compiled": compiled,
     "prediction": lambda c: predict.prediction_items(c.folder),
     "host_time": host_time,
+    "hopper": hopper,
 }
 MEASURED_LIMITS = ("table", "tuned")  # stages that give the least time beside each row
 

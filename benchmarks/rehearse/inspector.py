@@ -29,6 +29,7 @@ import triton
 import triton.compiler.compiler as triton_compiler
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -42,6 +43,7 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _MMA = re.compile(r"^(HMMA|IMMA|QMMA|HGMMA|UTCHMMA|UTCQMMA|UTCIMMA)\b")
 _LOADS = re.compile(r"^(LDG|LDGSTS|UBLKCP|UTMALDG)\b")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;")
+_DRAIN = re.compile(r"\bWARPGROUP\.DEPBAR\.LE\s+gsb\d+,\s*0x0\b")
 _HMMA_SHAPES = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
 
 
@@ -65,6 +67,8 @@ class Report:
     looped: bool  # False: the loop was unrolled away, and everything from its first to its last product counts as one
     local: int  # LDL and STL anywhere
     unfenced: int  # wgmma without a proxy fence since the last write to shared memory
+    drains: int = 0  # waits in the loop for all products of wgmma, with none left in flight
+    bulk: int = 0  # copies by descriptor (TMA) into shared memory, anywhere
 
     @property
     def per_mma(self) -> float:
@@ -253,7 +257,8 @@ def recording(arch: int) -> Iterator[list[Call]]:
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs
         job = jobs.pop()
         values = {n: given[n] for n in self.arg_names if n in given and job.signature[n] != "constexpr"}
-        described = {n: (tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+        bases = {n: getattr(v, "base", v) for n, v in values.items()}  # of a descriptor, its tensor
+        described = {n: (tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else v for n, v in bases.items()}
         calls.append(Call(job, (*grid, 1, 1)[:3], described))
 
     def record_job(
@@ -277,7 +282,8 @@ def recording(arch: int) -> Iterator[list[Call]]:
 def compile_job(job: Job) -> Any:
     """Triton's compiled kernel."""
     function = getattr(importlib.import_module(job.module), job.function)
-    src = ASTSource(function, job.signature, job.constants, job.attributes)
+    source = GluonASTSource if function.is_gluon() else ASTSource
+    src = source(function, job.signature, job.constants, job.attributes)
     with fence.inserted(bool(job.named_constants.get("FENCE"))):
         return triton.compile(src, target=GPUTarget("cuda", job.arch, 32), options=job.options)
 
@@ -306,7 +312,8 @@ def _main_loop(sass: str) -> tuple[list[str], bool]:
 
     def weight(body: list[str]) -> tuple[int, int, int]:
         ops = [_opcode(t) for t in body]
-        return sum(bool(_MMA.match(o)) for o in ops), sum(o.startswith("FFMA") for o in ops), -len(ops)
+        mma = sum(bool(_MMA.match(o)) for o in ops)  # a persistent kernel's loop over tiles has as many, and is longer
+        return mma, 0 if mma else sum(o.startswith("FFMA") for o in ops), -len(ops)
 
     best = max(loops, key=weight, default=[])
     if any(_MMA.match(_opcode(t)) for t in best):
@@ -382,4 +389,6 @@ def inspect(kernel: Any) -> Report:
         looped=looped,
         local=len(re.findall(r"\b(?:LDL|STL)\b", sass)),
         unfenced=_unfenced(kernel.asm["ptx"]),
+        drains=sum(bool(_DRAIN.search(text)) for text in body),
+        bulk=len(re.findall(r"\bUTMALDG\b", sass)),
     )

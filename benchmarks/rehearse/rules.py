@@ -32,6 +32,7 @@ __all__ = [
     "PRESSURE",
     "RATIO",
     "better_plan",
+    "drained",
     "grids",
     "issue_slots",
     "limits",
@@ -71,11 +72,21 @@ def grids(calls: list[Call]) -> list[str]:
 
 def narrow_loads(report: Report, plan: Plan, call: Call) -> int:
     """Loads of 2 bytes or less of the loop's operands. Where the loop was unrolled away, the compiler may have moved up
-    the epilogue's vectors: beside wider loads, as many as those can take (a thread holds a quarter of the columns of
-    its warp's products) are none of the operands'."""
-    vectors = len(set(call.tensors) & _VECTORS) * plan.block_n // 4
+    the epilogue's vectors: as many as those can take (a thread holds a quarter of the columns of its warp's products)
+    are none of the operands' beside wider loads, or where they are fewer than a thread's elements of an operand in one
+    trip (all copies were moved ahead of the first product)."""
+    narrow, vectors = report.narrow_loads, len(set(call.tensors) & _VECTORS) * plan.block_n // 4
     wide = sum(n for width, n in report.widths.items() if width >= 4)
-    return report.narrow_loads if report.looped or report.narrow_loads > vectors or not wide else 0
+    elements = min(plan.block_m, plan.block_n) * plan.block_k // (32 * plan.num_warps)
+    return narrow if report.looped or narrow > vectors or not wide and narrow >= elements else 0
+
+
+def drained(report: Report, precision: Precision) -> list[str]:
+    """Tensor cores of sm_90 that stand still in each trip: nothing is multiplied until a warp has seen the last product
+    and issued the next. TF32's operands are rounded in registers, which one product's must leave for the next one's."""
+    if not report.drains or precision.itemsize == 4:
+        return []
+    return [f"{report.drains} waits for all of wgmma's products in the main loop"]
 
 
 def whole_trips(report: Report, plan: Plan, precision: Precision) -> bool:
@@ -94,6 +105,7 @@ def loop(report: Report, plan: Plan, call: Call, precision: Precision) -> list[s
         found.append(f"{narrow} loads of 2 bytes or less in the main loop")
     if report.shared > plan.shared_memory(precision.itemsize):
         found.append(f"{report.shared} bytes of shared memory, the plan says {plan.shared_memory(precision.itemsize)}")
+    found += drained(report, precision)
     if not whole_trips(report, plan, precision):
         found.append(f"{report.mma} tensor-core instructions in the main loop are no whole trips of it")
     return found

@@ -29,7 +29,7 @@ from .inspections import Failed, Inspections
 from .inspector import ARCHS, Call, Report
 from .launches import NUMERICS, precision
 from .model import rate
-from .rules import grids, limits
+from .rules import drained, grids, limits
 from .training_launches import Cost, eager_cost, inductor_cost, record
 
 __all__ = ["Finding", "Result", "rehearse"]
@@ -53,6 +53,7 @@ class Result:
     launches: int = 0
     binaries: int = 0
     findings: list[Finding] = field(default_factory=list)
+    serialised: list[str] = field(default_factory=list)  # where ptxas waits after each product
     unfused: dict[str, list[str]] = field(default_factory=dict)  # case -> PyTorch's operators in its step
     # Of the weight gradient: (precision, architecture) -> values
     pressure: dict[tuple[str, int], list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -67,6 +68,8 @@ def loop(call: Call, report: Report, numerics: str) -> list[str]:
     exact = numerics == "fp32"
     if not exact and not report.mma:
         found.append("no tensor-core instruction in the main loop")
+    if not serialised(report):
+        found += drained(report, precision(numerics))
     wgrad = call.job.function == "conv_wgrad_kernel"
     channels = (c["CA"], c["CB"]) if wgrad else (c["CIN"], c["COLS"])
     strides = () if wgrad else (c["W_COL"] if c["W_K"] != 1 else 1,)
@@ -74,6 +77,12 @@ def loop(call: Call, report: Report, numerics: str) -> list[str]:
     if wide and report.looped and report.narrow_loads:
         found.append(f"{report.narrow_loads} loads of 2 bytes or less in the main loop")
     return found
+
+
+def serialised(report: Report) -> bool:
+    """Whether ptxas waits after each product of the loop, where Triton does not: counted, not judged (seen with 128
+    rows, statistics and no bias)."""
+    return 0 < report.mma == report.drains
 
 
 def wgrad_pressure(call: Call, report: Report, numerics: str, arch: int) -> float | None:
@@ -119,6 +128,8 @@ def rehearse(
             texts = [f"does not compile: {report.message}"]
         else:
             texts = [*limits(report, DEVICES[arch]), *loop(call, report, name)]
+            if serialised(report) and name in ("fp16", "bf16"):
+                result.serialised.append(f"{case.name} {name} sm_{arch} {call.job.function}")
             value = wgrad_pressure(call, report, name, arch)
             if value is not None:
                 result.pressure[name, arch].append(value)
@@ -150,6 +161,8 @@ def markdown(result: Result) -> str:
     if result.findings:
         rows = [[f.case, f.numerics, f"sm_{f.arch}", f.function, f.text] for f in result.findings]
         lines += table(["case", "precision", "GPU", "kernel", "finding"], rows)
+    if result.serialised:
+        lines.append(f"\nptxas waits after each product of wgmma in {', '.join(result.serialised)}.")
     if result.pressure:
         rows = [
             [name, f"sm_{arch}", f"{sorted(v)[len(v) // 2]:.2f}", f"{max(v):.2f}"]

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dispatch import Arrangement, Planned, channels_last_inside, needs_gradient
-from ..memory_format import has_both
+from ..dispatch import Arrangement, Planned, Ready, channels_last_inside, needs_gradient
+from ..memory_format import convert, has_both
 from ..step import Operands, Step
-from . import inference
+from . import inference, norm_inference
 from .training import run as by_layers
 
 __all__ = ["arrange", "run", "why_not"]
@@ -19,7 +19,7 @@ __all__ = ["arrange", "run", "why_not"]
 def why_not(step: Step, o: Operands, *, channels_last: bool, training: bool, required: bool) -> str | None:
     """See `dispatch.Backend`."""
     if step.spec is None:
-        return "PyTorch's own norms are as fast"
+        return norm_inference.why_not(step.norm, o) and "PyTorch's own norms are as fast"
     if training and step.spec.ndim == 3 and needs_gradient(o):
         return _NO_TRAINING_3D
     return None if training else inference.why_not(step, o, channels_last)
@@ -27,6 +27,9 @@ def why_not(step: Step, o: Operands, *, channels_last: bool, training: bool, req
 
 def run(step: Step, o: Operands, *, channels_last: bool, training: bool, required: bool) -> Tensor | None:
     """See `dispatch.Backend`."""
+    if step.spec is None and step.norm is not None:
+        y = norm_inference.finished(step.norm, o, step.activation, ours=False)
+        return convert(y, y.dtype, channels_last)
     y = None if training else inference.run(step, o, channels_last)
     if y is None and step.spec.ndim == 3 and not training:
         return None
@@ -46,6 +49,8 @@ def arrange(
     three = steps[0].ndim == 3
     if three and gradient:
         return _NO_TRAINING_3D
+    if steps[0].ndim == 1 and not (gradient or any(eager) or shapes[0][0] > 1 or any(map(_gains_in_1d, steps))):
+        return "in one dimension, PyTorch's plain convolutions of one sample are as fast on a CPU"
     inside, as_eager = channels_last_inside(eager).channels_last, tuple(eager[1:])
     if not (three or any(eager)) and not _saves_conversions(steps, [shape.numel() for shape in shapes], gradient):
         inside = as_eager
@@ -59,10 +64,33 @@ def arrange(
         why[i] = _no_gain_in_training(s, before) if gradient else _no_gain(s, shapes[i], before or after)
     if why[0] is not None and None not in why and (three or inside == as_eager or gradient and steps[0].ndim == 1):
         return why[0]
+    ready: tuple[Ready | None, ...] = ()
+    if not gradient:
+        ready = tuple(_ready(s, shapes[i], inside[i]) if why[i] is None else None for i, s in enumerate(steps))
     if steps[0].ndim == 1:  # modules would convert on the way in and out
         why = [None] * len(why)
     # Whatever runs the first step: its result is likely to be larger.
-    return Arrangement(inside, tuple(why), inside[0] or gradient and why[0] is None)
+    return Arrangement(inside, tuple(why), inside[0] or gradient and why[0] is None, ready)
+
+
+def _ready(s: Planned, shape: torch.Size, channels_last: bool) -> Ready | None:
+    """See `dispatch.Arrangement`."""
+    packed = None if s.synchronised else inference.Ready.of(s.step, shape, s.dtype, channels_last)
+    if packed is None:
+        return None
+
+    def ready(o: Operands) -> Tensor | None:
+        if not packed.holds(o):
+            return None
+        y = packed.run(o)
+        return by_layers(s.step, o, channels_last, new=True) if y is None else y
+
+    return ready
+
+
+def _gains_in_1d(s: Planned) -> bool:
+    """Of one sample. (In 16 bits ATen has no vectors here; docs/facts.md.)"""
+    return s.dtype != torch.float32 or s.step.spec.transposed or s.step.measured or s.synchronised
 
 
 def _no_gain_in_training(s: Planned, channels_last: bool) -> str | None:

@@ -12,17 +12,18 @@ tells, at the price of reading it once: under 1 % of the step) is not finite, th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ..activations import Activation
 from ..dispatch import by_loops
 from ..memory_format import convert, format_of
 from ..spec import DTYPES, ConvSpec
 from ..step import Operands, Step
+from .finish import activated
 from .isa import InstructionSet, cache_bytes, instruction_set, lowered_products
 from .methods import (
     Convolution,
@@ -41,6 +42,7 @@ from .weight import summed_weight
 
 __all__ = [
     "InstructionSet",
+    "Ready",
     "gathers",
     "instruction_set",
     "method_name",
@@ -310,27 +312,11 @@ def _post(step: Step, post: PostOp, o: Operands) -> PostOp:
     return post
 
 
-def _prelu(y: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
-    """`F.prelu` of a channels-last y. Its loop runs over the channels: in 16 bits, where a vector has 32 of them, a
-    number that is no multiple of 32 is left to scalar code (18 times slower was seen for 16 channels), so that several
-    pixels are taken as the channels of one."""
-    c = y.shape[1]
-    pixels = 32 // math.gcd(c, 32)
-    suits = y.element_size() == 2 and slope.numel() == c and pixels > 1 and y.numel() // c % pixels == 0
-    if not suits or not y.is_contiguous(memory_format=format_of(y.dim(), True)):
-        return F.prelu(y, slope)
-    last = y.movedim(1, -1)
-    rows = F.prelu(last.reshape(-1, pixels * c), slope.repeat(pixels))
-    return rows.view(last.shape).movedim(-1, 1)
-
-
 def _finish(y: torch.Tensor, activation: Activation, o: Operands) -> torch.Tensor:
     """Residual and activation after the convolution, on a tensor that is ours: in float32 where there is a residual."""
     if o.residual is not None:
         y = y.float().add_(o.residual)
-    if activation.row.in_place is not None:
-        return activation.row.in_place(y, *activation.params)
-    return activation(y) if o.slope is None else _prelu(y, o.slope.to(y.dtype))
+    return activated(y, activation, o.slope)
 
 
 def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor | None:
@@ -341,29 +327,67 @@ def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor | N
     ValueError where there is no way to run it here (what `why_not` says beyond that is about speed, and is not asked
     again).
     """
-    o = operands
-    x = o.x
-    lowered = lowered_products()
-    plan = _way(step, x.shape, x.dtype, lowered)
+    shape, dtype, lowered = operands.x.shape, operands.x.dtype, lowered_products()
+    plan = _way(step, shape, dtype, lowered)
     if isinstance(plan, str):
         raise ValueError(f"the packed CPU path cannot take this step: {plan}")
-    method, post, _, check_pays = plan
-    vectors = (o.bias, o.mean, o.var, o.scale, o.shift)
-    shape, dtype = x.shape, x.dtype
-    found = PACKS.get(o.weight, lambda: _key(step, shape, dtype, lowered), vectors, lambda: _pack(method, step, o))
+    return _run(step, plan, lambda: _key(step, shape, dtype, lowered), operands, channels_last)
+
+
+class Ready:
+    """`run` of ``step`` where everything is known that does not change from call to call, for chains: x has this shape
+    and dtype, and `why_not` has nothing to say but of the weight and of PyTorch's switches (`holds`)."""
+
+    def __init__(self, step: Step, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, way: Way) -> None:
+        self.step, self.channels_last, self.way, self.lowered = step, channels_last, way, lowered_products()
+        self._key: tuple[Any, ...] | None = None
+        self._of = shape, dtype
+
+    @classmethod
+    def of(cls, step: Step, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Ready | None:
+        """None where the step does not run with a packed weight, or what its operands are decides that."""
+        if step.measured or step.residual or step.spec.ndim == 3 or why_missing() is not None:
+            return None
+        way = _way(step, shape, dtype, lowered_products())
+        return None if isinstance(way, str) or way.slower is not None else cls(step, shape, dtype, channels_last, way)
+
+    def holds(self, o: Operands) -> bool:
+        switches = torch._C._get_mkldnn_enabled() and lowered_products() == self.lowered
+        return switches and why_not_cacheable(o.weight) is None
+
+    def key(self) -> tuple[Any, ...]:
+        if self._key is None:
+            self._key = _key(self.step, *self._of, self.lowered)
+        return self._key
+
+    def run(self, o: Operands) -> torch.Tensor | None:
+        return _run(self.step, self.way, self.key, o, self.channels_last)
+
+
+def _run(
+    step: Step, way: Way, key: Callable[[], tuple[Any, ...]], o: Operands, channels_last: bool
+) -> torch.Tensor | None:
+    x, method = o.x, way.method
+    found = PACKS.get(o.weight, key, (o.bias, o.mean, o.var, o.scale, o.shift), lambda: _pack(method, step, o))
     if found is None:
         return None
     packed, finite = found
     x = convert(step.pad_input(x), method.dtype, True)
-    post = _post(step, post, o)
+    post = _post(step, way.post, o)
     fused = post.fused
     if fused and (step.activation.row.loses_nan or post.scalars == (0.0,)):  # leaky_relu's slope, which then does, too
         fused = (
-            check_pays
+            way.check_pays
             and finite
             and math.isfinite(x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None).item())
         )
-    y = method.run(x, packed, post if fused else PostOp(), channels_last)
+    y = None
+    if o.residual is not None and isinstance(method, Convolution):
+        y = method.run_adding(x, packed, o.residual)
+    if y is None:
+        y = method.run(x, packed, post if fused else PostOp(), channels_last)
+    else:
+        o = o._replace(residual=None)
     if not fused:
         y = _finish(y, step.activation, o)
     return convert(y, o.x.dtype, channels_last)

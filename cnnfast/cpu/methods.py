@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from ..activations import Activation
+from ..memory_format import format_of
 from ..spec import ConvSpec, Phase
 from .isa import InstructionSet, instruction_set
 
@@ -131,13 +132,27 @@ class Convolution:
     def __init__(self, spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.dtype, self.shape = dtype, list(shape)
         self.geometry = (list(spec.padding), list(spec.stride), list(spec.dilation), spec.groups)
-        self.op = _mkldnn._convolution_pointwise.default
+        self.op, self.op_adding = _mkldnn._convolution_pointwise.default, _mkldnn._convolution_pointwise.binary
 
     def pack(self, weight: torch.Tensor, shift: torch.Tensor | None) -> Any:
         return _mkldnn._reorder_convolution_weight(weight.to(self.dtype), *self.geometry, self.shape), shift
 
     def run(self, x: torch.Tensor, packed: Any, post: PostOp, channels_last: bool) -> torch.Tensor:
         return self.op(x, *packed, *self.geometry, post.attr, post.scalars, post.algorithm)
+
+    def run_adding(self, x: torch.Tensor, packed: Any, residual: torch.Tensor) -> torch.Tensor | None:
+        """``run`` with ``residual`` (of the result's shape) added to the accumulator and no activation (of those that
+        keep a NaN, the operator has none behind the sum); None where it does not take these: it wants all tensors in
+        one dtype, to which the shift must not be rounded, and would bring another memory format into its own."""
+        weight, shift = packed
+        if residual.dtype != self.dtype or not residual.is_contiguous(memory_format=format_of(residual.dim(), True)):
+            return None
+        low = shift
+        if shift is not None and shift.dtype != self.dtype:
+            low = shift.to(self.dtype)
+            if not torch.equal(low.to(shift.dtype), shift):
+                return None
+        return self.op_adding(x, residual, weight, low, *self.geometry, "add", None, None, (), None)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor | None, post: PostOp) -> torch.Tensor:

@@ -15,6 +15,8 @@ from ..norms import Norm, per_channel
 from ..reference import of_one_image
 from ..step import Operands
 
+__all__ = ["is_far", "normalised"]
+
 # --- norm, residual, activation ---------------------------------------------------------------------------------------
 
 # Channels-last, ATen adds a channel's values up one after the other (batch norm) or takes E[x^2] - E[x]^2 (group norm).
@@ -23,7 +25,8 @@ from ..step import Operands
 _FAR_BATCH, _FAR_GROUP = 8.0, 2.0
 
 
-def _is_far(mean: Tensor, inverse: Tensor, limit: float) -> bool:
+def is_far(mean: Tensor, inverse: Tensor, limit: float) -> bool:
+    """Whether a mean is more than ``limit`` deviations from 0; ``inverse``: one over these."""
     return bool((mean.detach().abs() * inverse.detach() > limit).any())
 
 
@@ -39,7 +42,7 @@ def _batch_norm(o: Operands, eps: float, shifted: bool = False) -> Tensor:
     running = o.mean, o.var
     before = [None if t is None else t.detach().clone() for t in running]
     z, mean, inverse = torch.native_batch_norm(o.x, o.scale, o.shift, *running, True, o.momentum, eps)
-    if shifted or not _is_far(mean, inverse, _FAR_BATCH):
+    if shifted or not is_far(mean, inverse, _FAR_BATCH):
         return z
     # `data`: ATen's own updates are no new version to autograd either, which has the running tensors of earlier calls.
     for t, old in zip(running, before, strict=True):
@@ -103,7 +106,7 @@ class _GroupNorm(torch.autograd.Function):
 
 def _group_norm(o: Operands, norm: Norm, shifted: bool = False) -> Tensor:
     z, mean, inverse = _GroupNorm.apply(o.x, o.scale, o.shift, norm)
-    if shifted or not _is_far(mean, inverse, _FAR_GROUP):
+    if shifted or not is_far(mean, inverse, _FAR_GROUP):
         return z
     n, c = o.x.shape[:2]
     mean = mean.repeat_interleave(c // norm.groups, 1).view(n, c, *(1,) * (o.x.dim() - 2))

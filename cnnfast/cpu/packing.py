@@ -81,13 +81,22 @@ def _form(t: torch.Tensor) -> tuple[Hashable, ...]:
     return t.storage_offset(), t.shape, t.stride(), t.dtype
 
 
+def _memory(t: torch.Tensor) -> tuple[Hashable, ...]:
+    return t.data_ptr(), *_form(t)
+
+
 def _vector(t: torch.Tensor | None) -> Hashable:
     return None if t is None else (t.shape, t.stride(), t.dtype, _content(t))
 
 
 def _version(t: torch.Tensor | None) -> Hashable:
     """What tells most writes to a frozen tensor without reading it: not those through ``.data`` and the like."""
-    return None if t is None else (t.data_ptr(), *_form(t), None if t.is_inference() else t._version)
+    return None if t is None else _written(t, _memory(t))
+
+
+def _written(t: torch.Tensor, memory: tuple[Hashable, ...]) -> Hashable:
+    """`_version` of a tensor whose `_memory` is this."""
+    return memory, None if t.is_inference() else t._version
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -107,6 +116,7 @@ class _Slot:
     memory: tuple[Hashable, ...]  # where and in which form the Parameter is
     contents: dict[Hashable, bytes | None] = field(default_factory=dict)  # at the last call
     frozen: Hashable = None  # the version for which the Parameter counts as constant
+    own: bool = False  # nobody else has the Parameter: its content stays
     packs: OrderedDict[tuple[Hashable, Hashable], _Pack] = field(default_factory=OrderedDict)  # by form and key
 
 
@@ -138,11 +148,12 @@ class PackCache:
         The number of vectors is the same for the same key. The weight is one that `why_not_cacheable` accepts.
         """
         owner = _owner(weight)
-        slot = self._slot(owner)
+        memory = _memory(owner)
+        slot = self._slot(owner, memory)
         versions: tuple[Hashable, ...] | None = None
         if slot.frozen is not None:
-            versions = (_version(owner), *map(_version, vectors))
-            pack = slot.packs.get((_form(weight), key()))
+            versions = (_written(owner, memory), *map(_version, vectors))
+            pack = slot.packs.get((memory[1:] if weight is owner else _form(weight), key()))
             if pack is not None and pack.versions == versions:
                 return pack.value  # type: ignore[return-value]
             written = pack is not None and pack.versions is not None and pack.versions[0] == slot.frozen
@@ -160,7 +171,7 @@ class PackCache:
         build: Callable[[], T],
     ) -> T | None:
         """As `get`, by content; ``versions`` where the weight is frozen."""
-        form, content = _form(weight), _content(weight)
+        form, content = _form(weight), b"own" if slot.own else _content(weight)
         if slot.contents.get(form) != content:
             with self._lock:
                 for name in [name for name in slot.packs if name[0] == form]:
@@ -168,7 +179,7 @@ class PackCache:
                 if len(slot.contents) >= _MAX_VIEWS:
                     slot.contents.clear()
                 slot.contents[form] = content
-            if versions is None:
+            if versions is None and not slot.own:
                 return None
         name, others = (form, key()), tuple(map(_vector, vectors))
         with self._lock:
@@ -182,7 +193,7 @@ class PackCache:
         if value is None and (met or versions is not None):
             with torch.no_grad():
                 value = build()
-            if content != _content(weight) or others != tuple(map(_vector, vectors)):
+            if not slot.own and content != _content(weight) or others != tuple(map(_vector, vectors)):
                 return value  # written to in between
         with self._lock:
             if slot.contents.get(form) == content:  # else another thread has met another content since
@@ -192,9 +203,9 @@ class PackCache:
                     slot.packs.popitem(last=False)
         return value
 
-    def _slot(self, owner: torch.Tensor) -> _Slot:
-        """That of a Parameter; a new one where it got other memory."""
-        ident, memory = id(owner), (owner.data_ptr(), *_form(owner))
+    def _slot(self, owner: torch.Tensor, memory: tuple[Hashable, ...]) -> _Slot:
+        """That of a Parameter, whose `_memory` is this; a new one where it got another."""
+        ident = id(owner)
         slot = self._slots.get(ident)
         if slot is not None and slot.ref() is owner and slot.memory == memory:
             return slot
@@ -210,6 +221,11 @@ class PackCache:
             if slot is None or slot.ref() is not owner or slot.memory != memory:
                 slot = self._slots[ident] = _Slot(weakref.ref(owner, forget), memory)
             return slot
+
+    def own(self, weight: nn.Parameter) -> None:
+        """Let a Parameter that nobody else can write to count as met already, and as constant: a value of this cache
+        from which others are made. (The vectors that go with it are looked at on every call.)"""
+        self._slot(weight, _memory(weight)).own = True
 
     def invalidate(self, target: nn.Module | torch.Tensor) -> int:
         """Drop the values made from ``target`` (a Parameter, or all Parameters of a module); returns how many there
@@ -227,7 +243,7 @@ class PackCache:
         """Let the Parameters count as constant while their versions stay. Those of them that did not."""
         found = []
         for t in _tensors("freeze", module):
-            slot = self._slot(t)
+            slot = self._slot(t, _memory(t))
             if slot.frozen is None or slot.frozen != _version(t):
                 slot.frozen = _version(t)
                 found.append(t)

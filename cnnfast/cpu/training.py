@@ -18,7 +18,7 @@ from ..memory_format import convert, is_channels_last
 from ..reference import run_reference
 from ..spec import DTYPES
 from ..step import Operands, Step, norm_step
-from . import inference
+from . import inference, norm_inference
 from .conv_autograd import by_aten, convolution, suited
 from .inference import products_dtype
 from .isa import instruction_set, lowered_products
@@ -113,6 +113,9 @@ _after_norm = lru_cache(maxsize=4096)(norm_step)
 def _finished(step: Step, o: Operands) -> Tensor:
     """Norm, residual and activation of a channels-last ``o.x`` that is ours."""
     tail, norm = step.tail, step.norm
+    if norm_inference.why_not(norm, o) is None:
+        assert norm is not None
+        return norm_inference.finished(norm, o, step.activation, ours=True)
     if norm is not None and norm.measured:
         z = normalised(norm, o)
         if z is not None:

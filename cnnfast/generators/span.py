@@ -7,6 +7,7 @@ Six blocks of three 3x3 convolutions, each gated by the sigmoid of its own resul
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +46,16 @@ class _Block(nn.Module):
         super().__init__()
         self.c1_r, self.c2_r, self.c3_r = (_Conv(features, features) for _ in range(3))
         # In a tuple they are no children, whose names would be in the state_dict a second time.
-        self._steps = (
-            sequential(self.c1_r.eval_conv, nn.SiLU()),
-            sequential(self.c2_r.eval_conv, nn.SiLU(), self.c3_r.eval_conv),
-        )
+        first = sequential(self.c1_r.eval_conv, nn.SiLU())
+        rest = sequential(self.c2_r.eval_conv, nn.SiLU(), self.c3_r.eval_conv)
+        self._steps = (first, rest, sequential(*first, *rest))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor:
+        return _gated(x, self._steps[2](x))
+
+    def with_first(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(the block's result, what its first step gave)."""
-        first, rest = self._steps
+        first, rest, _ = self._steps
         inner = first(x)
         return _gated(x, rest(inner)), inner
 
@@ -99,8 +102,9 @@ class SPAN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         head, body, tail = self._steps
         first = y = head((x - self.mean) * _RANGE)
-        outer = []
-        for i in range(1, 7):
-            y, inner = getattr(self, f"block_{i}")(y)
-            outer.append(y)
-        return tail(torch.cat([first, body(y), outer[0], inner], 1))
+        blocks: list[Any] = [getattr(self, f"block_{i}") for i in range(1, 7)]
+        y = outer = blocks[0](y)
+        for block in blocks[1:-1]:
+            y = block(y)
+        y, inner = blocks[-1].with_first(y)
+        return tail(torch.cat([first, body(y), outer, inner], 1))

@@ -1,6 +1,7 @@
 """waifu2x's networks (nagadomi): ``upconv_7``, which doubles a picture, and ``cunet``, which takes noise and JPEG's
-traces out of it. No convolution pads: a result is smaller than the input by ``2*margin`` (in pixels of the input), and
-each of its pixels is the same in every cut-out that holds its surroundings. `CUNet` alone has global means besides.
+traces out of it, under the names of nunif. No convolution pads: a result is smaller than the input by ``2*margin`` (in
+pixels of the input), and each of its pixels is the same in every cut-out that holds its surroundings. `CUNet` alone has
+global means besides.
 """
 
 from __future__ import annotations
@@ -37,23 +38,26 @@ class UpConv7Config:
         return 2
 
 
-class UpConv7(nn.Sequential):
+class UpConv7(nn.Module):
     """Pictures (N, 3, H, W) in [0, 1] -> (N, 3, 2*(H - 14), 2*(W - 14)). ``sequential`` as of `SPAN`."""
 
     margin = 7
 
     def __init__(self, config: UpConv7Config | None = None, *, sequential: type[nn.Sequential] = Sequential) -> None:
-        config = config if config is not None else UpConv7Config()
-        w = config.width
+        super().__init__()
+        self.config = config if config is not None else UpConv7Config()
+        w = self.config.width
         layers: list[nn.Module] = []
         for a, b in ((3, w), (w, 2 * w), (2 * w, 4 * w), (4 * w, 8 * w), (8 * w, 8 * w), (8 * w, 16 * w)):
             layers += [nn.Conv2d(a, b, 3), _leaky()]
-        super().__init__(sequential(*layers, nn.ConvTranspose2d(16 * w, 3, 4, 2, 3)))
-        self.config = config
+        self.net = sequential(*layers, nn.ConvTranspose2d(16 * w, 3, 4, 2, 3))
 
     def example_input(self, batch: int = 1) -> Tensor:
         """Noise for ``batch`` pictures of 64x64, of the parameters' dtype and on their device."""
         return torch.rand(batch, 3, 64 + 2 * self.margin, 64 + 2 * self.margin).to(next(self.parameters()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
 
 
 @dataclass(frozen=True)

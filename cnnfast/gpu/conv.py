@@ -7,22 +7,27 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..kernels import conv_transpose as kernels
 from ..memory_format import new_strides, to_format
 from ..norms import Partials
-from ..spec import INT32, Precision, tap_inverse
+from ..spec import INT32, Precision
 from ..step import Operands, Step
-from . import fence, guard, trial, tuned
+from . import conv_hopper_plan, fence, guard, trial, tuned
 from .binary import MAX_REGISTERS, Binary, aligned, unused
 from .conv_choice import choose_plan
+from .conv_hopper_plan import BoxPlan
 from .conv_plan import Plan
 from .devices import Device, allocate, cuda_index, on_device, precision_of, target_device
 from .observers import OBSERVERS, of_launch, of_step
 from .weight import kernel_weight, weight_layout
+
+if TYPE_CHECKING:
+    from .conv_hopper import Boxes
 
 __all__ = ["lookup", "prepare", "run", "run_with_statistics"]
 
@@ -35,7 +40,7 @@ class Launch:
     """Everything of a launch that does not depend on the tensors' contents or addresses."""
 
     plan: Plan
-    binary: Binary  # of `conv_transpose_kernel`
+    binary: Binary  # of `conv_transpose_kernel`, or `conv_hopper_kernel` where the plan is of boxes
     grid: tuple[int, int, int]
     output_shape: tuple[int, int, int, int]
     output_strides: tuple[int, ...]
@@ -45,6 +50,7 @@ class Launch:
     tf32: bool
     proof: guard.Proof  # whether the kernel may run on this GPU
     gathers: bool  # the weight is brought into an order of its own
+    boxes: Boxes | None  # where the plan is of boxes
     bound: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # launches of its gradients
 
 
@@ -54,20 +60,12 @@ def constants(
     """Compile-time arguments of `kernels.conv_transpose.conv_transpose_kernel`: the sizes of batch and image are
     not among them."""
     low = plan.lowering
-    s, layout = low.spec, weight_layout(low)
+    layout = weight_layout(low)
     params = (*step.activation.params, 0.0, 0.0)
-    gcd = [math.gcd(st, d) if low.transposed else 1 for st, d in zip(s.stride, s.dilation, strict=True)]
-    inverse = [tap_inverse(st, d) if low.transposed else 0 for st, d in zip(s.stride, s.dilation, strict=True)]
-    dilation = (1, 1) if low.merged else s.dilation
-    from_row = (1, 1) if s.transposed else s.stride
     return dict(
-        GROUPS=s.groups, CIN=low.channels_in, COUT=s.out_channels, COLS=low.columns,
-        KH=low.kernel[0], KW=low.kernel[1], SH=low.phases[0], SW=low.phases[1],
-        IN_H=from_row[0], IN_W=from_row[1],
-        PAD_H=low.padding[0], PAD_W=low.padding[1],
+        **low.constants(),
         EDGE=step.pad_mode if any(step.pad) else "zeros", EDGE_H=step.pad[0], EDGE_W=step.pad[1],
-        DH=dilation[0], DW=dilation[1], GH=gcd[0], GW=gcd[1], INV_H=inverse[0], INV_W=inverse[1],
-        TRANSPOSED=low.transposed, TAPS_H=low.uniform_taps(0), TAPS_W=low.uniform_taps(1), MAX_TAPS=low.max_taps,
+        TAPS_H=low.uniform_taps(0), TAPS_W=low.uniform_taps(1), MAX_TAPS=low.max_taps,
         MERGE_H=low.merge[0], MERGE_W=low.merge[1],
         W_GROUP=layout.group, W_TAP=layout.tap, W_K=layout.k, W_COL=layout.column,
         W_FIRST=layout.first, W_ROW=layout.row,
@@ -101,17 +99,29 @@ def prepare(
     tuned. ``statistics``: "batch" or "image", what the result's statistics are wanted of; `Launch.parts` says whether
     the kernel gives them."""
     s = step.spec
-    if plan is None and index is not None:
-        plan = tuned.stored(s, batch, input_size, precision, device, index, channels_last)
-    plan = plan or choose_plan(s, batch, input_size, precision, device, channels_last)
+    if plan is None:
+        plan = _plan(step, batch, input_size, precision, device, channels_last, index)
     out = s.output_size(input_size)
     big = batch * max(s.in_channels * math.prod(input_size), s.out_channels * math.prod(out)) >= INT32
-    consts = constants(plan, precision, step, channels_last, slopes, big, fence.needed(device.arch))
     reduce, reduce_grid = None, (0, 0, 0)
+    boxes: Boxes | None = None
+    if isinstance(plan, BoxPlan):
+        reason = conv_hopper_plan.why_not(step, batch, input_size, precision, device, channels_last)
+        if reason is not None:
+            raise ValueError(f"{step.describe()} cannot run as {plan.name}: {reason}")
+        hopper = _hopper()
+        consts = hopper.constants(plan, step, slopes, big)
+        boxes = hopper.boxes(plan, consts, precision.dtype, batch, input_size, out, device)
+        binary, grid = boxes.binary, boxes.grid
+        parts = hopper.parts(plan, batch, out, statistics)
+    else:
+        consts = constants(plan, precision, step, channels_last, slopes, big, fence.needed(device.arch))
+        options = dict(num_warps=plan.num_warps, num_stages=plan.num_stages, maxnreg=MAX_REGISTERS)
+        binary, grid = Binary(kernels.conv_transpose_kernel, consts, **options), plan.grid(batch, out)
+        parts = _parts(plan, batch, out, statistics)
     if plan.split_k > 1:
         reduce = Binary(kernels.split_k_epilogue_kernel, {**consts, "BLOCK_M": REDUCE_M, "BLOCK_N": REDUCE_N})
         reduce_grid = (-(-batch * math.prod(out) // REDUCE_M), -(-s.out_channels // REDUCE_N), 1)
-    parts = _parts(plan, batch, out, statistics)
     proof = guard.UNGUARDED
     if index is not None:
         operands = tuple(str(g) if isinstance(g, torch.dtype) else g for g in given)
@@ -129,14 +139,8 @@ def prepare(
         )
     return Launch(
         plan,
-        Binary(
-            kernels.conv_transpose_kernel,
-            consts,
-            num_warps=plan.num_warps,
-            num_stages=plan.num_stages,
-            maxnreg=MAX_REGISTERS,
-        ),
-        plan.grid(batch, out),
+        binary,
+        grid,
         (batch, s.out_channels, out[0], out[1]),
         new_strides((batch, s.out_channels, out[0], out[1]), channels_last),
         reduce,
@@ -145,7 +149,36 @@ def prepare(
         precision.tf32,
         proof,
         step.upsample is not None or weight_layout(plan.lowering).packed,
+        boxes,
     )
+
+
+def _plan(
+    step: Step,
+    batch: int,
+    input_size: tuple[int, int],
+    precision: Precision,
+    device: Device,
+    channels_last: bool,
+    index: int | None,
+) -> Plan:
+    """The tuned plan, or the heuristic's."""
+    s, plan = step.spec, None
+    if index is not None:
+        plan = tuned.stored(s, batch, input_size, precision, device, index, channels_last)
+    if isinstance(plan, BoxPlan) and plan not in conv_hopper_plan.candidates(
+        step, batch, input_size, precision, device, channels_last
+    ):  # a damaged record, or one of the same convolution with other borders
+        plan = None
+    plan = plan or conv_hopper_plan.chosen(step, batch, input_size, precision, device, channels_last)
+    return plan or choose_plan(s, batch, input_size, precision, device, channels_last)
+
+
+def _hopper() -> ModuleType:
+    """The launcher of a kernel in Gluon, which not every Triton has."""
+    from . import conv_hopper
+
+    return conv_hopper
 
 
 def _parts(plan: Plan, batch: int, out: Sequence[int], statistics: str | None) -> tuple[int, int] | None:
@@ -297,6 +330,9 @@ def _launch(
 ) -> None:
     """Fill y. x and weight in the kernel's layouts, y and residual in one memory format; ``vectors``: bias, mean, var,
     scale, shift and slope, each (C_out,) or None; ``stats`` float32, of ``launch.parts`` parts, or None."""
+    if launch.boxes is not None:
+        launch.boxes.launch(x, weight, y, residual, vectors, stats, eps)
+        return
     n, c, oh, ow = launch.output_shape
     splits, reduce = launch.plan.split_k, launch.reduce
     if reduce is None:

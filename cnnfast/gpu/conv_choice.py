@@ -12,10 +12,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
-from typing import Protocol
 
 from ..spec import ConvSpec, Precision
-from .conv_plan import Lowering, Plan, is_exact, is_valid, lower
+from .conv_plan import Lowering, Plan, Tile, is_exact, is_valid, lower, uses_wgmma
 from .devices import Device, resident_blocks
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "PROLOGUE",
     "SECOND_PASS",
     "TRIP",
-    "Tile",
     "WORKSPACE",
     "broken_rules",
     "candidates",
@@ -38,21 +36,6 @@ __all__ = [
     "registers",
     "trip_clocks",
 ]
-
-
-class Tile(Protocol):
-    """What the model looks at: rows x columns x the depth of a trip, and the schedule."""
-
-    @property
-    def block_m(self) -> int: ...
-    @property
-    def block_n(self) -> int: ...
-    @property
-    def block_k(self) -> int: ...
-    @property
-    def unroll(self) -> int: ...
-    @property
-    def num_warps(self) -> int: ...
 
 
 SPLITS = (2, 4, 8, 16, 32)
@@ -67,14 +50,20 @@ def _tiles(low: Lowering, precision: Precision, device: Device) -> Iterator[tupl
     wide = precision.itemsize == 4
     if device.arch // 10 == 10 and not wide:  # its tensor cores outrun the instructions of shorter trips
         yield from ((128, 128, 8, 2, 256), (128, 64, 4, 3, 256), (64, 128, 4, 3, 256))
+    hopper = device.arch // 10 == 9
+    if hopper and not wide:
+        yield from ((128, 256, 8, 3, 128), (256, 128, 8, 3, 128), (128, 128, 8, 3, 128))
     for m, n in itertools.product((128, 64, 32, 16), (128, 64, 32, 16)):
         if wide and m * n > 64 * 64:
             continue
-        largest = 8 if device.arch // 10 != 9 else 4  # wgmma keeps a warp's 128 x 32 of the tile without a spill
+        largest = 8 if not hopper else 4  # wgmma keeps a warp's 128 x 32 of the tile without a spill
         warps = largest if m * n >= 128 * 128 else 4 if m * n >= 32 * 64 else 2 if m * n > 16 * 16 else 1
         yield m, n, warps, 3, 64
-        if m * n <= 64 * 64:
+        deep = hopper and not wide and m >= 64 and warps == 4  # wgmma: a trip is one block of channels
+        if deep or m * n <= 64 * 64:
             yield m, n, warps, 3, 128
+        if deep and m * n <= 64 * 64:
+            yield m, n, warps, 5, 128
 
 
 def _plans(low: Lowering, precision: Precision, device: Device) -> Iterator[Plan]:
@@ -133,7 +122,7 @@ def trip_clocks(plan: Tile, precision: Precision, device: Device) -> dict[str, f
     tensor = macs / trip_rate(plan, precision, device)
     if is_exact(precision):
         issue, read = 1.3 * macs / 128, written
-    elif generation == 9 and m >= 64 and warps >= 4:  # wgmma: operands straight from shared memory
+    elif uses_wgmma(plan, device):  # operands straight from shared memory
         products = m // 64 * k * size // 32 / (warps // 4)
         issue = (4 * products + 4 * copies + 68) * warps / 4
         read = m // 64 * (64 + n) * k * size
@@ -234,7 +223,7 @@ def _cost(plan: Plan, rows: int, precision: Precision, device: Device) -> float:
 
 
 BINARIES = 3  # of a layer, over all sizes of batch and image
-_SIZES = (1, *(2**e for e in range(4, 15)))  # rows for which a menu is composed: more of them want what 16384 want
+_SIZES = (1, *(2**e for e in range(4, 17)))  # rows for which a menu is composed: more of them want what 65536 want
 
 
 @lru_cache(maxsize=4096)
@@ -253,8 +242,9 @@ def menu(low: Lowering, precision: Precision, device: Device) -> tuple[tuple[Pla
     best = [min(costs[i] for costs in table.values()) for i in sizes]
 
     def loss(found: tuple[tuple[Plan, ...], ...]) -> float:
-        # Large sizes weigh more: there the kernel's time is the user's, elsewhere the host's may be.
-        return sum((3 + i) * math.log(min(table[plans][i] for plans in found) / best[i]) for i in sizes)
+        # Large sizes weigh more: there the kernel's time is the user's, elsewhere the host's may be. Squares: rather
+        # several sizes that lose a quarter than one that loses all of it.
+        return sum((3 + i) * math.log(min(table[plans][i] for plans in found) / best[i]) ** 2 for i in sizes)
 
     def leading(among: list[tuple[Plan, ...]]) -> list[tuple[Plan, ...]]:
         """Those that are the best of ``among`` for some size."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 
-from ..spec import ConvSpec, Phase, Precision
+from ..spec import ConvSpec, Phase, Precision, tap_inverse
 from .devices import Device
 
-__all__ = ["Lowering", "Plan", "is_exact", "is_valid", "lower", "tap_map"]
+__all__ = ["Lowering", "Plan", "Tile", "is_exact", "is_valid", "lower", "tap_map", "uses_wgmma"]
 
 
 # --- lowering: which gather the kernel runs ---------------------------------------------------------------------------
@@ -66,6 +67,24 @@ class Lowering:
             return self.kernel[dim]
         counts = {ph.taps for ph in self.spec.phases[dim]}
         return counts.pop() if len(counts) == 1 else 0
+
+    @property
+    def read_stride(self) -> tuple[int, int]:
+        """Input positions from one row of a phase to the next: a plain convolution's stride."""
+        return (1, 1) if self.spec.transposed else (self.spec.stride[0], self.spec.stride[1])
+
+    def constants(self) -> dict[str, int]:
+        """The geometry as the kernels' compile-time arguments."""
+        s, read = self.spec, self.read_stride
+        gcd = [math.gcd(st, d) if self.transposed else 1 for st, d in zip(s.stride, s.dilation, strict=True)]
+        inverse = [tap_inverse(st, d) if self.transposed else 0 for st, d in zip(s.stride, s.dilation, strict=True)]
+        dilation = (1, 1) if self.merged else s.dilation
+        return dict(
+            GROUPS=s.groups, CIN=self.channels_in, COUT=s.out_channels, COLS=self.columns,
+            KH=self.kernel[0], KW=self.kernel[1], SH=self.phases[0], SW=self.phases[1], IN_H=read[0], IN_W=read[1],
+            PAD_H=self.padding[0], PAD_W=self.padding[1], DH=dilation[0], DW=dilation[1], GH=gcd[0], GW=gcd[1],
+            INV_H=inverse[0], INV_W=inverse[1], TRANSPOSED=self.transposed,
+        )  # fmt: skip
 
     def rows(self, batch: int, output_size: tuple[int, ...]) -> int:
         """Rows of the largest phase."""
@@ -182,9 +201,29 @@ class Plan:
         return buffers + 64  # barriers (sm_100 has 16 bytes of them)
 
 
+class Tile(Protocol):
+    """What the model looks at: rows x columns x the depth of a trip, and the schedule."""
+
+    @property
+    def block_m(self) -> int: ...
+    @property
+    def block_n(self) -> int: ...
+    @property
+    def block_k(self) -> int: ...
+    @property
+    def unroll(self) -> int: ...
+    @property
+    def num_warps(self) -> int: ...
+
+
 def is_exact(precision: Precision) -> bool:
     """float32 on the CUDA cores: no tensor core multiplies it exactly."""
     return precision.dtype == torch.float32 and not precision.tf32
+
+
+def uses_wgmma(plan: Tile, device: Device) -> bool:
+    """Whether Triton makes wgmma of sm_90 of the plan's products, not mma.sync."""
+    return device.arch // 10 == 9 and plan.block_m >= 64 and plan.num_warps >= 4
 
 
 def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
@@ -203,11 +242,15 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
         # Two pipelined tcgen05 products a trip: the compiled code gave wrong sums when executed in emulation (triton
         # 3.7.1); whether compiler or emulator is at fault is open. One product a trip is right.
         return False
+    if plan.unroll > 1 and uses_wgmma(plan, device):  # between two products of a trip Triton waits for all of them
+        return False
     # Rows of few channels (the input gradient of an RGB head) are loaded by elements: addresses take registers.
     if plan.lowering.channels_in < 16 and m * n > threads * 64:
         return False
     # Seen by compiling: these spill a few registers.
     if device.arch // 10 == 10 and (m, n, k) == (128, 64, 128) and plan.splits and not plan.lowering.transposed:
+        return False
+    if device.arch // 10 == 9 and (m, n, plan.num_warps) == (128, 128, 4) and plan.splits:
         return False
     # Seen by compiling: ptxas unrolls short loops of these, and spills a few registers.
     if device.arch // 10 == 8 and (m, n, k) == (128, 32, 32) and not plan.splits:

@@ -35,6 +35,12 @@ class Device:
     Sources: the table of compute capabilities in the CUDA programming guide (shared memory, warps and blocks), and the
     vendor's architecture white papers and data sheets (the rest; tensor rates are dense, with float32 accumulation,
     which GeForce cards run at half the rate of float16's).
+
+    The L2 cache's rate is published for the A100 alone (5120 bytes a clock: 47 for each multiprocessor). Here stand
+    what the public benchmark gpu-benches (te42kyfo, ``gpu-l2-cache``) read from it, over multiprocessors and boost
+    clock: A100 5.4 TB/s (108, 1.41 GHz), H200 9.7 TB/s (132, 1.98 GHz), L40 5.2 TB/s (142, 2.49 GHz). The others are
+    taken to be as their nearest relative: B200 as the H200, RTX 3090 and 5090 as the L40. `benchmarks.gpu`'s stage
+    ``probes`` measures it and prints the line to paste here.
     """
 
     arch: int
@@ -45,7 +51,7 @@ class Device:
     warps: int  # resident per multiprocessor
     blocks: int
     mma_per_clock: int  # fp16/bf16 multiply-adds per clock and multiprocessor
-    l2_bytes_per_clock: int  # from L2 per clock and multiprocessor (an assumption: nobody publishes it)
+    l2_bytes_per_clock: int  # from L2 per clock and multiprocessor
     l2_bytes: int
     dram_gb_per_second: int
     clock_mhz: int  # boost
@@ -64,12 +70,12 @@ REGISTERS = 65536  # 32-bit registers of a multiprocessor, from compute capabili
 DEVICES: dict[int, Device] = {
     d.arch: d
     for d in (
-        Device(80, "A100", 108, 163 * KIB, 164 * KIB, 64, 32, 1024, 64, 40 * MIB, 2039, 1410),
-        Device(86, "RTX 3090", 82, 99 * KIB, 100 * KIB, 48, 16, 256, 48, 6 * MIB, 936, 1695),
-        Device(89, "RTX 4090", 128, 99 * KIB, 100 * KIB, 48, 24, 256, 48, 72 * MIB, 1008, 2520),
-        Device(90, "H100", 132, 227 * KIB, 228 * KIB, 64, 32, 2048, 64, 50 * MIB, 3350, 1830),
-        Device(100, "B200", 148, 227 * KIB, 228 * KIB, 64, 32, 4096, 64, 126 * MIB, 8000, 1850),
-        Device(120, "RTX 5090", 170, 99 * KIB, 100 * KIB, 48, 24, 256, 48, 96 * MIB, 1792, 2407),
+        Device(80, "A100", 108, 163 * KIB, 164 * KIB, 64, 32, 1024, 35, 40 * MIB, 2039, 1410),
+        Device(86, "RTX 3090", 82, 99 * KIB, 100 * KIB, 48, 16, 256, 15, 6 * MIB, 936, 1695),
+        Device(89, "RTX 4090", 128, 99 * KIB, 100 * KIB, 48, 24, 256, 15, 72 * MIB, 1008, 2520),
+        Device(90, "H100", 132, 227 * KIB, 228 * KIB, 64, 32, 2048, 37, 50 * MIB, 3350, 1830),
+        Device(100, "B200", 148, 227 * KIB, 228 * KIB, 64, 32, 4096, 37, 126 * MIB, 8000, 1850),
+        Device(120, "RTX 5090", 170, 99 * KIB, 100 * KIB, 48, 24, 256, 15, 96 * MIB, 1792, 2407),
     )
 }
 

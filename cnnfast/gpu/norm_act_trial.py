@@ -173,7 +173,7 @@ def backward_problem(
 
 def activation_problem(grad: Tensor, saved: Tensor | None, activation: Activation, bias: bool) -> str | None:
     """What is wrong with `activation_pass` on tensors like these."""
-    few = _Few.of(None, grad.shape[1], False)
+    few, stored = _Few.of(None, grad.shape[1], False), grad.dtype
 
     def run(grad: Tensor, saved: Tensor | None) -> dict[str, Tensor]:
         dz, db = activation_pass(grad, saved, activation, bias)
@@ -182,6 +182,8 @@ def activation_problem(grad: Tensor, saved: Tensor | None, activation: Activatio
     def reference(grad: Tensor, saved: Tensor | None) -> dict[str, Tensor]:
         of = activation.saves() if saved is not None else ""
         dz = grad * activation_derivative(activation, saved) if of and saved is not None else grad
-        return {"gradient": dz, "sum": dz.sum((0, 2, 3)), "before sum": dz.abs().sum((0, 2, 3))}
+        # The sum is of the gradient as it is stored, as in torch: the yardstick's, too.
+        kept = dz if dz.dtype == torch.float64 else dz.type(stored).type(dz.dtype)
+        return {"gradient": dz, "sum": kept.sum((0, 2, 3)), "before sum": dz.abs().sum((0, 2, 3))}
 
     return trial.problem_of(run, reference, {"grad": grad, "saved": saved}, some=few)

@@ -16,7 +16,7 @@ import torch
 from ..messages import LOGGER
 from ..step import Operands, Step
 from ..timing import Timing, measure
-from . import guard, trial, tuned
+from . import conv_hopper_plan, guard, trial, tuned
 from .conv_choice import candidates, choose_plan
 from .conv_plan import Plan
 from .devices import cuda_index, precision_of, target_device, tf32_convolutions
@@ -197,8 +197,11 @@ def _tune(task: Task, timer: Timer, limit: int, end: float | None) -> Result:
         batch, _, *image = o.x.shape
         size = tuple(n + 2 * p for n, p in zip(image, task.step.pad, strict=True))
         spec, index = task.step.spec, cuda_index(o.x) or 0
-        heuristic = choose_plan(spec, batch, size, precision, device, task.channels_last)
-        others = candidates(spec, batch, size, precision, device, task.channels_last)
+        asked = (batch, size, precision, device, task.channels_last)
+        heuristic = conv_hopper_plan.chosen(task.step, *asked) or choose_plan(spec, *asked)
+        others = candidates(spec, *asked)
+        if tuned.hopper_allowed(task.step, batch, size, precision, index, task.channels_last):
+            others = [*conv_hopper_plan.candidates(task.step, *asked), *others]
         plans = [heuristic, *(p for p in others if p != heuristic)][:limit]
         calls: dict[str, Callable[[], object]] = {}
         refused: dict[str, str] = {}

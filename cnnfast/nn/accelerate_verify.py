@@ -14,12 +14,12 @@ from torch.utils._pytree import tree_map
 
 from ..messages import CnnfastWarning, one_line
 from ..timing import Timing, measure
-from ..tolerance import verdict
+from ..tolerance import model_verdict
 from .accelerate_call import plain_call, record_of, restore
 from .accelerate_report import arguments, copied, leaves, unchanged
 from .rewrite_site import Site
 
-__all__ = ["differs", "timed", "verify"]
+__all__ = ["differs", "timed", "verify", "without_onednn"]
 
 _NOTHING = 1e-9  # what is smaller in float64 is rounding: the gradient of a bias ahead of a norm
 Outcome = dict[str, Tensor]  # results, gradients and buffers by name
@@ -48,30 +48,18 @@ def verify(model: nn.Module, example_inputs: Any) -> None:
     _veto(model, args, kwargs)
 
 
-_PART = 1e-5  # of a float32 result's size: what sums in another order may differ by, through a whole model
-
-
 def differs(got: Outcome, exact: Outcome, yardsticks: Sequence[Outcome]) -> str | None:
     """What is wrong with ``got``, or None: each tensor is to be as near to ``exact`` (float64) as the tolerance rule
-    allows by one of ``yardsticks``, or, in float32, within 1e-5 of its root mean square in that of the errors and 1e-4
-    of its largest value everywhere (norms take channels-last statistics, which ATen sums less exactly, too)."""
+    for whole models allows by one of ``yardsticks`` (`tolerance.model_verdict`)."""
     for name, expected in exact.items():
         if name not in got:
             return f"{name} is missing"
         if expected.numel() and expected.abs().max() < _NOTHING:
             continue
-        found = [verdict(got[name], expected, other[name]) for other in yardsticks if name in other]
-        if None not in found and not (expected.numel() and _within(got[name], expected)):
-            return f"{name}: {found[0]}"
+        problem = model_verdict(got[name], expected, [other[name] for other in yardsticks if name in other])
+        if problem is not None:
+            return f"{name}: {problem}"
     return None
-
-
-def _within(got: Tensor, exact: Tensor) -> bool:
-    if got.dtype != torch.float32 or got.shape != exact.shape:
-        return False
-    error = (got.double() - exact).abs()
-    rms, size = (t.square().mean().sqrt() for t in (error, exact))
-    return bool(rms <= _PART * size and error.max() <= 10 * _PART * exact.abs().max())
 
 
 class _Trial:
@@ -100,7 +88,7 @@ class _Trial:
         self.gradients = gradients
         with plain_call(self.model):
             plain = self._run(self.model, self.args, self.kwargs)
-            with _without_onednn():
+            with without_onednn():
                 other = self._run(self.model, self.args, self.kwargs)
         if gradients and not any(name.startswith("gradient") for name in plain):
             return "there is no gradient"
@@ -177,7 +165,7 @@ def _near(t: Tensor, exact: Tensor) -> bool:
 
 
 @contextmanager
-def _without_onednn() -> Iterator[None]:
+def without_onednn() -> Iterator[None]:
     """(`torch.backends.mkldnn.flags` warns of GPUs.)"""
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)

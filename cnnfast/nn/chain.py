@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import memory_format
 from ..activations import Activation
-from ..dispatch import Planned, autocast_dtype, by_loops, channels_last_inside, choose, on_cpu, resolve_backend
+from ..dispatch import Planned, Ready, autocast_dtype, by_loops, channels_last_inside, choose, on_cpu, resolve_backend
 from ..gradients import enter, plain, squeezed
 from ..memory_format import format_of, has_both, is_channels_last, new_strides
 from ..norms import check_values
@@ -71,7 +71,8 @@ def _why_no_residual(s: FusedStep, residual: Any, x: Tensor, dtype: torch.dtype,
         return f"{residual.dtype} of shape {tuple(residual.shape)} is added to {dtype} of shape {tuple(shape)}"
     if has_both(out[1], out[2:]):
         return "a sum of maps with one channel or position"
-    if residual.is_contiguous() or s.ndim > 1 and residual.is_contiguous(memory_format=format_of(s.ndim + 2, True)):
+    # Not `is_contiguous`: a dimension of one may have any stride, and ATen's sum follows it.
+    if residual.is_contiguous() if s.ndim == 1 else residual.stride() in [new_strides(shape, f) for f in (False, True)]:
         return None
     return f"what is added has strides {residual.stride()}"
 
@@ -96,7 +97,7 @@ class Run(NamedTuple):
     """How a step runs on inputs of one shape: whether its result is ``channels_last``; ``as_modules``: why its modules
     run as they stand, or None. ``wide``: what follows the convolution is computed, and returned, in float32 (autocast's
     rule). ``apart``: the activation runs by itself. ``measured``: a norm takes statistics. ``simple``: none of these,
-    and no autocast."""
+    and no autocast; ``ready``: what then stands for `run_step`, where there is something (`dispatch.Arrangement`)."""
 
     channels_last: bool
     as_modules: str | None = None
@@ -104,6 +105,7 @@ class Run(NamedTuple):
     apart: bool = False
     measured: bool = False
     simple: bool = False
+    ready: Ready | None = None
 
 
 class Bound(NamedTuple):
@@ -215,13 +217,15 @@ class Chain:
             if isinstance(found, str):
                 return found
             arrangement = found
-        inside, why, convert = arrangement
+        inside, why, convert, ready = arrangement
         runs = [Run(*how) for how in zip(inside, why, strict=True)]
         if why[-1] is None:
             runs[-1] = self._last(runs[-1], x, backend, low, gradient)
         for i, (s, run) in enumerate(zip(self.steps, runs, strict=True)):
             simple = low is None and not (run.as_modules or s.step.measured or run.wide or run.apart)
-            runs[i] = run._replace(measured=s.step.measured, simple=simple)
+            runs[i] = run._replace(
+                measured=s.step.measured, simple=simple, ready=ready[i] if simple and ready else None
+            )
         padded = any(_pads(reading.modules[k]) for k in first.slots)
         of_gradient = eager[0] or first.weight_channels_last and not padded
         entered = x.unsqueeze(2) if first.ndim == 1 else x
@@ -253,7 +257,10 @@ class Chain:
     def run(self, x: Any, reading: Reading, last: bool | None = None) -> Any:
         """The chain's modules on x, fused where that can be. ``last``: whether the result of fused ones is
         channels-last; None: as eager mode's."""
-        bound = self.bind(x, reading, last)
+        return self.run_as(self.bind(x, reading, last), x, reading)
+
+    def run_as(self, bound: Bound | str, x: Any, reading: Reading) -> Any:
+        """As `bind` says."""
         if isinstance(bound, str):
             for k in self.slots:
                 x = reading.modules[k](x)
@@ -262,7 +269,9 @@ class Chain:
         x = _enter(x, ndim, bound)
         for s, run in zip(self.steps, bound.runs, strict=True):
             if run.simple:  # the path that counts microseconds
-                x = run_step(s.step, _operands(s, x, reading.tensors, False), channels_last=run.channels_last)
+                o = _operands(s, x, reading.tensors, False)
+                y = None if run.ready is None else run.ready(o)
+                x = run_step(s.step, o, channels_last=run.channels_last) if y is None else y
                 continue
             if run.as_modules is None:
                 x = _fused(s, x, run, reading, bound.low)
@@ -312,9 +321,7 @@ def _enter(x: Tensor, ndim: int, bound: Bound) -> Tensor:
         return enter(x, dtype, True if bound.convert else None, bound.of_gradient)
     if not bound.convert:
         return x if x.dtype == dtype else x.to(dtype)
-    if x.dtype == dtype:  # the cheaper call, on a path that counts microseconds
-        return x.contiguous(memory_format=format_of(x.dim(), True))
-    return x.to(dtype, memory_format=format_of(x.dim(), True))
+    return memory_format.convert(x, dtype, True)
 
 
 def _fused(s: FusedStep, x: Tensor, run: Run, reading: Reading, low: torch.dtype | None) -> Tensor:

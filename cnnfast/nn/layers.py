@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
 from ..cpu.packing import PACKS
-from ..dispatch import resolve_backend, watched
+from ..dispatch import on_cpu, resolve_backend, watched
 from ..gpu import guard
 from ..gpu.why_not import launch_why_not, spec_why_not
 from .chain import Chain, chained
@@ -140,6 +140,7 @@ class Sequential(nn.Sequential):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Sequential:  # what to(), half(), cuda(), ... call
         PACKS.thaw(self.parameters())
+        self.__dict__.pop("_stands", None)
         return super()._apply(fn, recurse)
 
     def __add__(self, other: nn.Sequential) -> Sequential:
@@ -150,7 +151,8 @@ class Sequential(nn.Sequential):
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[assignment,no-untyped-call,unused-ignore]
-        state.pop("_plan", None)
+        for name in ("_plan", "_stands"):
+            state.pop(name, None)
         return state
 
 
@@ -172,16 +174,23 @@ def _forward(seq: Sequential, x: Any) -> Any:
         from .traced import forward  # imports torch._dynamo
 
         return forward(seq, x, _FORWARDS)
+    state = seq.__dict__
+    stands = state.get("_stands")
+    if stands is not None and stands == _kind(state, x):
+        return nn.Sequential.forward(seq, x)
     if type(seq).__iter__ is not nn.Sequential.__iter__ or why_not_now(x) is not None:
         return nn.Sequential.forward(seq, x)
     reading = read(seq._modules.values(), _FORWARDS)
-    plan: Program | None = seq.__dict__.get("_plan")
+    plan: Program | None = state.get("_plan")
     if plan is None or plan.facts != reading.facts:
         # Past Module.__setattr__: the plan is no part of the module's state (see __getstate__).
-        plan = seq.__dict__["_plan"] = Program.make(reading)
+        plan = state["_plan"] = Program.make(reading)
     for item in plan.items:
         if isinstance(item, Chain):
-            x = item.run(x, reading)
+            bound = item.bind(x, reading)
+            if len(plan.items) == 1 and isinstance(bound, str) and on_cpu(x):
+                state["_stands"] = _kind(state, x)
+            x = item.run_as(bound, x, reading)
             continue
         x = reading.modules[item.slot](x)
         if item.opaque:  # it may have changed the modules behind it
@@ -191,6 +200,27 @@ def _forward(seq: Sequential, x: Any) -> Any:
                     x = module(x)
                 return x
     return x
+
+
+def _kind(state: dict[str, Any], x: Any) -> tuple[object, ...] | None:
+    """What decides, on a CPU, whether all modules run as they stand: where they did for an input of this kind, the next
+    ones do without being looked at. (A module that was changed in itself meanwhile might gain by a fused step, until an
+    input of another kind comes; what is computed is right in any case.)"""
+    if type(x) is not Tensor:
+        return None
+    modules = tuple(map(id, state["_modules"].values()))
+    grad, autocast = torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
+    return (
+        *modules,
+        state["training"],
+        x.shape,
+        x.stride(),
+        x.dtype,
+        grad,
+        x.requires_grad,
+        autocast,
+        resolve_backend(None),
+    )
 
 
 class ConvTranspose2dNormActivation(Sequential):

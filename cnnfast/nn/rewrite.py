@@ -21,6 +21,7 @@ from .rewrite_calls import CallKind, call_kind, conv_functions
 from .rewrite_effects import Everything, storages, touched, value, written
 from .rewrite_layout import keep_channels_last
 from .rewrite_site import Call, Place, Ref, Site
+from .rewrite_weights import Computed, keep_weights
 
 __all__ = ["Apart", "Graph", "backend", "rewritten"]
 
@@ -67,6 +68,7 @@ def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
     for child in gm.children():  # what operators of higher order run
         if isinstance(child, fx.GraphModule):
             _rewrite(child, found)
+    keep_weights(gm.graph)
     nodes = list(gm.graph.nodes)
     for node in nodes:
         if node.target is torch.ops.higher_order.tag_activation_checkpoint:
@@ -212,6 +214,8 @@ def _replace(graph: fx.Graph, run: _Run) -> Site:
     for node, kind, through in zip(run.nodes, run.kinds, run.through, strict=True):
         before = x if node is run.nodes[0] else before
         args, kwargs = (fx.node.map_arg(a, ref) for a in (node.args, node.kwargs))
+        if any(isinstance(n.target, Computed) for n in node.all_input_nodes):
+            kind = kind._replace(name=f"{kind.name} of a computed weight")
         calls.append(Call(kind, node.target, tuple(args), dict(kwargs), through, _place(node)))  # type: ignore[arg-type]
         before = node
     site = Site(tuple(calls), run.ended)

@@ -1,9 +1,14 @@
 """Between the sites of a graph, channels-last: a step computes in that format, and a model in the default layout would
 be converted at both ends of each.
 
-The result of a site stays channels-last where eager mode's is contiguous and nobody can tell: its users are other
-sites, which convolve or add it, and operators that keep the format and give the same numbers in each (`_KEEP`); any
-other user gets a contiguous copy. A map that is written to, or that somebody views, is contiguous as in eager mode.
+A map that is contiguous in eager mode is channels-last inside of a stretch, where nobody can tell (one that is so there
+stays it): its users are sites, which convolve or add it, and operators that keep the format and give the same numbers
+in each (`_Layout._keeps`); any other user gets a contiguous copy. What somebody views is contiguous as in eager mode,
+and so is what is written to, unless by such an operator. A stretch starts with the first site in it, and in inference
+that site's input is converted.
+
+With gradients, norms by a map's own statistics end a stretch (of channels-last maps ATen takes them less exactly), and
+so do operators that resize by other rules than the nearest value, maps of three dimensions or one, and all writes.
 """
 
 from __future__ import annotations
@@ -15,108 +20,208 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..memory_format import format_of, suggests_channels_last
 from .rewrite_calls import call_kind
 from .rewrite_effects import Everything, storages, value, written
+from .rewrite_norm import NormCall, as_norms
 from .rewrite_site import Site
 
 __all__ = ["keep_channels_last"]
 
 # Of two or more maps of one shape, of one and numbers, or of one. (Not among them: what draws random numbers, whose
 # places follow the memory, and sums over positions, whose order does.)
-_KEEP = frozenset(
+_SUMS = frozenset(
     {operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.div}
     | {"add", "sub", "mul", "div"}
-    | {torch.cat, torch.max_pool2d, F.max_pool2d}
 )
+_POOLS = frozenset({torch.max_pool2d, F.max_pool2d, F.max_pool3d})
+_ONTO = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv, "add_", "sub_", "mul_", "div_"})
+_VIEWS = frozenset({"view", "reshape", "permute", "transpose", "unflatten"})
+_RUNNING = frozenset({F.batch_norm, torch.batch_norm})
 
 
 def keep_channels_last(graph: fx.Graph) -> None:
     """Mark the sites whose results stay channels-last (`Site.channels_last`), and put copies where they end."""
-    nodes = list(graph.nodes)
-    changed = set().union(*(written(n) for n in nodes if not isinstance(n.target, Site)))
-    if Everything in changed:
-        return
-    kept = {n for n in nodes if _is_map(n) and _keeps(n) and not storages(n) & changed}
-    while drop := {n for n in kept if _viewed(n) or not isinstance(n.target, Site) and not kept.issuperset(_maps(n))}:
-        kept -= drop
-    useful: set[fx.Node] = set()
-    for node in reversed(nodes):
-        if any(_takes(user, node) or user in useful and user in kept for user in node.users):
-            useful.add(node)
-    kept &= useful
-    for node in nodes:
-        if isinstance(node.target, Site) and (node in kept or any(n in kept and _takes(node, n) for n in _taken(node))):
-            node.target.channels_last = node in kept
-    for node in nodes:
-        if node in kept:
-            _end(graph, node, kept)
+    _Layout(graph, inference=not torch.is_grad_enabled()).apply()
 
 
-def _end(graph: fx.Graph, node: fx.Node, kept: set[fx.Node]) -> None:
-    """A contiguous copy for each user that has to see it as it is in eager mode."""
-    for user in list(node.users):
-        if _takes(user, node) or user in kept and not isinstance(user.target, Site):
-            continue
-        with graph.inserting_before(user):
-            copy = graph.call_method("contiguous", (node,))
-        copy.meta = dict(node.meta)
-        user.replace_input_with(node, copy)
+class _Layout:
+    def __init__(self, graph: fx.Graph, inference: bool) -> None:
+        self.graph, self.inference = graph, inference
+        self.kept: set[fx.Node] = set()
+        self.eager: dict[fx.Node, str] = {}
 
+    def apply(self) -> None:
+        if self.inference:
+            as_norms(self.graph)
+        nodes = list(self.graph.nodes)
+        for node in nodes:
+            self.eager[node] = self._in_eager_mode(node)
+        others = [n for n in nodes if not isinstance(n.target, (Site, NormCall)) and not self._writes_own(n)]
+        changed: set[Any] = set().union(*(written(n) for n in others))
+        if Everything in changed:
+            return
+        kept = {n for n in nodes if self._is_map(n) and self._keeps(n) and not storages(n) & changed}
+        self.kept = kept
+        while drop := {n for n in kept if self._ends(n)}:
+            kept -= drop
+        useful: set[fx.Node] = set()
+        for node in reversed(nodes):
+            if any(self._takes(user, node) or user in useful and user in kept for user in node.users):
+                useful.add(node)
+            elif any(storages(node) & storages(n) for n in node.all_input_nodes if n in kept and n in useful):
+                useful.add(node)
+        kept &= useful
+        while drop := {n for n in kept if self._ends(n)}:
+            kept -= drop
+        for node in nodes:
+            if isinstance(node.target, Site):
+                if node in kept or any(n in kept and self._takes(node, n) for n in _taken(node)):
+                    node.target.channels_last = node in kept or self.eager[node] == "last"
+                    node.target.converts = self.inference
+                    node.target.given_contiguous = self.eager.get(node.args[0]) == "contiguous"
+            elif isinstance(node.target, NormCall):
+                node.target.channels_last = node in kept
+        for node in nodes:
+            if node in kept:
+                self._end(node)
 
-def _is_map(node: fx.Node) -> bool:
-    """Whether it gives images that are contiguous in eager mode, and that only."""
-    t = value(node)
-    return (
-        isinstance(t, Tensor)
-        and t.dim() == 4
-        and t.is_floating_point()
-        and t.layout is torch.strided
-        and t.is_contiguous()
-        and not t.is_contiguous(memory_format=torch.channels_last)
-    )
+    def _end(self, node: fx.Node) -> None:
+        """A contiguous copy for each user that has to see it as it is in eager mode."""
+        if self.eager[node] != "contiguous":
+            return
+        for user in list(node.users):
+            if self._takes(user, node) or user in self.kept and not isinstance(user.target, Site):
+                continue
+            with self.graph.inserting_before(user):
+                copy = self.graph.call_method("contiguous", (node,))
+            copy.meta = dict(node.meta)
+            user.replace_input_with(node, copy)
 
+    def _is_map(self, node: fx.Node) -> bool:
+        """Whether it gives images that are contiguous in eager mode, and that only; in inference, or channels-last."""
+        return self.eager.get(node) in (("contiguous", "last", "odd") if self.inference else ("contiguous",))
 
-def _keeps(node: fx.Node) -> bool:
-    """Whether it gives the format that it gets, and the same numbers in each."""
-    if isinstance(node.target, Site):
-        return node.target.any_format
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if node.target is torch.cat:
-        dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-        return isinstance(dim, int) and dim == 1
-    if node.target in _KEEP:
-        if node.target in (torch.max_pool2d, F.max_pool2d):
+    def _in_eager_mode(self, node: fx.Node) -> str:
+        """How eager mode's result lies in memory: "contiguous"; channels-last, "last"; so, but "odd", with a stride of
+        the batch's one image that ATen does not take for that; "" for what is no map. (Dynamo does not say the truth of
+        odd ones.)"""
+        t = value(node)
+        if not isinstance(t, Tensor) or t.dim() not in ((4, 5) if self.inference else (4,)):
+            return ""
+        if not t.is_floating_point() or t.layout is not torch.strided:
+            return ""
+        last = t.is_contiguous(memory_format=format_of(t.dim(), True))
+        if last == t.is_contiguous():
+            return ""
+        said = _said(node)
+        if node.op == "call_method" and node.target in _VIEWS:
+            return said if suggests_channels_last(t.shape, _strides(node)) or said == "contiguous" else "odd"
+        maps = [n for n in _maps(node) if self.eager.get(n)]
+        given = [self.eager[n] for n in maps]
+        if said != "last" or not given or "odd" not in given and all(self.eager[n] == _said(n) for n in maps):
+            return said
+        if isinstance(node.target, Site):
+            leads = [self.eager[node.args[1 + k]] for k in node.target.leading]  # type: ignore[index]
+            if leads:
+                return leads[-1]
+            weights = [self.eager.get(a) for k, a in enumerate(node.args[1:]) if k not in node.target.added]  # type: ignore[arg-type]
+            return "last" if "last" in (given[0], *weights) else "contiguous"
+        kind = call_kind(node.target)
+        follows = node.target in _SUMS or kind is not None and kind.pointwise
+        return given[0] if follows or given[0] != "odd" else "contiguous"
+
+    def _ends(self, node: fx.Node) -> bool:
+        """Whether a node of ``kept`` cannot be: what it is made of is not, or a user gives the same memory as
+        something else."""
+        kept = self.kept
+        if not isinstance(node.target, Site) and not kept.issuperset(_maps(node)):
             return True
+        mine = storages(node)
+        return any(storages(user) & mine and user not in kept for user in node.users if user.op != "output")
+
+    def _writes_own(self, node: fx.Node) -> bool:
+        """Whether it writes to the map that it is given, at every place from what is there, and returns it."""
+        if not self.inference or node.op not in ("call_function", "call_method"):
+            return False
+        first = node.args[0] if node.args else None
+        if not isinstance(first, fx.Node) or not self._is_map(node) or not self._is_map(first):
+            return False
+        if node.target in _ONTO:
+            return storages(node) == storages(first) and self._one_shape(node)
+        kind = call_kind(node.target)
+        return kind is not None and kind.pointwise and storages(node) == storages(first)
+
+    def _keeps(self, node: fx.Node) -> bool:
+        """Whether it gives the format that it gets, and the same numbers in each."""
+        target = node.target
+        if isinstance(target, Site):
+            return target.any_format(self.inference)
+        if node.op not in ("call_function", "call_method"):
+            return False
+        if isinstance(node.target, NormCall):
+            return True
+        if target is torch.cat:
+            dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+            return isinstance(dim, int) and dim == 1
+        if target in _POOLS:
+            return True
+        if target in _SUMS or self.inference and target in _ONTO:
+            return self._one_shape(node)
+        kind = call_kind(target)
+        if kind is None:
+            return False
+        bound = kind.bind(node.args, node.kwargs)
+        if bound is None:
+            return False
+        if kind.name == "interpolate":
+            return bound["mode"] == "nearest" or self.inference
+        if self.inference and kind.name == "batch_norm":
+            return bound["training"] is False
+        return kind.pointwise
+
+    @staticmethod
+    def _one_shape(node: fx.Node) -> bool:
         shape = value(node).shape
         return all(value(n).shape == shape for n in _maps(node))
-    kind = call_kind(node.target)
-    if kind is None or not (kind.pointwise or kind.name == "interpolate"):
-        return False
-    bound = kind.bind(node.args, node.kwargs)
-    return bound is not None and (kind.name != "interpolate" or bound["mode"] == "nearest")
+
+    def _takes(self, user: fx.Node, node: fx.Node) -> bool:
+        """Whether ``user`` is a site with a result like `_is_map` that takes ``node``, and as that alone."""
+        if not isinstance(user.target, Site) or not user.target.any_format(self.inference) or not self._is_map(user):
+            return False
+        added = user.target.added
+        others = {a for k, a in enumerate(user.args[1:]) if k not in added}
+        return node in _taken(user) and node not in others
+
+
+def _strides(node: fx.Node) -> tuple[int, ...]:
+    """Of a view, as ATen itself has them."""
+    if any(isinstance(n, torch.SymInt) for t in (value(node), value(node.args[0])) for n in t.shape):
+        return value(node).stride()
+
+    def real(n: fx.Node) -> Any:
+        t = value(n)
+        return torch.empty_strided(t.shape, t.stride(), device="meta") if isinstance(t, Tensor) else t
+
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), real)
+    return getattr(args[0], node.target)(*args[1:], **kwargs).stride()  # type: ignore[arg-type]
+
+
+def _said(node: fx.Node) -> str:
+    """What Dynamo says of `_Layout._in_eager_mode`."""
+    t = value(node)
+    return "contiguous" if t.is_contiguous() else "last" if suggests_channels_last(t.shape, t.stride()) else "odd"
 
 
 def _maps(node: fx.Node) -> list[fx.Node]:
-    """The tensors that it is given."""
-    return [n for n in node.all_input_nodes if isinstance(value(n), Tensor)]
-
-
-def _viewed(node: fx.Node) -> bool:
-    """Whether a user gives the same memory."""
-    return any(storages(user) & storages(node) for user in node.users if user.op != "output")
+    """The tensors that it is given, but for a norm's vectors."""
+    found = [n for n in node.all_input_nodes if isinstance(value(n), Tensor)]
+    if isinstance(node.target, NormCall) or node.target in _RUNNING:
+        return found[:1]
+    return found
 
 
 def _taken(node: fx.Node) -> set[Any]:
     """What a site convolves or adds."""
     site: Site = node.target  # type: ignore[assignment]
     return {node.args[0], *(node.args[1 + k] for k in site.added)}
-
-
-def _takes(user: fx.Node, node: fx.Node) -> bool:
-    """Whether ``user`` is a site with a result like `_is_map` that takes ``node``, and as that alone."""
-    if not isinstance(user.target, Site) or not user.target.any_format or not _is_map(user):
-        return False
-    added = user.target.added
-    others = {a for k, a in enumerate(user.args[1:]) if k not in added}
-    return node in _taken(user) and node not in others

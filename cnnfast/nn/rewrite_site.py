@@ -12,14 +12,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from ..memory_format import to_format
 from .chain import Chain, chained
 from .fusion import Unfused, plan_parts
 from .fusion_conv import Part
 from .layers import why_not_now
 from .modules import Reading
 from .rewrite_calls import CallKind
+from .rewrite_norm import NORMS, NormCall, norm_of
+from .rewrite_quick import Planned, Quick, Run, kind_of, parts_of
 
 __all__ = ["Call", "Place", "Ref", "Site"]
 
@@ -73,6 +77,20 @@ class Call:
         assert bound is not None
         return self.kind.part({k: _filled(v, x, operands) for k, v in bound.items()} | {"through": self.through})
 
+    def exactly(self, x: Any, operands: Sequence[Any]) -> Any:
+        """`run`, of channels-last maps too with exact statistics."""
+        if self._norm is None:
+            return self.run(x, operands)
+        function, weight, bias = self._norm
+        return function(x, _filled(weight, x, operands), _filled(bias, x, operands))
+
+    @cached_property
+    def _norm(self) -> tuple[NormCall, Any, Any] | None:
+        """Of a norm by the statistics of each image, and where its weight and bias are."""
+        bound = self.kind.bind(self.args, self.kwargs) if self.kind.name in NORMS else None
+        norm = None if bound is None else norm_of(self.kind, bound)
+        return None if bound is None or norm is None else (NormCall(norm), bound["weight"], bound["bias"])
+
     @property
     def scalars(self) -> tuple[int, ...]:
         """The places of the operands that are part of no tensor list: numbers that change."""
@@ -102,27 +120,27 @@ class _Bound:
     """A call with its operands, where a chain runs a module."""
 
     num_batches_tracked = None  # the graph counts the batches itself
-    __slots__ = ("call", "operands", "padding_mode")
+    __slots__ = ("call", "operands", "padding_mode", "run")
 
-    def __init__(self, call: Call, operands: Sequence[Any]) -> None:
-        self.call, self.operands = call, operands
+    def __init__(self, call: Call, operands: Sequence[Any], run: Run) -> None:
+        self.call, self.operands, self.run = call, operands, run
         mode = call.kwargs.get("mode", call.args[2] if len(call.args) > 2 else "") if call.kind.name == "pad" else ""
         self.padding_mode = mode if mode in ("reflect", "replicate") else "zeros"  # see `chain._pads`
 
     def __call__(self, x: Any) -> Any:
-        return self.call.run(x, self.operands)
+        return self.run(x, self.operands)
 
 
 class _Calls:
     """The list of them, each made when it is asked for."""
 
-    __slots__ = ("calls", "operands")
+    __slots__ = ("calls", "operands", "runs")
 
-    def __init__(self, calls: tuple[Call, ...], operands: Sequence[Any]) -> None:
-        self.calls, self.operands = calls, operands
+    def __init__(self, calls: tuple[Call, ...], operands: Sequence[Any], runs: Sequence[Run]) -> None:
+        self.calls, self.operands, self.runs = calls, operands, runs
 
     def __getitem__(self, k: int) -> _Bound:
-        return _Bound(self.calls[k], self.operands)
+        return _Bound(self.calls[k], self.operands, self.runs[k])
 
 
 _MAX_PLANS = 64
@@ -132,13 +150,16 @@ _MAX_PLANS = 64
 class Site:
     """``calls`` on one input and the operands. ``ended``: why it takes in no more. ``off``: why it runs as it stands,
     or None; ``verified``: "yes", "no", or what was wrong: both are set by verification. ``channels_last``: the format
-    of its result where that is not eager mode's by the input that it gets (`rewrite_layout`). ``ran``: how it ran the
-    last time, or the reason why all calls ran as they stand."""
+    of its result where that is not eager mode's by the input that it gets, and ``converts``: its input becomes
+    channels-last, ``given_contiguous``: and is not so in eager mode (`rewrite_layout`). ``ran``: how it ran the last
+    time, or the reason why all calls ran as they stand."""
 
     calls: tuple[Call, ...]
     ended: str = ""
     off: str | None = None
     channels_last: bool | None = None
+    converts: bool = False
+    given_contiguous: bool = True
     verified: str = "no"
     ran: tuple[Chain | Unfused | str, ...] = ()
     _plans: dict[object, tuple[Chain | Unfused, ...]] = field(default_factory=dict, repr=False)
@@ -149,6 +170,9 @@ class Site:
         self._scalars = tuple(k for c in self.calls for k in c.scalars)
         first = self.calls[0]
         self._by_size = first.kind.name == "interpolate"
+        self._added = tuple(self.added)
+        self._quick: dict[tuple[object, ...], Quick] = {}
+        self._tries = 0
 
     @property
     def added(self) -> set[int]:
@@ -157,14 +181,21 @@ class Site:
         return {k for call, own in places if call.kind.name == "add" for k in own if k is not None}
 
     @property
-    def any_format(self) -> bool:
+    def leading(self) -> list[int]:
+        """The places of those that are a sum's first operand."""
+        places = zip(self.calls, self._tensors, strict=True)
+        return [own[0] for c, own in places if c.kind.name == "add" and c.through == "other" and own[0] is not None]
+
+    def any_format(self, inference: bool = False) -> bool:
         """Whether its calls give the same numbers in any memory format: a dropout's mask follows the memory, and of
-        channels-last maps ATen takes a batch's and a group's statistics less exactly."""
+        channels-last maps ATen takes a batch's and a group's statistics less exactly (in ``inference`` a group's are
+        not its)."""
         names = {call.kind.name for call in self.calls}
-        if "group_norm" in names or any("dropout" in name for name in names):
+        if "group_norm" in names and not inference:
             return False
-        norms = [call.kind.bind(call.args, call.kwargs) for call in self.calls if call.kind.name == "batch_norm"]
-        return all(bound is not None and bound["training"] is False for bound in norms)
+        modal = (c for c in self.calls if c.kind.name == "batch_norm" or "dropout" in c.kind.name)
+        bound = [c.kind.bind(c.args, c.kwargs) for c in modal]
+        return all(b is not None and b["training"] is False for b in bound)
 
     @property
     def paths(self) -> list[str]:
@@ -180,20 +211,56 @@ class Site:
         why = self.off or why_not_now(x)
         if why is not None:
             self.ran = (why,)
+            if self.converts and self.given_contiguous:
+                x = x.contiguous()
             for call in self.calls:
                 x = call.run(x, operands)
             return x.contiguous() if self.channels_last is False else x
+        if self.converts:
+            x = to_format(x, True)
+        kind = self._kind(x, operands)
+        known = None if kind is None else self._quick.get(kind)
+        if known is not None and known.holds(operands):
+            x = known.run(x, operands)
+            return x.contiguous() if self.channels_last is False else x
         tensors = [tuple([None if k is None else operands[k] for k in places]) for places in self._tensors]
         items = self._planned(x, operands, tensors)
-        calls: Any = _Calls(self.calls, operands)
+        calls: Any = _Calls(self.calls, operands, self._runs)
         reading = Reading(calls, [], tensors)
         self.ran = items
+        parts: list[Planned] | None = None if kind is None or self._tries >= _MAX_PLANS else []
         for item in items:
+            last = self.channels_last if item is items[-1] else None
+            if parts is not None:
+                parts = self._noted(parts, item, x, operands, reading, last)
             if isinstance(item, Chain):
-                x = item.run(x, reading, self.channels_last if item is items[-1] else None)
+                x = item.run(x, reading, last)
             else:
-                x = self.calls[item.slot].run(x, operands)
+                x = self._runs[item.slot](x, operands)
+        if kind is not None and parts:
+            self._tries += 1  # a computed weight is another one at each call
+            self._quick[kind] = Quick.of(parts, operands, self._added)
         return x.contiguous() if self.channels_last is False else x
+
+    @cached_property
+    def _runs(self) -> list[Run]:
+        """Each call, as it runs where it is no part of a step."""
+        return [call.exactly if self.converts else call.run for call in self.calls]
+
+    def _kind(self, x: Tensor, operands: Sequence[Any]) -> tuple[object, ...] | None:
+        """Of a call that `rewrite_quick` may know; None of others."""
+        if torch.is_grad_enabled() or self._scalars or not all(isinstance(operands[k], Tensor) for k in self._added):
+            return None
+        return kind_of(x, operands, self._added)
+
+    def _noted(
+        self, parts: list[Planned], item: Any, x: Tensor, operands: Sequence[Any], reading: Reading, last: bool | None
+    ) -> list[Planned] | None:
+        """``parts`` with how this item runs."""
+        if not isinstance(item, Chain):
+            return [*parts, Planned(None, None, (), False, False, (self._runs[item.slot],))]
+        more = parts_of(item, item.bind(x, reading, last), x, operands, self._tensors, self._runs)
+        return None if more is None else [*parts, *more]
 
     def _planned(self, x: Tensor, operands: Sequence[Any], tensors: list[tuple[Any, ...]]) -> tuple[Any, ...]:
         seen = [

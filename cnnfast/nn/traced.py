@@ -10,14 +10,13 @@ Inductor makes of the modules; on a GPU, whatever has a kernel, in training too.
 Inductor to fuse, steps of three dimensions too. `torch.export` always gets PyTorch's own operators: an exported
 program does not need cnnfast.
 
-torch < 2.13 cannot trace the call that plans a module: there, a Sequential is traced as its modules.
-
 The plan ties traced code to one Sequential, as Dynamo guards its identity: of models that are compiled each by itself,
 more than ``torch._dynamo.config.recompile_limit`` (8) need a higher limit. Beyond it they run as in eager mode, fused.
 """
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,11 +37,12 @@ from .fusion import FusedStep, Unfused, plan_modules
 from .fusion_norm import NormRule
 from .modules import HOOKS, KINDS, read
 
-__all__ = ["PLANS", "forward"]
+__all__ = ["forward"]
 
 Containers = tuple[Callable[..., Any], ...]
 
-PLANS = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)  # whether Dynamo can trace `_plan`
+# Whether Dynamo lets traced code hand a module to a function whose result is constant; a number it always does.
+_TAKES_MODULES = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 # --- the plan, made at tracing ----------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ class Leaf:
     cls: type
     attributes: tuple[tuple[str, object], ...]
     tensors: tuple[str, ...]
-    described: tuple[object, ...]
+    described: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _names(look: Callable[[dict[str, Any]], object] | None) -> tuple[str, ...]:
     return tuple(n for n in record.asked if n not in HOOKS)
 
 
-def _described(t: Tensor | None) -> object:
+def _described(t: Tensor | None) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None:
     return None if t is None else (tuple(t.shape), tuple(t.stride()), t.dtype)
 
 
@@ -157,6 +157,13 @@ def _plan(seq: nn.Sequential, forwards: Containers, backend: str | None) -> Trac
     return Traced(tuple(containers), leaves, tuple(items), tuple(kernel))
 
 
+@torch._dynamo.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
+def _plan_by_id(number: int, forwards: Containers, backend: str | None) -> Traced | None:
+    """`_plan` of the module whose `id` that is; None where the garbage collector does not see it (`gc.freeze`)."""
+    seq = next((o for o in gc.get_objects() if id(o) == number), None)
+    return _plan(seq, forwards, backend) if isinstance(seq, nn.Sequential) else None
+
+
 def _follows(last: FusedStep, step: FusedStep) -> bool:
     return (last.ndim, last.dtype, last.device) == (step.ndim, step.dtype, step.device)
 
@@ -180,12 +187,17 @@ def _tensors(m: nn.Module, leaf: Leaf) -> tuple[Tensor | None, ...] | None:
     if type(m) is not leaf.cls or not callable(m.forward):  # looked at for the guard: none of its own has been set
         return None
     for name, value in leaf.attributes:
-        if getattr(m, name) != value:
+        if not (getattr(m, name) == value):  # before torch 2.13 Dynamo knows ``==`` of more than ``!=``
             return None
     found = []
     for name, described in zip(leaf.tensors, leaf.described, strict=True):
         t = getattr(m, name) if name else None
-        if (None if t is None else (tuple(t.shape), tuple(t.stride()), t.dtype)) != described:
+        if t is None or described is None:
+            same = t is described
+        else:
+            shape, strides, dtype = described
+            same = tuple(t.shape) == shape and tuple(t.stride()) == strides and t.dtype is dtype
+        if not same:
             return None
         found.append(t)
     return tuple(found)
@@ -213,13 +225,13 @@ def _rebuilt(f: FusedStep) -> FusedStep:
 def forward(seq: nn.Sequential, x: Any, forwards: Containers) -> Any:
     """``seq`` on x, as Dynamo is to trace it. ``forwards``: those of Sequential classes that only run their children,
     which are planned together with ours."""
-    if not PLANS or not torch.compiler.is_dynamo_compiling() or traced.exporting() or traced.transformed():
+    if not torch.compiler.is_dynamo_compiling() or traced.exporting() or traced.transformed():
         return nn.Sequential.forward(seq, x)
     if type(seq).__iter__ is not nn.Sequential.__iter__ or not isinstance(x, Tensor):
         return nn.Sequential.forward(seq, x)
     backend = traced.chosen_backend()
-    plan = _plan(seq, forwards, backend)
-    if not _same_children(seq, plan):
+    plan = _plan(seq, forwards, backend) if _TAKES_MODULES else _plan_by_id(id(seq), forwards, backend)
+    if plan is None or not _same_children(seq, plan):
         return nn.Sequential.forward(seq, x)
     for item in plan.items:
         if isinstance(item, Unfused):

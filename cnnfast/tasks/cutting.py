@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..cpu.packing import freeze
 from ..dispatch import backend as backend_context
 from ..generators import create_model
 from ..messages import CnnfastError, UsageError
@@ -65,8 +66,9 @@ class Cutter:
         if sequential is None:
             # Of a hundred small layers, 1x1 and depthwise, fusing gains less on a CPU than it costs there.
             sequential = nn.Sequential if self.device.type == "cpu" else Sequential
-        network = create_model("selfie", pretrained=True, sequential=sequential).requires_grad_(False)
+        network = create_model("selfie", pretrained=True, sequential=sequential).eval().requires_grad_(False)
         self.network = network.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        freeze(self.network)
 
     def __call__(self, image: Any) -> Any:
         """The people of a picture, of the kind that ``image`` is, see `pictures.through`; with alpha where there is

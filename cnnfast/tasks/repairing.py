@@ -22,6 +22,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from ..cpu.packing import freeze
 from ..dispatch import backend as backend_context
 from ..generators import RepairUNet
 from ..messages import CnnfastWarning, UsageError
@@ -75,6 +76,7 @@ class Repairer:
         network = load_network(weights_file, sequential=Sequential if sequential is None else sequential)
         network.requires_grad_(False)
         network.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        freeze(network)
         self.network = network
         self._job = ImageJob(
             "repair",

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..cpu.packing import freeze
 from ..dispatch import backend as backend_context
 from ..generators import create_model
 from ..messages import UsageError
@@ -109,9 +110,10 @@ class Styler:
         learnt = isinstance(found[0][0], int)
         self.name = "style_26" if learnt else "style_any"
         numbers = _learnt(found) if learnt else _predicted(found, made)
-        network = create_model(self.name, pretrained=True, **made).requires_grad_(False)
+        network = create_model(self.name, pretrained=True, **made).eval().requires_grad_(False)
         layout = stages.layout(self.device)
         self.network: Any = network.to(self.device, self.dtype, memory_format=layout)  # type: ignore[call-overload]
+        freeze(self.network)
         self.numbers = numbers.to(self.device, self.dtype)
         with torch.no_grad():
             self._styled = self.network.styled(self.numbers)

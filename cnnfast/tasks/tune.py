@@ -16,6 +16,7 @@ from .. import store
 from ..generators import create_model, list_models
 from ..gpu import guard, tuned
 from ..gpu.tuning import UNCHECKED, tune
+from ..memory_format import channels_last
 from ..messages import CnnfastError, UsageError
 from . import env
 
@@ -44,7 +45,7 @@ def run(options: Options) -> int:
     device, found = torch.device(options.device), []
     for name in options.models or list_models():
         for dtype in options.dtypes:
-            model: Any = create_model(name).eval().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model: Any = channels_last(create_model(name).eval().to(device, dtype))
             left = None if end is None else max(0.0, end - time.monotonic())
             print(f"{name}, {str(dtype).removeprefix('torch.')}, batch {', '.join(map(str, options.batches))}")
             example = model.example_input(options.batches[0])

@@ -22,7 +22,6 @@ from benchmarks.gpu import report as gpu_report
 from benchmarks.gpu import rows as gpu_rows
 from benchmarks.gpu import stages as gpu_stages
 from cnnfast.gpu import guard, observers
-from cnnfast.nn import traced
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = {"code": "abc"}
@@ -157,15 +156,12 @@ def test_a_row_without_its_kernel_fails(tmp_path, monkeypatch):
     assert entry["status"] == "failed" and "no step of it ran as a Triton kernel" in entry["note"]
 
 
-@pytest.mark.parametrize("among", [peers.IMPLEMENTATIONS, peers.GPU_IMPLEMENTATIONS])
-def test_compiled_rows_only_where_plans_are_made(among, monkeypatch):
-    """An earlier torch compiles the modules: Inductor's time, not ours."""
-    monkeypatch.setattr(traced, "PLANS", False)
-    monkeypatch.setattr(torch, "compile", lambda *a, **k: pytest.fail("compiled"))
-    ours = [i for i in among if "cnnfast" in i.name and "torch.compile" in i.name]
-    assert len(ours) == 1
-    with pytest.raises(workload.NotAvailable, match="traces a Sequential as its modules: the time is Inductor's"):
-        ours[0].prepare(workload.Workload(cases.MINI[1], 2, torch.float32))
+def test_a_compiled_row_without_our_kernels_is_a_failure(monkeypatch):
+    """The time would be Inductor's, under our name."""
+    monkeypatch.setattr(torch, "compile", lambda modules, **options: modules)
+    (ours,) = peers.named("cnnfast under torch.compile", among=peers.GPU_IMPLEMENTATIONS)
+    with pytest.raises(RuntimeError, match="no step of it ran as a Triton kernel"):
+        ours.prepare(workload.Workload(cases.MINI[1], 2, torch.float32))
 
 
 def test_which_kernels_cudnn_chose(monkeypatch):
@@ -271,7 +267,17 @@ def test_stages_as_on_a_gpu(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps(RUN))
     variables = environ() | {"CNNFAST_CACHE": str(tmp_path / "cache"), "CNNFAST_GUARD": "1"}
     for stage in ("table", "candidates", "tune", "tuned", "prediction"):
-        arguments = ["-m", "ttsem.sanitize", str(script), "--", stage, "--output", str(tmp_path), "--seconds", "300"]
+        arguments = [
+            "-m",
+            "benchmarks.gpu.on_cpu",
+            str(script),
+            "--",
+            stage,
+            "--output",
+            str(tmp_path),
+            "--seconds",
+            "300",
+        ]
         done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
     (row,) = gpu_rows.read(tmp_path / "table.json")["rows"]

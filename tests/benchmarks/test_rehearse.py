@@ -63,6 +63,7 @@ GOOD = Report(
     looped=True,
     local=0,
     unfenced=0,
+    drains=0,
 )
 # Its loop is one trip of this tile: 64 * 64 * 64 * 2 multiply-adds.
 TILE = dict(block_m=64, block_n=64, block_k=64, unroll=2, num_warps=4, num_stages=3, splits=False, split_k=1)
@@ -235,8 +236,9 @@ def test_a_good_plan_passes() -> None:
     found = verdict()
     assert found.failures == () and found.judged
     assert found.pressure == pytest.approx(0.5) and found.blocks == 3 and found.waves == pytest.approx(2048 / 324)
-    # A program: 4096 clocks of the tensor cores; 256 KiB of operands and 8 KiB of y through L2, 64 bytes a clock.
-    assert found.bound == "l2" and found.shares["tensor"] == pytest.approx(4096 / (4096 + 128))
+    # A program: 4096 clocks of the tensor cores; 256 KiB of operands and 8 KiB of y through L2.
+    through = 264 * 1024 / A100.l2_bytes_per_clock
+    assert found.bound == "l2" and found.shares["tensor"] == pytest.approx(4096 / through)
     assert found.shares["issue"] == pytest.approx(found.shares["tensor"] / 2)
     assert found.useful == 1 and found.ratio == pytest.approx(1) and found.launches == 1
 
@@ -253,12 +255,19 @@ def test_a_good_plan_passes() -> None:
         (dict(mma=0, mma_kind="", macs=0, ffma=10), "no tensor-core instruction"),
         (dict(macs=GOOD.macs * 3 // 4), "no whole trips"),
         (dict(unfenced=4), "4 wgmma without fence.proxy.async"),
+        (dict(drains=1), "1 waits for all of wgmma's products"),
         (dict(instructions=410), "issue pressure 0.80 >"),
     ],
 )
 def test_failing_reports(change: dict[str, Any], says: str) -> None:
     failures = verdict(dataclasses.replace(GOOD, **change)).failures
     assert any(says in f for f in failures), failures
+
+
+def test_tensor_cores_may_wait_for_operands_that_are_rounded() -> None:
+    waits = dataclasses.replace(GOOD, drains=1, instructions=100)
+    assert verdict(waits, numerics="tf32").failures == ()
+    assert any("waits for all" in f for f in verdict(dataclasses.replace(GOOD, drains=1), numerics="bf16").failures)
 
 
 def test_vectors_moved_up_in_an_unrolled_loop_are_no_narrow_operands() -> None:
@@ -268,8 +277,10 @@ def test_vectors_moved_up_in_an_unrolled_loop_are_no_narrow_operands() -> None:
     run.plan = dataclasses.replace(run.plan, **TILE)
     some = dataclasses.replace(GOOD, loads={"LDGSTS.E.BYPASS.128": 16, "LDG.E.U16": 64}, looped=False)
     assert verdict(some, run).failures == ()
+    # No operand's load in sight: a thread would have 32 elements of one in a trip.
+    assert verdict(dataclasses.replace(some, loads={"LDG.E.U16": 31}), run).failures == ()
     assert any("64 loads of 2 bytes" in f for f in verdict(some).failures)  # a step without vectors
-    for change in (dict(looped=True), dict(loads={"LDG.E.U16": 64}), dict(loads={"LDG.E": 16, "LDG.E.U16": 65})):
+    for change in (dict(looped=True), dict(loads={"LDG.E.U16": 32}), dict(loads={"LDG.E": 16, "LDG.E.U16": 65})):
         failures = verdict(dataclasses.replace(some, **change), run).failures
         assert any("loads of 2 bytes" in f for f in failures), (change, failures)
 
@@ -303,7 +314,7 @@ def test_a_rule_that_no_binary_of_the_layer_keeps_is_an_exception() -> None:
 
 
 def test_bytes_are_judged_where_memory_is_the_bound() -> None:
-    ada = DEVICES[89]  # little memory bandwidth
+    ada = dataclasses.replace(DEVICES[89], dram_gb_per_second=300)  # little memory bandwidth
     run = recorded(case(32, 32, 64, 16), 89, **{**TILE, "block_n": 32, "block_k": 32, "unroll": 1})
     fast = dataclasses.replace(GOOD, macs=64 * 32 * 32, mma=8, instructions=20, shared=8192, registers=40)
     found = verdict(fast, run, ada)

@@ -7,11 +7,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from benchmarks import agree, cases, plots, readme, report
+from benchmarks import agree, cases, models, plots, readme, report
 from benchmarks.peers import IMPLEMENTATIONS
+from benchmarks.published import Published
 from benchmarks.report import Report, markdown
 from benchmarks.rows import OTHERS, OURS, Entry, Row
+from benchmarks.workload import NotAvailable
 from cnnfast.timing import Timing
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -228,3 +232,55 @@ def test_readme_shows_generators_and_blocks_with_every_peer():
 
 def test_readme_names_every_generator_and_block():
     assert set(readme.NAMES) == {c.name for c in cases.CASES if c.suite != "layers"}
+
+
+# --- models of others -------------------------------------------------------------------------------------------------
+
+
+def model_row(model, threads, ours, eager=2e-3, last=4e-3):
+    entries = [
+        models.Entry(name, timing=Timing((s,) * 5, 1), error=1e-7)
+        for name, s in (("eager", eager), ("eager channels_last", last), (models.OURS, ours))
+    ]
+    return models.Row(model, f"title of {model}", threads, entries, fused=3, found=4, convolutions=5).as_json()
+
+
+def test_models_are_compared_with_the_better_eager():
+    found = {e["name"]: e for e in model_row("vae", 1, 1e-3)["entries"]}
+    assert found[models.OURS]["over_best_eager"]["median"] == pytest.approx(2.0)
+    assert found["eager channels_last"]["over_best_eager"]["median"] == pytest.approx(0.5)
+
+
+def test_a_run_of_one_model_leaves_the_others():
+    env = {"processor": "p", "instruction set": "i", "torch": "t", "date": "d", "threads": "1"}
+    before = models.merged({}, [model_row("unet", 1, 1e-3), model_row("vae", 1, 1e-3)], env)
+    after = models.merged(before, [model_row("vae", 1, 4e-3), model_row("vae", 2, 5e-4)], env)
+    assert [(row["model"], row["threads"]) for row in after["rows"]] == [("vae", 1), ("unet", 1), ("vae", 2)]
+    assert "threads" not in after["environment"]
+    text = readme.models_table(after)
+    assert "| | 1 thread | 2 threads | fused of found |" in text
+    assert "| title of vae | 0.50x [0.50, 0.50] | 4.00x [4.00, 4.00] | 3 of 4 |" in text
+    assert "| title of unet | 2.00x [2.00, 2.00] | - | 3 of 4 |" in text
+    assert "## 2 threads" in models.markdown(after)
+
+
+def test_a_model_whose_package_is_missing_is_in_the_table():
+    def missing():
+        raise NotAvailable("monai is not installed")
+
+    row = models.measured("segresnet", Published("SegResNet", missing, (1,)), models.NAMES, 1.0).as_json()
+    assert {e["note"] for e in row["entries"]} == {"monai is not installed"}
+    env = {"processor": "p", "instruction set": "i", "torch": "t", "date": "d"}
+    assert "| SegResNet | monai is not installed | 0 of 0 |" in readme.models_table(models.merged({}, [row], env))
+
+
+def test_a_model_is_measured_and_what_is_wrong_is_not():
+    published = Published("tiny", lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), (1, 3, 16, 16))
+    names = ("eager", "eager channels_last", models.OURS)
+    row = models.measured("stack", published, names, 0.1)
+    assert all(row.timing(name) is not None for name in names) and row.found == row.convolutions == 1
+    expected = [torch.ones(2)]
+    entry = models._prepared(
+        "other", lambda model, x: lambda: torch.full((2,), 1.1), nn.Identity(), expected[0], expected
+    )
+    assert entry.call is None and entry.note.startswith("off by 1.0e-01")

@@ -5,6 +5,7 @@ Runs on whatever instruction set oneDNN is allowed (ONEDNN_MAX_CPU_ISA): the dty
 
 from __future__ import annotations
 
+import gc
 import math
 from dataclasses import replace
 from typing import Any
@@ -208,6 +209,87 @@ def test_parts_of_the_epilogue(case: Case, dtype: torch.dtype) -> None:
     ):
         o = full._replace(**{k: v for k, v in none.items() if k not in keep})
         compare(case, o, run(case, o))
+
+
+SUMS = [
+    (replace(case, residual=True), bias)
+    for case in GEOMETRY
+    for bias in (True, False)
+    if not case.step.spec.transposed and (bias or case.id == "plain")
+]
+_SUM_ACTS = [Activation(name) for name in ("identity", "relu", "silu", "prelu")]
+
+
+@pytest.mark.parametrize(("case", "bias"), [pytest.param(c, b, id=f"{c.id}{'' if b else '-no_bias'}") for c, b in SUMS])
+@two_dtypes
+@pytest.mark.parametrize("act", _SUM_ACTS, ids=lambda a: a.name)
+@pytest.mark.parametrize("channels_last", [True, False], ids=["to_nhwc", "to_nchw"])
+def test_a_residual_is_added_on_the_accumulator(
+    case: Case, bias: bool, dtype: torch.dtype, act: Activation, channels_last: bool, sums: list[bool]
+) -> None:
+    """Not in 16 bits where products are of float32: then it is of another dtype."""
+    case = replace(case, step=replace(case.step, activation=act), bias=bias)
+    o = operands(case, dtype, slopes=case.step.spec.out_channels if act.name == "prelu" else 0)
+    o = o._replace(residual=o.residual.contiguous(memory_format=CHANNELS_LAST))
+    given = o.residual.clone()
+    compare(case, o, run(case, o, channels_last))
+    assert sums == [inference.products_dtype(dtype, instruction_set()) == dtype] * len(sums) and sums
+    assert torch.equal(o.residual, given)
+
+
+@pytest.fixture
+def sums(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each convolution that was asked to add a residual, whether it did."""
+    found: list[bool] = []
+    plain = onednn.Convolution.run_adding
+
+    def run_adding(*arguments: Any) -> torch.Tensor | None:
+        y = plain(*arguments)
+        found.append(y is not None)
+        return y
+
+    monkeypatch.setattr(onednn.Convolution, "run_adding", run_adding)
+    return found
+
+
+def test_residuals_that_the_operator_does_not_take(sums: list[bool]) -> None:
+    """Another memory format, an expanded or a sliced tensor; the input itself it takes."""
+    case = conv("sum", "Convolution", 24, 24, 3, 1, 1, size=(7, 6), transposed=False, residual=True)
+    o = operands(case, torch.float32)
+    wide = torch.randn(2, 48, 7, 6).contiguous(memory_format=CHANNELS_LAST)
+    others = (o.residual, o.residual[:, :, :1, :1].expand_as(o.residual), wide[:, :24], wide[:, ::2])
+    for residual in others:
+        o = o._replace(residual=residual)
+        compare(case, o, run(case, o))
+    assert sums and not any(sums)
+    sums.clear()
+    o = o._replace(residual=o.x)
+    compare(case, o, run(case, o))
+    assert sums and all(sums)
+
+
+def test_a_residual_in_three_dimensions(sums: list[bool]) -> None:
+    spec = ConvSpec.make(16, 24, 3, 2, 1, transposed=False, ndim=3)
+    step, last = Step(spec, Activation("relu"), residual=True), torch.channels_last_3d
+    x, residual = torch.randn(2, 16, 5, 6, 7), torch.randn(2, 24, 3, 3, 4).contiguous(memory_format=last)
+    o = Operands(x, nn.Parameter(torch.randn(spec.weight_shape) / 20), torch.randn(24), residual=residual)
+    with torch.no_grad():
+        y = packed(step, o)
+        exact, yardstick, before = reference(step, o, tf32=False)
+    assert y.is_contiguous(memory_format=last)
+    assert_close(y, exact, yardstick, "three dimensions", before)
+    assert sums and all(sums)
+
+
+@pytest.mark.parametrize("shift", ["norm", "bias"])
+def test_a_shift_is_not_rounded_for_a_residual(shift: str, sums: list[bool]) -> None:
+    """In 16 bits the operator takes a bias of 16 bits: one that the norm was folded into is float32."""
+    case = conv("sum", "Convolution", 24, 24, 3, 1, 1, size=(7, 6), transposed=False, residual=True)
+    o = operands(case, torch.bfloat16, norm=shift == "norm")
+    o = o._replace(residual=o.residual.contiguous(memory_format=CHANNELS_LAST))
+    compare(case, o, run(case, o))
+    native = inference.products_dtype(torch.bfloat16, instruction_set()) == torch.bfloat16
+    assert sums == [native and shift == "bias"] * len(sums) and sums
 
 
 @with_id(
@@ -520,6 +602,7 @@ def test_every_change_of_the_operands_is_seen(case: Case, dtype: torch.dtype) ->
 def test_batch_sizes_share_a_pack_and_a_second_call_packs_nothing() -> None:
     case = replace(PLAIN, norm=True)
     o = operands(case, torch.float32)
+    gc.collect()  # what models of other tests left
     packs = len(PACKS)
     for batch in (1, 2, 4, 2, 1):
         run(case, o._replace(x=torch.randn(batch, *o.x.shape[1:])))
@@ -540,6 +623,7 @@ def test_inference_mode_and_no_grad_share_a_pack() -> None:
     o = operands(PLAIN, torch.float32)
     with torch.inference_mode():
         first = packed(PLAIN.step, o)
+    gc.collect()  # what models of other tests left
     packs = len(PACKS)
     with torch.no_grad():
         second = packed(PLAIN.step, o)

@@ -538,3 +538,23 @@ def test_a_view_of_a_parameter_shares_its_life(counted: Counted) -> None:
     del p
     gc.collect()
     assert len(cache) == 0
+
+
+def test_what_nobody_else_has_is_met_already_and_not_read(counted: Counted, weight: nn.Parameter) -> None:
+    """Its vectors are."""
+    counted.cache.own(weight)
+    vector = torch.randn(32)
+
+    def get() -> torch.Tensor | None:
+        return counted.cache.get(weight, lambda: "k", (vector,), lambda: fresh(weight, (vector,)))
+
+    first = get()
+    assert first is not None and get() is first
+    weight.data.mul_(2)  # which nobody can
+    assert get() is first
+    vector.data.mul_(2)
+    assert get() is None
+    second = get()
+    assert second is not None and torch.equal(second, fresh(weight, (vector,))) and get() is second
+    gc.collect()
+    assert len(counted.cache) == 1

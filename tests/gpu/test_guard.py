@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import re
 import shutil
 import subprocess
@@ -689,6 +690,7 @@ def test_warmup_runs_every_batch_without_gradients() -> None:
 def test_warmup_packs_the_weights_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = cnnfast.Sequential(nn.ConvTranspose2d(64, 64, 4, 2, 1), nn.Tanh()).eval(), torch.randn(2, 64, 16, 16)
     cnnfast.warmup(model, x)
+    gc.collect()  # what models of other tests left
     packs = len(PACKS)
     monkeypatch.setattr(inference, "_pack", lambda *args: pytest.fail("packed after warmup"))
     with torch.inference_mode():

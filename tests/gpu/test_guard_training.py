@@ -16,6 +16,7 @@ import cnnfast
 from cnnfast.activations import Activation
 from cnnfast.gpu import guard, norm_act_backward
 from cnnfast.gpu.norm_act_autograd import activation_backward
+from cnnfast.gpu.norm_act_trial import activation_problem
 from cnnfast.norms import Norm
 from cnnfast.ops.run import run_step
 from cnnfast.reference import Saved
@@ -518,3 +519,11 @@ def test_a_capture_after_the_warmup_of_a_training_step(
     with silent():
         model(x).backward(torch.ones(2, 32, 8, 6).half().to(device))
     assert len([name for name in launches if name.startswith("wgrad")]) == 1 and model.weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "relu"])
+def test_an_activation_with_a_bias_passes_its_trial(device: torch.device, name: str, dtype: torch.dtype) -> None:
+    """A bias's gradient sums what was stored, thousands of roundings to the dtype."""
+    grad = torch.empty(2, 16, 24, 24, dtype=dtype, device=device)
+    assert activation_problem(grad, torch.empty_like(grad), Activation(name), True) is None

@@ -129,6 +129,7 @@ def matmul_report(arch: int, tile: Tile) -> Report:
     return inspect(kernels[-1])
 
 
+ADDRESSES = 36  # instructions of a trip: borders and offsets of the rows that a thread copies
 LONG = ConvSpec.make(1024, 256, 4, 2, 1)  # so many channels that no loop is unrolled away
 
 
@@ -151,7 +152,8 @@ def report_of(arch: int, plan: Plan) -> Report:
 @pytest.mark.parametrize("arch", FAST)
 def test_main_loop_against_a_matrix_product(arch: int) -> None:
     """Implicit GEMM issues no more instructions per tensor-core instruction than a plain product with the same tile,
-    for every tile that is chosen in float16."""
+    for every tile that is chosen in float16; a trip of wgmma, which is one product, the addresses of its rows beside
+    them, and does not wait for the tensor cores to be empty."""
     chosen = {choose_plan(spec, b, size, HALF, DEVICES[arch]) for spec, size in LAYERS.values() for b in BATCHES}
     low = lower(LONG, (8, 8))
     plans = {replace(p, lowering=low, splits=False, split_k=1) for p in chosen if p.lowering.regime == "phases"}
@@ -163,7 +165,9 @@ def test_main_loop_against_a_matrix_product(arch: int) -> None:
         product = matmul_report(arch, tile)
         lines.append(f"sm_{arch} {plan.name}: {mine.per_mma:.2f}, matrix product {product.per_mma:.2f}")
         assert mine.stack == product.stack == 0, lines[-1]
-        if mine.per_mma > product.per_mma:
+        assert mine.drains == 0, lines[-1]
+        own = ADDRESSES if mine.mma_kind == "wgmma" else 0
+        if mine.per_mma > product.per_mma + own / mine.mma:
             worse.append(lines[-1])
     print(*lines, sep="\n")
     assert not worse, worse

@@ -21,14 +21,11 @@ from torch import Tensor, nn
 import cnnfast
 from cnnfast.gpu import traced
 from cnnfast.memory_format import to_format
-from cnnfast.nn.traced import PLANS
 from cnnfast.reference import run_reference
 from cnnfast.tolerance import verdict
 
 from ..conftest import conv_precision
 from .test_traced import STEPS, calls, leaves, operands
-
-planned = pytest.mark.skipif(not PLANS, reason="before torch 2.13 a compiled Sequential is traced as its modules")
 
 
 @pytest.fixture
@@ -80,7 +77,6 @@ def close(got: Tensor, want64: Tensor, yardstick: Tensor, what: str) -> None:
     assert problem is None, f"{what}: {problem}"
 
 
-@planned
 def test_training_step(compiler: torch.device, launches: list[str]) -> None:
     """Forward and backward of every kind of norm: the graphs hold no convolution and no norm of PyTorch's, and results,
     gradients and running statistics are as near to float64 as eager PyTorch's."""
@@ -120,7 +116,6 @@ def test_training_step(compiler: torch.device, launches: list[str]) -> None:
             assert torch.equal(buffers[0], buffers[2])
 
 
-@planned
 def test_inference(compiler: torch.device, launches: list[str]) -> None:
     plain = generator(compiler).eval()
     ours = cnnfast.Sequential(*deepcopy(list(plain)))
@@ -196,7 +191,6 @@ def test_gradients_on_the_kernels(device: torch.device, launches: list[str], nam
 
 @pytest.mark.slow
 def test_on_the_interpreter(interpreter: None) -> None:
-    passed = 3 if PLANS else 1
     names = ("test_training_step", "test_inference", "test_functions_with_gradients")
     here = Path(__file__)
     done = subprocess.run(
@@ -206,4 +200,4 @@ def test_on_the_interpreter(interpreter: None) -> None:
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and f"{passed} passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]

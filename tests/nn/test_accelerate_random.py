@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.nn.utils import parametrizations, weight_norm
 
 import cnnfast
 from cnnfast.nn.accelerate_call import record_of
-from cnnfast.nn.accelerate_verify import differs
+from cnnfast.nn.accelerate_verify import differs, without_onednn
 
 from .test_sequential_training import loss_of, randomized, real_strides
 from .test_training_features import Outcome
@@ -30,16 +29,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@contextmanager
-def without_onednn() -> Iterator[None]:
-    """PyTorch's arithmetic in another order."""
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        yield
-    finally:
-        torch._C._set_mkldnn_enabled(True)
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -142,7 +131,7 @@ class TwoConsumers(nn.Module):
         if self.how == 0:
             return torch.relu(y) - 0.5 * y
         if self.how == 1:
-            view = y.view(y.shape[0], -1)
+            view = y.unsqueeze(0)  # in any memory format
             view.mul_(0.5)
             return torch.relu(y)
         z = y * 2
@@ -193,6 +182,43 @@ class Computed(nn.Module):
         return F.leaky_relu(self.conv(x), 0.2)
 
 
+class Shuffled(nn.Module):
+    """PixelShuffle after a convolution, of the module, of the function, or behind an activation."""
+
+    def __init__(self, r: random.Random, c_in: int, c_out: int) -> None:
+        super().__init__()
+        made: nn.Module = nn.Conv2d(c_in, 4 * c_out, 3, padding=1)
+        self.conv = weight_norm(made) if r.random() < 0.5 else made
+        self.shuffle, self.how = nn.PixelShuffle(2), r.randrange(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        if self.how == 0:
+            y = F.silu(self.shuffle(y))
+        elif self.how == 1:
+            y = F.pixel_shuffle(torch.tanh(y), 2)
+        else:
+            y = self.shuffle(y).relu_()
+        return F.avg_pool2d(y, 2)
+
+
+class Vocoder(nn.Module):
+    """A block of one dimension with computed weights, along the rows: activations ahead of the convolutions."""
+
+    def __init__(self, r: random.Random, c_in: int, c_out: int) -> None:
+        super().__init__()
+        how: Any = r.choice([weight_norm, parametrizations.weight_norm, parametrizations.spectral_norm])
+        self.up = how(nn.ConvTranspose1d(c_in, c_out, 4, 2, 1))
+        self.first = how(nn.Conv1d(c_out, c_out, 3, dilation=3, padding=3))
+        self.second = how(nn.Conv1d(c_out, c_out, 3, stride=2, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        y = self.up(F.leaky_relu(x.flatten(2), 0.1))
+        y = self.first(F.leaky_relu(y, 0.1)) + y
+        return torch.tanh(self.second(F.leaky_relu(y))).view(n, -1, h, w)
+
+
 class Random(nn.Module):
     def __init__(self, r: random.Random, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -235,7 +261,7 @@ class Counting(nn.Module):
 
 PARTS: list[Part] = [
     Functional, Residual, Upsampled, Transposed, TwoConsumers, Overwritten, Shared, Computed, Random, Controlled,
-    Counting,
+    Counting, Shuffled, Vocoder,
 ]  # fmt: skip
 
 

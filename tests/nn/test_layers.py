@@ -127,7 +127,12 @@ RUNS: dict[str, tuple[list[nn.Module], tuple[int, ...], list[tuple[bool, bool]] 
     "1x1": ([conv(k=1), nn.SiLU(), conv(k=1), nn.SiLU()], (64, 60, 60), "the conversions"),
     "1x1-and-3x3": ([conv(), nn.SiLU(), conv(k=1), nn.SiLU()], (64, 64, 64), [(True, False), (False, False)]),
     "transposed": ([conv(k=1), nn.ConvTranspose2d(64, 64, 2, 2)], (64, 60, 60), [(True, True), (False, False)]),
-    "one-dimension": ([nn.Conv1d(64, 64, 7), nn.Conv1d(64, 64, 7)], (64, 640), [(True, False), (False, False)]),
+    "one-dimension": (
+        [nn.Conv1d(64, 64, 7), nn.ConvTranspose1d(64, 64, 7)],
+        (64, 640),
+        [(True, False), (False, False)],
+    ),
+    "plain-in-one-dimension": ([nn.Conv1d(64, 64, 7), nn.Conv1d(64, 64, 7)], (64, 640), "are as fast"),
 }
 
 
@@ -154,6 +159,18 @@ def test_how_a_chain_of_nchw_runs(name: str) -> None:
             runs = chain.bind(x, reading).runs
             assert [r.as_modules for r in runs] == [None] * len(chain.steps)
             assert [r.channels_last for r in runs] == [True] * (len(chain.steps) - 1) + [False]
+
+
+@pytest.mark.skipif(methods.why_missing() is not None, reason=str(methods.why_missing()))
+@pytest.mark.parametrize(
+    ("batch", "dtype", "fused"), [(1, "float32", False), (2, "float32", True), (1, "bfloat16", True)]
+)
+def test_plain_convolutions_of_one_dimension(batch: int, dtype: str, fused: bool) -> None:
+    of = {"dtype": getattr(torch, dtype)}
+    seq = Sequential(nn.Conv1d(64, 64, 7, **of), nn.LeakyReLU(), nn.Conv1d(64, 64, 7, **of)).eval()
+    with torch.no_grad():
+        text = seq.explain(torch.randn(batch, 64, 640, **of))
+    assert ("one sample are as fast" in text) is not fused and text.endswith("fused") is fused, text
 
 
 def test_explain() -> None:

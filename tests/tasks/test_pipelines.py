@@ -15,12 +15,20 @@ pytest.importorskip("PIL", reason="Pillow is not installed")
 pytest.importorskip("skimage", reason="scikit-image is not installed")
 from PIL import Image
 
+from cnnfast import generators
+from cnnfast.cpu import packing
 from cnnfast.messages import UsageError
-from cnnfast.tasks import enhancement, pixels
+from cnnfast.nn.layers import Sequential
+from cnnfast.tasks import cutting, enhancement, pixels, sampling, styling
+from cnnfast.tasks.cutting import Cutter
+from cnnfast.tasks.drawing import Drawer
+from cnnfast.tasks.enhancement import Enhancer
 from cnnfast.tasks.masks import painted
 from cnnfast.tasks.pictures import Picture
 from cnnfast.tasks.pipelines import Pipelines
 from cnnfast.tasks.repairing import Repairer
+from cnnfast.tasks.sampling import Sampler
+from cnnfast.tasks.styling import Styler
 
 
 class Repeats(nn.Module):
@@ -133,3 +141,25 @@ def test_previews(dtype: type) -> None:
     np.testing.assert_array_equal(shown.pixels, np.full((10, 30, 4), 255, np.uint8))
     assert shown.info == picture.info and shown.pixels.dtype == np.uint8
     assert pixels.preview(picture, 60).pixels.shape == (20, 60, 4)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        lambda: Sampler("faces", device="cpu").network,
+        lambda: Drawer(device="cpu").network,
+        lambda: Enhancer(2, denoise=1, device="cpu").jobs[0].network,
+        lambda: Enhancer(2, device="cpu").jobs[0].network,
+        lambda: Repairer(device="cpu").network,
+        lambda: Styler("mosaic", device="cpu").network,
+        lambda: Cutter(device="cpu", sequential=Sequential).network,
+    ],
+    ids=["generate", "draw", "denoise", "enhance", "repair", "style", "cut out"],
+)
+def test_a_task_freezes_its_network(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def untrained(name: str, pretrained: bool = False, *rest: Any, **options: Any) -> nn.Module:
+        return generators.create_model(name, **options).eval()
+
+    for module in (cutting, enhancement, sampling, styling):
+        monkeypatch.setattr(module, "create_model", untrained)
+    assert packing.PACKS.freeze(task()) == []  # those that were not frozen

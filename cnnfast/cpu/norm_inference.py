@@ -1,0 +1,167 @@
+"""Norms of channels-last maps in inference on a CPU, and what follows them.
+
+PyTorch's own take E[x^2] - E[x]^2 of such a map (GroupNorm), add up a channel's values one after the other (BatchNorm),
+or convert it to NCHW (InstanceNorm). Here one call gives mean and variance of every channel of every few hundred
+positions, which are merged in float64 by Chan's formula; one pass scales and shifts, and the rest is in place.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..activations import Activation
+from ..dispatch import needs_gradient
+from ..memory_format import format_of, new_strides
+from ..norms import Norm
+from ..step import Operands
+from .finish import activated
+from .norm import is_far
+
+__all__ = ["finished", "why_not"]
+
+
+def why_not(norm: Norm | None, o: Operands) -> str | None:
+    """Why `finished` does not apply, or None: it does to a dense float32 map of several positions, channels-last, and
+    a norm by the statistics of each image that moves no others."""
+    x = o.x
+    if norm is None or not norm.measured or not norm.per_image:
+        return "it does not measure each image"
+    if needs_gradient(o):
+        return "a gradient is wanted"
+    if o.mean is not None or o.var is not None:
+        return "it moves running statistics"
+    tensors = [t for t in (x, o.scale, o.shift, o.residual, o.slope) if t is not None]
+    if any(t.dtype != torch.float32 for t in tensors):
+        return "it is not all float32"
+    if x.dim() not in (4, 5) or x.is_contiguous() or not x.is_contiguous(memory_format=format_of(x.dim(), True)):
+        return "the map is not channels-last"
+    if x.numel() == 0 or o.residual is not None and o.residual.shape != x.shape:
+        return f"shapes {tuple(x.shape)} and {None if o.residual is None else tuple(o.residual.shape)}"
+    return None
+
+
+def finished(norm: Norm, o: Operands, activation: Activation, *, ours: bool) -> Tensor:
+    """``act(norm(x) + residual)`` of what `why_not` accepts, channels-last; in place of x where that is ``ours``."""
+    x = o.x
+    y = _short_groups(norm, o)
+    if y is None:
+        y = x if ours else torch.empty_like(x)
+        _normalise(norm, o, y)
+    if o.residual is not None:
+        y += o.residual
+    return activated(y, activation, o.slope)
+
+
+_SHORT = 4096  # positions whose squares ATen may add up one after the other
+_NEAR = 0.5  # deviations of a mean from 0 that E[x^2] - E[x]^2 bears without a loss to speak of
+
+
+def _short_groups(norm: Norm, o: Operands) -> Tensor | None:
+    """GroupNorm by ATen, where its sums are short and no mean is far from 0."""
+    n, c, *size = o.x.shape
+    if norm.kind != "group" or math.prod(size) > _SHORT:
+        return None
+    x = o.x.as_strided(o.x.shape, new_strides(o.x.shape, True))  # sizes of one have strides of any size
+    y, mean, rstd = torch.native_group_norm(x, o.scale, o.shift, n, c, math.prod(size), norm.groups, norm.eps)
+    return None if is_far(mean, rstd, _NEAR) else y
+
+
+def _normalise(norm: Norm, o: Operands, y: Tensor) -> None:
+    x = o.x
+    centre, scale, shift = _affine(norm, o)
+    if centre.any():
+        x = x - centre.view(*centre.shape, *(1,) * (x.dim() - 2))
+        _, scale, shift = _affine(norm, o._replace(x=x))
+    for image, result, factor, more in zip(x, y, scale, shift, strict=True):
+        fold = _folded(len(factor), image[0].numel())
+        source, target = (_rows(t).view(-1, fold * len(factor)) for t in (image, result))
+        torch.addcmul(_repeated(more, fold), source, _repeated(factor, fold), out=target)
+
+
+def _rows(image: Tensor) -> Tensor:
+    """(C, *size), channels-last, as (positions, C)."""
+    return image.movedim(0, -1).flatten(0, -2)
+
+
+def _folded(channels: int, positions: int) -> int:
+    """How many positions count as one, where channels are few: ATen's loops begin anew at every row."""
+    fold = 1
+    while fold * channels < 64 and positions % (2 * fold) == 0:
+        fold *= 2
+    return fold
+
+
+def _repeated(v: Tensor, fold: int) -> Tensor:
+    return v if fold == 1 else v.repeat(fold)
+
+
+# --- statistics -------------------------------------------------------------------------------------------------------
+
+
+_FAR = 8.0  # deviations of a mean from 0: beyond, sums and products are rounded at a size that the result has not
+
+
+def _affine(norm: Norm, o: Operands) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean where one is far from 0 (else 0), what x is multiplied by, and what is added, (N, C) each: of x as it
+    is."""
+    n, c = o.x.shape[:2]
+    moments = [_moments(_rows(image)) for image in o.x]
+    mean, var = torch.stack([m for m, _ in moments]), torch.stack([v for _, v in moments])
+    join = norm.join(c)
+    if join > 1:
+        mean, var = mean.view(n, -1, join), var.view(n, -1, join)
+        centre = mean.mean(2, keepdim=True)
+        var = (var + (mean - centre).square_()).mean(2).repeat_interleave(join, 1)
+        mean = centre.expand(n, c // join, join).reshape(n, c)
+    scale = torch.rsqrt(var + norm.eps)
+    centre = torch.where((mean.abs() * scale > _FAR).any(), mean, 0.0).float()
+    if o.scale is not None:
+        scale = scale * o.scale
+    shift = -mean * scale if o.shift is None else o.shift - mean * scale
+    return centre, scale.float(), shift.float()
+
+
+_FEW = 512  # values whose sum in float32 is about as exact as each of them
+
+
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of (n, C): (C,) each, float64."""
+    n, c = rows.shape
+    parts, each = _parts(n)
+    found = [_statistics(rows[: parts * each], parts)]
+    if n > parts * each:
+        found.append(_statistics(rows[parts * each :], 1))
+    mean, var = torch.cat(found, 1).double()
+    if len(mean) == 1:
+        return mean[0], var[0]
+    share = _shares(n)
+    centre = share @ mean
+    return centre, share @ (var + (mean - centre).square_())
+
+
+def _statistics(rows: Tensor, parts: int) -> Tensor:
+    """(2, parts, C): of every ``parts``-th row. PyTorch's BatchNorm of parts * C channels does it in two readings."""
+    c = rows.shape[1]
+    wide = rows.view(1, 1, -1, parts * c).permute(0, 3, 1, 2)
+    return torch.stack(torch.batch_norm_update_stats(wide, None, None, 0.0)).view(2, parts, c)
+
+
+@lru_cache(maxsize=1024)
+def _parts(n: int) -> tuple[int, int]:
+    """Into how many parts of how many rows n rows are cut, but for a rest smaller than the parts are many."""
+    parts = -(-n // _FEW)
+    parts = next((k for k in range(parts, 2 * parts) if n % k == 0), parts)
+    return parts, n // parts
+
+
+@lru_cache(maxsize=1024)
+def _shares(n: int) -> Tensor:
+    """Of the rows, in each part and in the rest."""
+    parts, each = _parts(n)
+    shares = [each / n] * parts + [(n - parts * each) / n] * (n > parts * each)
+    with torch.inference_mode(False):  # kept for later calls
+        return torch.tensor(shares, dtype=torch.float64, device="cpu")

@@ -1,0 +1,129 @@
+"""A site in inference on a CPU, met again with the same kind of input and the same operands: its steps, without asking
+everything anew.
+
+A step of a model takes a millisecond and goes through memory that is larger than the caches, after which a hundred
+microseconds of Python are a tenth of it. What was decided still holds; what the operands hold is compared on every call
+as ever (`cpu.packing`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cpu import inference
+from ..dispatch import on_cpu, resolve_backend
+from ..memory_format import convert, format_of
+from ..ops.run import run_step
+from ..step import Operands, Step
+from .chain import Bound, Chain
+
+__all__ = ["Planned", "Quick", "kind_of", "parts_of"]
+
+
+def kind_of(x: Tensor, operands: Sequence[Any], added: Sequence[int]) -> tuple[object, ...]:
+    """What decisions hold for, beside the operands that are not ``added``."""
+    more = [(operands[k].shape, operands[k].stride(), operands[k].dtype) for k in added]
+    state = torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(), torch._C._get_mkldnn_enabled()
+    return x.shape, x.stride(), x.dtype, torch.get_num_threads(), resolve_backend(None), state, *more
+
+
+Run = Callable[[Any, Sequence[Any]], Any]
+
+
+class Planned(NamedTuple):
+    """A ``step``, of ``one`` dimension or more; ``places`` of its operands among the site's, from the weight on;
+    whether its weight is ``packed``. Or ``calls`` that run as they stand. ``channels_last``: the result."""
+
+    step: Step | None
+    channels_last: bool | None
+    places: tuple[int | None, ...]
+    packed: bool
+    one: bool
+    calls: tuple[Run, ...] = ()
+
+    def run(self, x: Tensor, operands: Sequence[Any]) -> Tensor:
+        step, last, places, packed, one, calls = self
+        if step is None or calls:
+            for call in calls:
+                x = call(x, operands)
+            return x if last is None else convert(x, x.dtype, last)
+        o = Operands(x, *[None if k is None else operands[k] for k in places])  # type: ignore[arg-type]
+        if one:
+            residual = None if o.residual is None else o.residual.unsqueeze(2)
+            o = o._replace(x=x.unsqueeze(2), weight=o.weight.unsqueeze(2), residual=residual)
+        y = inference.run(step, o, bool(last)) if packed else None
+        if y is None:
+            y = run_step(step, o, channels_last=last)
+        return y.squeeze(2) if one else y
+
+
+class Quick(NamedTuple):
+    """``same``: operands that must be these."""
+
+    parts: tuple[Planned, ...]
+    same: tuple[tuple[int, weakref.ref[Tensor]], ...]
+
+    @staticmethod
+    def of(parts: Sequence[Planned], operands: Sequence[Any], added: Sequence[int]) -> Quick:
+        same = [(k, weakref.ref(t)) for k, t in enumerate(operands) if k not in added and isinstance(t, Tensor)]
+        return Quick(tuple(parts), tuple(same))
+
+    def holds(self, operands: Sequence[Any]) -> bool:
+        """Whether these operands have come again."""
+        return all(operands[k] is ref() for k, ref in self.same)
+
+    def run(self, x: Tensor, operands: Sequence[Any]) -> Tensor:
+        for part in self.parts:
+            x = part.run(x, operands)
+        return x
+
+
+def parts_of(
+    chain: Chain,
+    bound: Bound | str,
+    x: Tensor,
+    operands: Sequence[Any],
+    tensors: Sequence[tuple[int | None, ...]],
+    calls: Sequence[Run],
+) -> list[Planned] | None:
+    """How ``chain`` runs as ``bound`` says; ``tensors``: the places of each slot's; ``calls``: each slot as it stands.
+    None where it is more than these."""
+    if isinstance(bound, str):
+        return [Planned(None, None, (), False, False, tuple(calls[k] for k in chain.slots))]
+    if bound.low is not None or bound.both or not on_cpu(x):
+        return None
+    one = chain.steps[0].ndim == 1
+    shape = (*x.shape[:2], 1, x.shape[2]) if one else tuple(x.shape)
+    parts = []
+    for s, run in zip(chain.steps, bound.runs, strict=True):
+        rule = s.rule
+        if run.wide or run.apart or one and run.as_modules is not None:
+            return None
+        if rule is not None and (rule.updates or rule.counts or rule.synchronised):
+            return None
+        norm = (None,) * 4 if s.norm is None else tensors[s.norm]
+        if s.step.measured:
+            norm = (None, None, *norm[2:])
+        more = [None if k is None else tensors[k][0] for k in (s.residual, s.slope)]
+        places = (*tensors[s.conv], *norm, *more)
+        packed, as_modules = False, tuple(calls[k] for k in s.slots) if run.as_modules is not None else ()
+        if not (s.step.measured or as_modules):
+            like = x.new_empty(shape).contiguous(memory_format=format_of(len(shape), True))
+            o = Operands(like, *[None if k is None else operands[k] for k in places])  # type: ignore[arg-type]
+            o = o._replace(weight=o.weight.unsqueeze(2)) if one else o
+            packed = inference.why_not(s.step, o, run.channels_last) is None
+        parts.append(Planned(_interned(s.step), run.channels_last, places, packed, one, as_modules))
+        shape = (shape[0], s.step.spec.out_channels, *s.step.output_size(shape[2:]))
+    return parts
+
+
+@lru_cache(maxsize=4096)
+def _interned(step: Step) -> Step:
+    """One of equal steps, which tables then find without comparing it."""
+    return step

@@ -1,0 +1,72 @@
+"""Norms of channels-last maps in inference: as exact as PyTorch's of contiguous ones, whatever their mean."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cnnfast.activations import Activation
+from cnnfast.cpu import norm_inference
+from cnnfast.memory_format import format_of
+from cnnfast.norms import Norm
+from cnnfast.ops.run import run_step
+from cnnfast.step import Operands, norm_step
+from cnnfast.tolerance import verdict
+
+SHAPES = {
+    "one part": (2, 24, 7, 9),
+    "many parts": (1, 32, 96, 80),
+    "a rest": (1, 8, 83, 97),
+    "few channels": (3, 2, 64, 64),
+    "three dimensions": (1, 16, 9, 20, 11),
+    "two rows": (1, 64, 1, 2),
+}
+
+
+def plain(norm: Norm, x: Tensor, o: Operands) -> Tensor:
+    scale, shift = (None if t is None else t.to(x.dtype) for t in (o.scale, o.shift))
+    if norm.kind == "group":
+        return F.group_norm(x, norm.groups, scale, shift, norm.eps)
+    return F.instance_norm(x, weight=scale, bias=shift, eps=norm.eps)
+
+
+@pytest.mark.parametrize("mean", [0.0, 3.0, 300.0])
+@pytest.mark.parametrize("norm", [Norm("group", 2), Norm("group", 1), Norm("instance")], ids=["2", "1", "instance"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_as_exact_as_of_contiguous_maps(shape: tuple[int, ...], norm: Norm, mean: float) -> None:
+    torch.manual_seed(0)
+    c = shape[1]
+    x = torch.randn(shape) * (1 + torch.rand(c).view(-1, *(1,) * (len(shape) - 2))) + mean
+    last = x.contiguous(memory_format=format_of(len(shape), True))
+    o = Operands(last, scale=torch.randn(c), shift=torch.randn(c))
+    assert norm_inference.why_not(norm, o) is None
+    kept = last.clone()
+    y = run_step(norm_step(norm), o, channels_last=True)
+    assert y.is_contiguous(memory_format=format_of(len(shape), True)) and torch.equal(last, kept)
+    assert verdict(y, plain(norm, x.double(), o), plain(norm, x, o)) is None
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", "mish", "gelu", "prelu", "tanh"])
+def test_what_follows(activation: str) -> None:
+    torch.manual_seed(0)
+    x, added = (torch.randn(2, 16, 20, 30).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    slope = torch.rand(16) if activation == "prelu" else None
+    o = Operands(x, scale=torch.randn(16), residual=added.contiguous(), slope=slope)
+    act = Activation(activation)
+    y = run_step(norm_step(Norm("group", 4), True, act), o, channels_last=True)
+    exact = act(
+        F.group_norm(x.double(), 4, o.scale.double()) + added.double(), None if slope is None else slope.double()
+    )
+    assert verdict(y, exact, act(F.group_norm(x.contiguous(), 4, o.scale) + added, slope)) is None
+
+
+def test_what_it_does_not_take() -> None:
+    x = torch.randn(1, 8, 4, 4).contiguous(memory_format=torch.channels_last)
+    norm = Norm("group", 2)
+    assert "gradient" in str(norm_inference.why_not(norm, Operands(x.clone().requires_grad_())))
+    assert "channels-last" in str(norm_inference.why_not(norm, Operands(x.contiguous())))
+    assert "float32" in str(norm_inference.why_not(norm, Operands(x.bfloat16())))
+    assert "running" in str(norm_inference.why_not(Norm("instance"), Operands(x, mean=torch.zeros(8))))
+    assert norm_inference.why_not(Norm("batch"), Operands(x)) and norm_inference.why_not(None, Operands(x))

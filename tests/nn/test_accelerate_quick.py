@@ -1,0 +1,117 @@
+"""An accelerated model's steps at a call after the first of its kind: nothing that was decided is ever stale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cnnfast
+from cnnfast.nn import rewrite_quick
+from cnnfast.nn.accelerate_call import plain_call, record_of
+from cnnfast.nn.rewrite_quick import Quick
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(8, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.second, self.third = nn.Conv2d(32, 32, 3, padding=1), nn.ConvTranspose2d(32, 8, 4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm(self.first(x)))
+        return torch.tanh(self.third(F.relu(y + self.second(y))))
+
+
+def images(*size: int, seed: int = 1) -> Tensor:
+    return torch.randn(size or (1, 8, 48, 48), generator=torch.Generator().manual_seed(seed))
+
+
+def same(ours: nn.Module, x: Tensor) -> None:
+    a = ours(x)
+    with plain_call(ours):
+        b = ours(x)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert a.stride() == b.stride()
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    ours = cnnfast.accelerate(Model().eval())
+    with torch.no_grad():
+        for _ in range(3):
+            same(ours, images())
+    record = record_of(ours)
+    assert record is not None and all(site._quick for site in record.graphs[-1].sites)
+    return ours
+
+
+def written_past_its_version(m: Any) -> None:
+    m.second.weight.data.mul_(1.5)
+
+
+def replaced(m: Any) -> None:
+    m.second.weight = nn.Parameter(m.second.weight * 0.5)
+
+
+def other_memory(m: Any) -> None:
+    m.third.weight.data = m.third.weight.data * -1
+
+
+def other_statistics(m: Any) -> None:
+    m.norm.running_mean.data.add_(1)
+
+
+def other_bias(m: Any) -> None:
+    m.second.bias.data.add_(1)
+
+
+CHANGES: list[Callable[[Any], None]] = [
+    written_past_its_version, replaced, other_memory, other_statistics, other_bias,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=[c.__name__ for c in CHANGES])
+def test_changes_are_seen(model: nn.Module, change: Callable[[Any], None]) -> None:
+    with torch.no_grad():
+        before = model(images())
+        change(model)
+        for _ in range(3):
+            same(model, images())
+        assert (model(images()) - before).abs().max() > 1e-3
+
+
+def test_other_inputs_and_settings(model: nn.Module) -> None:
+    with torch.no_grad():
+        same(model, images(2, 8, 32, 40))
+        same(model, images().contiguous(memory_format=torch.channels_last))
+        with torch.backends.mkldnn.flags(enabled=False):
+            same(model, images())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            a = model(images())
+            with plain_call(model):
+                assert a.dtype == model(images()).dtype
+    x = images().requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None
+
+
+def test_nothing_is_asked_anew(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[int] = []
+    run = Quick.run
+
+    def counted(self: Quick, x: Tensor, operands: Any) -> Tensor:
+        ran.append(len(self.parts))
+        return run(self, x, operands)
+
+    monkeypatch.setattr(Quick, "run", counted)
+    monkeypatch.setattr(rewrite_quick, "parts_of", None)
+    with torch.no_grad():
+        same(model, images())
+    record = record_of(model)
+    assert record is not None and len(ran) == len(record.graphs[-1].sites)
