@@ -11,8 +11,8 @@ from .epilogue import vector
 
 @triton.jit
 def store_statistics(stats_ptr, part, parts, count, mean, m2, chan, chan_mask, first, COUT: tl.constexpr):
-    """One part of `cnnfast.norms.Partials`, of ``parts`` in all. ``first``: whether this program is the part's one that
-    stores the count."""
+    """One part of `cnnfast.norms.Partials`: count (parts,), mean (parts, COUT) and m2 likewise, one after the other.
+    ``first``: whether this program is the part's one that stores the count."""
     offs = part.to(tl.int64) * COUT + chan
     tl.store(stats_ptr + part, count, mask=first)
     tl.store(stats_ptr + parts + offs, mean, mask=chan_mask)

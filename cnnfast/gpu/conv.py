@@ -289,32 +289,27 @@ def _first_use(step: Step, o: Operands, channels_last: bool, launch: Launch, req
 
 
 def _start(step: Step, o: Operands, channels_last: bool, launch: Launch) -> Result:
-    """The launch, on the device of the tensors."""
-    with on_device(o.x):
-        return _start_here(step, o, channels_last, launch)
-
-
-def _start_here(step: Step, o: Operands, channels_last: bool, launch: Launch) -> Result:
-    """The launch itself, with every operand in its layout and at an address that 16 divides: anything else would be
-    another binary, with narrow loads, and unproven."""
+    """The launch, on the device of the tensors, with every operand in its layout and at an address that 16 divides:
+    anything else would be another binary, with narrow loads, and unproven."""
     x, weight, bias, mean, var, scale, shift, residual, slope, *_ = o
-    x, weight = aligned(x.contiguous(memory_format=torch.channels_last)), aligned(weight)
-    if launch.gathers:
-        weight = kernel_weight(step, launch.plan.lowering, weight)
-    else:  # read in place
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    if residual is not None:
-        residual = aligned(to_format(residual, channels_last))
-    vectors = [
-        v
-        if v is None or not v.data_ptr() & 15 and v.is_contiguous()
-        else v.clone(memory_format=torch.contiguous_format)
-        for v in (bias, mean, var, scale, shift, slope)
-    ]
-    y = torch.empty_strided(launch.output_shape, launch.output_strides, dtype=x.dtype, device=x.device)
-    partials = None if launch.parts is None else Partials.empty(y, (*launch.parts, launch.output_shape[1]))
-    stats = None if partials is None else partials.stats
-    _launch(x, weight, y, residual, vectors, stats, 0.0 if step.norm is None else float(step.norm.eps), launch)
+    with on_device(x):
+        x, weight = aligned(x.contiguous(memory_format=torch.channels_last)), aligned(weight)
+        if launch.gathers:
+            weight = kernel_weight(step, launch.plan.lowering, weight)
+        else:  # read in place
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            residual = aligned(to_format(residual, channels_last))
+        vectors = [
+            v
+            if v is None or not v.data_ptr() & 15 and v.is_contiguous()
+            else v.clone(memory_format=torch.contiguous_format)
+            for v in (bias, mean, var, scale, shift, slope)
+        ]
+        y = torch.empty_strided(launch.output_shape, launch.output_strides, dtype=x.dtype, device=x.device)
+        partials = None if launch.parts is None else Partials.empty(y, (*launch.parts, launch.output_shape[1]))
+        stats = None if partials is None else partials.stats
+        _launch(x, weight, y, residual, vectors, stats, 0.0 if step.norm is None else float(step.norm.eps), launch)
     return y, partials
 
 

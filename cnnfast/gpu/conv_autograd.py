@@ -245,7 +245,11 @@ class _WeightGradient(torch.autograd.Function):
 
 
 def recorded(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def convolution(

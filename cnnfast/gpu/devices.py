@@ -25,6 +25,7 @@ __all__ = [
     "resident_blocks",
     "target_device",
     "tf32_convolutions",
+    "triton_driver",
 ]
 
 
@@ -120,12 +121,22 @@ def target_device(x: torch.Tensor) -> Device:
     index = cuda_index(x)
     if index is not None:
         return _cuda_device(index)
-    from triton.runtime.driver import driver
-
     try:
-        return _device_of(driver.active)
+        return _device_of(triton_driver())
     except RuntimeError:  # Triton's interpreter needs no driver, and there is none
         return device_for(80)
+
+
+@cache
+def _drivers() -> Any:
+    from triton.runtime.driver import driver  # not everywhere installed
+
+    return driver
+
+
+def triton_driver() -> Any:
+    """Triton's active driver. RuntimeError where it finds none for this machine."""
+    return _drivers().active
 
 
 @lru_cache(maxsize=64)

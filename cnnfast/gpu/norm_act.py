@@ -209,9 +209,8 @@ def moved(parts: Partials, m: Merge, o: Operands) -> Tensor:
     """`merge`'s moments, and the running tensors of ``o`` moved."""
     mean, var, batches = o.mean, o.var, o.batches
     moments, _ = merge(parts, m, mean, var, batches, o.momentum)
-    written = [t for t in (mean, var, batches) if t is not None]
-    if written:  # autograd is told of what a kernel wrote
-        torch.autograd.graph.increment_version(written)
+    if batches is not None:  # as autograd is told of it in eager mode, and not of running statistics that move
+        torch.autograd.graph.increment_version(batches)
     return moments
 
 

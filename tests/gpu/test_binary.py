@@ -87,7 +87,7 @@ def test_every_device_has_its_own(binary: Binary, started: list[Any], asked: lis
         with target(arch):
             binary(GRID, x, 1)
     assert len(asked) == 2 and len(started) == 4
-    found = [compiled.metadata.target.arch for _, compiled in binary._found.values()]
+    found = [f.compiled.metadata.target.arch for f in binary._found.values()]
     assert found == [90, 80]
 
 

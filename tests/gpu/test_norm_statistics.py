@@ -175,7 +175,8 @@ def test_given_partials_are_taken(device: torch.device, launches: list[str]) -> 
 @pytest.mark.parametrize("kind", ["batch", "instance"])
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0])
 def test_running_statistics(kind: str, momentum: float, dtype: torch.dtype, device: torch.device) -> None:
-    """As torch moves them, in float32 from the values as stored; autograd knows that they changed."""
+    """As torch moves them, in float32 from the values as stored; autograd is told of it where torch tells it (a batch
+    norm of its own may have saved them)."""
     g = torch.Generator().manual_seed(1)
     x = (torch.randn(4, 10, 5, 3, generator=g) * 2 + 3).type(dtype)
     before = torch.randn(10, generator=g), torch.rand(10, generator=g)
@@ -191,7 +192,8 @@ def test_running_statistics(kind: str, momentum: float, dtype: torch.dtype, devi
         results.append(theirs)
     for mine, exact, yardstick in zip(ours, *results, strict=True):
         assert_close(mine, exact, yardstick, f"{kind} {momentum}")
-    assert all(v._version > old for v, old in zip(ours, versions, strict=True))
+    told = [v._version > 0 for v in results[0]]
+    assert [v._version > old for v, old in zip(ours, versions, strict=True)] == told
 
 
 def test_running_statistics_of_other_dtypes_and_strides(device: torch.device) -> None:
