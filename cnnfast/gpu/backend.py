@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dispatch import Arrangement, Planned, channels_last_inside
+from ..dispatch import Arrangement, Planned, Ready, channels_last_inside, resolve_backend
 from ..gradients import enter
 from ..memory_format import is_channels_last, to_format
 from ..reference import finish
@@ -72,4 +72,21 @@ def arrange(
     steps: Sequence[Planned], shapes: Sequence[torch.Size], eager: Sequence[bool], *, gradient: bool
 ) -> Arrangement | str:
     """Channels-last inside: the kernels read nothing else."""
-    return channels_last_inside(eager)
+    inside = channels_last_inside(eager)
+    if gradient:
+        return inside
+    required = resolve_backend(None) == "triton"
+    ready = [_shorter(s.step, last, required) for s, last in zip(steps, inside.channels_last, strict=True)]
+    return inside._replace(ready=tuple(ready))
+
+
+def _shorter(step: Step, last: bool, required: bool) -> Ready:
+    """`run` without gradients, for operands of one kind: `why_not` is asked once."""
+    refused: list[bool] = []
+
+    def ready(o: Operands) -> Tensor | None:
+        if not refused:
+            refused.append(why_not(step, o, channels_last=last, training=False, required=required) is not None)
+        return None if refused[0] else conv.run(step, o, last, required=required)
+
+    return ready
