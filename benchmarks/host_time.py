@@ -4,6 +4,9 @@ step, the launch itself stubbed.
 A stub driver stands in Triton's place: calls are specialised, looked up and handed to a launcher that does nothing, so
 what is left is the work of Python. Tensors are on the CPU, which changes nothing up to the launch (a real launch adds
 the driver's own few microseconds, and so does a kernel in any other library). Runs without a GPU.
+
+``--before FOLDER`` compares with another checkout (which gets a copy of this file, so that both run the same calls):
+its processes and ours take turns, and a table has the least and the median of both.
 """
 
 from __future__ import annotations
@@ -11,9 +14,14 @@ from __future__ import annotations
 import argparse
 import cProfile
 import pstats
+import re
+import shutil
+import statistics
+import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import nullcontext
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +45,19 @@ from .report import environment, machine_name
 
 LIMIT_US = 40.0
 ARCH = 90
+BLOCK_SECONDS = 0.002  # short: on a shared machine, the least of many is what nothing disturbed
 
 
 @triton.jit
 def _empty(x_ptr):
     pass
+
+
+@contextmanager
+def triton_path() -> Iterator[None]:
+    """CPU tensors take the Triton path inside, as CUDA tensors do anywhere; launches do nothing."""
+    with target(ARCH), cnnfast.backend("triton"):
+        yield
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,7 @@ def _operands(spec: ConvSpec, batch: int, size: int, dtype: torch.dtype) -> Oper
 
 
 def triton_calls(dtype: torch.dtype = torch.float16) -> list[HostCall]:
-    """The calls of the Triton path, for use inside `inspector.target`: layers of DCGAN, channels-last."""
+    """The calls of the Triton path, for use inside `triton_path`: layers of DCGAN, channels-last."""
     calls = []
     shapes = {
         "64 images": (512, 256, 2, 1, 64, 4),
@@ -91,11 +107,7 @@ def triton_calls(dtype: torch.dtype = torch.float16) -> list[HostCall]:
     model = cnnfast.Sequential(*case.build().to(dtype)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     z = case.input(64).to(dtype)
 
-    def forward() -> object:
-        with cnnfast.backend("triton"):
-            return model(z)
-
-    calls.append(HostCall("Sequential, DCGAN-64, 64 images, per layer", forward, steps=5))
+    calls.append(HostCall("Sequential, DCGAN-64, 64 images, per layer", lambda: model(z), steps=5))
     return calls
 
 
@@ -118,15 +130,16 @@ BLOCKS: dict[str, Callable[[int, int], list[nn.Module]]] = {
 }  # fmt: skip
 
 
-def _step_of(name: str, model: nn.Sequential, x: torch.Tensor, backend: str, autocast: bool = False) -> list[HostCall]:
+def _step_of(name: str, model: nn.Sequential, x: torch.Tensor, autocast: bool = False) -> list[HostCall]:
     """Forward in training mode, and backward to the input and all parameters of one result."""
     model = cnnfast.channels_last(model.train())
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
 
-    def forward() -> torch.Tensor:
-        with torch.autocast("cpu", torch.float16) if autocast else nullcontext(), cnnfast.backend(backend):
+    def under_autocast() -> torch.Tensor:
+        with torch.autocast("cpu", torch.float16):
             return model(x)
 
+    forward: Callable[[], torch.Tensor] = under_autocast if autocast else lambda: model(x)
     y = forward()
     leaves, grad = [x, *model.parameters()], torch.randn_like(y)
     return [
@@ -136,14 +149,14 @@ def _step_of(name: str, model: nn.Sequential, x: torch.Tensor, backend: str, aut
 
 
 def training_calls() -> list[HostCall]:
-    """Steps of the Triton path on blocks of a transposed convolution, for use inside `inspector.target`; small enough
-    for autocast's casts, which are arithmetic, and the system's allocations not to count."""
+    """Steps of the Triton path on blocks of a transposed convolution, for use inside `triton_path`; small enough for
+    autocast's casts, which are arithmetic, and the system's allocations not to count."""
     calls = []
     for block, make in BLOCKS.items():
         for numerics in ("float32", "float16", "autocast"):
             dtype = torch.float16 if numerics == "float16" else torch.float32
             x, model = torch.randn(4, 32, 4, 4, dtype=dtype), cnnfast.Sequential(*make(32, 32)).to(dtype)
-            calls += _step_of(f"{block}, {numerics}", model, x, "triton", numerics == "autocast")
+            calls += _step_of(f"{block}, {numerics}", model, x, numerics == "autocast")
     return calls
 
 
@@ -151,7 +164,7 @@ def eager_training_calls() -> list[HostCall]:
     """The same blocks of PyTorch's modules on a CPU, too small for arithmetic to count: what is left is its dispatch,
     its autograd, and what its CPU kernels do ahead of the arithmetic (on a GPU, the launch of its kernels)."""
     x = torch.randn(1, 4, 2, 2)
-    return [c for block, make in BLOCKS.items() for c in _step_of(block, nn.Sequential(*make(4, 4)), x, "auto")]
+    return [c for block, make in BLOCKS.items() for c in _step_of(block, nn.Sequential(*make(4, 4)), x)]
 
 
 def cpu_calls() -> list[HostCall]:
@@ -166,7 +179,7 @@ def cpu_calls() -> list[HostCall]:
 
 
 def _timed(calls: list[HostCall], repeats: int, profile: bool) -> dict[str, Timing]:
-    timings = measure({c.name: c.call for c in calls}, repeats=repeats)
+    timings = measure({c.name: c.call for c in calls}, repeats=repeats, block_seconds=BLOCK_SECONDS)
     if profile:
         for c in calls:
             _profile(c)
@@ -177,7 +190,7 @@ def run(repeats: int, profile: bool, output: Path | None) -> int:
     """Prints and writes the times. Returns 1 where a fused step of inference takes more than the limit."""
     torch.set_num_threads(1)  # nothing here is parallel: idle threads would only disturb
     with torch.inference_mode():
-        with target(ARCH):
+        with triton_path():
             x = torch.zeros(16)
             # As many launches as a step is allowed are no measure of cnnfast: what Triton itself takes for one.
             floor = HostCall("an empty Triton kernel of one argument", lambda: _empty[(1, 1, 1)](x))
@@ -186,7 +199,7 @@ def run(repeats: int, profile: bool, output: Path | None) -> int:
             timings = _timed(calls, repeats, profile)
         on_cpu = cpu_calls()
         timings_on_cpu = _timed(on_cpu, repeats, profile)
-    with target(ARCH):
+    with triton_path():
         training = training_calls()
         kernels = {c.name: ", ".join(plan.split()[0] for plan in launches(c.call)) for c in training}
         timings_of_training = _timed(training, repeats, profile)
@@ -238,12 +251,51 @@ def _profile(c: HostCall, calls: int = 2000) -> None:
     pstats.Stats(profiler, stream=sys.stdout).sort_stats("tottime").print_stats(18)
 
 
+# --- against another checkout -----------------------------------------------------------------------------------------
+
+_ROW = re.compile(r"^\| (.+?) \| ([\d.]+) \| [\d.]+ to [\d.]+ \| ([\d.]+) \|", re.MULTILINE)
+
+
+def rows(text: str) -> dict[str, tuple[float, float]]:
+    """(least, median) of each row of what `run` prints."""
+    return {name: (float(least), float(median)) for name, median, least in _ROW.findall(text)}
+
+
+def compare(before: Path, repeats: int, rounds: int) -> int:
+    """Both checkouts' rows, processes alternating; prints the least and the median of all rounds."""
+    here = Path(__file__).resolve()
+    found: dict[str, list[dict[str, tuple[float, float]]]] = {"before": [], "after": []}
+    shutil.copy(here, before / "benchmarks" / here.name)
+    for _ in range(rounds):
+        for which, folder in (("before", before), ("after", here.parent.parent)):
+            with tempfile.TemporaryDirectory() as output:
+                command = [sys.executable, "-m", "benchmarks.host_time", f"--repeats={repeats}", f"--output={output}"]
+                done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+            if not (measured := rows(done.stdout)):
+                print(done.stderr, file=sys.stderr)
+                return done.returncode or 1
+            found[which].append(measured)
+    print("| | least, us: before | after | ratio | median, us: before | after | ratio |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name in found["after"][0]:
+        cells = []
+        for k, of in ((0, min), (1, statistics.median)):
+            old, new = (of([measured[name][k] for measured in found[which]]) for which in ("before", "after"))
+            cells.append(f"{old:.1f} | {new:.1f} | {new / old:.2f}")
+        print(f"| {name} | {' | '.join(cells)} |")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m benchmarks.host_time", description=__doc__)
-    p.add_argument("--repeats", type=int, default=40, help="interleaved repeats (%(default)s)")
+    p.add_argument("--repeats", type=int, default=200, help="interleaved repeats (%(default)s)")
+    p.add_argument("--before", type=Path, metavar="FOLDER", help="another checkout to compare with")
+    p.add_argument("--rounds", type=int, default=3, help="processes of each checkout (%(default)s)")
     p.add_argument("--profile", action="store_true", help="also where the time goes (cProfile)")
     p.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results", help="folder of results")
     arguments = p.parse_args(argv)
+    if arguments.before is not None:
+        return compare(arguments.before.resolve(), arguments.repeats, arguments.rounds)
     return run(arguments.repeats, arguments.profile, arguments.output)
 
 

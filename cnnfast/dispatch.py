@@ -223,9 +223,11 @@ def is_batched(grad: torch.Tensor) -> bool:
 
 
 def needs_gradient(o: Operands) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in o)
+    if torch.is_grad_enabled():
+        for t in o:
+            if isinstance(t, torch.Tensor) and t.requires_grad:
+                return True
+    return False
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:

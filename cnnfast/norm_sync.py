@@ -29,27 +29,26 @@ def shared(norm: Norm | None, o: Operands) -> bool:
 
 def merged(parts: Partials) -> Partials:
     """All parts of each segment as one, by PyTorch's operators in float64."""
-    count, mean, m2 = (t.double() for t in parts)
+    count, mean, m2 = (t.double() for t in parts.each)
     total = count.sum(1, keepdim=True)
     share = (count / total.clamp_min(1))[..., None]
     center = (mean * share).sum(1, keepdim=True)
     m2 = (m2 + (mean - center).square() * count[..., None]).sum(1, keepdim=True)
-    dtype = parts.mean.dtype
-    return Partials(total.to(dtype), center.to(dtype), m2.to(dtype))
+    dtype = parts.stats.dtype
+    return Partials.of(total.to(dtype), center.to(dtype), m2.to(dtype))
 
 
 def gather(parts: Partials, group: Any) -> Partials:
     """The parts (1, P, C) of all processes of ``group``: one for each, in the order of their ranks."""
-    one = merged(parts)
-    mine = torch.cat([t.reshape(-1) for t in one])
-    size, c = dist.get_world_size(group), one.mean.shape[-1]
+    mine, c = merged(parts).stats, parts.shape[-1]
+    size = dist.get_world_size(group)
     theirs = [torch.empty_like(mine) for _ in range(size)]
     dist.all_gather(theirs, mine, group=group)
     count, mean, m2 = torch.stack(theirs).split((1, c, c), dim=1)
     total = count.sum()
     if not bool(total > 1) and on_cpu(mine):
         raise ValueError(f"Expected more than 1 value per channel when training, got {int(total)} in {size} processes")
-    return Partials(count.reshape(1, size), mean.reshape(1, size, c), m2.reshape(1, size, c))
+    return Partials.of(count.reshape(1, size), mean.reshape(1, size, c), m2.reshape(1, size, c))
 
 
 def no_second_derivative() -> None:
@@ -72,9 +71,9 @@ class _Synchronised(torch.autograd.Function):
             var, mean = torch.var_mean(wide, dims, correction=0)
         else:
             var = mean = wide.new_zeros(x.shape[1])
-        mine = Partials(mean.new_full((1, 1), number), mean.view(1, 1, -1), (var * number).view(1, 1, -1))
+        mine = Partials.of(mean.new_full((1, 1), number), mean.view(1, 1, -1), (var * number).view(1, 1, -1))
         everyone = gather(mine, o.group)
-        count, mean, m2 = (t[0, 0].to(wide.dtype) for t in merged(everyone))
+        count, mean, m2 = (t[0, 0].to(wide.dtype) for t in merged(everyone).each)
         _update(o, mean, m2 / (count - 1).clamp_min(1))
         rstd = torch.rsqrt(m2 / count + norm.eps)
         y = (wide - per_channel(mean, x)) * per_channel(rstd, x)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["KINDS", "MEASURED", "Norm", "Partials", "check_values", "per_channel"]
@@ -49,12 +50,30 @@ class Norm:
 
 
 class Partials(NamedTuple):
-    """Statistics of values by parts, float32: S segments (1 of a batch norm, N otherwise) of P parts each. A part with
-    count 0 has mean 0 and m2 0."""
+    """Statistics of values by parts, float32: S segments (1 of a batch norm, N otherwise) of P parts each, in one piece
+    of memory as the kernels take it: ``count`` (S, P), ``mean`` (S, P, C) and ``m2`` (S, P, C), the sum of squares
+    about the part's own mean. A part with count 0 has mean 0 and m2 0."""
 
-    count: Tensor  # type: ignore[assignment]  # (S, P)
-    mean: Tensor  # (S, P, C)
-    m2: Tensor  # (S, P, C): the sum of squares about the part's own mean
+    stats: Tensor  # (S * P * (1 + 2 * C),)
+    shape: tuple[int, int, int]  # (S, P, C)
+
+    @classmethod
+    def of(cls, count: Tensor, mean: Tensor, m2: Tensor) -> Partials:
+        s, p, c = mean.shape
+        return cls(torch.cat([t.reshape(-1) for t in (count, mean, m2)]), (s, p, c))
+
+    @classmethod
+    def empty(cls, like: Tensor, shape: tuple[int, int, int]) -> Partials:
+        """Room for them, on ``like``'s device."""
+        s, p, c = shape
+        return cls(like.new_empty(s * p * (1 + 2 * c), dtype=torch.float32), shape)
+
+    @property
+    def each(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(count, mean, m2)."""
+        s, p, c = self.shape
+        count, *more = self.stats.split((s * p, s * p * c, s * p * c))
+        return count.view(s, p), more[0].view(s, p, c), more[1].view(s, p, c)
 
 
 def per_channel(v: Tensor, like: Tensor) -> Tensor:

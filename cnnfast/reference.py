@@ -317,9 +317,10 @@ def backward_by_torch(
         return v.to(wide).reshape(-1, c // join).repeat_interleave(join, 1)[..., None, None]
 
     rstd, xhat = torch.ones((), dtype=wide, device=x.device), x
-    if s.mean is not None and s.rstd is not None and norm is not None:
-        rstd = spread(s.rstd) if norm.measured else torch.rsqrt(spread(s.rstd) + norm.eps)
-        xhat = (x - spread(s.mean)) * rstd
+    if s.mean is not None and norm is not None:
+        mean, rstd = (spread(v) for v in (s.mean.unbind(1) if s.var is None else (s.mean, s.var)))
+        rstd = rstd if s.var is None else torch.rsqrt(rstd + norm.eps)
+        xhat = (x - mean) * rstd
     weight = torch.ones_like(rstd) if s.weight is None else per_channel(s.weight.to(wide), x)
     out: dict[str, Tensor | None] = {}
     if step.of:
@@ -376,12 +377,14 @@ class Grads(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Of the forward: its tensors, and ``other``, the result or the residual as `Step.of` says (or None)."""
+    """Of the forward: its tensors; ``mean`` and ``var`` (C,) where these were given, or (segments, 2, C / join) float32
+    means and 1/deviations, and None, where it took them; and ``other``, the result or the residual as `Step.of` says
+    (or None)."""
 
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
     slope: Tensor | None
     mean: Tensor | None
-    rstd: Tensor | None
+    var: Tensor | None
     other: Tensor | None

@@ -16,6 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
+from typing import NamedTuple
 
 import torch
 
@@ -320,8 +321,7 @@ INT32 = 2**31
 """Elements of a tensor from which on its offsets do not fit 32 bits."""
 
 
-@dataclass(frozen=True)
-class Precision:
+class Precision(NamedTuple):
     """Numerics of a launch: storage dtype and, for float32, whether products are taken in TF32 (operands rounded).
 
     Sums, scale, shift, residual and activation are float32 in every case, and the result is rounded once.

@@ -298,7 +298,8 @@ class Operands(NamedTuple):
     ``scale`` and ``shift`` are the norm's weight and bias; ``mean`` and ``var`` its statistics where it is of kind
     "running". A norm that measures moves them, in place, by ``momentum`` towards the input's statistics, as
     `torch.nn.functional.batch_norm` and ``instance_norm`` do it (the variance unbiased). ``group``: its statistics are
-    those of all processes of this group together (SyncBatchNorm).
+    those of all processes of this group together (SyncBatchNorm). ``batches`` (num_batches_tracked, one int64) goes up
+    by one.
     """
 
     x: torch.Tensor
@@ -312,6 +313,7 @@ class Operands(NamedTuple):
     slope: torch.Tensor | None = None
     momentum: float = 0.1  # the factor itself, never None
     group: Any = None
+    batches: torch.Tensor | None = None
 
     def after(self, u: torch.Tensor) -> Operands:
         """Of what follows the convolution, whose result is ``u``."""

@@ -19,13 +19,11 @@ import triton.language as tl
 from .activation import act
 from .epilogue import slopes, vector
 from .indexing import offsets, part_base, part_of_segment
-from .statistics import center_and_scale
+from .statistics import center_and_scale, store_statistics
 
-# Neither parts (slices of one workspace) nor vectors (a user's buffers) need lie at multiples of 16 bytes; a binary for
-# each combination would be many.
-PARTIALS = ["count_ptr", "mean_ptr", "m2_ptr", "out_mean_ptr", "out_rstd_ptr", "out_var_ptr"]
-RUNNING = ["running_mean_ptr", "running_var_ptr"]
-VECTORS = ["mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "slope_ptr", "mean1_ptr", "mean2_ptr"]
+# Vectors (a user's buffers) need not lie at multiples of 16 bytes; a binary for each combination would be many.
+RUNNING = ["running_mean_ptr", "running_var_ptr", "batches_ptr"]
+VECTORS = ["mean_ptr", "var_ptr", "weight_ptr", "bias_ptr", "slope_ptr"]
 
 
 @triton.jit
@@ -40,12 +38,10 @@ def _total(x, JOIN: tl.constexpr):
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["ROWS", "PARTS", "TILES"], do_not_specialize_on_alignment=["mean_ptr", "m2_ptr"])
+@triton.jit(do_not_specialize=["ROWS", "PARTS", "TILES"])
 def partial_stats_kernel(
     x_ptr,
-    count_ptr,  # (SEGMENTS, PARTS) float32
-    mean_ptr,  # (SEGMENTS, PARTS, C) float32
-    m2_ptr,
+    stats_ptr,  # `cnnfast.norms.Partials`
     ROWS,
     PARTS,
     TILES,
@@ -77,23 +73,18 @@ def partial_stats_kernel(
     center += tl.sum((mean - center[None, :]) * n[:, None], 0) / count
     d = mean - center[None, :]
     m2 = tl.sum(m2 + d * d * n[:, None], 0)
-    part = tl.program_id(0)  # of those of all segments
-    offs = part.to(tl.int64) * C + chan
-    tl.store(mean_ptr + offs, center, mask=chan_mask)
-    tl.store(m2_ptr + offs, m2, mask=chan_mask)
-    tl.store(count_ptr + part + tl.arange(0, 1), tl.full((1,), 0.0, tl.float32) + count, mask=tl.program_id(1) == 0)
+    first = tl.program_id(1) == 0
+    store_statistics(stats_ptr, tl.program_id(0), tl.num_programs(0), count, center, m2, chan, chan_mask, first, C)
 
 
-@triton.jit(do_not_specialize=["PARTS", "eps", "momentum", "keep"], do_not_specialize_on_alignment=PARTIALS + RUNNING)
+@triton.jit(do_not_specialize=["PARTS", "eps", "momentum", "keep"], do_not_specialize_on_alignment=RUNNING)
 def merge_stats_kernel(
-    count_ptr,  # (SEGMENTS, PARTS) float32
-    mean_ptr,  # (SEGMENTS, PARTS, C) float32
-    m2_ptr,
-    out_mean_ptr,  # (SEGMENTS, C / JOIN) float32
-    out_rstd_ptr,
-    out_var_ptr,  # the same, unbiased; or None
+    stats_ptr,  # `cnnfast.norms.Partials`
+    moments_ptr,  # (SEGMENTS, 2, C / JOIN) float32: mean and 1/deviation
+    var_ptr,  # (SEGMENTS, C / JOIN) float32, unbiased; or None
     running_mean_ptr,  # (C,), or None: moved towards mean and unbiased variance
     running_var_ptr,
+    batches_ptr,  # () int64, or None: goes up by one
     PARTS,
     eps,
     momentum,
@@ -109,6 +100,9 @@ def merge_stats_kernel(
     pid = tl.program_id(0)
     segment = pid // BLOCKS
     block = pid - segment * BLOCKS
+    parts = tl.num_programs(0) // BLOCKS * PARTS  # of all segments
+    mean_ptr = stats_ptr + parts
+    m2_ptr = mean_ptr + parts.to(tl.int64) * C
     n = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     mean = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     m2 = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
@@ -125,7 +119,7 @@ def merge_stats_kernel(
             mask = (p < PARTS)[:, None] & chan_mask[None, :]
             part = segment.to(tl.int64) * PARTS + p
             offs = part[:, None] * C + chan[None, :]
-            more = tl.load(count_ptr + part[:, None] + chan[None, :] * 0, mask=mask, other=0.0)
+            more = tl.load(stats_ptr + part[:, None] + chan[None, :] * 0, mask=mask, other=0.0)
             share = more / tl.maximum(n + more, 1.0)
             delta = tl.load(mean_ptr + offs, mask=mask, other=0.0) - mean
             m2 += tl.load(m2_ptr + offs, mask=mask, other=0.0) + delta * delta * n * share
@@ -141,7 +135,8 @@ def merge_stats_kernel(
     if JOIN == 1:
         chan = block * BLOCK_C + tl.arange(0, BLOCK_C)
         chan_mask = chan < C
-        offs = segment * C + chan
+        others = segment.to(tl.int64) * C + chan
+        offs = others + segment.to(tl.int64) * C
         if running_mean_ptr is not None:
             old = tl.load(running_mean_ptr + chan, mask=chan_mask, other=0.0).to(tl.float32)
             new = old * keep + center * momentum
@@ -151,24 +146,27 @@ def merge_stats_kernel(
             new = old * keep + unbiased * momentum
             tl.store(running_var_ptr + chan, new.to(running_var_ptr.dtype.element_ty), mask=chan_mask)
     else:
-        offs = pid
+        others = pid.to(tl.int64)
+        offs = others + segment * BLOCKS
         chan_mask = pid >= 0
-    tl.store(out_mean_ptr + offs, center, mask=chan_mask)
-    tl.store(out_rstd_ptr + offs, rstd, mask=chan_mask)
-    if out_var_ptr is not None:
-        tl.store(out_var_ptr + offs, unbiased, mask=chan_mask)
+    tl.store(moments_ptr + offs, center, mask=chan_mask)
+    tl.store(moments_ptr + C // JOIN + offs, rstd, mask=chan_mask)
+    if var_ptr is not None:
+        tl.store(var_ptr + others, unbiased, mask=chan_mask)
+    if batches_ptr is not None:
+        tl.store(batches_ptr, tl.load(batches_ptr, mask=pid == 0, other=0) + 1, mask=pid == 0)
 
 
 # --- one pass: normalise, affine, residual, activation ----------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["ROWS", "PARTS", "TILES", "eps"], do_not_specialize_on_alignment=VECTORS[:5])
+@triton.jit(do_not_specialize=["ROWS", "PARTS", "TILES", "eps"], do_not_specialize_on_alignment=VECTORS)
 def norm_act_kernel(
     x_ptr,
     y_ptr,
     residual_ptr,  # in y's layout, or None
-    mean_ptr,  # `center_and_scale`
-    rstd_ptr,
+    mean_ptr,  # `center_and_scale`, with var_ptr
+    var_ptr,
     weight_ptr,  # (C,) or None, like bias
     bias_ptr,
     slope_ptr,  # (SLOPES,)
@@ -179,7 +177,7 @@ def norm_act_kernel(
     C: tl.constexpr,
     JOIN: tl.constexpr,
     EACH: tl.constexpr,  # every segment has statistics of its own
-    VAR: tl.constexpr,  # rstd is the variance
+    VAR: tl.constexpr,  # mean and variance are given
     SLOPES: tl.constexpr,
     P0: tl.constexpr,
     P1: tl.constexpr,
@@ -191,7 +189,7 @@ def norm_act_kernel(
     BLOCK_C: tl.constexpr,
 ):
     ROWS, segment, first, here, chan, chan_mask = part_of_segment(ROWS, PARTS, TILES, C, ROWS_BY, BLOCK_M, BLOCK_C)
-    mean, rstd = center_and_scale(mean_ptr, rstd_ptr, segment, chan, chan_mask, eps, C, JOIN, EACH, VAR)
+    mean, rstd = center_and_scale(mean_ptr, var_ptr, segment, chan, chan_mask, eps, C, JOIN, EACH, VAR)
     scale = rstd * vector(weight_ptr, chan, chan_mask, 1.0)
     shift = vector(bias_ptr, chan, chan_mask, 0.0)
     slope = slopes(slope_ptr, chan, chan_mask, SLOPES)

@@ -20,7 +20,7 @@ from .indexing import offsets, part_base, part_of_segment
 from .norm_act import VECTORS
 from .statistics import center_and_scale
 
-GRADIENTS = ["bias_grad_ptr", "weight_grad_ptr", "slope_grad_ptr", "mean1_ptr", "mean2_ptr", "weight_ptr"]
+GRADIENTS = ["bias_grad_ptr", "weight_grad_ptr", "slope_grad_ptr", "weight_ptr"]
 
 
 @triton.jit
@@ -57,7 +57,7 @@ def grad_sums_kernel(
     grad_ptr,  # in Y_LAST's layout, like saved
     saved_ptr,
     mean_ptr,
-    rstd_ptr,
+    var_ptr,
     weight_ptr,
     bias_ptr,
     slope_ptr,
@@ -83,7 +83,7 @@ def grad_sums_kernel(
     BLOCK_C: tl.constexpr,
 ):
     ROWS, segment, first, here, chan, chan_mask = part_of_segment(ROWS, PARTS, TILES, C, ROWS_BY, BLOCK_M, BLOCK_C)
-    mean, rstd = center_and_scale(mean_ptr, rstd_ptr, segment, chan, chan_mask, eps, C, JOIN, EACH, VAR)
+    mean, rstd = center_and_scale(mean_ptr, var_ptr, segment, chan, chan_mask, eps, C, JOIN, EACH, VAR)
     weight = vector(weight_ptr, chan, chan_mask, 1.0)
     bias = vector(bias_ptr, chan, chan_mask, 0.0)
     slope = slopes(slope_ptr, chan, chan_mask, SLOPES)
@@ -121,8 +121,7 @@ def finish_sums_kernel(
     bias_grad_ptr,  # (C,), like the next two: sums over all segments and parts, or None
     weight_grad_ptr,
     slope_grad_ptr,
-    mean1_ptr,  # (SEGMENTS, C / JOIN) float32, or None like mean2
-    mean2_ptr,
+    means_ptr,  # (SEGMENTS, 2, C / JOIN) float32: mean1 and mean2; or None
     weight_ptr,  # (C,) or None
     SEGMENTS,
     PARTS,
@@ -161,7 +160,7 @@ def finish_sums_kernel(
             tl.store(weight_grad_ptr + chan, tl.sum(b, 0).to(weight_grad_ptr.dtype.element_ty), mask=chan_mask)
         if slope_grad_ptr is not None:
             tl.store(slope_grad_ptr + chan, tl.sum(c, 0).to(slope_grad_ptr.dtype.element_ty), mask=chan_mask)
-    elif mean1_ptr is not None:
+    elif means_ptr is not None:
         pid -= CHANNEL_BLOCKS
         segment = pid // BLOCKS
         block = pid - segment * BLOCKS
@@ -181,13 +180,14 @@ def finish_sums_kernel(
                 a += tl.load(sums_ptr + offs, mask=mask, other=0.0) * weight
                 b += tl.load(second + offs, mask=mask, other=0.0) * weight
         if JOIN == 1:
-            offs_m = segment * C + block * BLOCK_C + tl.arange(0, BLOCK_C)
+            offs_m = segment.to(tl.int64) * (2 * C) + block * BLOCK_C + tl.arange(0, BLOCK_C)
             mask_m = block * BLOCK_C + tl.arange(0, BLOCK_C) < C
-            tl.store(mean1_ptr + offs_m, tl.sum(a, 0) / COUNT, mask=mask_m)
-            tl.store(mean2_ptr + offs_m, tl.sum(b, 0) / COUNT, mask=mask_m)
+            tl.store(means_ptr + offs_m, tl.sum(a, 0) / COUNT, mask=mask_m)
+            tl.store(means_ptr + C + offs_m, tl.sum(b, 0) / COUNT, mask=mask_m)
         else:
-            tl.store(mean1_ptr + pid, tl.sum(tl.sum(a, 0), 0) / COUNT)
-            tl.store(mean2_ptr + pid, tl.sum(tl.sum(b, 0), 0) / COUNT)
+            offs_g = segment.to(tl.int64) * BLOCKS + pid
+            tl.store(means_ptr + offs_g, tl.sum(tl.sum(a, 0), 0) / COUNT)
+            tl.store(means_ptr + BLOCKS + offs_g, tl.sum(tl.sum(b, 0), 0) / COUNT)
 
 
 @triton.jit(do_not_specialize=["ROWS", "PARTS", "TILES", "eps"], do_not_specialize_on_alignment=VECTORS)
@@ -196,12 +196,11 @@ def grad_apply_kernel(
     grad_ptr,
     saved_ptr,
     mean_ptr,
-    rstd_ptr,
+    var_ptr,
     weight_ptr,
     bias_ptr,
     slope_ptr,
-    mean1_ptr,  # (segments or 1, C / JOIN), or None: the statistics are constants
-    mean2_ptr,
+    means_ptr,  # (segments or 1, 2, C / JOIN): mean1 and mean2; or None: the statistics are constants
     dx_ptr,  # in x's layout
     dz_ptr,  # in Y_LAST's layout, or None
     ROWS,
@@ -224,8 +223,8 @@ def grad_apply_kernel(
     BLOCK_C: tl.constexpr,
 ):
     ROWS, segment, first, here, chan, chan_mask = part_of_segment(ROWS, PARTS, TILES, C, ROWS_BY, BLOCK_M, BLOCK_C)
-    mean, rstd = center_and_scale(mean_ptr, rstd_ptr, segment, chan, chan_mask, eps, C, JOIN, EACH, VAR)
-    mean1, mean2 = center_and_scale(mean1_ptr, mean2_ptr, segment, chan, chan_mask, eps, C, JOIN, EACH, False)
+    mean, rstd = center_and_scale(mean_ptr, var_ptr, segment, chan, chan_mask, eps, C, JOIN, EACH, VAR)
+    mean1, mean2 = center_and_scale(means_ptr, None, segment, chan, chan_mask, eps, C, JOIN, EACH, False)
     weight = vector(weight_ptr, chan, chan_mask, 1.0)
     bias = vector(bias_ptr, chan, chan_mask, 0.0)
     slope = slopes(slope_ptr, chan, chan_mask, SLOPES)
@@ -242,7 +241,7 @@ def grad_apply_kernel(
         offs_x = offsets(rows, chan, ROWS, C, X_LAST)
         offs = offsets(rows, chan, ROWS, C, Y_LAST)
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        if mean1_ptr is not None or OF == "x":
+        if means_ptr is not None or OF == "x":
             x = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
             xhat = (x - mean[None, :]) * rstd[None, :]
         else:
@@ -251,7 +250,7 @@ def grad_apply_kernel(
         if dz_ptr is not None:
             tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
         dx = dz * weight[None, :]
-        if mean1_ptr is not None:
+        if means_ptr is not None:
             dx -= mean1[None, :] + xhat * mean2[None, :]
         tl.store(dx_ptr + offs_x, (dx * rstd[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
 

@@ -31,8 +31,8 @@ def emit_statistics(v, row_mask, rows, stats_ptr, part, parts, chan, chan_mask, 
 
 @triton.jit
 def center_and_scale(
-    mean_ptr,  # (segments or 1, C / JOIN), or None: 0
-    rstd_ptr,  # the same; the variance where VAR; None: 1
+    mean_ptr,  # (segments or 1, 2, C / JOIN): mean and 1/deviation; where VAR the mean alone; None: 0 and 1
+    var_ptr,  # (C,) where VAR
     segment,
     chan,
     mask,
@@ -45,9 +45,10 @@ def center_and_scale(
     """(mean, 1/deviation) of each channel."""
     offs = chan // JOIN
     if EACH:
-        offs += segment * (C // JOIN)
+        offs += segment.to(tl.int64) * (2 * (C // JOIN))
     mean = vector(mean_ptr, offs, mask, 0.0)
-    rstd = vector(rstd_ptr, offs, mask, 1.0)
     if VAR:
-        rstd = tl.div_rn(1.0, tl.sqrt_rn(rstd + eps))
+        rstd = tl.div_rn(1.0, tl.sqrt_rn(vector(var_ptr, offs, mask, 1.0) + eps))
+    else:
+        rstd = vector(mean_ptr, offs + C // JOIN, mask, 1.0)
     return mean, rstd

@@ -150,8 +150,8 @@ def test_merged_parts() -> None:
     empty = torch.zeros(1, 4, dtype=torch.float64)
     mean = torch.stack([empty, x[:, :300].mean(1), x[:, 300:].mean(1), empty], 1)
     m2 = torch.stack([empty, x[:, :300].var(1) * 299, x[:, 300:].var(1) * 599, empty], 1)
-    one = norm_sync.merged(Partials(count, mean, m2))
-    torch.testing.assert_close(one.mean[:, 0], x.mean(1), rtol=1e-14, atol=0)
-    torch.testing.assert_close(one.m2[:, 0], x.var(1) * 899, rtol=1e-9, atol=0)
-    nothing = norm_sync.merged(Partials(count * 0, mean * 0, m2 * 0))
-    assert not nothing.mean.isnan().any() and not nothing.m2.any()
+    _, one_mean, one_m2 = norm_sync.merged(Partials.of(count, mean, m2)).each
+    torch.testing.assert_close(one_mean[:, 0], x.mean(1), rtol=1e-14, atol=0)
+    torch.testing.assert_close(one_m2[:, 0], x.var(1) * 899, rtol=1e-9, atol=0)
+    _, no_mean, no_m2 = norm_sync.merged(Partials.of(count * 0, mean * 0, m2 * 0)).each
+    assert not no_mean.isnan().any() and not no_m2.any()

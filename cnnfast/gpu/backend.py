@@ -10,10 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dispatch import Arrangement, Planned, channels_last_inside
+from ..dispatch import Arrangement, Planned, Ready, channels_last_inside, resolve_backend
 from ..gradients import enter
 from ..memory_format import is_channels_last, to_format
-from ..norms import Partials, check_values
 from ..reference import finish
 from ..step import Operands, Step
 from .why_not import launch_why_not, triton_why_not
@@ -21,7 +20,8 @@ from .why_not import why_not as step_why_not
 
 if triton_why_not() is None:
     from . import conv, norm_act_autograd
-    from .conv_autograd import convolution, recorded, with_statistics
+    from .block import How, block
+    from .conv_autograd import convolution, recorded
     from .weight import summed_weight
 
 __all__ = ["arrange", "run", "why_not"]
@@ -37,28 +37,27 @@ def run(step: Step, o: Operands, *, channels_last: bool, training: bool, require
     """See `dispatch.Backend`."""
     x = o.x
     if step.spec is None:
-        return _finished(step, o, None, channels_last, required) if x.numel() else None
+        if not x.numel():
+            return None
+        return norm_act_autograd.run(step, o, None, channels_last, _output_dtype(step, x), required)
     if o.weight.dtype != x.dtype:
         o = o._replace(weight=o.weight.to(x.dtype))
     if not training:
         return conv.run(step, o, channels_last, required=required)
-    # The statistics of a norm come out of the convolution's epilogue where tiles allow it.
     weight = o.weight if step.upsample is None else summed_weight(step, o.weight, required)
     if step.pad != (0, 0):
         x = enter(x, x.dtype, None, is_channels_last(x)) if recorded(x) else x
         x = step.pad_input(x)
     if step.folds:
         return convolution(x, weight, o.bias, step.inner, channels_last, required)
-    u, partials = with_statistics(x, weight, o.bias, step.inner, required, step.statistics)
-    if u.shape[2] * u.shape[3] == 1:
-        check_values(u.shape, step.norm, several=o.group is not None)
-    tail, rest = step.tail, o.after(u)
-    y = _finished(tail, rest, partials, channels_last, required) if u.numel() else None
-    return to_format(finish(tail, rest), channels_last) if y is None else y
-
-
-def _finished(tail: Step, o: Operands, partials: Partials | None, channels_last: bool, required: bool) -> Tensor | None:
-    return norm_act_autograd.run(tail, o, partials, channels_last, _output_dtype(tail, o.x), required)
+    if x is not o.x or weight is not o.weight:
+        o = o._replace(x=x, weight=weight)
+    y, done = block(o, How(step, channels_last, _output_dtype(step, x), required))
+    if done:
+        return y
+    if o.batches is not None:
+        o.batches.add_(1)
+    return to_format(finish(step.tail, o.after(y)), channels_last)
 
 
 def _output_dtype(step: Step, x: Tensor) -> torch.dtype:
@@ -73,4 +72,21 @@ def arrange(
     steps: Sequence[Planned], shapes: Sequence[torch.Size], eager: Sequence[bool], *, gradient: bool
 ) -> Arrangement | str:
     """Channels-last inside: the kernels read nothing else."""
-    return channels_last_inside(eager)
+    inside = channels_last_inside(eager)
+    if gradient:
+        return inside
+    required = resolve_backend(None) == "triton"
+    ready = [_shorter(s.step, last, required) for s, last in zip(steps, inside.channels_last, strict=True)]
+    return inside._replace(ready=tuple(ready))
+
+
+def _shorter(step: Step, last: bool, required: bool) -> Ready:
+    """`run` without gradients, for operands of one kind: `why_not` is asked once."""
+    refused: list[bool] = []
+
+    def ready(o: Operands) -> Tensor | None:
+        if not refused:
+            refused.append(why_not(step, o, channels_last=last, training=False, required=required) is not None)
+        return None if refused[0] else conv.run(step, o, last, required=required)
+
+    return ready

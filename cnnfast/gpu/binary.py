@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
-from ..norms import Partials
 from . import fence
 
-__all__ = ["Binary", "aligned", "empty_partials"]
+__all__ = ["Binary", "aligned"]
 
 
 class Binary:
@@ -35,7 +36,7 @@ class Binary:
         self.constants = tuple(constants[name] for name in kernel.arg_names if name in constants)
         self.options = options
         self.fenced = bool(constants.get("FENCE"))
-        self._found: dict[Any, tuple[Any, CompiledKernel]] = {}  # by device: the launch that found it, and it
+        self._found: dict[Any, _Found] = {}  # by device
 
     def __call__(self, grid: tuple[int, int, int], *args: Any) -> None:
         """Launch it on the current device and stream, with the run-time arguments in the kernel's order."""
@@ -43,30 +44,36 @@ class Binary:
         if self._found:
             active = driver.active
             device = active.get_current_device()
-            by, compiled = self._found.get(device, (None, None))
-            if by is launch and compiled is not None:
-                compiled[grid](*args, *self.constants, stream=active.get_current_stream(device))
+            found = self._found.get(device)
+            if found is not None and found.by is launch:
+                stream, hooks = active.get_current_stream(device), knobs.runtime
+                before, after, told = hooks.launch_enter_hook, hooks.launch_exit_hook, None
+                if getattr(before, "calls", before) or getattr(after, "calls", after):
+                    told = found.compiled.launch_metadata(grid, stream, *args, *self.constants)
+                else:  # chains of no hooks
+                    before = after = None
+                found.start(*grid, stream, found.function, found.packed, told, before, after, *args, *self.constants)
                 return
         # Compile-time arguments by position: by name they cost 5 us a launch.
         with fence.inserted(self.fenced):
             compiled = self.kernel.run(*args, *self.constants, grid=grid, warmup=False, **self.options)
         if isinstance(compiled, CompiledKernel):
-            self._found[driver.active.get_current_device()] = launch, compiled
+            found = _Found(launch, compiled, compiled.run, compiled.function, compiled.packed_metadata)
+            self._found[driver.active.get_current_device()] = found
+
+
+class _Found(NamedTuple):
+    """What Triton's launch ``by`` found: the compiled kernel, and of it what a launch takes."""
+
+    by: Any
+    compiled: CompiledKernel
+    start: Callable[..., None]
+    function: Any
+    packed: Any
 
 
 # Of a thread, as many as there are. Without this, ptxas aims at 128 for occupancy, and spills a few on the way.
 MAX_REGISTERS = 255
-
-
-def empty_partials(like: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, Partials]:
-    """Room for the statistics of (segments, parts of each, channels), in one piece of memory and as its parts: counts,
-    means, sums of squares."""
-    segments, parts, c = shape
-    total, strides = segments * parts, (parts * c, c, 1)
-    stats = like.new_empty(total * (1 + 2 * c), dtype=torch.float32)
-    count = stats.as_strided((segments, parts), (parts, 1))
-    mean, m2 = stats.as_strided(shape, strides, total), stats.as_strided(shape, strides, total * (1 + c))
-    return stats, Partials(count, mean, m2)
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..kernels import conv_transpose as kernels
-from ..memory_format import to_format
+from ..memory_format import new_strides, to_format
 from ..norms import Partials
 from ..spec import INT32, Precision
 from ..step import Operands, Step
 from . import conv_hopper_plan, fence, guard, trial, tuned
-from .binary import MAX_REGISTERS, Binary, aligned, empty_partials, unused
+from .binary import MAX_REGISTERS, Binary, aligned, unused
 from .conv_choice import choose_plan
 from .conv_hopper_plan import BoxPlan
 from .conv_plan import Plan
@@ -43,6 +43,7 @@ class Launch:
     binary: Binary  # of `conv_transpose_kernel`, or `conv_hopper_kernel` where the plan is of boxes
     grid: tuple[int, int, int]
     output_shape: tuple[int, int, int, int]
+    output_strides: tuple[int, ...]
     reduce: Binary | None  # of `split_k_epilogue_kernel` where K is split
     reduce_grid: tuple[int, int, int]
     parts: tuple[int, int] | None  # segments and parts of each, where the kernel gives the statistics of its result
@@ -50,6 +51,7 @@ class Launch:
     proof: guard.Proof  # whether the kernel may run on this GPU
     gathers: bool  # the weight is brought into an order of its own
     boxes: Boxes | None  # where the plan is of boxes
+    bound: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # launches of its gradients
 
 
 def constants(
@@ -140,6 +142,7 @@ def prepare(
         binary,
         grid,
         (batch, s.out_channels, out[0], out[1]),
+        new_strides((batch, s.out_channels, out[0], out[1]), channels_last),
         reduce,
         reduce_grid,
         parts,
@@ -250,16 +253,17 @@ def run_with_statistics(
     statistics: str | None,
     plan: Plan | None = None,
     required: bool = True,
+    launch: Launch | None = None,
 ) -> tuple[torch.Tensor, Partials | None] | None:
     """`run`, and the statistics of the result as stored: of the whole "batch" or of each "image", by parts; None in
-    their place where the tiles do not allow it."""
+    their place where the tiles do not allow it. ``launch``: `lookup` of all this, where it is at hand."""
     if OBSERVERS:
         of_step(step, o, channels_last)
     x = o.x
     if x.shape[0] == 0 or step.spec.out_channels == 0:
         shape = (x.shape[0], step.spec.out_channels, *step.output_size(x.shape[2:]))
         return allocate(x, shape, channels_last), None
-    launch = lookup(step, o, channels_last, plan, statistics)
+    launch = launch or lookup(step, o, channels_last, plan, statistics)
     if launch.proof.ready:
         both: Result | None = _start(step, o, channels_last, launch)
     else:
@@ -285,33 +289,27 @@ def _first_use(step: Step, o: Operands, channels_last: bool, launch: Launch, req
 
 
 def _start(step: Step, o: Operands, channels_last: bool, launch: Launch) -> Result:
-    """The launch, on the device of the tensors."""
-    with on_device(o.x):
-        return _start_here(step, o, channels_last, launch)
-
-
-def _start_here(step: Step, o: Operands, channels_last: bool, launch: Launch) -> Result:
-    """The launch itself, with every operand in its layout and at an address that 16 divides: anything else would be
-    another binary, with narrow loads, and unproven."""
-    x = aligned(o.x.contiguous(memory_format=torch.channels_last))
-    weight = aligned(o.weight)
-    if launch.gathers:
-        weight = kernel_weight(step, launch.plan.lowering, weight)
-    else:  # read in place
-        weight = weight.contiguous(memory_format=torch.channels_last)
-    residual = o.residual
-    if residual is not None:
-        residual = aligned(to_format(residual, channels_last))
-    vectors: list[torch.Tensor | None] = []
-    for v in (o.bias, o.mean, o.var, o.scale, o.shift, o.slope):
-        if v is not None and (v.data_ptr() & 15 or not v.is_contiguous()):
-            v = v.clone(memory_format=torch.contiguous_format)
-        vectors.append(v)
-    y = allocate(x, launch.output_shape, channels_last)
-    stats, partials = None, None
-    if launch.parts is not None:
-        stats, partials = empty_partials(y, (*launch.parts, launch.output_shape[1]))
-    _launch(x, weight, y, residual, vectors, stats, 0.0 if step.norm is None else float(step.norm.eps), launch)
+    """The launch, on the device of the tensors, with every operand in its layout and at an address that 16 divides:
+    anything else would be another binary, with narrow loads, and unproven."""
+    x, weight, bias, mean, var, scale, shift, residual, slope, *_ = o
+    with on_device(x):
+        x, weight = aligned(x.contiguous(memory_format=torch.channels_last)), aligned(weight)
+        if launch.gathers:
+            weight = kernel_weight(step, launch.plan.lowering, weight)
+        else:  # read in place
+            weight = weight.contiguous(memory_format=torch.channels_last)
+        if residual is not None:
+            residual = aligned(to_format(residual, channels_last))
+        vectors = [
+            v
+            if v is None or not v.data_ptr() & 15 and v.is_contiguous()
+            else v.clone(memory_format=torch.contiguous_format)
+            for v in (bias, mean, var, scale, shift, slope)
+        ]
+        y = torch.empty_strided(launch.output_shape, launch.output_strides, dtype=x.dtype, device=x.device)
+        partials = None if launch.parts is None else Partials.empty(y, (*launch.parts, launch.output_shape[1]))
+        stats = None if partials is None else partials.stats
+        _launch(x, weight, y, residual, vectors, stats, 0.0 if step.norm is None else float(step.norm.eps), launch)
     return y, partials
 
 

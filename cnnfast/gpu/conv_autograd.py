@@ -10,7 +10,7 @@ eager mode use them, and so do the operators that `torch.compile` sees.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,26 +24,30 @@ from ..memory_format import has_both, is_channels_last, new_strides, suggests_ch
 from ..norms import Partials
 from ..step import Operands, Step
 from . import conv, conv_wgrad
+from .devices import precision_of
 from .norm_act_autograd import activation_backward
 from .why_not import launch_why_not, why_not
 
 __all__ = [
+    "OfConv",
     "Primitives",
     "conv_backward",
     "conv_forward",
     "conv_setup",
     "convolution",
+    "input_format",
+    "input_gradient_step",
+    "launches",
     "recorded",
     "weight_gradient",
     "wgrad_backward",
     "wgrad_forward",
     "wgrad_setup",
-    "with_statistics",
 ]
 
 
 @lru_cache(maxsize=4096)
-def _of_input(step: Step, size: torch.Size) -> Step:
+def input_gradient_step(step: Step, size: torch.Size) -> Step:
     """The input gradient of a convolution of x with spatial ``size``."""
     return Step(step.spec.adjoint(size))
 
@@ -51,7 +55,7 @@ def _of_input(step: Step, size: torch.Size) -> Step:
 # --- the two operators, without gradients -----------------------------------------------------------------------------
 
 
-def _launches(x: Tensor, weight: Tensor, step: Step, required: bool) -> bool:
+def launches(x: Tensor, weight: Tensor, step: Step, required: bool) -> bool:
     """Whether the kernel is to run. Few channels are no obstacle to it where it is required."""
     reason = why_not(step.bare, Operands(x, weight), few_channels=required)
     if reason is None and required:
@@ -69,20 +73,30 @@ def conv_forward(
     channels_last: bool,
     required: bool,
     statistics: str | None = None,
+    launch: conv.Launch | None = None,
 ) -> tuple[Tensor, Partials | None]:
-    """``act(conv(x) + bias)`` and, where tiles allow it, its statistics of the "batch" or each "image"."""
-    if _launches(x, weight, step, required):
-        both = conv.run_with_statistics(step, Operands(x, weight, bias), channels_last, statistics, required=required)
+    """``act(conv(x) + bias)`` and, where tiles allow it, its statistics of the "batch" or each "image". ``launch``:
+    that of the kernel, where it is known to run."""
+    if launch is not None or launches(x, weight, step, required):
+        o = Operands(x, weight, bias)
+        both = conv.run_with_statistics(step, o, channels_last, statistics, None, required, launch)
         if both is not None:
             return both
     y = reference.conv_block(x, weight, bias, step.spec, activation=step.activation)
     return to_format(y, channels_last), None
 
 
-def wgrad_forward(x: Tensor, grad: Tensor, like: Tensor, step: Step, required: bool) -> Tensor:
-    """Gradient of the convolution's weight, with the shape, dtype and strides of ``like``."""
-    if _launches(x, like, step, required):
-        dw = conv_wgrad.run(x, grad, step.spec, like, required=required)
+def wgrad_forward(
+    x: Tensor,
+    grad: Tensor,
+    like: Tensor,
+    step: Step,
+    required: bool,
+    launch: conv_wgrad.WgradLaunch | None = None,
+) -> Tensor:
+    """Gradient of the convolution's weight, with the shape, dtype and strides of ``like``. ``launch``: as above."""
+    if launch is not None or launches(x, like, step, required):
+        dw = conv_wgrad.run(x, grad, step.spec, like, None, required, launch)
         if dw is not None:
             return dw
     return torch.empty_like(like).copy_(conv_wgrad.by_torch(x, grad, like, step.spec))
@@ -104,52 +118,85 @@ class Primitives(NamedTuple):
 
 
 def _input_gradient(
-    grad: Tensor, weight: Tensor, size: torch.Size, channels_last: bool, ctx: Any, by: Primitives
+    grad: Tensor, weight: Tensor, size: torch.Size, channels_last: bool, step: Step, required: bool, by: Primitives
 ) -> Tensor:
     """Of a convolution of x with spatial ``size``, for the gradient of its result."""
-    of_input = _of_input if by is EAGER else _of_input.__wrapped__  # symbolic sizes have no hash
-    dx = by.convolution(grad, weight, None, of_input(ctx.step, size), channels_last, ctx.required)
+    # Symbolic sizes have no hash.
+    of_input = input_gradient_step if type(size[0]) is int else input_gradient_step.__wrapped__
+    dx = by.convolution(grad, weight, None, of_input(step, size), channels_last, required)
     # An output padding that reaches the stride gives the adjoint positions that x does not have.
     return to_format(dx[:, :, : size[0], : size[1]], channels_last) if dx.shape[2:] != size else dx
 
 
-def conv_setup(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, step: Step, required: bool) -> None:
-    need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
-    ctx.step, ctx.required, ctx.x, ctx.strides = step, required, x.shape, (x.stride(), weight.stride())
-    ctx.bias_dtype = None if bias is None or not need_bias else bias.dtype
-    ctx.save_for_backward(
+def input_format(
+    size: Sequence[int], strides: Sequence[int], weight: Sequence[int], weight_strides: Sequence[int]
+) -> tuple[bool, bool]:
+    """Whether the input's gradient is channels-last, as of torch's convolution, and whether the kernels store it so:
+    always where its memory fits both formats."""
+    last = suggests_channels_last(size, strides) or suggests_channels_last(weight, weight_strides)
+    return last, last or has_both(size[1], size[2:])
+
+
+class OfConv(NamedTuple):
+    """What a backward knows beside the tensors that it saved."""
+
+    step: Step
+    required: bool
+    x: torch.Size
+    strides: tuple[tuple[int, ...], tuple[int, ...]]  # of x and the weight
+    bias_dtype: torch.dtype | None  # None where the bias gets no gradient
+    launch: conv.Launch | None
+
+
+def conv_setup(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    step: Step,
+    required: bool,
+    need: Sequence[bool],
+    launch: conv.Launch | None = None,
+) -> tuple[OfConv, tuple[Tensor | None, ...]]:
+    """What `conv_backward` takes of a forward: what it knows, and the tensors to save. ``need``: which of x, weight
+    and bias get gradients. ``launch``: the forward's, which keeps those of its gradients."""
+    need_x, need_weight, need_bias = need
+    saved = (
         x if need_weight else None,
         weight if need_x or need_weight else None,  # the weight gradient has its strides
         y if step.saves == "y" else None,
     )
+    bias_dtype = None if bias is None or not need_bias else bias.dtype
+    return OfConv(step, required, x.shape, (x.stride(), weight.stride()), bias_dtype, launch), saved
 
 
 def conv_backward(
-    ctx: Any, grad: Tensor, by: Primitives | None = None
+    of: OfConv, tensors: Sequence[Tensor | None], need: Sequence[bool], grad: Tensor, by: Primitives | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias, differentiable where grad mode is on. ``by``: operators of a traced backward."""
-    x, weight, y = ctx.saved_tensors
-    step, bias_dtype, required = ctx.step, ctx.bias_dtype, ctx.required
-    need_x, need_weight, *_ = ctx.needs_input_grad
+    """Gradients of x, weight and bias, as ``need`` asks for each, differentiable where grad mode is on. ``of`` and
+    ``tensors`` as `conv_setup` gave them. ``by``: operators of a traced backward."""
+    x, weight, y = tensors
+    step, required, size, (of_x, of_weight), bias_dtype, launch = of
+    need_x, need_weight, *_ = need
     db: Tensor | None
     if by is None and (torch.is_grad_enabled() or dispatch.is_batched(grad)):
+        by = EAGER
         if y is not None:
             grad = grad * activation_derivative(step.activation, y).to(grad.dtype)
         db = None if bias_dtype is None else grad.sum((0, 2, 3))
     else:
         backward = (by or EAGER).activation_backward
         grad, db = backward(grad, y, step.activation, bias=bias_dtype is not None, required=required)
-    made = by or EAGER
+    if by is None:
+        by = EAGER if launch is None else _bound(launch.bound, required)
     dx = None
     if need_x:
-        # As of torch's convolution. Where its memory fits both formats, the kernels store channels-last.
-        of_x, of_weight = ctx.strides
-        last = suggests_channels_last(ctx.x, of_x) or suggests_channels_last(weight.shape, of_weight)
-        stored = last or has_both(ctx.x[1], ctx.x[2:])
-        dx = _input_gradient(grad, weight, ctx.x[2:], stored, ctx, made)
+        assert weight is not None
+        last, stored = input_format(size, of_x, weight.shape, of_weight)
+        dx = _input_gradient(grad, weight, size[2:], stored, step, required, by)
         if stored != last and not dispatch.is_batched(dx):
             dx = restrided(dx, new_strides(dx.shape, last))
-    dw = made.weight_gradient(x, grad, weight, step.bare, required) if need_weight else None
+    dw = by.weight_gradient(x, grad, weight, step.bare, required) if need_weight else None
     return dx, dw, None if db is None or bias_dtype is None else db.to(bias_dtype)
 
 
@@ -162,34 +209,28 @@ def wgrad_backward(ctx: Any, v: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the convolution's input and of its result's gradient, for ``v`` like the weight."""
     x, grad = ctx.saved_tensors
     need_x, need_grad, *_ = ctx.needs_input_grad
-    dx = _input_gradient(grad, v, x.shape[2:], is_channels_last(x), ctx, EAGER) if need_x else None
-    dg = convolution(x, v, None, ctx.step, is_channels_last(grad), ctx.required) if need_grad else None
+    step, required = ctx.step, ctx.required
+    dx = _input_gradient(grad, v, x.shape[2:], is_channels_last(x), step, required, EAGER) if need_x else None
+    dg = convolution(x, v, None, step, is_channels_last(grad), required) if need_grad else None
     return dx, dg
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        step: Step,
-        channels_last: bool,
-        required: bool,
-        statistics: str | None,
-    ) -> Any:
-        y, partials = conv_forward(x, weight, bias, step, channels_last, required, statistics)
-        conv_setup(ctx, x, weight, bias, y, step, required)
-        if partials is None:
-            return y
-        ctx.mark_non_differentiable(*partials)
-        ctx.set_materialize_grads(False)  # of the statistics, which have none
-        return y, *partials
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, step: Step, channels_last: bool, required: bool
+    ) -> Tensor:
+        launch = None
+        if x.numel() and weight.numel() and launches(x, weight, step, required):
+            launch = conv.lookup(step, Operands(x, weight, bias), channels_last)
+        y, _ = conv_forward(x, weight, bias, step, channels_last, required, None, launch)
+        ctx.of, saved = conv_setup(x, weight, bias, y, step, required, ctx.needs_input_grad[:3], launch)
+        ctx.save_for_backward(*saved)
+        return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *of_partials: None) -> Any:
-        return (None,) * 7 if grad is None else (*conv_backward(ctx, grad), None, None, None, None)
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return *conv_backward(ctx.of, ctx.saved_tensors, ctx.needs_input_grad[:3], grad), None, None, None
 
 
 class _WeightGradient(torch.autograd.Function):
@@ -204,7 +245,11 @@ class _WeightGradient(torch.autograd.Function):
 
 
 def recorded(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any([t is not None and t.requires_grad for t in tensors])
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def convolution(
@@ -218,7 +263,7 @@ def convolution(
     if dispatch.is_batched(x) or dispatch.is_batched(weight):  # of gradients: PyTorch's operators take them
         return reference.conv_block(x, weight, bias, step.spec, activation=step.activation)
     if recorded(x, weight, bias):
-        return _Convolution.apply(x, weight, bias, step, channels_last, required, None)
+        return _Convolution.apply(x, weight, bias, step, channels_last, required)
     return conv_forward(x, weight, bias, step, channels_last, required)[0]
 
 
@@ -234,11 +279,28 @@ def weight_gradient(x: Tensor, grad: Tensor, like: Tensor, step: Step, required:
 EAGER = Primitives(convolution, weight_gradient, activation_backward)
 
 
-def with_statistics(
-    x: Tensor, weight: Tensor, bias: Tensor | None, step: Step, required: bool, statistics: str | None
-) -> tuple[Tensor, Partials | None]:
-    """The convolution channels-last, and its statistics as of `conv_forward`."""
-    if not recorded(x, weight, bias):
-        return conv_forward(x, weight, bias, step, True, required, statistics)
-    out = _Convolution.apply(x, weight, bias, step, True, required, statistics)
-    return (out, None) if isinstance(out, Tensor) else (out[0], Partials(*out[1:]))
+def _bound(kept: dict[Any, Any], required: bool) -> Primitives:
+    """Those of a backward that nothing differentiates, of a convolution whose tensors have one shape and device: what
+    they launch is looked up once, and ``kept``."""
+    by: Primitives | None = kept.get(required)
+    if by is not None:
+        return by
+
+    def convolution(
+        x: Tensor, weight: Tensor, bias: Tensor | None, step: Step, channels_last: bool, required: bool
+    ) -> Tensor:
+        key = (channels_last, required, precision_of(x.dtype), weight.dtype, weight.stride())
+        launch = kept.get(key)
+        if launch is None and x.shape[0] and launches(x, weight, step, required):
+            launch = kept[key] = conv.lookup(step, Operands(x, weight), channels_last)
+        return conv_forward(x, weight, bias, step, channels_last, required, None, launch)[0]
+
+    def weight_gradient(x: Tensor, grad: Tensor, like: Tensor, step: Step, required: bool) -> Tensor:
+        key = (required, precision_of(x.dtype), grad.dtype, like.dtype, like.stride())
+        launch = kept.get(key)
+        if launch is None and x.shape[0] and launches(x, like, step, required):
+            launch = kept[key] = conv_wgrad.lookup(x, grad, step.spec, torch.empty_like(like, device="meta"))
+        return wgrad_forward(x, grad, like, step, required, launch)
+
+    by = kept[required] = Primitives(convolution, weight_gradient, activation_backward)
+    return by

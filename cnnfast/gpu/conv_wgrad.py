@@ -18,7 +18,7 @@ from .conv_wgrad_plan import WgradPlan, choose_wgrad_plan
 from .devices import Device, cuda_index, on_device, precision_of, target_device
 from .observers import OBSERVERS, of_launch
 
-__all__ = ["WeightGradient", "WgradLaunch", "by_torch", "prepare", "run"]
+__all__ = ["WeightGradient", "WgradLaunch", "by_torch", "lookup", "prepare", "run"]
 
 SUM_BLOCK = 1024  # elements of a weight that a program of the second pass adds up
 
@@ -103,23 +103,12 @@ def prepare(
     )
 
 
-def run(
-    x: torch.Tensor,
-    grad: torch.Tensor,
-    spec: ConvSpec,
-    like: torch.Tensor,
-    plan: WgradPlan | None = None,
-    required: bool = True,
-) -> torch.Tensor | None:
-    """Gradient of the weight of ``spec`` (2-D), with the strides of ``like``: from x (N, C_in, H, W), the convolution's
-    input, and ``grad`` (N, C_out, OH, OW), its result's gradient, of one dtype and in any layout."""
+def lookup(
+    x: torch.Tensor, grad: torch.Tensor, spec: ConvSpec, out: torch.Tensor, plan: WgradPlan | None = None
+) -> WgradLaunch:
+    """The launch of `run` on these tensors, a dictionary's look-up after the first time."""
     a, b = (x, grad) if spec.transposed else (grad, x)
-    out = torch.empty_like(like)
-    if out.numel() == 0:
-        return out
-    if x.shape[0] == 0:
-        return out.zero_()
-    launch = prepare(
+    return prepare(
         spec,
         x.shape[0],
         (a.shape[2], a.shape[3]),
@@ -131,6 +120,27 @@ def run(
         (grad.dtype, out.dtype),
         cuda_index(x),
     )
+
+
+def run(
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    spec: ConvSpec,
+    like: torch.Tensor,
+    plan: WgradPlan | None = None,
+    required: bool = True,
+    launch: WgradLaunch | None = None,
+) -> torch.Tensor | None:
+    """Gradient of the weight of ``spec`` (2-D), with the strides of ``like``: from x (N, C_in, H, W), the convolution's
+    input, and ``grad`` (N, C_out, OH, OW), its result's gradient, of one dtype and in any layout. ``launch``: `lookup`
+    of these, where it is at hand."""
+    a, b = (x, grad) if spec.transposed else (grad, x)
+    out = torch.empty_like(like)
+    if out.numel() == 0:
+        return out
+    if x.shape[0] == 0:
+        return out.zero_()
+    launch = launch or lookup(x, grad, spec, out, plan)
     if launch.proof.ready:
         _start(a, b, out, launch)
     else:
@@ -146,8 +156,8 @@ def _start(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, launch: WgradLau
     """The launch, on the device of the tensors, with operands in the kernel's layout and at addresses that 16
     divides: anything else would be another binary."""
     with on_device(a):
-        a, b = (aligned(t.contiguous(memory_format=torch.channels_last)) for t in (a, b))
-        _launch(a, b, out, launch)
+        a, b = a.contiguous(memory_format=torch.channels_last), b.contiguous(memory_format=torch.channels_last)
+        _launch(aligned(a), aligned(b), out, launch)
     return out
 
 

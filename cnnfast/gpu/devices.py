@@ -25,6 +25,7 @@ __all__ = [
     "resident_blocks",
     "target_device",
     "tf32_convolutions",
+    "triton_driver",
 ]
 
 
@@ -57,6 +58,9 @@ class Device:
     l2_bytes: int
     dram_gb_per_second: int
     clock_mhz: int  # boost
+
+    def __hash__(self) -> int:  # devices are part of keys on the path of every call
+        return self.arch
 
     @property
     def dram_bytes_per_clock(self) -> float:
@@ -119,13 +123,29 @@ def target_device(x: torch.Tensor) -> Device:
     index = cuda_index(x)
     if index is not None:
         return _cuda_device(index)
-    from triton.runtime.driver import driver
-
     try:
-        target = driver.active.get_current_target()
+        return _device_of(triton_driver())
     except RuntimeError:  # Triton's interpreter needs no driver, and there is none
         return device_for(80)
-    return device_for(target.arch) if isinstance(target.arch, int) else device_for(80)
+
+
+@cache
+def _drivers() -> Any:
+    from triton.runtime.driver import driver  # not everywhere installed
+
+    return driver
+
+
+def triton_driver() -> Any:
+    """Triton's active driver. RuntimeError where it finds none for this machine."""
+    return _drivers().active
+
+
+@lru_cache(maxsize=64)
+def _device_of(active: Any) -> Device:
+    """What a driver of Triton's stands for."""
+    arch = active.get_current_target().arch
+    return device_for(arch) if isinstance(arch, int) else device_for(80)
 
 
 def conv_tf32() -> bool:

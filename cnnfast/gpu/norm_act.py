@@ -18,11 +18,11 @@ from torch import Tensor
 
 from .. import norm_sync
 from ..kernels import norm_act as forward_kernels
+from ..memory_format import new_strides
 from ..norms import Partials
 from ..step import Operands, Step
 from . import guard
-from .binary import empty_partials
-from .devices import allocate, on_device, target_device
+from .devices import on_device, target_device
 from .guard import NormPass
 from .norm_act_plan import (
     TILE,
@@ -36,7 +36,7 @@ from .norm_act_plan import (
     _told,
     _Types,
     _types,
-    _vector,
+    _vectors,
     _where,
     each,
     eps_of,
@@ -47,7 +47,7 @@ from .norm_act_plan import (
 )
 from .observers import OBSERVERS, of_launch
 
-__all__ = ["ForwardPlan", "apply", "forward_plan", "merge", "merge_of", "partials", "statistics_of"]
+__all__ = ["ForwardPlan", "apply", "forward_plan", "merge", "merge_of", "moved", "partials", "statistics_of"]
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -72,24 +72,24 @@ def statistics_of(shape: torch.Size, each: bool, last: bool, dtype: torch.dtype,
 
 @dataclass(frozen=True)
 class Merge:
-    """The launch that joins the parts of each segment; its last two numbers are the momentum and what is kept."""
+    """The launch that joins the parts of each segment; momentum and what is kept follow its numbers."""
 
     start: Start
-    shape: tuple[int, int, int]  # (2, or 3 with the variance), segments, C / join
+    shape: tuple[int, int, int]  # segments, 2, C / join
+    var: bool
     blocks: tuple[int, int]  # parts and channels of a tile
 
 
 @lru_cache(maxsize=4096)
-def merge_of(shape: torch.Size | tuple[int, ...], join: int, eps: float, var: bool, running: _Types) -> Merge:
-    """Of (segments, parts, channels); ``running``: dtypes of the running tensors that move."""
+def merge_of(shape: tuple[int, int, int], join: int, eps: float, var: bool, moved: _Types = ()) -> Merge:
+    """Of (segments, parts, channels), with the unbiased variance if ``var``. ``moved``: dtypes of what it moves."""
     segments, count, c = shape
     block_c = power(c if join == 1 else join, 8)
     block_p = power(count, TILE // block_c)
     programs = segments * (-(-c // block_c) if join == 1 else c // join)
     binary = _binary(forward_kernels.merge_stats_kernel, dict(C=c, JOIN=join, BLOCK_P=block_p, BLOCK_C=block_c))
-    return Merge(
-        Start(binary, (programs, 1, 1), (count, float(eps))), (2 + var, segments, c // join), (block_p, block_c)
-    )
+    start = Start(binary, (programs, 1, 1), (count, float(eps)))
+    return Merge(start, (segments, 2, c // join), var, (block_p, block_c))
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ class ForwardPlan:
     moves: bool
     apply: Start
     y_last: bool
+    strides: tuple[int, ...]  # of the result
     proof: guard.Proof
 
 
@@ -108,21 +109,23 @@ def forward_plan(
     step: Step, o: Operands, parts: Partials | None, channels_last: bool, dtype: torch.dtype
 ) -> ForwardPlan:
     """Of `norm_act_autograd.forward` on these tensors."""
-    given = None if parts is None else parts.count.shape[1]
+    given = None if parts is None else parts.shape[1]
     if o.group is not None and norm_sync.shared(step.norm, o):
         given = dist.get_world_size(o.group)
-    x, moved = o.x, (o.mean, o.var)
+    x, mean, var, scale, shift, batches, residual, slope = (
+        o.x, o.mean, o.var, o.scale, o.shift, o.batches, o.residual, o.slope,
+    )  # fmt: skip
     return _forward(
         step,
         channels_last,
         dtype,
         x.shape,
         will_be_last(x),
-        _types(x, o.scale, o.shift, *moved, o.residual, o.slope),
-        0 if o.slope is None else o.slope.numel(),
+        _types(x, scale, shift, mean, var, batches, residual, slope),
+        0 if slope is None else slope.numel(),
         parts is not None,
         given,
-        all([v is None or v.is_contiguous() for v in moved]),
+        (mean is None or mean.is_contiguous()) and (var is None or var.is_contiguous()),
         *_where(x),
     )
 
@@ -156,15 +159,12 @@ def _forward(
             constants |= _told("statistics", statistics.tiles, (x_last,))
             count = count or statistics.shape[1]
         moves = norm.kind == "batch" and flat
-        running = types[3:5]
-        parts = (segments, count or 1, c)
-        merge = merge_of(
-            parts, norm.join(c), norm.eps, not moves and running[1] is not None, running if moves else (None, None)
-        )
+        parts, var = (segments, count or 1, c), not moves and types[4] is not None
+        merge = merge_of(parts, norm.join(c), norm.eps, var, types[3:6] if moves else ())
         constants |= {"merge": merge.blocks, "merge.moves": flat}
     constants |= {"y": str(dtype)}
     proof = _proof(NormPass("", step, c), "one pass", index, types[0], types, **constants)
-    return ForwardPlan(statistics, merge, moves, apply, last[1], proof)
+    return ForwardPlan(statistics, merge, moves, apply, last[1], new_strides(shape, channels_last), proof)
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -175,9 +175,9 @@ def partials(x: Tensor, each: bool, s: Statistics | None = None) -> Partials:
     hand."""
     x = laid_out(x)
     s = s or statistics_of(x.shape, each, is_last(x), x.dtype, target_device(x).multiprocessors)
-    _, parts = empty_partials(x, s.shape)
+    parts = Partials.empty(x, s.shape)
     with on_device(x):
-        s.start(x, *parts)
+        s.start(x, parts.stats)
     if OBSERVERS:
         of_launch("norm-statistics")
     return parts
@@ -188,39 +188,39 @@ def merge(
     m: Merge,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
+    batches: Tensor | None = None,
     momentum: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(mean, 1/deviation, unbiased variance or None), (S, C / join) float32. Running tensors (one segment) move."""
-    mean, rstd, *more = parts.mean.new_empty(m.shape).unbind()
-    unbiased = more[0] if more else None
-    count, center, m2 = parts
-    with on_device(center):
-        m.start.binary(
-            m.start.grid, count.contiguous(), center.contiguous(), m2.contiguous(), mean, rstd, unbiased,
-            running_mean, running_var, *m.start.numbers, float(momentum), 1.0 - momentum,
-        )  # fmt: skip
+) -> tuple[Tensor, Tensor | None]:
+    """On the current device: (S, 2, C / join) means and 1/deviations, and (S, C / join) unbiased variances or None,
+    float32. Running tensors (one segment) move, and ``batches`` goes up by one."""
+    stats, start = parts.stats, m.start
+    moments = stats.new_empty(m.shape)
+    var = stats.new_empty((m.shape[0], m.shape[2])) if m.var else None
+    start.binary(
+        start.grid, stats, moments, var, running_mean, running_var, batches, *start.numbers, float(momentum),
+        1.0 - momentum,
+    )  # fmt: skip
     if OBSERVERS:
         of_launch("norm-merge")
-    return mean, rstd, unbiased
+    return moments, var
 
 
-def apply(
-    step: Step,
-    o: Operands,
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    channels_last: bool,
-    dtype: torch.dtype,
-    plan: ForwardPlan,
-) -> Tensor:
-    """``act((x - mean) * rstd * scale + shift + residual)`` in ``dtype`` and the memory format asked for."""
+def moved(parts: Partials, m: Merge, o: Operands) -> Tensor:
+    """`merge`'s moments, and the running tensors of ``o`` moved."""
+    mean, var, batches = o.mean, o.var, o.batches
+    moments, _ = merge(parts, m, mean, var, batches, o.momentum)
+    if batches is not None:  # as autograd is told of it in eager mode, and not of running statistics that move
+        torch.autograd.graph.increment_version(batches)
+    return moments
+
+
+def apply(o: Operands, mean: Tensor | None, var: Tensor | None, dtype: torch.dtype, plan: ForwardPlan) -> Tensor:
+    """``act((x - mean) / deviation * scale + shift + residual)`` in ``dtype``, on the current device; ``mean`` and
+    ``var`` as of `cnnfast.reference.Saved`."""
     x = laid_out(o.x)
-    y = allocate(x, x.shape, channels_last, dtype)
-    with on_device(x):
-        plan.apply(
-            x, y, None if o.residual is None else _as(o.residual, plan.y_last), _vector(mean), _vector(rstd),
-            _vector(o.scale), _vector(o.shift), _vector(o.slope),
-        )  # fmt: skip
+    y = torch.empty_strided(x.shape, plan.strides, dtype=dtype, device=x.device)
+    residual = None if o.residual is None else _as(o.residual, plan.y_last)
+    plan.apply(x, y, residual, *_vectors(mean, var, o.scale, o.shift, o.slope))
     if OBSERVERS:
         of_launch("norm-apply")
     return y

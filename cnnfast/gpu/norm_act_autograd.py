@@ -3,13 +3,13 @@
 Mean and deviation that the forward saved are constants to a second derivative. So a backward that is itself recorded
 (`torch.is_grad_enabled()`) differentiates the composition of `reference` instead.
 
-`forward`, `norm_setup` and `norm_backward` are the formulas, of the `torch.autograd.Function` of eager mode and of
+`forward`, `norm_setup` and `norm_backward` are the formulas, of the `torch.autograd.Function`s of eager mode and of
 the operators that `torch.compile` sees. Every step here is one without a convolution (`Step.tail`), of ``o.x``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +24,13 @@ from ..reference import Grads, Saved, backward_by_torch, composition
 from ..spec import DTYPES, INT32
 from ..step import Operands, Step, norm_step
 from . import guard, norm_act, norm_act_trial
+from .devices import on_device
 from .norm_act_backward import activation_pass, backward, plan_of_activation, plan_of_backward
 from .why_not import why_not
 
 __all__ = [
+    "Forward",
+    "OfNorm",
     "activation_backward",
     "activation_backward_by_torch",
     "forward",
@@ -52,36 +55,34 @@ class Shared(NamedTuple):
 
 def statistics(
     step: Step, o: Operands, parts: Partials | None, plan: norm_act.ForwardPlan
-) -> tuple[Tensor, Tensor, Shared | None]:
-    """(mean, 1/deviation) of the input, (S, C or groups) float32, and its running tensors moved."""
+) -> tuple[Tensor, Shared | None]:
+    """Means and 1/deviations of the input (S, 2, C or groups) float32, and its running tensors moved."""
     assert plan.merge is not None and step.norm is not None
     if parts is None:
         parts = norm_act.partials(o.x, step.statistics == "image", plan.statistics)
     several = None
     if o.group is not None and norm_sync.shared(step.norm, o):
         parts = norm_sync.gather(parts, o.group)
-        several = Shared(o.group, parts.count.sum())
-    mean, var, momentum = o.mean, o.var, o.momentum
+        several = Shared(o.group, parts.each[0].sum())
     if plan.moves:
-        center, rstd, _ = norm_act.merge(parts, plan.merge, mean, var, momentum)
-        for t in (mean, var):
-            if t is not None:  # autograd is told of what a kernel wrote
-                torch.autograd.graph.increment_version(t)
-        return center, rstd, several
-    center, rstd, unbiased = norm_act.merge(parts, plan.merge)
+        return norm_act.moved(parts, plan.merge, o), several
+    mean, var, batches, momentum = o.mean, o.var, o.batches, o.momentum
+    moments, unbiased = norm_act.merge(parts, plan.merge)
     # Each image's statistics count alike, as in torch.
-    for old, new in ((mean, center), (var, unbiased)):
+    for old, new in ((mean, moments[:, 0]), (var, unbiased)):
         if old is not None and new is not None:
             old.copy_(old.float() * (1 - momentum) + new.mean(0) * momentum)
-    return center, rstd, several
+    if batches is not None:
+        batches.add_(1)
+    return moments, several
 
 
 class Forward(NamedTuple):
-    """What a forward gives: the result, and the statistics that it took (or was given: mean and variance)."""
+    """What a forward gives: the result, and the statistics that it took or was given, as of `Saved`."""
 
     y: Tensor
     mean: Tensor | None
-    rstd: Tensor | None
+    var: Tensor | None
     several: Shared | None
 
 
@@ -96,12 +97,13 @@ def forward(
     """A whole forward without gradients: statistics (unless ``parts`` holds them), running tensors, apply. ``plan``:
     where it is at hand."""
     plan = plan or norm_act.forward_plan(step, o, parts, channels_last, dtype)
-    mean, rstd, several = o.mean, o.var, None
-    with torch.no_grad():
+    mean, var, several = o.mean, o.var, None
+    with on_device(o.x):
         if step.measured:
-            mean, rstd, several = statistics(step, o, parts, plan)
-        y = norm_act.apply(step, o, mean, rstd, channels_last, dtype, plan)
-    return Forward(y, mean, rstd, several)
+            mean, several = statistics(step, o, parts, plan)
+            var = None
+        y = norm_act.apply(o, mean, var, dtype, plan)
+    return Forward(y, mean, var, several)
 
 
 def proven_forward(
@@ -125,7 +127,8 @@ def run(
     """The step on the kernels, its result in ``dtype``; the caller asked `why_not`. ``parts``: the statistics of x
     where they are known already, of a part for each segment of the norm. None where `guard` finds that they must not
     run; RuntimeError then if ``required``."""
-    done = proven_forward(step, o, parts, channels_last, dtype, required)
+    with torch.no_grad():
+        done = proven_forward(step, o, parts, channels_last, dtype, required)
     if done is None:
         return None
     tensors = (o.x, o.scale, o.shift, o.residual, o.slope)
@@ -137,42 +140,46 @@ def run(
 # --- backward ---------------------------------------------------------------------------------------------------------
 
 
+class OfNorm(NamedTuple):
+    """What a backward knows beside the tensors that it saved."""
+
+    step: Step
+    channels_last: bool
+    several: Shared | None
+    required: bool
+
+
 def norm_setup(
-    ctx: Any,
-    step: Step,
-    tensors: tuple[Tensor | None, ...],
-    mean: Tensor | None,
-    rstd: Tensor | None,
-    y: Tensor,
-    channels_last: bool,
-    several: Shared | None,
-    required: bool,
-) -> None:
-    """``tensors``: x, scale, shift, residual, slope."""
+    step: Step, tensors: tuple[Tensor | None, ...], done: Forward, channels_last: bool, required: bool
+) -> tuple[OfNorm, tuple[Tensor | None, ...]]:
+    """What `norm_backward` takes of a forward on ``tensors``, x, scale, shift, residual and slope: what it knows, and
+    the tensors to save."""
     x, scale, shift, residual, slope = tensors
-    ctx.step, ctx.channels_last, ctx.several, ctx.required = step, channels_last, several, required
-    other = y if step.of == "y" else residual if step.of == "x" else None
+    other = done.y if step.of == "y" else residual if step.of == "x" else None
     needs_x = step.norm is not None or step.of == "x"
-    ctx.save_for_backward(x if needs_x else None, scale, shift, slope, mean, rstd, other)
+    saved = (x if needs_x else None, scale, shift, slope, done.mean, done.var, other)
+    return OfNorm(step, channels_last, done.several, required), saved
 
 
 # (grad, saved, step, channels_last, which gradients, the sums through all processes, required) -> the gradients
 Pass = Callable[[Tensor, Saved, Step, bool, tuple[bool, ...], Any, bool], Grads]
 
 
-def norm_backward(ctx: Any, grad: Tensor, by: Pass | None = None) -> Grads:
-    """Gradients of x, scale, shift, residual and slope, differentiable where grad mode is on. ``by``: what computes
-    those that are not."""
-    x, *rest = ctx.saved_tensors
+def norm_backward(
+    of: OfNorm, tensors: Sequence[Tensor | None], need: tuple[bool, ...], grad: Tensor, by: Pass | None = None
+) -> Grads:
+    """Gradients of x, scale, shift, residual and slope, as ``need`` asks for each, differentiable where grad mode is
+    on. ``of`` and ``tensors`` as `norm_setup` gave them. ``by``: what computes gradients that are not
+    differentiable."""
+    x, *rest = tensors
     saved = Saved(grad if x is None else x, *rest)
-    need = tuple(ctx.needs_input_grad[:5])
     if by is None and (torch.is_grad_enabled() or is_batched(grad)):
-        if ctx.several is not None:
+        if of.several is not None:
             norm_sync.no_second_derivative()
         with torch.enable_grad():
-            return _recorded_backward(grad, saved, ctx.step, need)
-    reduce = None if ctx.several is None else _reducer(ctx.several)
-    return (by or proven_backward)(grad, saved, ctx.step, ctx.channels_last, need, reduce, ctx.required)
+            return _recorded_backward(grad, saved, of.step, need)
+    reduce = None if of.several is None else _reducer(of.several)
+    return (by or proven_backward)(grad, saved, of.step, of.channels_last, need, reduce, of.required)
 
 
 def proven_backward(
@@ -213,7 +220,7 @@ def _recorded_backward(grad: Tensor, s: Saved, step: Step, need: tuple[bool, ...
     x, scale, shift = (None if t is None else t.view_as(t) for t in (s.x, s.weight, s.bias))
     assert x is not None
     with torch._C._DisableAutocast():
-        u = composition(step.norm, Operands(x, mean=s.mean, var=s.rstd, scale=scale, shift=shift))
+        u = composition(step.norm, Operands(x, mean=s.mean, var=s.var, scale=scale, shift=shift))
         dz = grad.to(u.dtype)
         dslope = None
         if step.of == "y":
@@ -250,13 +257,13 @@ class _NormAct(torch.autograd.Function):
         channels_last: bool,
         required: bool,
     ) -> Tensor:
-        tensors = (x, scale, shift, residual, slope)
-        norm_setup(ctx, step, tensors, done.mean, done.rstd, done.y, channels_last, done.several, required)
+        ctx.of, saved = norm_setup(step, (x, scale, shift, residual, slope), done, channels_last, required)
+        ctx.save_for_backward(*saved)
         return done.y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return *norm_backward(ctx, grad), None, None, None, None
+        return *norm_backward(ctx.of, ctx.saved_tensors, ctx.needs_input_grad[:5], grad), None, None, None, None
 
 
 # --- an activation by itself ------------------------------------------------------------------------------------------

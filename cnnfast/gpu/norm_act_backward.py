@@ -32,7 +32,7 @@ from .norm_act_plan import (
     _told,
     _Types,
     _types,
-    _vector,
+    _vectors,
     _where,
     each,
     eps_of,
@@ -50,7 +50,6 @@ __all__ = [
     "activation_plan",
     "arrange",
     "backward",
-    "backward_plan",
     "forget",
     "plan_of_activation",
     "plan_of_backward",
@@ -69,18 +68,16 @@ def arrange(grad: Tensor, s: Saved, step: Step, channels_last: bool) -> tuple[Te
     """Everything in a layout that the kernels take, grad and ``other`` in one."""
     last = grad_last(grad, s, step, channels_last)
     other = None if s.other is None else _as(s.other, last)
-    return _as(grad, last), Saved(
-        laid_out(s.x), _vector(s.weight), _vector(s.bias), _vector(s.slope), _vector(s.mean), _vector(s.rstd), other
-    )
+    return _as(grad, last), Saved(laid_out(s.x), *_vectors(*s[1:6]), other)  # type: ignore[call-arg]
 
 
 def plan_of_backward(
     grad: Tensor, s: Saved, step: Step, channels_last: bool, need: Grads | tuple[bool, ...], shared: bool
 ) -> BackwardPlan:
     """Of `backward` on these tensors, arranged or not."""
-    slopes, wanted = 0 if s.slope is None else s.slope.numel(), tuple([bool(n) for n in need])
-    last = grad_last(grad, s, step, channels_last)
-    return backward_plan(s.x.shape, will_be_last(s.x), last, grad, s, slopes, step, wanted, shared)
+    slopes, last = 0 if s.slope is None else s.slope.numel(), grad_last(grad, s, step, channels_last)
+    types, wanted = _types(grad, *s), tuple(map(bool, need))
+    return _backward(step, s.x.shape, will_be_last(s.x), last, types, slopes, wanted, shared, *_where(grad))
 
 
 def backward(
@@ -101,8 +98,8 @@ def backward(
         grad_in = grad
         grad, s = arrange(grad, s, step, channels_last)
         x = s.x
-        vectors = (s.mean, s.rstd, s.weight, s.bias, s.slope)
-        dw = db = ds = mean1 = mean2 = None
+        vectors = (s.mean, s.var, s.weight, s.bias, s.slope)
+        dw = db = ds = means = None
         if step.measured and need_x or need_weight or need_bias or need_slope:
             sums = x.new_empty(plan.sums_shape, dtype=torch.float32)
             plan.sums(x, grad, s.other, *vectors, sums)
@@ -115,14 +112,14 @@ def backward(
             else:
                 db, dw = _like(s.bias) if need_bias else None, _like(s.weight) if need_weight else None
                 if plan.means_shape is not None:
-                    mean1, mean2 = x.new_empty(plan.means_shape, dtype=torch.float32).unbind()
+                    means = x.new_empty(plan.means_shape, dtype=torch.float32)
             ds = x.new_empty(x.shape[1], dtype=torch.float32) if need_slope else None
-            plan.finish(sums, db, dw, ds, mean1, mean2, s.weight)
+            plan.finish(sums, db, dw, ds, means, s.weight)
             if OBSERVERS:
                 of_launch("norm-grad-finish")
             if both is not None:
                 total, number = reduce(both)
-                mean1, mean2 = ((total if s.weight is None else total * s.weight.float()) / number).unbind()
+                means = (total if s.weight is None else total * s.weight.float()) / number
                 db = db.to(s.bias.dtype) if need_bias and db is not None and s.bias is not None else None
                 dw = dw.to(s.weight.dtype) if need_weight and dw is not None and s.weight is not None else None
             if ds is not None and s.slope is not None:
@@ -132,7 +129,7 @@ def backward(
         if need_x or need_residual and not identity:
             dx = torch.empty_like(x)
             dz = torch.empty_like(grad) if need_residual and not identity and step.norm is not None else None
-            plan.apply(x, grad, s.other, *vectors, mean1, mean2, dx, dz)
+            plan.apply(x, grad, s.other, *vectors, means, dx, dz)
             if OBSERVERS:
                 of_launch("norm-grad-apply")
     residual = None
@@ -174,7 +171,7 @@ def activation_pass(
         db = None
         if sums is not None:
             db = g.new_empty(g.shape[1], dtype=torch.float32)
-            plan.finish(sums, db, None, None, None, None, None)
+            plan.finish(sums, db, None, None, None, None)
             if OBSERVERS:
                 of_launch("norm-grad-finish")
     return grad if dz is None else dz, db
@@ -204,7 +201,7 @@ def _finish(segments: int, parts: int, channels: int, join: int, means: bool, co
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """``means_shape``: (2, segments, C / join) where the gradient of x subtracts means that the finish takes."""
+    """``means_shape``: (segments, 2, C / join) where the gradient of x subtracts means that the finish takes."""
 
     sums: Start
     sums_shape: tuple[int, int, int, int]  # 2, or 3 with PReLU's slope; segments, parts, channels
@@ -212,21 +209,6 @@ class BackwardPlan:
     means_shape: tuple[int, int, int] | None
     apply: Start
     proof: guard.Proof
-
-
-def backward_plan(
-    shape: torch.Size,
-    x_last: bool,
-    grad_last: bool,
-    grad: Tensor,
-    saved: tuple[Tensor | None, ...],
-    slopes: int,
-    step: Step,
-    need: tuple[bool, ...],
-    shared: bool,
-) -> BackwardPlan:
-    """Of `backward` for x of this ``shape``, on tensors that are channels-last, once arranged, as told."""
-    return _backward(step, shape, x_last, grad_last, _types(grad, *saved), slopes, need, shared, *_where(grad))
 
 
 @lru_cache(maxsize=4096)
@@ -256,7 +238,7 @@ def _backward(
         sums,
         (2 + need[4], segments, parts, c),
         finish.start,
-        (2, segments, c // join) if means else None,
+        (segments, 2, c // join) if means else None,
         apply,
         _proof(NormPass("gradient of ", step, c), "two passes", index, types[1], types, **constants),
     )

@@ -88,8 +88,8 @@ def _as(t: Tensor, last: bool) -> Tensor:
     return aligned(t.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format))
 
 
-def _vector(v: Tensor | None) -> Tensor | None:
-    return v if v is None else v.contiguous()
+def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
+    return [v if v is None or v.is_contiguous() else v.contiguous() for v in vectors]
 
 
 # --- launches ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ What is compared are a few channels, or groups of them: all that the others shar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,8 +51,8 @@ class _Few:
     def __call__(self, name: str, t: Tensor) -> Tensor:
         if t.dim() == 4:
             return t[:, self.channels]
-        if t.dim() == 2:  # (segments, groups)
-            return t[:, self.groups]
+        if t.dim() == 3:  # (segments, 2, groups)
+            return t[:, :, self.groups]
         return t if name == "slope" and t.numel() == 1 else t[self.channels]
 
 
@@ -76,18 +76,21 @@ def forward_problem(
         """Statistics as parts, where the forward does not take them from x itself."""
         if not step.measured or (parts is None and count is None):
             return None
-        some = norm_act.partials(x, per_image) if parts is None else _split(x, per_image, parts.count.shape[1])
+        some = norm_act.partials(x, per_image) if parts is None else _split(x, per_image, parts.shape[1])
         if count is not None:
             return _spread(norm_sync.merged(some), count)
-        return some if parts is None else _spread(some, parts.count.shape[1])
+        return some if parts is None else _spread(some, parts.shape[1])
 
     def run(x: Tensor, **tensors: Tensor | None) -> dict[str, Tensor]:
         moved = {k: tensors[k] for k in ("mean", "var")}
         copies: Any = {**tensors, **{k: v if v is None else v.clone() for k, v in moved.items()}}
-        done = forward(step, o._replace(x=x, group=None, **copies), known(x), channels_last, dtype)
+        counted = None if o.batches is None else o.batches.clone()
+        done = forward(step, o._replace(x=x, group=None, batches=counted, **copies), known(x), channels_last, dtype)
         found = {"y": done.y}
         if step.measured:  # the statistics show in y; by themselves, sums that cancel are not known well
             found |= {k: copies[k] for k in moved if copies[k] is not None}
+        if counted is not None and o.batches is not None:
+            found["batches"] = (counted - o.batches).type(torch.float32).expand(c)
         return found
 
     def reference(x: Tensor, residual: Tensor | None, slope: Tensor | None, **vectors: Any) -> dict[str, Tensor]:
@@ -102,6 +105,8 @@ def forward_problem(
             for name, new in (("mean", mean), ("var", unbiased)):
                 if vectors[name] is not None:
                     found[name] = vectors[name] * (1 - o.momentum) + new.mean(0) * o.momentum
+        if o.batches is not None:
+            found["batches"] = x.new_ones(x.shape[1])
         return found
 
     names = ("x", "residual", "slope", "scale", "shift", "mean", "var")
@@ -121,16 +126,16 @@ def _split(x: Tensor, each: bool, most: int) -> Partials:
     sizes = torch.tensor([float(rows.shape[1]) for rows in chunks], device=x.device)
     mean = torch.stack([mean for _, mean in moments], 1)
     m2 = torch.stack([var for var, _ in moments], 1) * sizes[:, None]
-    return Partials(sizes.expand(segments, -1), mean, m2)
+    return Partials.of(sizes.expand(segments, -1), mean, m2)
 
 
 def _spread(some: Partials, count: int) -> Partials:
     """The same statistics as ``count`` parts of each segment, most of them empty."""
-    segments, have, c = some.mean.shape
+    segments, have, c = some.shape
     at = [k * count // have for k in range(have)]
-    empty = some.mean.new_zeros
-    spread = Partials(empty((segments, count)), empty((segments, count, c)), empty((segments, count, c)))
-    for whole, part in zip(spread, some, strict=True):
+    shape = (segments, count, c)
+    spread = Partials(torch.zeros_like(Partials.empty(some.stats, shape).stats), shape)
+    for whole, part in zip(spread.each, some.each, strict=True):
         whole[:, at] = part
     return spread
 
@@ -158,7 +163,12 @@ def backward_problem(
         found = backward_by_torch(grad, Saved(**saved), some, need, reduce if shared else None, terms)
         return {**named(found), **{f"before {name}": t.abs().sum((0, 2, 3)) for name, t in terms.items()}}
 
-    return trial.problem_of(run, reference, {"grad": grad, **s._asdict()}, positive=("rstd",), some=few)
+    def deviations(operands: Mapping[str, Tensor]) -> None:
+        if step.measured:
+            operands["mean"][:, 1].abs_().add_(0.1)
+
+    given = {"grad": grad, **s._asdict()}
+    return trial.problem_of(run, reference, given, positive=("var",), adjust=deviations, some=few)
 
 
 def activation_problem(grad: Tensor, saved: Tensor | None, activation: Activation, bias: bool) -> str | None:

@@ -10,7 +10,6 @@ traced code: an operator with a derivative must not write to its arguments.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,8 +24,9 @@ from ..reference import Grads, Saved, backward_by_torch
 from ..spec import DTYPES
 from ..step import Operands, Step, norm_step, output_padding_of, step_key, step_of
 from . import conv_autograd, conv_wgrad, norm_act_autograd
+from .block import How, block_backward, block_setup
 from .conv_autograd import Primitives, conv_forward, conv_setup, wgrad_forward, wgrad_setup
-from .norm_act_autograd import norm_setup, proven_backward, proven_forward
+from .norm_act_autograd import Forward, proven_backward, proven_forward
 from .why_not import why_not
 
 __all__ = ["run", "takes"]
@@ -147,20 +147,25 @@ def _primitives(backend: str | None) -> Primitives:
     return Primitives(convolution, weight_gradient, gradient)
 
 
-def _conv_backward(ctx: Any, grad: Tensor, backend: str | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    traced = watched(grad) or not _by_kernels(grad, backend)
-    return conv_autograd.conv_backward(ctx, grad, _primitives(backend) if traced else None)
+def _traced(grad: Tensor, backend: str | None) -> bool:
+    """Whether a backward is to be made of operators."""
+    return watched(grad) or not _by_kernels(grad, backend)
+
+
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    by = _primitives(ctx.backend) if _traced(grad, ctx.backend) else None
+    found = conv_autograd.conv_backward(ctx.of, ctx.saved_tensors, ctx.needs_input_grad[:3], grad, by)
+    return *found, None, None, None, None
 
 
 def _conv_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, step, output_padding, _, ctx.backend = inputs
-    conv_setup(ctx, x, weight, bias, output, step_of(step, weight.shape, output_padding), _required(ctx.backend))
+    s, need = step_of(step, weight.shape, output_padding), ctx.needs_input_grad[:3]
+    ctx.of, saved = conv_setup(x, weight, bias, output, s, _required(ctx.backend), need)
+    ctx.save_for_backward(*saved)
 
 
-conv.register_autograd(
-    lambda ctx, grad: (*_conv_backward(ctx, grad, ctx.backend), None, None, None, None),
-    setup_context=_conv_setup_context,
-)
+conv.register_autograd(_conv_backward, setup_context=_conv_setup_context)
 
 
 def _wgrad_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -192,9 +197,9 @@ def conv_norm_act(
     updates: bool,
     channels_last: bool,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(result, the convolution's result, mean, 1/deviation, and what running statistics move towards: each channel's
-    mean and unbiased variance). Empty where there is no such thing."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(result, the convolution's result, the means and 1/deviations that it took, and what running statistics move
+    towards: each channel's mean and unbiased variance). Empty where there is no such thing."""
     s = step_of(step, weight.shape, output_padding)
     tail, required = s.tail, _required(backend)
     moved = [_nothing(x) for _ in range(2)]
@@ -218,23 +223,23 @@ def conv_norm_act(
     else:
         o = o._replace(x=to_format(reference.conv(x, weight, bias, s.spec), True))
     u = o.x
-    y, at, rstd = _by_torch(tail, o, channels_last) if found is None else (found.y, found.mean, found.rstd)
-    if not tail.measured or at is None or rstd is None:
-        at, rstd = _nothing(x), _nothing(x)
-    return _own(y, u), u, at.clone(), rstd.clone(), moved[0], moved[1]
+    y, moments = _by_torch(tail, o, channels_last) if found is None else (found.y, found.mean)
+    if not tail.measured or moments is None:
+        moments = _nothing(x)
+    return _own(y, u), u, moments, moved[0], moved[1]
 
 
-def _by_torch(tail: Step, o: Operands, channels_last: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(y, mean, rstd) by PyTorch's operators."""
+def _by_torch(tail: Step, o: Operands, channels_last: bool) -> tuple[Tensor, Tensor | None]:
+    """(y, means and 1/deviations) by PyTorch's operators."""
     u, norm = o.x, tail.norm
     y = to_format(reference.finish(tail, o), channels_last)
     if norm is None or not norm.measured:
-        return y, None, None
+        return y, None
     n, c = u.shape[:2]
     wide = u.to(torch.promote_types(u.dtype, torch.float32))
     rows = wide.reshape(n, c // norm.join(c), -1) if norm.per_image else wide.transpose(0, 1).reshape(1, c, -1)
     var, mean = torch.var_mean(rows, 2, correction=0)
-    return y, mean.float(), torch.rsqrt(var + norm.eps).float()
+    return y, torch.stack((mean, torch.rsqrt(var + norm.eps)), 1).float()
 
 
 @conv_norm_act.register_fake
@@ -244,11 +249,11 @@ def _(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
     n, c, norm = x.shape[0], s.spec.out_channels, s.norm
     statistics: tuple[int, ...] = ()
     if norm is not None and norm.measured:
-        statistics = (n if norm.per_image else 1, norm.groups if norm.kind == "group" else c)
+        statistics = (n if norm.per_image else 1, 2, norm.groups if norm.kind == "group" else c)
     moved = (c,) if updates else ()
     shape = _shape(x, s)
     y, u = _empty(x, shape, channels_last), _empty(x, shape, True)
-    return y, u, _nothing(x, *statistics), _nothing(x, *statistics), _nothing(x, *moved), _nothing(x, *moved)
+    return y, u, _nothing(x, *statistics), _nothing(x, *moved), _nothing(x, *moved)
 
 
 @torch.library.custom_op("cnnfast::norm_act_backward", mutates_args=())
@@ -259,7 +264,7 @@ def norm_act_backward(
     bias: Tensor | None,
     slope: Tensor | None,
     mean: Tensor | None,
-    rstd: Tensor | None,
+    var: Tensor | None,
     other: Tensor | None,
     step: str,
     channels_last: bool,
@@ -267,7 +272,7 @@ def norm_act_backward(
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weight, bias, residual and slope: empty where ``need`` does not ask for one."""
-    s, saved = step_of(step), Saved(x, weight, bias, slope, mean, rstd, other)
+    s, saved = step_of(step), Saved(x, weight, bias, slope, mean, var, other)
     wanted = tuple(need)
     if _by_kernels(x, backend):
         found = proven_backward(grad, saved, s, channels_last, wanted, None, _required(backend))
@@ -296,30 +301,19 @@ def _(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(_nothing(grad) if f is None or not n else f for f, n in zip(full, need, strict=True))
 
 
-class _Part(SimpleNamespace):
-    """The context of one formula of an operator that has two."""
-
-    saved_tensors: tuple[Tensor | None, ...]
-
-    def save_for_backward(self, *tensors: Tensor | None) -> None:
-        self.saved_tensors = tensors
+def _tensors(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Of the operator's inputs, or of what belongs to each of them, those of `block.block_forward`."""
+    return *inputs[:5], *inputs[7:9]
 
 
 def _conv_norm_act_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, scale, shift, mean, var, residual, slope, *rest = inputs
-    step, output_padding, _, channels_last, backend = rest
-    y, u, *statistics = output
-    need, required = ctx.needs_input_grad, _required(backend)
+    x, weight, _, _, _, mean, var, _, _, step, output_padding, _, channels_last, ctx.backend = inputs
+    y, u, moments, *_ = output
     s = step_of(step, weight.shape, output_padding)
-    of_conv = _Part(needs_input_grad=need[:3])
-    conv_setup(of_conv, x, weight, bias, u, s.bare, required)
-    of_norm = _Part(needs_input_grad=(any(need[:3]), need[3], need[4], need[7], need[8]))
-    mean, rstd = statistics[:2] if s.measured else (mean, var)
-    norm_setup(of_norm, s.tail, (u, scale, shift, residual, slope), mean, rstd, y, channels_last, None, required)
-    ctx.save_for_backward(*of_conv.saved_tensors, *of_norm.saved_tensors)
-    ctx.of_conv, ctx.of_norm, ctx.backend = of_conv, of_norm, backend
-    ctx.convs = len(of_conv.saved_tensors)
-    of_conv.saved_tensors = of_norm.saved_tensors = ()
+    done = Forward(y, moments, None, None) if s.measured else Forward(y, mean, var, None)
+    how = How(s, channels_last, x.dtype, _required(ctx.backend))
+    ctx.of, saved = block_setup(_tensors(inputs), u, done, how, _tensors(ctx.needs_input_grad))
+    ctx.save_for_backward(*saved)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -351,13 +345,11 @@ def _conv_norm_act_backward(ctx: Any, grad: Tensor | None, *of_others: None) -> 
     nothing = (None,) * 14
     if grad is None:
         return nothing
-    saved = ctx.saved_tensors
-    of_conv, of_norm, backend = ctx.of_conv, ctx.of_norm, ctx.backend
-    of_conv.saved_tensors, of_norm.saved_tensors = saved[: ctx.convs], saved[ctx.convs :]
-    traced = watched(grad) or not _by_kernels(grad, backend)
-    g = norm_act_autograd.norm_backward(of_norm, grad, _norm_pass(backend) if traced else None)
-    of_x = (None, None, None) if g.x is None else _conv_backward(of_conv, g.x, backend)
-    return *of_x, g.weight, g.bias, None, None, g.residual, g.slope, *nothing[9:]
+    backend, need, by = ctx.backend, _tensors(ctx.needs_input_grad), None
+    if _traced(grad, backend):
+        by = _primitives(backend), _norm_pass(backend)
+    found = block_backward(ctx.of, list(ctx.saved_tensors), need, grad, None, by)
+    return *found[:5], None, None, *found[5:], *nothing[9:]
 
 
 conv_norm_act.register_autograd(_conv_norm_act_backward, setup_context=_conv_norm_act_setup_context)
@@ -381,7 +373,7 @@ def run(step: Step, o: Operands, channels_last: bool, backend: str | None) -> Te
     if norm is not None and norm.measured:
         updates, moved = o.mean is not None, (None, None)
         check_values((x.shape[0], step.spec.out_channels, *step.spec.output_size(x.shape[2:])), norm)
-    y, _, _, _, mean, var = conv_norm_act(
+    y, _, _, mean, var = conv_norm_act(
         x, weight, o.bias, o.scale, o.shift, *moved, o.residual, o.slope, step_key(plain), output_padding_of(plain),
         updates, channels_last, backend,
     )  # fmt: skip

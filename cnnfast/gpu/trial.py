@@ -112,7 +112,7 @@ def problem(
 def _statistics_problem(y: Tensor, partials: Partials) -> str | None:
     """What is wrong with ``partials`` as statistics of y (N, C, H, W) as it is stored: of all images together, or of
     each."""
-    count, mean, m2 = (t.type(torch.float64) for t in partials)
+    count, mean, m2 = (t.type(torch.float64) for t in partials.each)
     segments = count.shape[0]
     rows = y.shape[0] // segments * y.shape[2] * y.shape[3]
     if not bool((count.sum(1) == rows).all()):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from ..spec import DTYPES, INT32, ConvSpec
 from ..step import Operands, Step
 from .conv_plan import lower
-from .devices import cuda_index
+from .devices import cuda_index, triton_driver
 
 __all__ = ["NOT_ON_TRITON", "NO_DEVICE", "cuda_why_not", "launch_why_not", "spec_why_not", "triton_why_not", "why_not"]
 
@@ -48,17 +49,23 @@ def launch_why_not(device: torch.device) -> str | None:
     kind = device.type
     if kind == "cuda":
         return cuda_why_not(device.index or 0)
+    try:
+        taken = _takes(triton_driver())
+    except RuntimeError:  # Triton finds no driver for this machine
+        taken = None
+    if taken == kind:
+        return None
     from triton import knobs
-    from triton.runtime.driver import driver
 
     if knobs.runtime.interpret:
         return None if kind == "cpu" else f"the tensors are on {device}, Triton's interpreter runs on the CPU"
-    try:
-        active = driver.active
-    except RuntimeError:  # Triton finds no driver for this machine
-        return NO_DEVICE
-    taken = active.get_active_torch_device().type
-    return None if taken == kind else f"the tensors are on {device}, Triton launches on {taken}"
+    return NO_DEVICE if taken is None else f"the tensors are on {device}, Triton launches on {taken}"
+
+
+@lru_cache(maxsize=64)
+def _takes(active: Any) -> str:
+    """The type of the devices whose tensors a driver of Triton's takes."""
+    return str(active.get_active_torch_device().type)
 
 
 NOT_ON_TRITON = "three dimensions: not on Triton yet"

@@ -129,7 +129,7 @@ class Chain:
     # Of inputs seen: (shape, strides, dtype, device, backend, autocast's dtype, gradient, threads) -> see `bind`.
     _bindings: dict[object, Bound | str] = field(default_factory=dict, compare=False, repr=False)
 
-    @property
+    @cached_property
     def slots(self) -> range:
         return range(self.steps[0].slots[0], self.steps[-1].slots[-1] + 1)
 
@@ -157,8 +157,7 @@ class Chain:
             return f"the input is a {type(x).__name__}, not a plain tensor"
         gradient, low = False, None
         if torch.is_grad_enabled():
-            tensors = (t for k in self.slots for t in reading.tensors[k])
-            gradient = x.requires_grad or any(t is not None and t.requires_grad for t in tensors)
+            gradient = x.requires_grad or _any_gradient(self.slots, reading)
         if torch._C._is_any_autocast_enabled():
             low = autocast_dtype(x)
         backend = resolve_backend(None)
@@ -289,6 +288,14 @@ class Chain:
         return squeezed(x, 2) if ndim == 1 else x
 
 
+def _any_gradient(slots: range, reading: Reading) -> bool:
+    for k in slots:
+        for t in reading.tensors[k]:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
 def chained(items: Iterable[FusedStep | Unfused]) -> tuple[Chain | Unfused, ...]:
     """What `fusion.plan_parts` gives, with the steps that follow each other as one chain."""
     out: list[Chain | Unfused] = []
@@ -366,21 +373,28 @@ def _operands(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]], measu
 
 
 def _with_running(s: FusedStep, o: Operands, module: nn.Module, tensors: tuple[Tensor | None, ...]) -> Operands:
-    """What a norm ``module`` that measures moves in this call. Counts the batch, as the module's forward does."""
+    """What a norm ``module`` that measures moves in this call."""
     rule = s.rule
     assert rule is not None
     mean, var = tensors[:2] if rule.updates else (None, None)
     momentum = rule.momentum
+    batches: Any = None
     if rule.counts:
-        count: Tensor | None = module.num_batches_tracked  # type: ignore[assignment]
-        if count is not None:
-            count.add_(1)
-            if momentum is None:
-                momentum = 1.0 / float(count)
-        elif rule.synchronised:
+        batches = module.num_batches_tracked
+        if batches is None and rule.synchronised:
             raise AssertionError("num_batches_tracked must not be None")  # SyncBatchNorm's own
+        if batches is not None and (momentum is None or not _is_counter(batches, o.x)):
+            batches.add_(1)
+            momentum, batches = 1.0 / float(batches) if momentum is None else momentum, None
     group = _process_group(module) if rule.synchronised else None
-    return o._replace(mean=mean, var=var, momentum=0.0 if momentum is None else momentum, group=group)
+    x, weight, bias, _, _, scale, shift, residual, slope, *_ = o
+    momentum = 0.0 if momentum is None else momentum
+    return Operands(x, weight, bias, mean, var, scale, shift, residual, slope, momentum, group, batches)
+
+
+def _is_counter(t: Any, x: Tensor) -> bool:
+    """Whether a kernel can add one to t."""
+    return type(t) is Tensor and t.dtype is torch.int64 and t.numel() == 1 and t.device == x.device
 
 
 def _process_group(module: nn.Module) -> Any:

@@ -329,6 +329,8 @@ def _step(
     if measured:
         assert s.norm is not None
         o = _with_running(s, o, _at(seq, plan.leaves[s.norm].path), tensors[s.norm])
+        if o.batches is not None:
+            o.batches.add_(1)
     # The Parameter itself, of three dimensions too: what is packed for it is kept by its identity.
     o = o._replace(weight=tensors[s.conv][0])
     if low is not None:

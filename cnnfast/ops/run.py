@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import dispatch
-from ..dispatch import WATCHED, choose, needs_gradient, refusal, watched
+from ..dispatch import WATCHED, by_kernels, choose, needs_gradient, refusal, watched
 from ..gradients import enter
 from ..memory_format import convert, is_channels_last, to_format
 from ..reference import run_reference
@@ -35,6 +35,9 @@ def run_step(step: Step, o: Operands, *, channels_last: bool | None = None, back
     required = name == "triton"
     if gradient and not (channels_last or unseen) and o.residual is not None and o.residual.requires_grad:
         o = o._replace(residual=enter(o.residual, o.residual.dtype, None, False))  # gradients inside are channels-last
+    if o.batches is not None and (unseen or not by_kernels(o.x, name)):  # the kernels count batches themselves
+        o.batches.add_(1)
+        o = o._replace(batches=None)
     if not unseen or required:
         for by in choose(o.x, name):
             reason: str | None = WATCHED
@@ -46,5 +49,7 @@ def run_step(step: Step, o: Operands, *, channels_last: bool | None = None, back
                     return y
             elif required:
                 raise refusal(reason)
+    if o.batches is not None:
+        o.batches.add_(1)
     y = run_reference(step, o)
     return to_format(y, channels_last) if unseen else convert(y, y.dtype, channels_last)

@@ -298,9 +298,8 @@ def test_limited_instruction_set_reexecutes(monkeypatch):
 def test_host_time_calls_reach_the_launch():
     pytest.importorskip("triton")
     from benchmarks import host_time
-    from benchmarks.rehearse.inspector import target
 
-    with torch.inference_mode(), target(90):
+    with torch.inference_mode(), host_time.triton_path():
         calls = {c.name: c for c in host_time.triton_calls()}
         latent = next(c for name, c in calls.items() if name.endswith("latent"))
         assert [plan.split()[0] for plan in host_time.launches(latent.call)] == ["latent"]
@@ -309,9 +308,8 @@ def test_host_time_calls_reach_the_launch():
 def test_host_time_of_training_is_of_the_kernels():
     pytest.importorskip("triton")
     from benchmarks import host_time
-    from benchmarks.rehearse.inspector import target
 
-    with target(90):
+    with host_time.triton_path():
         for c in host_time.training_calls():
             kernels = [plan.split()[0] for plan in host_time.launches(c.call)]
             assert "wgrad" in kernels if c.name.endswith("backward") else kernels[0] == "phases", c.name

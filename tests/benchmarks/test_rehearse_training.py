@@ -40,7 +40,7 @@ def test_the_launches_of_a_step(run: TrainingRun) -> None:
     backward = {c.job.function for c in run.backward} - {"split_k_epilogue_kernel", "sum_splits_kernel"}
     norm = {"grad_sums_kernel", "finish_sums_kernel", "grad_apply_kernel"}
     assert backward == norm | {"conv_transpose_kernel", "conv_wgrad_kernel"}
-    assert set(run.by_torch) <= {"aten::add_"}, "nothing but num_batches_tracked"
+    assert run.by_torch == [], "num_batches_tracked moves in the merge"
 
 
 def test_an_instance_norm_takes_no_statistics_kernel_where_tiles_end_at_images() -> None:
@@ -56,8 +56,9 @@ def test_bytes_and_peak(run: TrainingRun) -> None:
     first = run.forward[0]
     stats = moved(first) - (x + weight + result)
     assert 0 <= stats < result, "input, weight, result and statistics; no workspace where K is in one part"
-    # The convolution's result and the block's, at the least; gradients and workspaces beside them.
-    assert 2 * result < run.peak < 12 * result
+    # The convolution's result and the block's, at the least; gradients and workspaces beside them. What the norm saved
+    # is free where the convolution's gradients are made: one result more otherwise.
+    assert 2 * result < run.peak < 6 * result
     assert eager_cost(block(), 8, "fp32").moved > 14 * result
 
 

@@ -87,7 +87,7 @@ def test_every_device_has_its_own(binary: Binary, started: list[Any], asked: lis
         with target(arch):
             binary(GRID, x, 1)
     assert len(asked) == 2 and len(started) == 4
-    found = [compiled.metadata.target.arch for _, compiled in binary._found.values()]
+    found = [f.compiled.metadata.target.arch for f in binary._found.values()]
     assert found == [90, 80]
 
 
@@ -156,7 +156,7 @@ def test_a_later_training_step_looks_up_and_nothing_else(
 ) -> None:
     caches = (
         conv.prepare, conv_wgrad.prepare, weights._gather, weights._sum, norm_act.statistics_of, norm_act.merge_of,
-        norm_act._forward, _backward, _activation, conv_autograd._of_input,
+        norm_act._forward, _backward, _activation, conv_autograd.input_gradient_step,
     )  # fmt: skip
     for cached in caches:
         cached.cache_clear()

@@ -56,7 +56,8 @@ def launch(c: Case, o: Operands, statistics: str | None) -> tuple[torch.Tensor, 
 
 def merged(p: Partials) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, centred sum of squares) of each segment and channel, in float64."""
-    count, mean, m2 = p.count.double().cpu()[..., None], p.mean.double().cpu(), p.m2.double().cpu()
+    count, mean, m2 = (t.double().cpu() for t in p.each)
+    count = count[..., None]
     total = count.sum(1)
     whole = (count * mean).sum(1) / total
     return whole, (m2 + count * (mean - whole[:, None]) ** 2).sum(1)
@@ -78,9 +79,9 @@ def check_statistics(y: torch.Tensor, p: Partials, statistics: str) -> None:
     """Of y, as it is stored."""
     n, channels = y.shape[:2]
     segments = 1 if statistics == "batch" else n
-    assert p.mean.shape == p.m2.shape == (segments, p.count.shape[1], channels)
+    assert p.shape == (segments, p.shape[1], channels)
     rows = y.cpu().double().permute(0, 2, 3, 1).reshape(segments, -1, channels)
-    assert torch.equal(p.count.sum(1).cpu(), torch.full((segments,), float(rows.shape[1])))
+    assert torch.equal(p.each[0].sum(1).cpu(), torch.full((segments,), float(rows.shape[1])))
     mean, m2 = merged(p)
     want = rows.mean(1)
     spread = (rows - want[:, None]).square().sum(1)

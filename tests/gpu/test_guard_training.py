@@ -283,6 +283,26 @@ def test_running_statistics_move_once(broken: bool, device: torch.device, spoil:
         torch.testing.assert_close(got.cpu(), want)
 
 
+@pytest.mark.parametrize("kernel", ["", "merge_stats_kernel", "norm_act_kernel"])
+def test_a_block_counts_its_batch_once(kernel: str, device: torch.device, spoil: Spoil) -> None:
+    """With a trial ahead of it, and where PyTorch's operators stand in for the norm."""
+    if kernel:
+        spoil(kernel, **({"C": 31} if kernel == "merge_stats_kernel" else {"P0": 9.0}))
+    step = replace(STEP, activation=Activation("leaky_relu", (0.2,)), norm=Norm("batch"))
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2, 32, 4, 3, generator=g), torch.randn(STEP.spec.weight_shape, generator=g) / 11
+    mean, var, batches = torch.zeros(32), torch.ones(32), torch.tensor(4)
+    u = torch.nn.functional.conv_transpose2d(x, w, stride=2, padding=1)
+    z = torch.nn.functional.leaky_relu(torch.nn.functional.batch_norm(u, mean, var, training=True), 0.2)
+    moved = [torch.zeros(32).to(device), torch.ones(32).to(device), batches.to(device)]
+    o = Operands(x.to(device), w.to(device), mean=moved[0], var=moved[1], batches=moved[2])
+    with pytest.warns(RuntimeWarning, match="wrong results") if kernel else silent():
+        y = run_step(step, o)
+    torch.testing.assert_close(y.cpu(), z, rtol=1e-3, atol=1e-3)  # TF32
+    for got, want in zip(moved, (mean, var, batches + 1), strict=True):
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("processes", [None, 3])
 @pytest.mark.parametrize("given", [None, 1, 5, 300])
 @pytest.mark.parametrize("norm", [Norm("batch"), Norm("group", 4)], ids=lambda n: n.kind)
@@ -305,7 +325,7 @@ def test_trials_of_known_and_of_shared_statistics(
     o = case.operands(t)._replace(mean=running[0], var=running[1], group=processes and object())
     segments = 1 if norm.kind == "batch" else 3
     shape = (segments, given or 0, 32)
-    parts = None if given is None else Partials(*(torch.empty(s).to(device) for s in (shape[:2], shape, shape)))
+    parts = None if given is None else Partials.empty(torch.empty(0).to(device), shape)
     for forward, right in (
         (norm_act_autograd.forward, True),
         (lambda *args: scaled(norm_act_autograd.forward(*args)), False),
@@ -314,7 +334,7 @@ def test_trials_of_known_and_of_shared_statistics(
         assert (found is None) is right, found
     assert all(v is None or torch.equal(v.cpu(), torch.full((32,), float(k))) for k, v in enumerate(running))
     done = norm_act_autograd.forward(case.step, o._replace(group=None), None, True, torch.float32)
-    saved = Saved(t.x, t.weight, t.bias, None, done.mean, done.rstd, None)
+    saved = Saved(t.x, t.weight, t.bias, None, done.mean, done.var, None)
     need = (True, True, True, False, False)
     assert norm_act_trial.backward_problem(t.grad, saved, case.step, True, need, processes is not None) is None
 

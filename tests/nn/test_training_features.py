@@ -51,12 +51,13 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 class Models(NamedTuple):
-    """Makes the same models and inputs, of one class, dtype and memory format. No bias precedes a norm that takes it
-    away: its gradient would be rounding alone."""
+    """Makes the same models and inputs, of one class, dtype, memory format and device. No bias precedes a norm that
+    takes it away: its gradient would be rounding alone."""
 
     cls: type[nn.Sequential] = nn.Sequential
     dtype: torch.dtype = torch.float32
     memory_format: torch.memory_format = torch.contiguous_format
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 (immutable)
 
     def build(self, seed: int, *modules: nn.Module) -> nn.Sequential:
         g = torch.Generator().manual_seed(seed)
@@ -65,7 +66,7 @@ class Models(NamedTuple):
             for p in model.parameters():
                 fan = max(1, p[0].numel()) if p.dim() > 1 else 25
                 p.copy_(torch.randn(p.shape, generator=g) * fan**-0.5 + (p.dim() == 1))
-        return model.to(self.dtype).to(memory_format=self.memory_format)
+        return model.to(self.device, self.dtype).to(memory_format=self.memory_format)
 
     def generator(self) -> nn.Sequential:
         return self.build(
@@ -96,7 +97,7 @@ class Models(NamedTuple):
         )
 
     def noise(self, *shape: int, seed: int = 3) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.dtype)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(self.device, self.dtype)
 
     def z(self, n: int = 3, seed: int = 3) -> Tensor:
         return self.noise(n, 8, 1, 1, seed=seed)
