@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..cpu import inference
 from ..dispatch import on_cpu, resolve_backend
-from ..memory_format import convert, format_of
+from ..memory_format import format_of, to_format
 from ..ops.run import run_step
 from ..step import Operands, Step
 from .chain import Bound, Chain
@@ -52,7 +52,7 @@ class Planned(NamedTuple):
         if step is None or calls:
             for call in calls:
                 x = call(x, operands)
-            return x if last is None else convert(x, x.dtype, last)
+            return x if last is None else to_format(x, last)
         o = Operands(x, *[None if k is None else operands[k] for k in places])  # type: ignore[arg-type]
         if one:
             residual = None if o.residual is None else o.residual.unsqueeze(2)
