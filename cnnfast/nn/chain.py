@@ -15,7 +15,7 @@ from .. import memory_format
 from ..activations import Activation
 from ..dispatch import Planned, Ready, autocast_dtype, by_loops, channels_last_inside, choose, on_cpu, resolve_backend
 from ..gradients import enter, plain, squeezed
-from ..memory_format import format_of, has_both, in_format, is_channels_last, new_strides
+from ..memory_format import format_of, has_both, in_format, in_rows, is_channels_last, new_strides
 from ..norms import check_values
 from ..ops.run import run_step
 from ..step import Operands, Step
@@ -364,7 +364,7 @@ def _operands(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]], measu
     slope = None if s.slope is None else tensors[s.slope][0]
     residual = None if s.residual is None else tensors[s.residual][0]
     if s.ndim == 1:  # (C_in, C_out/g, k) as (C_in, C_out/g, 1, k)
-        weight = weight.unsqueeze(2)
+        weight = in_rows(weight)
         residual = None if residual is None else residual.unsqueeze(2)
     if s.norm is None:
         return Operands(x, weight, bias, residual=residual, slope=slope)
