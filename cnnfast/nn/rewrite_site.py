@@ -97,6 +97,8 @@ class Call:
         bound = self.kind.bind(self.args, self.kwargs)
         assert bound is not None
         tensors = {*self.kind.tensors, *self.kind.input}
+        if self.kind.name == "add":
+            tensors.add("other")
         return tuple(r.place for name, v in bound.items() if name not in tensors for r in _refs(v) if r.place >= 0)
 
 
