@@ -14,6 +14,8 @@ __all__ = [
     "convert",
     "format_of",
     "has_both",
+    "in_format",
+    "in_rows",
     "is_channels_last",
     "new_strides",
     "suggests_channels_last",
@@ -92,8 +94,31 @@ def channels_last(module: M) -> M:
     return module
 
 
+def in_format(t: torch.Tensor, channels_last: bool) -> bool:
+    """Whether t is dense in this memory format, sizes of one not deciding. Channels-last of three dimensions (N, C, L),
+    for which PyTorch has no name, is that of (N, C, 1, L)."""
+    if channels_last and t.dim() == 3:
+        return t.transpose(1, 2).is_contiguous()
+    return t.is_contiguous(memory_format=format_of(t.dim(), channels_last))
+
+
 def to_format(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """t, or a copy of it, such that `in_format` says so."""
+    if channels_last and t.dim() == 3:
+        return t if in_format(t, True) else convert(t.unsqueeze(2), t.dtype, True).squeeze(2)
     return t.contiguous(memory_format=format_of(t.dim(), channels_last))
+
+
+def in_rows(weight: torch.Tensor) -> torch.Tensor:
+    """A weight (C_out, C_in/g, k) of one dimension as (C_out, C_in/g, 1, k).
+
+    A view of a tensor that was made in inference mode has no ``_base``: it keeps it as an attribute, for who asks whose
+    memory it is (`cpu.packing`).
+    """
+    view = weight.unsqueeze(2)
+    if not torch.compiler.is_compiling() and weight.is_inference():
+        view.viewed = weight  # type: ignore[attr-defined]
+    return view
 
 
 def _by_matrices(t: torch.Tensor, channels_last: bool) -> bool:

@@ -49,7 +49,7 @@ def arrange(
     three = steps[0].ndim == 3
     if three and gradient:
         return _NO_TRAINING_3D
-    if steps[0].ndim == 1 and not (gradient or any(eager) or shapes[0][0] > 1 or any(map(_gains_in_1d, steps))):
+    if steps[0].ndim == 1 and not (gradient or _gain_in_1d(steps, shapes, eager)):
         return "in one dimension, PyTorch's plain convolutions of one sample are as fast on a CPU"
     inside, as_eager = channels_last_inside(eager).channels_last, tuple(eager[1:])
     if not (three or any(eager)) and not _saves_conversions(steps, [shape.numel() for shape in shapes], gradient):
@@ -88,9 +88,19 @@ def _ready(s: Planned, shape: torch.Size, channels_last: bool) -> Ready | None:
     return ready
 
 
-def _gains_in_1d(s: Planned) -> bool:
-    """Of one sample. (In 16 bits ATen has no vectors here; docs/facts.md.)"""
-    return s.dtype != torch.float32 or s.step.spec.transposed or s.step.measured or s.synchronised
+_LEAST_1D = 5e6  # multiply-adds of a step from which a packed operator is faster than ATen's convolution of one sample
+
+
+def _gain_in_1d(steps: Sequence[Planned], shapes: Sequence[torch.Size], eager: Sequence[bool]) -> bool:
+    """Whether steps of one dimension gain. ATen brings every map into (N, C, L): plain convolutions of one sample
+    gain where the input is channels-last, or where the result stays so and there is enough to do. (In 16 bits ATen has
+    no vectors here; docs/facts.md.)"""
+    if eager[0] or shapes[0][0] > 1:
+        return True
+    if any(s.dtype != torch.float32 or s.step.spec.transposed or s.step.measured or s.synchronised for s in steps):
+        return True
+    works = (s.step.spec.macs(shape[0], shape[2:]) for s, shape in zip(steps, shapes, strict=False))
+    return eager[-1] and max(works) >= _LEAST_1D
 
 
 def _no_gain_in_training(s: Planned, channels_last: bool) -> str | None:

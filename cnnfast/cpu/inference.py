@@ -174,6 +174,8 @@ def why_slower_plain(
         return _too_few(s, padded, _LEAST_3D)
     before, after = _elements(step, shape)
     elements = before + after
+    if shape[2] == s.kernel_size[0] == 1 and not nchw:
+        return _too_few(s, padded, 2e6)  # one dimension: ATen would copy a channels-last map, or the weight
     # In 16 bits ATen takes oneDNN for small inputs, too; few input channels it gathers slowly.
     if few := _too_few(s, padded, 25e6 if dtype == torch.float32 and after < 4 * before else 2e6):
         return few

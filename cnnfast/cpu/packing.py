@@ -42,7 +42,9 @@ _NO_HASH = "xxhash is not installed (pip install xxhash): a change of the weight
 
 def _owner(weight: torch.Tensor) -> torch.Tensor:
     """The tensor that ``weight`` is a view of, or itself: 1-D layers pass their Parameter as a view of height 1."""
-    base = weight._base
+    base: torch.Tensor | None = weight._base
+    if base is None:
+        base = getattr(weight, "viewed", None)
     return weight if base is None else base
 
 

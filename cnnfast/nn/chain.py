@@ -15,7 +15,7 @@ from .. import memory_format
 from ..activations import Activation
 from ..dispatch import Planned, Ready, autocast_dtype, by_loops, channels_last_inside, choose, on_cpu, resolve_backend
 from ..gradients import enter, plain, squeezed
-from ..memory_format import format_of, has_both, is_channels_last, new_strides
+from ..memory_format import format_of, has_both, in_format, in_rows, is_channels_last, new_strides
 from ..norms import check_values
 from ..ops.run import run_step
 from ..step import Operands, Step
@@ -62,8 +62,11 @@ def _one_value(step: FusedStep, shape: torch.Size) -> bool:
     return False
 
 
-def _why_no_residual(s: FusedStep, residual: Any, x: Tensor, dtype: torch.dtype, out: torch.Size) -> str | None:
-    """Why the step cannot add ``residual`` (in the dimensions of its layer), or None. ``out``: its result's shape."""
+def _why_no_residual(
+    s: FusedStep, residual: Any, x: Tensor, dtype: torch.dtype, out: torch.Size, last: bool | None
+) -> str | None:
+    """Why the step cannot add ``residual`` (in the dimensions of its layer), or None. ``out``: its result's shape;
+    ``last``: see `Chain.run`."""
     if type(residual) is not Tensor and type(residual) is not nn.Parameter:
         return f"a {type(residual).__name__} is added"
     shape = out[:2] + out[3:] if s.ndim == 1 else out
@@ -72,7 +75,11 @@ def _why_no_residual(s: FusedStep, residual: Any, x: Tensor, dtype: torch.dtype,
     if has_both(out[1], out[2:]):
         return "a sum of maps with one channel or position"
     # Not `is_contiguous`: a dimension of one may have any stride, and ATen's sum follows it.
-    if residual.is_contiguous() if s.ndim == 1 else residual.stride() in [new_strides(shape, f) for f in (False, True)]:
+    if s.ndim == 1:
+        fits = residual.is_contiguous() or last is not None and in_format(residual, True)
+    else:
+        fits = residual.stride() in [new_strides(shape, f) for f in (False, True)]
+    if fits:
         return None
     return f"what is added has strides {residual.stride()}"
 
@@ -202,7 +209,7 @@ class Chain:
             shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
             if s.residual is not None:
                 (added,) = reading.tensors[s.residual]
-                if reason := _why_no_residual(s, added, x, low or x.dtype, shapes[-1]):
+                if reason := _why_no_residual(s, added, x, low or x.dtype, shapes[-1], last):
                     return reason
                 if s.leads:  # the result of a sum has its first operand's format
                     eager[-1] = s.ndim > 1 and is_channels_last(added)  # type: ignore[arg-type]
@@ -210,6 +217,8 @@ class Chain:
                 return "a norm would measure one value"
         if last is not None:
             eager[-1] = last and not has_both(shapes[-1][1], shapes[-1][2:])
+            if first.ndim == 1:  # between steps there is channels-last in one dimension, too
+                eager[0] = in_format(x, True) and not has_both(shapes[0][1], shapes[0][2:])
         arrangement = channels_last_inside(eager)
         for by in choose(x, backend):
             planned = [self._planned(s, reading, low) for s in self.steps]
@@ -362,7 +371,7 @@ def _operands(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]], measu
     slope = None if s.slope is None else tensors[s.slope][0]
     residual = None if s.residual is None else tensors[s.residual][0]
     if s.ndim == 1:  # (C_in, C_out/g, k) as (C_in, C_out/g, 1, k)
-        weight = weight.unsqueeze(2)
+        weight = in_rows(weight)
         residual = None if residual is None else residual.unsqueeze(2)
     if s.norm is None:
         return Operands(x, weight, bias, residual=residual, slope=slope)

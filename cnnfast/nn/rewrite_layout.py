@@ -9,6 +9,9 @@ that site's input is converted.
 
 With gradients, norms by a map's own statistics end a stretch (of channels-last maps ATen takes them less exactly), and
 so do operators that resize by other rules than the nearest value, maps of three dimensions or one, and all writes.
+
+Of one dimension, (N, C, L), convolutions and pointwise operators alone are in a stretch: ATen has no such format, and
+its other operators return what is contiguous.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..memory_format import format_of, suggests_channels_last
-from .rewrite_calls import call_kind
+from ..memory_format import in_format, suggests_channels_last
+from .rewrite_calls import call_kind, conv_functions
 from .rewrite_effects import Everything, storages, value, written
 from .rewrite_norm import NormCall, as_norms
 from .rewrite_site import Site
@@ -50,6 +53,7 @@ class _Layout:
         self.graph, self.inference = graph, inference
         self.kept: set[fx.Node] = set()
         self.eager: dict[fx.Node, str] = {}
+        self.untold: set[fx.Node] = set()
 
     def apply(self) -> None:
         if self.inference:
@@ -102,18 +106,40 @@ class _Layout:
         """Whether it gives images that are contiguous in eager mode, and that only; in inference, or channels-last."""
         return self.eager.get(node) in (("contiguous", "last", "odd") if self.inference else ("contiguous",))
 
+    def _untold(self, node: fx.Node) -> bool:
+        """Whether Dynamo does not say the truth of a result (N, C, L): of a convolution whose weight, or input of one
+        channel, has strides that say channels-last with a dimension more, which ATen gives it; and of what is made of
+        such a result."""
+        if not self.untold.isdisjoint(node.all_input_nodes):
+            return True
+        if not isinstance(node.target, Site) and (node.op != "call_function" or node.target not in conv_functions()):
+            return False
+        taken = _taken(node) if isinstance(node.target, Site) else {node.args[0] if node.args else None}
+        for n in node.all_input_nodes:
+            t = value(n)
+            if isinstance(t, Tensor) and t.dim() == 3 and (n not in taken or t.is_contiguous()):
+                a, c, length = t.shape
+                if suggests_channels_last((a, c, 1, length), (*t.stride()[:2], t.stride(2) * length, t.stride(2))):
+                    return True
+        return False
+
     def _in_eager_mode(self, node: fx.Node) -> str:
         """How eager mode's result lies in memory: "contiguous"; channels-last, "last"; so, but "odd", with a stride of
         the batch's one image that ATen does not take for that; "" for what is no map. (Dynamo does not say the truth of
         odd ones.)"""
         t = value(node)
-        if not isinstance(t, Tensor) or t.dim() not in ((4, 5) if self.inference else (4,)):
+        if not isinstance(t, Tensor) or t.dim() not in ((3, 4, 5) if self.inference else (4,)):
             return ""
         if not t.is_floating_point() or t.layout is not torch.strided:
             return ""
-        last = t.is_contiguous(memory_format=format_of(t.dim(), True))
+        if t.dim() == 3 and self._untold(node):
+            self.untold.add(node)
+            return ""
+        last = in_format(t, True)
         if last == t.is_contiguous():
             return ""
+        if t.dim() == 3:
+            return "last" if last else "contiguous"
         said = _said(node)
         if node.op == "call_method" and node.target in _VIEWS:
             return said if suggests_channels_last(t.shape, _strides(node)) or said == "contiguous" else "odd"
@@ -159,6 +185,11 @@ class _Layout:
             return target.any_format(self.inference)
         if node.op not in ("call_function", "call_method"):
             return False
+        if target in _SUMS or self.inference and target in _ONTO:
+            return self._one_shape(node)
+        kind = call_kind(target)
+        if value(node).dim() == 3:
+            return kind is not None and kind.pointwise and kind.bind(node.args, node.kwargs) is not None
         if isinstance(node.target, NormCall):
             return True
         if target is torch.cat:
@@ -166,9 +197,6 @@ class _Layout:
             return isinstance(dim, int) and dim == 1
         if target in _POOLS:
             return True
-        if target in _SUMS or self.inference and target in _ONTO:
-            return self._one_shape(node)
-        kind = call_kind(target)
         if kind is None:
             return False
         bound = kind.bind(node.args, node.kwargs)
@@ -186,8 +214,12 @@ class _Layout:
         return all(value(n).shape == shape for n in _maps(node))
 
     def _takes(self, user: fx.Node, node: fx.Node) -> bool:
-        """Whether ``user`` is a site with a result like `_is_map` that takes ``node``, and as that alone."""
-        if not isinstance(user.target, Site) or not user.target.any_format(self.inference) or not self._is_map(user):
+        """Whether ``user`` is a site with a result like `_is_map` that takes ``node``, and as that alone. (The result
+        of one dimension follows no format: of one channel it may be, too.)"""
+        if not isinstance(user.target, Site) or not user.target.any_format(self.inference):
+            return False
+        told = self.inference and value(user).dim() == 3 and user not in self.untold and value(user).is_contiguous()
+        if not (self._is_map(user) or told):
             return False
         added = user.target.added
         others = {a for k, a in enumerate(user.args[1:]) if k not in added}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..cpu import inference
 from ..dispatch import on_cpu, resolve_backend
-from ..memory_format import convert, format_of
+from ..memory_format import format_of, in_rows, to_format
 from ..ops.run import run_step
 from ..step import Operands, Step
 from .chain import Bound, Chain
@@ -52,11 +52,11 @@ class Planned(NamedTuple):
         if step is None or calls:
             for call in calls:
                 x = call(x, operands)
-            return x if last is None else convert(x, x.dtype, last)
+            return x if last is None else to_format(x, last)
         o = Operands(x, *[None if k is None else operands[k] for k in places])  # type: ignore[arg-type]
         if one:
             residual = None if o.residual is None else o.residual.unsqueeze(2)
-            o = o._replace(x=x.unsqueeze(2), weight=o.weight.unsqueeze(2), residual=residual)
+            o = o._replace(x=x.unsqueeze(2), weight=in_rows(o.weight), residual=residual)
         y = inference.run(step, o, bool(last)) if packed else None
         if y is None:
             y = run_step(step, o, channels_last=last)
@@ -116,7 +116,7 @@ def parts_of(
         if not (s.step.measured or as_modules):
             like = x.new_empty(shape).contiguous(memory_format=format_of(len(shape), True))
             o = Operands(like, *[None if k is None else operands[k] for k in places])  # type: ignore[arg-type]
-            o = o._replace(weight=o.weight.unsqueeze(2)) if one else o
+            o = o._replace(weight=in_rows(o.weight)) if one else o
             packed = inference.why_not(s.step, o, run.channels_last) is None
         parts.append(Planned(_interned(s.step), run.channels_last, places, packed, one, as_modules))
         shape = (shape[0], s.step.spec.out_channels, *s.step.output_size(shape[2:]))

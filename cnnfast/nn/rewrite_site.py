@@ -97,6 +97,8 @@ class Call:
         bound = self.kind.bind(self.args, self.kwargs)
         assert bound is not None
         tensors = {*self.kind.tensors, *self.kind.input}
+        if self.kind.name == "add":
+            tensors.add("other")
         return tuple(r.place for name, v in bound.items() if name not in tensors for r in _refs(v) if r.place >= 0)
 
 
@@ -216,7 +218,7 @@ class Site:
             for call in self.calls:
                 x = call.run(x, operands)
             return x.contiguous() if self.channels_last is False else x
-        if self.converts:
+        if self.converts and x.dim() > 3:  # of one dimension, where its chain gains by it
             x = to_format(x, True)
         kind = self._kind(x, operands)
         known = None if kind is None else self._quick.get(kind)
@@ -230,7 +232,9 @@ class Site:
         self.ran = items
         parts: list[Planned] | None = None if kind is None or self._tries >= _MAX_PLANS else []
         for item in items:
-            last = self.channels_last if item is items[-1] else None
+            last = self.channels_last
+            if item is not items[-1]:  # eager mode's, which of one dimension would be contiguous
+                last = True if last is not None and x.dim() == 3 else None
             if parts is not None:
                 parts = self._noted(parts, item, x, operands, reading, last)
             if isinstance(item, Chain):

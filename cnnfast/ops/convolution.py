@@ -15,7 +15,7 @@ from .. import dispatch, reference
 from ..activations import Activation
 from ..dispatch import by_loops, on_cpu, watched
 from ..gradients import enter, plain, squeezed
-from ..memory_format import has_both, is_channels_last
+from ..memory_format import has_both, in_rows, is_channels_last
 from ..norms import Norm
 from ..spec import DTYPES, MAX_STRIDE, ConvSpec
 from ..step import Operands, Step, convolution_of
@@ -196,7 +196,7 @@ def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epil
         x = x.unsqueeze(0)
     channels_last = ndim > 1 and is_channels_last(x)  # of one dimension, ATen makes the input contiguous first
     if ndim == 1:
-        x, w = x.unsqueeze(-2), w.unsqueeze(-2)
+        x, w = x.unsqueeze(-2), in_rows(w)
     channels_last = channels_last or is_channels_last(w)
     if ndim == 3 and channels_last and on_cpu(x):
         channels_last = not by_loops(step.spec, x.shape, x.dtype)
