@@ -351,7 +351,9 @@ def gathers(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: Ins
     positions, rows = math.prod(shape[2:]), shape[0] * math.prod(shape[2:])
     fast_products = isa >= InstructionSet.AMX and dtype != torch.float32
     most_positions, least_rows = (36, 64) if fast_products else (16, 128)
-    large = math.prod(spec.weight_shape) * dtype.itemsize > cache_bytes()
+    size = math.prod(spec.weight_shape) * dtype.itemsize
+    # Without AMX the deconvolution is the faster one until the weight fills the last cache, too.
+    large = size > cache_bytes() if isa >= InstructionSet.AMX else size >= 2**24
     return (
         large
         and positions <= most_positions
