@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from .generators import list_models as list_models
     from .gpu import guard as guard
     from .gpu.graphed import graphed as graphed
-    from .gpu.tuning import tune as tune
     from .gpu.warmup import warmup as warmup
     from .memory_format import channels_last as channels_last
     from .messages import CnnfastWarning as CnnfastWarning
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from .nn.accelerate_report import explain as explain
     from .nn.layers import ConvTranspose2dNormActivation as ConvTranspose2dNormActivation
     from .nn.layers import Sequential as Sequential
+    from .ops.tuning import tune as tune
     from .spec import ConvSpec as ConvSpec
 
 __version__ = "0.1.0"
@@ -52,7 +52,7 @@ _EXPORTS = {
     "list_models": "generators",
     "ops": ".ops",
     "restore": "nn.accelerate",
-    "tune": "gpu.tuning",
+    "tune": "ops.tuning",
     "unfreeze": "cpu.packing",
     "warmup": "gpu.warmup",
 }

@@ -152,13 +152,15 @@ def parser(argv: list[str] | None = None) -> argparse.ArgumentParser:
     command.set_defaults(work=_models, ranks=True)
 
     command = commands.add_parser(
-        "tune", parents=[common], help="on a GPU: time every plan of a generator's layers, keep the best"
+        "tune",
+        parents=[common],
+        help="time every plan or method of a generator's layers on this machine, keep the best",
     )
     command.add_argument("models", nargs="*", metavar="MODEL", help="generators by name (default: all)")
     command.add_argument("--batch", type=positive, nargs="+", default=[1, 16], help="batch sizes (1 16)")
     dtypes = ["float16", "bfloat16", "float32"]
-    command.add_argument("--dtype", nargs="+", choices=dtypes, default=["float16"], help="dtypes (float16)")
-    command.add_argument("--device", default="cuda", help="cuda, cuda:1, ... (%(default)s)")
+    command.add_argument("--dtype", nargs="+", choices=dtypes, default=[], help="dtypes (float16; cpu: float32)")
+    command.add_argument("--device", default="cuda", help="cuda, cuda:1, ..., cpu (%(default)s)")
     command.add_argument("--seconds", type=positive, help="stop after about this time (default: when done)")
     command.set_defaults(work=_tune)
 

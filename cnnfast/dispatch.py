@@ -139,12 +139,13 @@ class Arrangement(NamedTuple):
     """How a chain of steps runs: whether each result is channels-last; why the modules of a step run as they stand, or
     None; whether the input is brought to channels-last. ``ready``: for each step, or for none, a shorter way than
     to ask the backend anew, for operands of these shapes, or None; it gives None where that has to be asked after
-    all."""
+    all. ``tuned``: for each step, or for none, the method that `cnnfast.tune` found, or None."""
 
     channels_last: tuple[bool, ...]
     as_modules: tuple[str | None, ...]
     convert: bool = False
     ready: tuple[Ready | None, ...] = ()
+    tuned: tuple[str | None, ...] = ()
 
 
 class Backend(Protocol):

@@ -23,15 +23,29 @@ from pathlib import Path
 from typing import Any
 
 from .files import cache_dir, make_cache_dir, write_atomically
-from .messages import CnnfastWarning
+from .messages import LOGGER, CnnfastWarning, one_line
 
-__all__ = ["SCHEMA", "count", "folder", "forget", "get", "path", "put", "where", "why_not"]
+__all__ = [
+    "SCHEMA",
+    "count",
+    "folder",
+    "forget",
+    "generation",
+    "get",
+    "holds",
+    "path",
+    "put",
+    "renew",
+    "where",
+    "why_not",
+]
 
 SCHEMA = 1  # of the files; another one is ignored
 
 # File -> record, or None where there is none: what this process has seen does not change under it.
 _memo: dict[Path, dict[str, Any] | None] = {}
 _told: set[Path] = set()  # folders that are not used
+_changes: dict[str, int] = {}  # kind -> how often what this process has seen of it has changed
 
 
 def folder(kind: str) -> Path:
@@ -123,7 +137,10 @@ def _read(file: Path, entry: dict[str, Any]) -> dict[str, Any] | None:
                 _say(entry["kind"], reason)
                 return None
             found = json.loads(opened.read())
-    except (OSError, ValueError, RecursionError):  # absent or unreadable; no JSON, or no UTF-8; a bomb of brackets
+    except OSError:  # absent or unreadable
+        return None
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8; a bomb of brackets
+        LOGGER.warning("%s is damaged and not used (%s)", file, one_line(error))
         return None
     if not isinstance(found, dict) or not isinstance(found.get("record"), dict):
         return None
@@ -139,6 +156,7 @@ def put(kind: str, key: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
         return False
     entry = _entry(kind, key)
     entry["record"] = _memo[file] = json.loads(json.dumps(record))
+    renew(kind)
     reason = why_not(kind)
     if reason is not None:
         _say(kind, reason)
@@ -151,7 +169,29 @@ def put(kind: str, key: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
     return True
 
 
+def holds(kind: str) -> bool:
+    """Whether `get` may have something of a kind, for some key."""
+    try:
+        here = {file.parent for file, record in _memo.items() if record is not None}
+        return folder(kind) in here or any(folder(kind).glob("*.json"))
+    except (OSError, RuntimeError):
+        return False
+
+
+def renew(kind: str) -> None:
+    """Change a kind's `generation`."""
+    _changes[kind] = generation(kind) + 1
+
+
+def generation(kind: str) -> int:
+    """A number that changes whenever `get` may give something else for a kind than before, in this process: for who
+    keeps what follows from it."""
+    return _changes.setdefault(kind, 0)
+
+
 def forget() -> None:
     """Drop what this process has seen and said, as a new process would start."""
     _memo.clear()
     _told.clear()
+    for kind in _changes:
+        renew(kind)

@@ -40,6 +40,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(line)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_chains() -> Iterator[None]:
+    """Maps of tests are small and stand for larger ones: chains run fused whatever their size. (Tests of that rule set
+    `backend.SMALL` again.)"""
+    from cnnfast.cpu import backend
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "SMALL", 0)
+        patch.setattr(backend, "SMALL_IN_TRAINING", 0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where Triton kernels run: a CUDA device (a real one, or ttsem's), else CPU tensors where CNNFAST_TEST_DEVICE=cpu

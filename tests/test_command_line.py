@@ -205,8 +205,7 @@ WRONG = [
     Wrong(TRAIN + "--device meta", 2, "--device meta: "),
     Wrong(TRAIN + "--device xla", 2, "--device xla: "),
     Wrong(TRAIN + "--device mkldnn", 2, "--device mkldnn: "),
-    Wrong("tune --device cpu", 2, "--device cpu: plans are of CUDA devices"),
-    Wrong("tune --device meta", 2, "--device meta: plans are of CUDA devices"),
+    Wrong("tune --device meta", 2, "--device meta: what can be tuned is a CUDA device or the CPU"),
     Wrong("tune --device ''", 2, "--device : Device string must not be empty"),
     Wrong("tune --device cuda:77", 1, "nothing can be tuned here: "),
     # absurd sizes

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..dispatch import Arrangement, Planned, Ready, channels_last_inside, needs_gradient
 from ..memory_format import convert, has_both
 from ..step import Operands, Step
-from . import inference, norm_inference
+from . import inference, norm_inference, tuned
 from .training import run as by_layers
 
 __all__ = ["arrange", "run", "why_not"]
@@ -57,25 +57,73 @@ def arrange(
     # Whoever runs the chain converts the input where the first result is channels-last.
     reads = [inside[0] or eager[0], *inside]
     why: list[str | None] = [None] * len(steps)
+    chosen = (None,) * len(steps) if gradient else tuple(map(_chosen, steps, shapes, reads, inside))
     for i, s in enumerate(steps):
         before, after = reads[i : i + 2]
         if s.step.measured and (before or after) and not eager[i + 1] and s.step.norm.kind != "instance":  # type: ignore[union-attr]
             continue  # ATen's statistics are less exact in channels-last, `norm`'s are not
-        why[i] = _no_gain_in_training(s, before) if gradient else _no_gain(s, shapes[i], before or after)
+        why[i] = _no_gain_in_training(s, before) if gradient else _no_gain(s, shapes[i], before or after, chosen[i])
     if why[0] is not None and None not in why and (three or inside == as_eager or gradient and steps[0].ndim == 1):
         return why[0]
+    if small := _too_small(steps, shapes, eager, why, chosen, gradient):
+        return small
     ready: tuple[Ready | None, ...] = ()
     if not gradient:
-        ready = tuple(_ready(s, shapes[i], inside[i]) if why[i] is None else None for i, s in enumerate(steps))
+        each = zip(steps, shapes[:-1], inside, chosen, why, strict=True)
+        ready = tuple(_ready(s, shape, last, by) if no is None else None for s, shape, last, by, no in each)
     if steps[0].ndim == 1:  # modules would convert on the way in and out
         why = [None] * len(why)
     # Whatever runs the first step: its result is likely to be larger.
-    return Arrangement(inside, tuple(why), inside[0] or gradient and why[0] is None, ready)
+    return Arrangement(inside, tuple(why), inside[0] or gradient and why[0] is None, ready, chosen)
 
 
-def _ready(s: Planned, shape: torch.Size, channels_last: bool) -> Ready | None:
+# Elements of the results of a chain (with gradients and transposed convolutions or upsamplings: of a step, on average)
+# below which its modules are faster; docs/facts.md, "Small chains".
+SMALL, SMALL_IN_TRAINING = 2**21, 2**17
+
+
+def _too_small(
+    steps: Sequence[Planned],
+    shapes: Sequence[torch.Size],
+    eager: Sequence[bool],
+    why: Sequence[str | None],
+    chosen: Sequence[str | None],
+    gradient: bool,
+) -> str | None:
+    """Why a chain is left to its modules though channels-last inside saves conversions: those at its ends, the norms
+    and each step's own cost in Python outweigh that on small maps."""
+    if steps[0].ndim != 2 or any(eager) or any(s.synchronised for s in steps):
+        return None
+    elements, plain = sum(shape.numel() for shape in shapes[1:]), not any(s.step.spec.transposed for s in steps)
+    if gradient:
+        small = elements < (SMALL if plain else SMALL_IN_TRAINING * len(steps))
+    else:
+        each = zip(steps, shapes[:-1], why, chosen, strict=True)
+        gains = (no is None and (by is not None or _much_work(s.step, shape)) for s, shape, no, by in each)
+        small = elements < SMALL and not any(gains)
+    return "the maps are too small: PyTorch's modules are as fast" if small else None
+
+
+def _much_work(step: Step, shape: Sequence[int]) -> bool:
+    """So much that packed operators gain whatever the chain is."""
+    if step.spec.transposed and step.upsample is None:
+        return True  # `inference` has looked at that
+    size = [n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)]
+    return step.spec.macs(shape[0], size) >= (5e5 if step.upsample is not None else 25e6)
+
+
+def _chosen(s: Planned, shape: torch.Size, before: bool, after: bool) -> str | None:
+    """What tuning found for a step in inference. (Of one that measures, its convolution is looked up where it runs.)"""
+    if s.step.measured or s.synchronised:
+        return None
+    if tuned.RECORDERS:
+        tuned.see(s.step, shape, s.dtype, (before, after), s.weight_channels_last, s.slopes)
+    return tuned.choice(s.step, shape, s.dtype, before, after)
+
+
+def _ready(s: Planned, shape: torch.Size, channels_last: bool, chosen: str | None) -> Ready | None:
     """See `dispatch.Arrangement`."""
-    packed = None if s.synchronised else inference.Ready.of(s.step, shape, s.dtype, channels_last)
+    packed = None if s.synchronised else inference.Ready.of(s.step, shape, s.dtype, channels_last, chosen)
     if packed is None:
         return None
 
@@ -115,10 +163,13 @@ def _no_gain_in_training(s: Planned, channels_last: bool) -> str | None:
     return "in training, PyTorch's modules of a plain convolution are as fast on a CPU"
 
 
-def _no_gain(s: Planned, shape: torch.Size, channels_last: bool) -> str | None:
-    """Why a plain convolution's step gains nothing; ``channels_last``: its input or its result."""
+def _no_gain(s: Planned, shape: torch.Size, channels_last: bool, chosen: str | None) -> str | None:
+    """Why a plain convolution's step gains nothing; ``channels_last``: its input or its result; ``chosen``: by
+    tuning."""
     if s.synchronised:  # its module wants a GPU
         return None
+    if chosen is not None:
+        return tuned.FASTER if chosen == tuned.MODULES else None
     if s.step.spec.ndim == 3 and s.step.spec.transposed:
         return inference.why_slower_transposed(s.step, shape, s.dtype)
     step, norm, slopes = s.step, s.step.norm is not None, s.slopes

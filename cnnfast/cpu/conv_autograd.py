@@ -24,7 +24,7 @@ from ..gradients import enter, keep_strides, restrided
 from ..memory_format import convert, new_strides
 from ..spec import DTYPES, ConvSpec
 from .inference import gathers, products_dtype
-from .isa import InstructionSet, cache_bytes, instruction_set, lowered_products
+from .isa import InstructionSet, instruction_set, lowered_products
 from .methods import Deconvolution, Gathered, Merged, PostOp, why_missing
 
 __all__ = ["Ways", "by_aten", "convolution", "suited", "ways"]
@@ -50,8 +50,11 @@ def _macs(spec: ConvSpec, shape: tuple[int, ...]) -> int:
 
 
 @lru_cache(maxsize=4096)
-def ways(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool = False) -> Ways:
-    """How to run ``spec`` on an x of this shape (N, C_in, H, W) and dtype; ``lowered``: what `lowered_products` is."""
+def ways(
+    spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool = False, contiguous: bool = False
+) -> Ways:
+    """How to run ``spec`` on an x of this shape (N, C_in, H, W) and dtype; ``lowered``: what `lowered_products` is;
+    ``contiguous``: the weight is, and would be brought into the order of phases."""
     if dtype not in DTYPES or not all(shape):
         return Ways("aten", "aten", dtype)
     isa = instruction_set()
@@ -69,7 +72,7 @@ def ways(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, lowered: bo
         and _has_packed()
     ):
         forward = "merged"
-    elif matmul and gathers(spec, shape, compute, isa):
+    elif matmul and gathers(spec, shape, compute, isa) and not (contiguous and isa < InstructionSet.AMX):
         forward = "phases"
     patches = matmul and macs >= _LEAST and _takes_patches(spec, shape, compute, isa)
     return Ways(forward, "patches" if patches else "aten", compute)
@@ -92,7 +95,8 @@ def _takes_patches(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, i
         return True
     if isa >= InstructionSet.AMX and dtype != torch.float32:
         return positions <= 144 and rows <= 1024 or positions <= 64 and rows <= 4096 and weights >= 2**18
-    return rows <= 1024 and weights * dtype.itemsize > cache_bytes()
+    most = 512 if InstructionSet.AVX512 <= isa < InstructionSet.AMX else 1024
+    return rows <= most and weights * dtype.itemsize > 2**22
 
 
 def by_aten(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -107,7 +111,7 @@ def by_aten(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
     """x (N, C_in, H, W) -> (N, C_out, OH, OW), channels-last and new; x, weight and bias of one dtype. The weight's
     gradient has the weight's strides."""
-    how = ways(spec, tuple(x.shape), x.dtype, lowered_products())
+    how = ways(spec, tuple(x.shape), x.dtype, lowered_products(), weight.is_contiguous())
     x = convert(x, x.dtype, True)
     weight = keep_strides(weight, True)
     # ATen takes twice as long for a transposed convolution's weight gradient where it sums the bias's beside it.

@@ -20,12 +20,14 @@ import torch
 
 from ..activations import Activation
 from ..dispatch import by_loops
-from ..memory_format import convert, format_of
+from ..memory_format import convert, format_of, is_channels_last
 from ..spec import DTYPES, ConvSpec
 from ..step import Operands, Step
+from . import tuned
 from .finish import activated
-from .isa import InstructionSet, cache_bytes, instruction_set, lowered_products
+from .isa import InstructionSet, instruction_set, lowered_products, products_dtype
 from .methods import (
+    METHODS,
     Convolution,
     Deconvolution,
     Gathered,
@@ -33,6 +35,8 @@ from .methods import (
     Method,
     PostOp,
     Projection,
+    applicable,
+    gathers,
     layout,
     post_op,
     why_missing,
@@ -55,34 +59,6 @@ __all__ = [
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
-
-
-def products_dtype(dtype: torch.dtype, isa: InstructionSet) -> torch.dtype:
-    """The dtype of the products: float32 where oneDNN has no fast instruction for a lower precision.
-
-    Packed float32 is then several times faster than eager in the low precision, conversions included, and more exact.
-    """
-    native = {torch.bfloat16: InstructionSet.AVX512_BF16, torch.float16: InstructionSet.AMX_FP16}
-    return dtype if isa >= native.get(dtype, isa) else torch.float32
-
-
-def gathers(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> bool:
-    """Whether a transposed convolution is better off as matrix products on gathered patches.
-
-    oneDNN's deconvolution streams the whole weight for every few rows of the image; where the maps are small and the
-    weight is larger than the cache, products read it once.
-    """
-    positions, rows = math.prod(shape[2:]), shape[0] * math.prod(shape[2:])
-    fast_products = isa >= InstructionSet.AMX and dtype != torch.float32
-    most_positions, least_rows = (36, 64) if fast_products else (16, 128)
-    large = math.prod(spec.weight_shape) * dtype.itemsize > cache_bytes()
-    return (
-        large
-        and positions <= most_positions
-        and rows >= least_rows
-        and isa >= InstructionSet.AVX512
-        and Gathered.applies(spec)
-    )
 
 
 def _method(
@@ -212,11 +188,13 @@ class Way(NamedTuple):
     post: PostOp
     slower: str | None
     check_pays: bool
+    chosen: str | None = None  # by tuning
 
 
 @lru_cache(maxsize=4096)
-def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) -> Way | str:
-    """How to run ``step`` on an x of this shape and dtype, or why not; ``lowered``: what `lowered_products` says."""
+def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool, chosen: str | None = None) -> Way | str:
+    """How to run ``step`` on an x of this shape and dtype, or why not; ``lowered``: what `lowered_products` says;
+    ``chosen``: the method that `tuned.choice` named."""
     if dtype not in DTYPES:
         return f"{dtype} has no packed operators"
     if len(shape) != step.spec.ndim + 2 or not all(shape) or shape[1] != step.spec.in_channels:
@@ -227,7 +205,11 @@ def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) 
         return str(error)
     isa, padded = instruction_set(), _padded(step, shape)
     compute = products_dtype(dtype, isa)
-    kind = _method(step.spec, padded, compute, isa, not lowered or compute != torch.float32)
+    matmul = not lowered or compute != torch.float32
+    if chosen is not None and chosen in applicable(step.spec, padded, matmul):
+        known: Method = METHODS[chosen](step.spec, padded, compute)  # type: ignore[call-arg]
+        return Way(known, post_op(step.activation), None, _check_pays(step, shape, dtype), chosen)
+    kind = _method(step.spec, padded, compute, isa, matmul)
     if kind is Deconvolution and any(p >= s for p, s in zip(step.spec.output_padding, step.spec.stride, strict=True)):
         return "oneDNN has no deconvolution whose output padding reaches the stride"
     method = kind(step.spec, padded, compute)  # type: ignore[call-arg]
@@ -236,9 +218,11 @@ def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) 
 
 
 @lru_cache(maxsize=4096)
-def _key(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) -> tuple[Any, ...]:
+def _key(
+    step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool, chosen: str | None = None
+) -> tuple[Any, ...]:
     """What a packed weight depends on beside the tensors. (Knowing costs a packing: not asked ahead of the first.)"""
-    plan = _way(step, shape, dtype, lowered)
+    plan = _way(step, shape, dtype, lowered, chosen)
     assert isinstance(plan, Way)
     # Device and dtype are named: a default may be set (`torch.set_default_device`).
     sample = plan.method.pack(torch.zeros(step.spec.weight_shape, dtype=torch.float32, device="cpu"), None)
@@ -267,16 +251,33 @@ def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str |
         return reason
     if not torch._C._get_mkldnn_enabled():
         return "oneDNN is switched off (torch.backends.mkldnn)"
-    plan = _way(step, x.shape, x.dtype, lowered_products())
+    chosen = _chosen(step, operands, channels_last)
+    plan = _way(step, x.shape, x.dtype, lowered_products(), chosen)
     if isinstance(plan, str):
         return plan
-    if plan.slower is not None or step.spec.transposed or step.upsample is not None:
+    if tuned.RECORDERS:
+        tuned.see(step, x.shape, x.dtype, _formats(x, channels_last), is_channels_last(weight), _slopes(operands))
+    if chosen == tuned.MODULES:
+        return tuned.FASTER
+    if plan.chosen is not None or plan.slower is not None or step.spec.transposed or step.upsample is not None:
         return plan.slower
     o = operands
     norm = not step.residual and step.norm is not None
-    slopes = 0 if o.slope is None else o.slope.numel()
-    nchw = not channels_last and not x.is_contiguous(memory_format=format_of(x.dim(), True))
-    return why_slower_plain(step, x.shape, x.dtype, norm=norm, slopes=slopes, nchw=nchw)
+    nchw = not any(_formats(x, channels_last))
+    return why_slower_plain(step, x.shape, x.dtype, norm=norm, slopes=_slopes(o), nchw=nchw)
+
+
+def _slopes(o: Operands) -> int:
+    return 0 if o.slope is None else o.slope.numel()
+
+
+def _formats(x: torch.Tensor, channels_last: bool) -> tuple[bool, bool]:
+    return x.is_contiguous(memory_format=format_of(x.dim(), True)), channels_last
+
+
+def _chosen(step: Step, o: Operands, channels_last: bool) -> str | None:
+    """`tuned.choice` for a call."""
+    return tuned.choice(step, o.x.shape, o.x.dtype, *_formats(o.x, channels_last))
 
 
 def method_name(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> str:
@@ -332,10 +333,10 @@ def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor | N
     again).
     """
     shape, dtype, lowered = operands.x.shape, operands.x.dtype, lowered_products()
-    plan = _way(step, shape, dtype, lowered)
+    plan = _way(step, shape, dtype, lowered, _chosen(step, operands, channels_last))
     if isinstance(plan, str):
         raise ValueError(f"the packed CPU path cannot take this step: {plan}")
-    return _run(step, plan, lambda: _key(step, shape, dtype, lowered), operands, channels_last)
+    return _run(step, plan, lambda: _key(step, shape, dtype, lowered, plan.chosen), operands, channels_last)
 
 
 class Ready:
@@ -348,11 +349,14 @@ class Ready:
         self._of = shape, dtype
 
     @classmethod
-    def of(cls, step: Step, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool) -> Ready | None:
-        """None where the step does not run with a packed weight, or what its operands are decides that."""
+    def of(
+        cls, step: Step, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, chosen: str | None = None
+    ) -> Ready | None:
+        """None where the step does not run with a packed weight, or what its operands are decides that. ``chosen``:
+        what `tuned.choice` said."""
         if step.measured or step.residual or step.spec.ndim == 3 or why_missing() is not None:
             return None
-        way = _way(step, shape, dtype, lowered_products())
+        way = _way(step, shape, dtype, lowered_products(), chosen)
         return None if isinstance(way, str) or way.slower is not None else cls(step, shape, dtype, channels_last, way)
 
     def holds(self, o: Operands) -> bool:
@@ -361,7 +365,7 @@ class Ready:
 
     def key(self) -> tuple[Any, ...]:
         if self._key is None:
-            self._key = _key(self.step, *self._of, self.lowered)
+            self._key = _key(self.step, *self._of, self.lowered, self.way.chosen)
         return self._key
 
     def run(self, o: Operands) -> torch.Tensor | None:

@@ -1,20 +1,41 @@
-"""Which instructions of the processor oneDNN may use."""
+"""Which processor this is, and which of its instructions oneDNN may use."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 from collections.abc import Mapping
 from enum import IntEnum
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["InstructionSet", "instruction_set", "lowered_products"]
+__all__ = ["InstructionSet", "cpu_model", "cpu_name", "instruction_set", "lowered_products", "products_dtype"]
 
 
 # --- what the processor has -------------------------------------------------------------------------------------------
+
+
+def cpu_name() -> str:
+    """The processor's model name where the system tells it."""
+    found = _cpuinfo(r"model name|Model")
+    return found[0] if found else platform.processor() or platform.machine()
+
+
+def cpu_model() -> str:
+    """The same with the numbers of family, model and stepping: a virtual machine's name may stand for several."""
+    return ", ".join([cpu_name(), *_cpuinfo(r"cpu family|model|stepping")])
+
+
+@lru_cache(maxsize=4)
+def _cpuinfo(names: str) -> tuple[str, ...]:
+    """What /proc/cpuinfo says of the first processor."""
+    file = Path("/proc/cpuinfo")
+    first = file.read_text(errors="replace").split("\n\n")[0] if file.is_file() else ""
+    return tuple(re.findall(rf"^(?:{names})\s*:\s*(.+)$", first, re.MULTILINE))
 
 
 class InstructionSet(IntEnum):
@@ -85,3 +106,12 @@ def lowered_products() -> bool:
     if matmul == "bf16" or matmul == "tf32" and instruction_set() >= InstructionSet.AMX_FP16:
         return bool(matmul != precision("mkldnn", "conv"))
     return False
+
+
+def products_dtype(dtype: torch.dtype, isa: InstructionSet) -> torch.dtype:
+    """The dtype of the products: float32 where oneDNN has no fast instruction for a lower precision.
+
+    Packed float32 is then several times faster than eager in the low precision, conversions included, and more exact.
+    """
+    native = {torch.bfloat16: InstructionSet.AVX512_BF16, torch.float16: InstructionSet.AMX_FP16}
+    return dtype if isa >= native.get(dtype, isa) else torch.float32

@@ -21,16 +21,19 @@ import torch.nn.functional as F
 from ..activations import Activation
 from ..memory_format import format_of
 from ..spec import ConvSpec, Phase
-from .isa import InstructionSet, instruction_set
+from .isa import InstructionSet, cache_bytes, instruction_set
 
 __all__ = [
     "Convolution",
     "Deconvolution",
     "Gathered",
+    "METHODS",
     "Merged",
     "Method",
     "PostOp",
     "Projection",
+    "applicable",
+    "gathers",
     "layout",
     "post_op",
     "why_missing",
@@ -310,3 +313,51 @@ class Merged:
         else:
             y = y.permute(0, 3, 4, 1, 5, 2).reshape(n, c, qh * sh, qw * sw)
         return y if y.shape[2:] == self.out else y[:, :, : self.out[0], : self.out[1]]
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+METHODS: dict[str, type[Method]] = {
+    kind.__name__: kind for kind in (Convolution, Deconvolution, Gathered, Merged, Projection)
+}
+
+
+def applicable(spec: ConvSpec, shape: tuple[int, ...], matmul: bool) -> list[str]:
+    """The names of the methods that are right for an input (N, C_in, *size) whose border is already repeated;
+    ``matmul``: they may be matrix products."""
+    if not spec.transposed:
+        return ["Convolution"]
+    found = []
+    # oneDNN has no deconvolution whose output padding reaches the stride.
+    if all(p < s for p, s in zip(spec.output_padding, spec.stride, strict=True)):
+        found.append("Deconvolution")
+    if spec.ndim == 3:
+        return found
+    if Merged.applies(spec):
+        found.append("Merged")
+    if matmul and Gathered.applies(spec):
+        found.append("Gathered")
+    if matmul and Projection.applies(spec, shape):
+        found.append("Projection")
+    return found
+
+
+def gathers(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> bool:
+    """Whether a transposed convolution is better off as matrix products on gathered patches.
+
+    oneDNN's deconvolution streams the whole weight for every few rows of the image; where the maps are small and the
+    weight is larger than the cache, products read it once.
+    """
+    positions, rows = math.prod(shape[2:]), shape[0] * math.prod(shape[2:])
+    fast_products = isa >= InstructionSet.AMX and dtype != torch.float32
+    most_positions, least_rows = (36, 64) if fast_products else (16, 128)
+    size = math.prod(spec.weight_shape) * dtype.itemsize
+    # Without AMX the deconvolution is the faster one until the weight fills the last cache, too.
+    large = size > cache_bytes() if isa >= InstructionSet.AMX else size >= 2**24
+    return (
+        large
+        and positions <= most_positions
+        and rows >= least_rows
+        and isa >= InstructionSet.AVX512
+        and Gathered.applies(spec)
+    )

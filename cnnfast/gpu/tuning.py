@@ -28,7 +28,7 @@ from .why_not import triton_why_not
 if triton_why_not() is None:
     from . import conv
 
-__all__ = ["Result", "Task", "Timer", "cuda_timer", "record", "tried", "tune", "tune_steps"]
+__all__ = ["Result", "Task", "Timer", "cuda_timer", "record", "tried", "tune_steps"]
 
 
 # Times of calls, by their names, taken in turn.
@@ -119,31 +119,6 @@ class Result:
         return f"{self.task.title}: {found} ({tried})" + ("" if self.kept else "; NOT KEPT on disk")
 
 
-def tune(
-    function: Callable[..., Any],
-    *inputs: Any,
-    batch_sizes: Iterable[int] = (),
-    seconds: float | None = None,
-    tell: Callable[[str], object] = LOGGER.info,
-) -> list[Result]:
-    """Tune every fused step that ``function(*inputs)`` launches on a GPU, for these sizes; as `warmup`, for each of
-    ``batch_sizes`` too.
-
-    Plans are kept under ``$CNNFAST_CACHE`` (``~/.cache/cnnfast``) and used by this and later processes for exactly
-    these layers and sizes on this GPU, until torch, triton or cnnfast changes. ``seconds``: stop after about this time,
-    with what was found. ``tell`` gets a line for each step; by default the logger "cnnfast" does. Takes some seconds
-    for each plan that was not compiled before.
-
-    RuntimeError where nothing was launched on a GPU, and where ``CNNFAST_GUARD`` switches the check of kernels off.
-    """
-    tasks = record(function, *inputs, batch_sizes=batch_sizes)
-    if not tasks:
-        raise RuntimeError(
-            "nothing to tune: the forward launched no Triton kernel on a GPU (Sequential.explain says why)"
-        )
-    return tune_steps(tasks, seconds=seconds, tell=tell)
-
-
 def record(function: Callable[..., Any], *inputs: Any, batch_sizes: Iterable[int] = ()) -> list[Task]:
     """The fused steps that a forward launches on a GPU, each size once."""
     tasks: dict[Task, None] = {}
@@ -165,8 +140,8 @@ def tune_steps(
     limit: int = CANDIDATES,
     tell: Callable[[str], object] = LOGGER.info,
 ) -> list[Result]:
-    """Tune each task and keep the best plans; see `tune`. ``timer`` gets the calls of one step, by plan, all of them
-    compiled and proven. ``limit``: the most plans of a step that are tried."""
+    """Tune each task and keep the best plans; see `cnnfast.tune`. ``timer`` gets the calls of one step, by plan, all of
+    them compiled and proven. ``limit``: the most plans of a step that are tried."""
     if not guard.enabled():
         raise RuntimeError(UNCHECKED)
     end = None if seconds is None else time.monotonic() + seconds

@@ -30,7 +30,7 @@ class Row:
     calls, "conv2d + batch_norm + relu"; ``why_not``: why PyTorch's own operators run, "" where it is ``fused``;
     ``found``: it is a step, whether that runs or PyTorch's operators are as fast;
     ``flops`` and ``bytes``: of one call (each tensor once), 0 where nothing has run; ``verified``: "yes", "no" (not
-    asked for), or what was wrong."""
+    asked for), or what was wrong; ``tuned``: the method that `cnnfast.tune` chose on this processor, or ""."""
 
     path: str
     line: str
@@ -40,6 +40,7 @@ class Row:
     flops: int = 0
     bytes: int = 0
     found: bool = False
+    tuned: str = ""
 
     @property
     def fused(self) -> bool:
@@ -88,10 +89,7 @@ class Explanation:
             f"{self.model}: {self.fused} of {self.convolutions} convolutions fused; "
             f"graphs: {self.graphs}, compiled so far: {self.compilations}"
         ]
-        table = [
-            (r.path, r.line, r.pattern, "fused" if r.fused else r.why_not, r.verified, _short(r.flops), _short(r.bytes))
-            for r in self.rows
-        ]
+        table = [(r.path, r.line, r.pattern, _runs(r), r.verified, _short(r.flops), _short(r.bytes)) for r in self.rows]
         if table:
             headers = ("module", "line", "calls", "runs", "verified", "FLOP", "bytes")
             lines.append(tabulate(table, headers=headers, tablefmt="simple", disable_numparse=True))
@@ -100,6 +98,10 @@ class Explanation:
         for path, text in (self.modules or {}).items():
             lines += [f"{path or '(the model)'}:", *(f"  {line}" for line in text.splitlines())]
         return "\n".join(lines)
+
+
+def _runs(r: Row) -> str:
+    return r.why_not or ("fused" if not r.tuned else f"fused (tuned: {r.tuned})")
 
 
 def _short(n: float) -> str:
@@ -246,16 +248,17 @@ def _of_chain(site: Site, chain: Chain) -> Iterator[Row]:
     latest = chain.latest
     shape: Sequence[int] | None = None
     for i, s in enumerate(chain.steps):
-        why = ""
+        why = by = ""
         flops = moved = 0
         if latest is not None:
             shape, bound = latest if i == 0 else (shape, latest[1])
             why = bound if isinstance(bound, str) else bound.runs[i].as_modules or ""
+            by = "" if isinstance(bound, str) or why else bound.runs[i].tuned or ""
             if shape is not None:
                 flops, moved, shape = _work(s, shape)
         for failure in guard.failures(s.step, s.dtype, s.device):
             why = why or f"the kernel {failure}"
-        yield _row(site, s.slots, why, flops, moved, True)
+        yield _row(site, s.slots, why, flops, moved, True, by)
 
 
 def _work(s: FusedStep, shape: Sequence[int]) -> tuple[int, int, Sequence[int] | None]:

@@ -11,9 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import memory_format
+from .. import memory_format, store
 from ..activations import Activation
-from ..dispatch import Planned, Ready, autocast_dtype, by_loops, channels_last_inside, choose, on_cpu, resolve_backend
+from ..cpu.tuned import KIND as METHODS
+from ..dispatch import (
+    Planned,
+    Ready,
+    autocast_dtype,
+    by_kernels,
+    by_loops,
+    channels_last_inside,
+    choose,
+    on_cpu,
+    resolve_backend,
+)
 from ..gradients import enter, plain, squeezed
 from ..memory_format import format_of, has_both, in_format, in_rows, is_channels_last, new_strides
 from ..norms import check_values
@@ -104,7 +115,8 @@ class Run(NamedTuple):
     """How a step runs on inputs of one shape: whether its result is ``channels_last``; ``as_modules``: why its modules
     run as they stand, or None. ``wide``: what follows the convolution is computed, and returned, in float32 (autocast's
     rule). ``apart``: the activation runs by itself. ``measured``: a norm takes statistics. ``simple``: none of these,
-    and no autocast; ``ready``: what then stands for `run_step`, where there is something (`dispatch.Arrangement`)."""
+    and no autocast; ``ready``: what then stands for `run_step`, where there is something; ``tuned``: its method, where
+    tuning chose it (`dispatch.Arrangement`)."""
 
     channels_last: bool
     as_modules: str | None = None
@@ -113,6 +125,7 @@ class Run(NamedTuple):
     measured: bool = False
     simple: bool = False
     ready: Ready | None = None
+    tuned: str | None = None
 
 
 class Bound(NamedTuple):
@@ -133,7 +146,7 @@ class Chain:
     """Consecutive fused steps of one dimensionality, dtype and device."""
 
     steps: tuple[FusedStep, ...]
-    # Of inputs seen: (shape, strides, dtype, device, backend, autocast's dtype, gradient, threads) -> see `bind`.
+    # Of inputs seen: (shape, strides, dtype, device, backend, autocast's dtype, gradient, ...) -> see `bind`.
     _bindings: dict[object, Bound | str] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
@@ -168,9 +181,10 @@ class Chain:
         if torch._C._is_any_autocast_enabled():
             low = autocast_dtype(x)
         backend = resolve_backend(None)
-        # In three dimensions, ATen's choice and with it the memory format depends on the number of threads.
-        threads = torch.get_num_threads() if self.steps[0].ndim == 3 else 0
-        key: tuple[object, ...] = (x.shape, x.stride(), x.dtype, x.device, backend, low, gradient, last, threads)
+        # Of threads depend tuned methods and, in three dimensions, ATen's choice and with it the memory format.
+        methods = 0 if gradient or by_kernels(x, backend) else store.generation(METHODS)
+        state = (torch.get_num_threads(), methods) if on_cpu(x) else None
+        key: tuple[object, ...] = (x.shape, x.stride(), x.dtype, x.device, backend, low, gradient, last, state)
         for k in self._residuals:
             (r,) = reading.tensors[k]
             key = (*key, None if r is None else (type(r), r.shape, r.stride(), r.dtype, r.device))
@@ -226,15 +240,14 @@ class Chain:
             if isinstance(found, str):
                 return found
             arrangement = found
-        inside, why, convert, ready = arrangement
+        inside, why, convert, ready, chosen = arrangement
         runs = [Run(*how) for how in zip(inside, why, strict=True)]
         if why[-1] is None:
             runs[-1] = self._last(runs[-1], x, backend, low, gradient)
         for i, (s, run) in enumerate(zip(self.steps, runs, strict=True)):
             simple = low is None and not (run.as_modules or s.step.measured or run.wide or run.apart)
-            runs[i] = run._replace(
-                measured=s.step.measured, simple=simple, ready=ready[i] if simple and ready else None
-            )
+            run = run._replace(measured=s.step.measured, simple=simple, tuned=chosen[i] if chosen else None)
+            runs[i] = run._replace(ready=ready[i]) if simple and ready else run
         padded = any(_pads(reading.modules[k]) for k in first.slots)
         of_gradient = eager[0] or first.weight_channels_last and not padded
         entered = x.unsqueeze(2) if first.ndim == 1 else x

@@ -17,11 +17,13 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
+from .. import store
 from ..cpu.packing import PACKS
+from ..cpu.tuned import KIND as METHODS
 from ..dispatch import on_cpu, resolve_backend, watched
 from ..gpu import guard
 from ..gpu.why_not import launch_why_not, spec_why_not
-from .chain import Chain, chained
+from .chain import Bound, Chain, chained
 from .fusion import FusedStep, Unfused, plan_modules
 from .modules import Reading, read
 
@@ -128,6 +130,8 @@ class Sequential(nn.Sequential):
                 if reason is None and resolve_backend(None) == "triton":
                     reason = _why_not_triton(s, reading)
                 done = "fused" if reason is None else f"could be fused, but: {reason}"
+                if reason is None and isinstance(bound, Bound) and bound.runs[i].tuned is not None:
+                    done += f" (tuned: {bound.runs[i].tuned})"
                 for failure in guard.failures(s.step, s.dtype, s.device):
                     done += f", but PyTorch's operators run: the kernel {failure}"
                 lines.append(f"{s.slots[0]}-{s.slots[-1]}: {names} {done}")
@@ -210,6 +214,7 @@ def _kind(state: dict[str, Any], x: Any) -> tuple[object, ...] | None:
         return None
     modules = tuple(map(id, state["_modules"].values()))
     grad, autocast = torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
+    threads, generation = torch.get_num_threads(), store.generation(METHODS)
     return (
         *modules,
         state["training"],
@@ -220,6 +225,8 @@ def _kind(state: dict[str, Any], x: Any) -> tuple[object, ...] | None:
         x.requires_grad,
         autocast,
         resolve_backend(None),
+        threads,
+        generation,
     )
 
 

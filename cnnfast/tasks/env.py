@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import torch
 
 from .. import __version__, store
 from ..cpu import methods
-from ..cpu.isa import instruction_set
+from ..cpu.isa import cpu_name, instruction_set
 from ..gpu import guard
 from ..gpu.why_not import NO_DEVICE, cuda_why_not
 from ..messages import UsageError, one_line
@@ -45,19 +44,6 @@ def package_version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "not installed"
-
-
-# --- processor --------------------------------------------------------------------------------------------------------
-
-
-def cpu_name() -> str:
-    """The processor's model name where the system tells it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
-        if found:
-            return found.group(1)
-    return platform.processor() or platform.machine()
 
 
 # --- GPU --------------------------------------------------------------------------------------------------------------
@@ -184,7 +170,8 @@ def _lines() -> Iterator[tuple[str, str]]:
         yield "device", line
     checked = "on" if guard.enabled() else f"off: CNNFAST_GUARD={os.environ['CNNFAST_GUARD']}"
     yield "check of kernels", f"{checked}; {store.count(guard.KIND)} passed, kept in {store.where(guard.KIND)}"
-    yield "tuned plans", f"{store.count('plans')}, kept in {store.where('plans')}"
+    for what, kind in (("tuned plans", "plans"), ("tuned methods", "methods")):
+        yield what, f"{store.count(kind)}, kept in {store.where(kind)}"
     for backend in backends():
         yield f"backend {backend.name}", str(backend)
 

@@ -1,8 +1,4 @@
-"""Tuning: time every valid plan of the fused steps of a forward on this GPU, and keep the fastest for later processes.
-
-Nothing is ever timed by a call of a model: plans come from the heuristic, or from what `tune` (``python -m cnnfast
-tune``) has kept. Every plan is proven by `guard` before it is timed, on noise; plans are timed in turn.
-"""
+"""Tuning by the command line: generators by their names, on this GPU or this processor (`cnnfast.tune`)."""
 
 from __future__ import annotations
 
@@ -13,11 +9,14 @@ from typing import Any
 import torch
 
 from .. import store
+from ..cpu import tuned as methods
+from ..cpu.methods import why_missing
 from ..generators import create_model, list_models
 from ..gpu import guard, tuned
-from ..gpu.tuning import UNCHECKED, tune
+from ..gpu.tuning import UNCHECKED
 from ..memory_format import channels_last
 from ..messages import CnnfastError, UsageError
+from ..ops.tuning import tune
 from . import env
 
 __all__ = ["Options", "run"]
@@ -32,7 +31,7 @@ class Options:
 
     models: tuple[str, ...] = ()
     batches: tuple[int, ...] = (1, 16)
-    dtypes: tuple[torch.dtype, ...] = (torch.float16,)
+    dtypes: tuple[torch.dtype, ...] = ()  # float16; on a CPU float32
     device: str = "cuda"
     seconds: float | None = None
 
@@ -43,9 +42,11 @@ def run(options: Options) -> int:
     _check(options)
     end = None if options.seconds is None else time.monotonic() + options.seconds
     device, found = torch.device(options.device), []
+    on_cpu = device.type == "cpu"
     for name in options.models or list_models():
-        for dtype in options.dtypes:
-            model: Any = channels_last(create_model(name).eval().to(device, dtype))
+        for dtype in options.dtypes or ((torch.float32,) if on_cpu else (torch.float16,)):
+            model: Any = create_model(name).eval().to(device, dtype)
+            model = model if on_cpu else channels_last(model)
             left = None if end is None else max(0.0, end - time.monotonic())
             print(f"{name}, {str(dtype).removeprefix('torch.')}, batch {', '.join(map(str, options.batches))}")
             example = model.example_input(options.batches[0])
@@ -53,7 +54,8 @@ def run(options: Options) -> int:
             found += tune(model, *inputs, batch_sizes=options.batches[1:], seconds=left, tell=print)
     gains = sorted(r.gain for r in found)
     if gains:
-        print(f"{len(found)} steps tuned, median gain {gains[len(gains) // 2]:.2f}x; kept in {store.where(tuned.KIND)}")
+        where = store.where(methods.KIND if on_cpu else tuned.KIND)
+        print(f"{len(found)} steps tuned, median gain {gains[len(gains) // 2]:.2f}x; kept in {where}")
     return 0
 
 
@@ -62,8 +64,12 @@ def _check(options: Options) -> None:
     if unknown:
         raise UsageError(f"unknown model {', '.join(unknown)}: expected some of {', '.join(list_models())}")
     device = env.device_of(options.device)
+    if device.type == "cpu":
+        if (problem := why_missing()) is not None:
+            raise CnnfastError(f"nothing can be tuned here: {problem}")
+        return
     if device.type != "cuda":
-        raise UsageError(f"--device {options.device}: plans are of CUDA devices")
+        raise UsageError(f"--device {options.device}: what can be tuned is a CUDA device or the CPU")
     problem = env.triton_off(device.index) or (None if guard.enabled() else UNCHECKED)
     if problem is not None:
         raise CnnfastError(f"nothing can be tuned here: {problem}")

@@ -354,6 +354,10 @@ def test_the_rule_of_small_maps() -> None:
     assert rule(spec, (1, 512, 4, 4), torch.bfloat16, InstructionSet.AMX) is onednn.Deconvolution
     assert rule(spec, (16, 512, 16, 16), torch.bfloat16, InstructionSet.AMX) is onednn.Deconvolution
     assert rule(spec, (16, 512, 4, 4), torch.float32, InstructionSet.AVX2) is onednn.Deconvolution
+    assert rule(spec, (16, 512, 4, 4), torch.float32, InstructionSet.AVX512) is onednn.Gathered
+    of_8_mib = ConvSpec.make(512, 256, 4, 2, 1)
+    assert rule(of_8_mib, (64, 512, 4, 4), torch.float32, InstructionSet.AVX512_BF16) is onednn.Deconvolution
+    assert rule(of_8_mib, (64, 512, 4, 4), torch.float32, InstructionSet.AMX) is onednn.Gathered
     small = ConvSpec.make(64, 32, 4, 2, 1)
     assert rule(small, (16, 64, 4, 4), torch.bfloat16, InstructionSet.AMX) is onednn.Deconvolution
 

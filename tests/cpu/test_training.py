@@ -252,7 +252,10 @@ RULES = [
     ((512, 256, 4, 2, 1), (16, 512, 4, 4), FP32, "AMX", ("phases", "patches", FP32)),
     ((512, 256, 4, 2, 1), (64, 512, 4, 4), FP32, "AMX", ("phases", "patches", FP32)),
     ((512, 256, 4, 2, 1), (64, 512, 4, 4), BF16, "AMX", ("phases", "patches", BF16)),
-    ((512, 256, 4, 2, 1), (64, 512, 4, 4), BF16, "AVX512", ("phases", "patches", FP32)),
+    ((512, 256, 4, 2, 1), (64, 512, 4, 4), BF16, "AVX512", ("aten", "aten", FP32)),
+    ((512, 256, 4, 2, 1), (32, 512, 4, 4), FP32, "AVX512_BF16", ("aten", "patches", FP32)),
+    ((512, 256, 4, 2, 1), (64, 512, 4, 4), FP32, "AVX2", ("aten", "patches", FP32)),
+    ((1024, 512, 4, 2, 1), (16, 1024, 4, 4), FP32, "AVX512_BF16", ("phases", "patches", FP32)),
     ((256, 128, 4, 2, 1), (16, 256, 8, 8), FP32, "AMX", ("aten", "aten", FP32)),
     ((256, 128, 4, 2, 1), (16, 256, 8, 8), BF16, "AMX", ("aten", "patches", BF16)),
     ((256, 128, 4, 2, 1), (64, 256, 8, 8), BF16, "AMX", ("aten", "patches", BF16)),
@@ -279,9 +282,16 @@ def test_the_rule(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(conv_autograd, "instruction_set", lambda: InstructionSet[isa])
-    for module in (conv_autograd, inference):
-        monkeypatch.setattr(module, "cache_bytes", lambda: 2**21)
+    monkeypatch.setattr(methods, "cache_bytes", lambda: 2**21)
     assert ways.__wrapped__(ConvSpec.make(*geometry), shape, dtype) == expected
+
+
+@packed
+def test_no_phases_from_a_weight_in_the_default_format_without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ConvSpec.make(1024, 512, 4, 2, 1), (16, 1024, 4, 4), FP32, False, True
+    for isa, forward in (("AVX512_BF16", "aten"), ("AMX", "phases")):
+        monkeypatch.setattr(conv_autograd, "instruction_set", lambda isa=isa: InstructionSet[isa])
+        assert ways.__wrapped__(*asked).forward == forward
 
 
 def test_float64_is_left_to_aten() -> None:

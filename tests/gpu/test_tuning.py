@@ -384,7 +384,7 @@ def test_the_command_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_the_command_s_mistakes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(env, "triton_off", lambda index: None)
     assert "unknown model stylegan9: expected some of dcgan" in refused(["stylegan9"], capsys, 2)
-    assert "--device cpu: plans are of CUDA devices" in refused(["--device", "cpu"], capsys, 2)
+    assert "--device meta: what can be tuned is a CUDA device or the CPU" in refused(["--device", "meta"], capsys, 2)
     assert "--device gpu: Expected one of cpu, cuda" in refused(["--device", "gpu"], capsys, 2)
     monkeypatch.setenv("CNNFAST_GUARD", "0")
     assert "unset CNNFAST_GUARD" in refused([], capsys)

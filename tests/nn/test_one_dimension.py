@@ -122,8 +122,6 @@ def test_gradients_are_pytorchs(name: str) -> None:
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-
-
 def test_maps_stay_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step gets what the step before, or a pass between them, left channels-last. (The last has too little to do
     for a packed weight.)"""

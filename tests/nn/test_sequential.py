@@ -1016,3 +1016,59 @@ def test_what_no_kernel_runs_stands_alone_on_a_gpu(device: torch.device, launche
     assert lines[-1] == "2-4: ReflectionPad2d + Conv2d + LeakyReLU fused"
     assert len([launch for launch in launches if "reduce" not in launch]) == 1
     assert_close(got, exact, want)
+
+
+# --- small chains -----------------------------------------------------------------------------------------------------
+
+
+def _up(c: int) -> list[nn.Module]:
+    return [nn.Upsample(scale_factor=2), nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU()]
+
+
+def _plain(c: int) -> list[nn.Module]:
+    return [nn.Conv2d(c, c, 3, padding=1), nn.BatchNorm2d(c), nn.ReLU()] * 2
+
+
+def _transposed(c: int) -> list[nn.Module]:
+    return [nn.ConvTranspose2d(c, c, 4, 2, 1), nn.BatchNorm2d(c), nn.ReLU()]
+
+
+@pytest.mark.parametrize(
+    ("modules", "channels", "size", "train", "small"),
+    [
+        pytest.param(_transposed, 8, 8, True, True, id="transposed-training"),
+        pytest.param(_transposed, 32, 32, True, False, id="transposed-training-larger"),
+        pytest.param(_up, 8, 4, True, True, id="upsample-training"),
+        pytest.param(_up, 8, 4, False, True, id="upsample"),
+        pytest.param(_up, 32, 8, False, False, id="upsample-larger"),
+        pytest.param(_plain, 64, 16, True, True, id="plain-training"),
+        pytest.param(_plain, 64, 16, False, True, id="plain"),
+        pytest.param(_transposed, 64, 16, False, False, id="transposed"),
+    ],
+)
+def test_a_chain_that_is_too_small_runs_as_its_modules(
+    modules: Callable[[int], list[nn.Module]],
+    channels: int,
+    size: int,
+    train: bool,
+    small: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As they stand: bit by bit the same, running statistics included."""
+    monkeypatch.setattr(backend, "SMALL", 2**21)
+    monkeypatch.setattr(backend, "SMALL_IN_TRAINING", 2**17)
+    torch.manual_seed(0)
+    plain = nn.Sequential(*modules(channels)).train(train)
+    model, x = cnnfast.Sequential(*copy.deepcopy(plain)).train(train), torch.randn(4, channels, size, size)
+    with torch.set_grad_enabled(train):
+        assert ("too small" in model.explain(x)) is small
+        for _ in range(3):
+            want, got = plain(x), model(x)
+            assert got.stride() == want.stride()
+            if small:
+                assert torch.equal(got, want)
+            else:
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not small or all(map(torch.equal, model.buffers(), plain.buffers()))
+    cl = x.contiguous(memory_format=torch.channels_last)
+    assert "too small" not in model.explain(cl), "the caller asks for channels-last"
