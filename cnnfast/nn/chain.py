@@ -27,83 +27,14 @@ from ..dispatch import (
 )
 from ..gradients import enter, plain, squeezed
 from ..memory_format import format_of, has_both, in_format, in_rows, is_channels_last, new_strides
-from ..norms import check_values
 from ..ops.run import run_step
 from ..step import Operands, Step
+from .eager_layout import eager_layout, one_value, pads, why_no_residual
 from .fusion import FusedStep, Unfused
 from .fusion_conv import DTYPES
 from .modules import Reading
 
 __all__ = ["Bound", "Chain", "Run", "chained"]
-
-
-# --- the memory format of eager mode ----------------------------------------------------------------------------------
-
-
-def _eager_layout(
-    step: FusedStep, channels_last: bool, size: Sequence[int], out: Sequence[int], loops: bool = False
-) -> bool:
-    """Whether eager mode's result suggests channels_last, for an input that does (``channels_last``) or doesn't.
-
-    Convolutions follow input or weight, the rest mostly keeps what it gets; but a tensor that is contiguous as well
-    comes out of a BatchNorm or an activation as contiguous, InstanceNorm makes its input contiguous, and so does
-    GroupNorm on a GPU. In one dimension there is no channels_last: only a weight whose strides happen to say so has an
-    effect, and a norm ends it. ``loops``: `by_loops`, of three. (Checked against torch 2.13 on a CPU.)
-    """
-    spec, rule = step.step.spec, step.rule
-    if rule is not None and rule.contiguous or loops:
-        return False
-    if step.ndim == 1:  # ATen makes 3-D inputs contiguous first, and so does padding
-        channels_last = channels_last and has_both(spec.in_channels, size) and not any(step.step.pad)
-        if step.norm is not None:
-            return False
-    channels_last = channels_last or step.weight_channels_last
-    if has_both(spec.out_channels, out):
-        return channels_last and step.in_place and not (spec.out_channels == 1 and all(n == 1 for n in out))
-    return channels_last
-
-
-def _one_value(step: FusedStep, shape: torch.Size) -> bool:
-    """Whether the step's norm has one value of ``shape`` for each of its statistics: PyTorch's modules raise then."""
-    assert step.rule is not None
-    try:
-        check_values(shape, step.step.norm)
-    except ValueError:
-        return not step.rule.synchronised
-    return False
-
-
-def _why_no_residual(
-    s: FusedStep, residual: Any, x: Tensor, dtype: torch.dtype, out: torch.Size, last: bool | None
-) -> str | None:
-    """Why the step cannot add ``residual`` (in the dimensions of its layer), or None. ``out``: its result's shape;
-    ``last``: see `Chain.run`."""
-    if type(residual) is not Tensor and type(residual) is not nn.Parameter:
-        return f"a {type(residual).__name__} is added"
-    shape = out[:2] + out[3:] if s.ndim == 1 else out
-    if residual.shape != shape or residual.dtype != dtype or residual.device != x.device:
-        return f"{residual.dtype} of shape {tuple(residual.shape)} is added to {dtype} of shape {tuple(shape)}"
-    if has_both(out[1], out[2:]):
-        return "a sum of maps with one channel or position"
-    # Not `is_contiguous`: a dimension of one may have any stride, and ATen's sum follows it.
-    if s.ndim == 1:
-        fits = residual.is_contiguous() or last is not None and in_format(residual, True)
-    else:
-        fits = residual.stride() in [new_strides(shape, f) for f in (False, True)]
-    if fits:
-        return None
-    return f"what is added has strides {residual.stride()}"
-
-
-def _pads(module: nn.Module) -> bool:
-    """Whether it pads by an operator whose gradient has its input's memory format, whatever the weight's."""
-    return getattr(module, "padding_mode", "zeros") != "zeros" or isinstance(module, _PADS)
-
-
-_PADS = (
-    *(nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
-    *(nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
-)
 
 
 # --- how a chain runs on an input -------------------------------------------------------------------------------------
@@ -219,15 +150,15 @@ class Chain:
                 return str(error)
             entering = [n, channels, *(k + 2 * p for k, p in zip(size, s.step.pad, strict=True))]
             loops = by_loops(s.step.spec, entering, low or s.dtype)
-            eager.append(_eager_layout(s, eager[-1], size, out, loops))
+            eager.append(eager_layout(s, eager[-1], size, out, loops))
             shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
             if s.residual is not None:
                 (added,) = reading.tensors[s.residual]
-                if reason := _why_no_residual(s, added, x, low or x.dtype, shapes[-1], last):
+                if reason := why_no_residual(s, added, x, low or x.dtype, shapes[-1], last):
                     return reason
                 if s.leads:  # the result of a sum has its first operand's format
                     eager[-1] = s.ndim > 1 and is_channels_last(added)  # type: ignore[arg-type]
-            if s.step.measured and _one_value(s, shapes[-1]):
+            if s.step.measured and one_value(s, shapes[-1]):
                 return "a norm would measure one value"
         if last is not None:
             eager[-1] = last and not has_both(shapes[-1][1], shapes[-1][2:])
@@ -248,7 +179,7 @@ class Chain:
             simple = low is None and not (run.as_modules or s.step.measured or run.wide or run.apart)
             run = run._replace(measured=s.step.measured, simple=simple, tuned=chosen[i] if chosen else None)
             runs[i] = run._replace(ready=ready[i]) if simple and ready else run
-        padded = any(_pads(reading.modules[k]) for k in first.slots)
+        padded = any(pads(reading.modules[k]) for k in first.slots)
         of_gradient = eager[0] or first.weight_channels_last and not padded
         entered = x.unsqueeze(2) if first.ndim == 1 else x
         as_is = not convert and is_channels_last(entered) == of_gradient and not has_both(shapes[0][1], shapes[0][2:])

@@ -127,7 +127,7 @@ class _Bound:
     def __init__(self, call: Call, operands: Sequence[Any], run: Run) -> None:
         self.call, self.operands, self.run = call, operands, run
         mode = call.kwargs.get("mode", call.args[2] if len(call.args) > 2 else "") if call.kind.name == "pad" else ""
-        self.padding_mode = mode if mode in ("reflect", "replicate") else "zeros"  # see `chain._pads`
+        self.padding_mode = mode if mode in ("reflect", "replicate") else "zeros"  # see `eager_layout.pads`
 
     def __call__(self, x: Any) -> Any:
         return self.run(x, self.operands)

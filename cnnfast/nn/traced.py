@@ -32,7 +32,8 @@ from ..norms import Norm
 from ..ops import traced
 from ..spec import ConvSpec
 from ..step import Step, Upsample, convolution_of
-from .chain import _eager_layout, _operands, _with_running
+from .chain import _operands, _with_running
+from .eager_layout import eager_layout
 from .fusion import FusedStep, Unfused, plan_modules
 from .fusion_norm import NormRule
 from .modules import HOOKS, KINDS, read
@@ -273,7 +274,7 @@ def _run(seq: nn.Sequential, steps: tuple[FusedStep, ...], plan: Traced, x: Any,
         if x.shape[1] != s.step.spec.in_channels or not _reaches(s.step, size):
             return _modules(seq, range(s.slots[0], slots.stop), plan, x)  # which raise PyTorch's own errors
         out = s.step.output_size(size)
-        channels_last = _eager_layout(s, channels_last, size, out)
+        channels_last = eager_layout(s, channels_last, size, out)
         last = i == len(steps) - 1
         measured = s.rule is not None and s.rule.norm.measured
         if plan.kernel[s.slots[0]] and measured and not kernels:
