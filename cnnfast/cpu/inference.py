@@ -169,7 +169,7 @@ def why_slower_plain(
         return None
     isa, padded = instruction_set(), _padded(step, shape)
     if by_loops(s, padded, dtype):
-        if max(s.kernel_size) == 1:
+        if max(s.kernel_size) == 1 and nchw:
             return "ATen runs a kernel of one position as a matrix product, without conversions"
         return _too_few(s, padded, _LEAST_3D)
     before, after = _elements(step, shape)
