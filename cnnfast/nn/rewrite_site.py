@@ -230,7 +230,7 @@ class Site:
         self.ran = items
         parts: list[Planned] | None = None if kind is None or self._tries >= _MAX_PLANS else []
         for item in items:
-            last = self.channels_last if item is items[-1] else self.channels_last or None
+            last = self.channels_last if item is items[-1] else self.converts or None
             if parts is not None:
                 parts = self._noted(parts, item, x, operands, reading, last)
             if isinstance(item, Chain):
