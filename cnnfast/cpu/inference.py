@@ -44,18 +44,7 @@ from .methods import (
 from .packing import PACKS, why_not_cacheable
 from .weight import summed_weight
 
-__all__ = [
-    "InstructionSet",
-    "Ready",
-    "gathers",
-    "instruction_set",
-    "method_name",
-    "products_dtype",
-    "run",
-    "why_not",
-    "why_slower_plain",
-    "why_slower_transposed",
-]
+__all__ = ["Ready", "method_name", "run", "why_not", "why_slower_plain", "why_slower_transposed"]
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -145,7 +134,7 @@ def why_slower_plain(
         return None
     isa, padded = instruction_set(), _padded(step, shape)
     if by_loops(s, padded, dtype):
-        if max(s.kernel_size) == 1:
+        if max(s.kernel_size) == 1 and nchw:
             return "ATen runs a kernel of one position as a matrix product, without conversions"
         return _too_few(s, padded, _LEAST_3D)
     before, after = _elements(step, shape)

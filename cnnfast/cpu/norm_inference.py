@@ -2,7 +2,7 @@
 
 PyTorch's own take E[x^2] - E[x]^2 of such a map (GroupNorm), add up a channel's values one after the other (BatchNorm),
 or convert it to NCHW (InstanceNorm). Here one call gives mean and variance of every channel of every few hundred
-positions, which are merged in float64 by Chan's formula; one pass scales and shifts, and the rest is in place.
+positions, which are merged in float64; one pass scales and shifts, and the rest is in place.
 """
 
 from __future__ import annotations
@@ -71,15 +71,16 @@ def _short_groups(norm: Norm, o: Operands) -> Tensor | None:
 
 
 def _normalise(norm: Norm, o: Operands, y: Tensor) -> None:
-    x = o.x
-    centre, scale, shift = _affine(norm, o)
-    if centre.any():
-        x = x - centre.view(*centre.shape, *(1,) * (x.dim() - 2))
-        _, scale, shift = _affine(norm, o._replace(x=x))
-    for image, result, factor, more in zip(x, y, scale, shift, strict=True):
-        fold = _folded(len(factor), image[0].numel())
-        source, target = (_rows(t).view(-1, fold * len(factor)) for t in (image, result))
-        torch.addcmul(_repeated(more, fold), source, _repeated(factor, fold), out=target)
+    x, join = o.x, norm.join(o.x.shape[1])
+    mean, var = _of_images(x, join)
+    if (mean.square() > (var + norm.eps) * _FAR**2).any():
+        x = x - _of_channels(mean, join).view(*x.shape[:2], *(1,) * (x.dim() - 2))
+        mean, var = _of_images(x, join)
+    mean, var = _of_channels(mean, join), _of_channels(var, join)
+    for i, (m, v) in enumerate(zip(mean, var, strict=True)):
+        # ATen's BatchNorm by given statistics: a product and a sum, in one pass over a channels-last map.
+        out = y[i : i + 1], x.new_empty(0), x.new_empty(0)
+        torch.native_batch_norm(x[i : i + 1], o.scale, o.shift, m, v, False, 0.0, norm.eps, out=out)
 
 
 def _rows(image: Tensor) -> Tensor:
@@ -87,60 +88,35 @@ def _rows(image: Tensor) -> Tensor:
     return image.movedim(0, -1).flatten(0, -2)
 
 
-def _folded(channels: int, positions: int) -> int:
-    """How many positions count as one, where channels are few: ATen's loops begin anew at every row."""
-    fold = 1
-    while fold * channels < 64 and positions % (2 * fold) == 0:
-        fold *= 2
-    return fold
-
-
-def _repeated(v: Tensor, fold: int) -> Tensor:
-    return v if fold == 1 else v.repeat(fold)
+def _of_channels(v: Tensor, join: int) -> Tensor:
+    """(N, C / join) float64 as (N, C) float32."""
+    v = v.float()
+    return v if join == 1 else v.repeat_interleave(join, 1)
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
 _FAR = 8.0  # deviations of a mean from 0: beyond, sums and products are rounded at a size that the result has not
-
-
-def _affine(norm: Norm, o: Operands) -> tuple[Tensor, Tensor, Tensor]:
-    """The mean where one is far from 0 (else 0), what x is multiplied by, and what is added, (N, C) each: of x as it
-    is."""
-    n, c = o.x.shape[:2]
-    moments = [_moments(_rows(image)) for image in o.x]
-    mean, var = torch.stack([m for m, _ in moments]), torch.stack([v for _, v in moments])
-    join = norm.join(c)
-    if join > 1:
-        mean, var = mean.view(n, -1, join), var.view(n, -1, join)
-        centre = mean.mean(2, keepdim=True)
-        var = (var + (mean - centre).square_()).mean(2).repeat_interleave(join, 1)
-        mean = centre.expand(n, c // join, join).reshape(n, c)
-    scale = torch.rsqrt(var + norm.eps)
-    centre = torch.where((mean.abs() * scale > _FAR).any(), mean, 0.0).float()
-    if o.scale is not None:
-        scale = scale * o.scale
-    shift = -mean * scale if o.shift is None else o.shift - mean * scale
-    return centre, scale.float(), shift.float()
-
-
 _FEW = 512  # values whose sum in float32 is about as exact as each of them
 
 
-def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance of (n, C): (C,) each, float64."""
-    n, c = rows.shape
+def _of_images(x: Tensor, join: int) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of every ``join`` channels of each image: (N, C / join), float64."""
+    moments = torch.stack([_moments(_rows(image)) for image in x], 1).unflatten(2, (-1, join)).mean(3)
+    mean = moments[0]
+    return mean, (moments[1] - mean.square()).clamp_min_(0)
+
+
+def _moments(rows: Tensor) -> Tensor:
+    """(2, C), float64: the means of the values and of their squares, of (n, C)."""
+    n = len(rows)
     parts, each = _parts(n)
     found = [_statistics(rows[: parts * each], parts)]
     if n > parts * each:
         found.append(_statistics(rows[parts * each :], 1))
     mean, var = torch.cat(found, 1).double()
-    if len(mean) == 1:
-        return mean[0], var[0]
-    share = _shares(n)
-    centre = share @ mean
-    return centre, share @ (var + (mean - centre).square_())
+    return _shares(n) @ torch.stack((mean, torch.addcmul(var, mean, mean)))
 
 
 def _statistics(rows: Tensor, parts: int) -> Tensor:

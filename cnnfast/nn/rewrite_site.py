@@ -233,8 +233,8 @@ class Site:
         parts: list[Planned] | None = None if kind is None or self._tries >= _MAX_PLANS else []
         for item in items:
             last = self.channels_last
-            if item is not items[-1]:  # eager mode's, which of one dimension would be contiguous
-                last = True if last is not None and x.dim() == 3 else None
+            if item is not items[-1]:  # of one dimension, eager mode's would be contiguous
+                last = (self.converts if x.dim() > 3 else last is not None) or None
             if parts is not None:
                 parts = self._noted(parts, item, x, operands, reading, last)
             if isinstance(item, Chain):

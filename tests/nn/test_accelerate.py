@@ -22,6 +22,7 @@ from cnnfast.cpu.packing import PACKS
 from cnnfast.messages import CnnfastWarning, UsageError
 from cnnfast.nn.accelerate_call import record_of
 from cnnfast.nn.rewrite import rewritten
+from cnnfast.nn.rewrite_site import Call
 
 from .test_sequential_training import randomized
 
@@ -565,6 +566,34 @@ def test_three_dimensions(channels_last: bool) -> None:
     with torch.no_grad():
         found = cnnfast.explain(ours, x)
     assert found.found == 2 and found.rows[0].pattern == "conv3d + add + relu"
+
+
+class Up3d(nn.Module):
+    """As SegResNet's decoder: a 1x1x1 convolution, whose result ATen has contiguous, is enlarged and added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.low = nn.Conv3d(8, 32, 3, padding=1), nn.Conv3d(32, 16, 1, bias=False)
+        self.skip, self.last = nn.Conv3d(8, 16, 1), nn.Conv3d(16, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.interpolate(self.low(F.relu(self.first(x))), scale_factor=2, mode="trilinear", align_corners=False)
+        return self.last(y + self.skip(F.pad(x, (8,) * 6)))
+
+
+def test_channels_last_goes_on_inside_of_a_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[bool] = []
+    run = Call.run
+
+    def recorded(self: Call, x: Any, operands: Any) -> Any:
+        if self.kind.name == "interpolate":
+            given.append(x.is_contiguous(memory_format=torch.channels_last_3d))
+        return run(self, x, operands)
+
+    monkeypatch.setattr(Call, "run", recorded)
+    ours, plain = pair(Up3d())
+    same(ours, plain, images(1, 8, 16, 16, 16))
+    assert given == [True, True]
 
 
 @pytest.mark.parametrize("leads", [False, True])

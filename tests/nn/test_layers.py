@@ -120,12 +120,12 @@ def conv(c_in: int = 64, c_out: int = 64, k: int = 3) -> nn.Conv2d:
 
 # name -> (modules, input, whether each result is channels-last and whether modules run as they stand; or a reason)
 RUNS: dict[str, tuple[list[nn.Module], tuple[int, ...], list[tuple[bool, bool]] | str]] = {
-    "chain": ([conv(), nn.SiLU(), conv(), nn.SiLU()], (64, 64, 64), [(True, False), (False, False)]),
+    "chain": ([conv(), nn.SiLU(), conv(), nn.SiLU()], (64, 128, 128), [(True, False), (False, False)]),
     "nothing-to-fuse": ([conv(), conv()], (64, 64, 64), [(True, True), (False, True)]),
     "single": ([conv(), nn.SiLU()], (64, 64, 64), "the conversions to channels-last and back"),
     "tiny": ([conv(8, 8), nn.SiLU()], (8, 5, 5), "too few"),
     "1x1": ([conv(k=1), nn.SiLU(), conv(k=1), nn.SiLU()], (64, 60, 60), "the conversions"),
-    "1x1-and-3x3": ([conv(), nn.SiLU(), conv(k=1), nn.SiLU()], (64, 64, 64), [(True, False), (False, False)]),
+    "1x1-and-3x3": ([conv(), nn.SiLU(), conv(k=1), nn.SiLU()], (64, 128, 128), [(True, False), (False, False)]),
     "transposed": ([conv(k=1), nn.ConvTranspose2d(64, 64, 2, 2)], (64, 60, 60), [(True, True), (False, False)]),
     "one-dimension": (
         [nn.Conv1d(64, 64, 7), nn.ConvTranspose1d(64, 64, 7)],

@@ -13,7 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnfast
+from cnnfast.cpu import inference
 from cnnfast.cpu.packing import PACKS
+from cnnfast.ops.run import run_step
+from cnnfast.spec import ConvSpec
+from cnnfast.step import Operands, Step
 
 from ..tolerance import assert_close
 from .test_drop_in import close
@@ -262,3 +266,21 @@ def test_functions_errors() -> None:
     assert str(ours.value) == str(theirs.value)
     with pytest.raises(RuntimeError, match="three dimensions|triton"):
         cnnfast.ops.conv3d(torch.ones(1, 4, 5, 5, 5), torch.ones(4, 4, 3, 3, 3), backend="triton")
+
+
+def test_one_position_is_packed_where_the_map_is_channels_last() -> None:
+    """ATen's loops give a contiguous result, and take a contiguous input."""
+    step = Step(ConvSpec(False, 32, 16, (1, 1, 1), (1, 1, 1), (0, 0, 0), (0, 0, 0), (1, 1, 1)))
+    weight = nn.Parameter(torch.randn(16, 32, 1, 1, 1))
+    x = torch.randn(1, 32, 24, 24, 24)
+    last = x.contiguous(memory_format=LAST)
+    assert inference.why_not(step, Operands(last, weight), True) is None
+    assert "matrix product" in str(inference.why_not(step, Operands(x, weight), False))
+    small = last[..., :4, :4].contiguous(memory_format=LAST)
+    assert "too few" in str(inference.why_not(step, Operands(small, weight), True))
+    with torch.no_grad():
+        for _ in range(2):
+            y = run_step(step, Operands(last, weight), channels_last=True)
+            assert y.is_contiguous(memory_format=LAST)
+            want = F.conv3d(x, weight)
+            assert_close(y, F.conv3d(x.double(), weight.double()), want)
