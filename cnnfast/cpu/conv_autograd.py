@@ -23,9 +23,8 @@ from ..dispatch import is_batched
 from ..gradients import enter, keep_strides, restrided
 from ..memory_format import convert, new_strides
 from ..spec import DTYPES, ConvSpec
-from .inference import gathers, products_dtype
-from .isa import InstructionSet, instruction_set, lowered_products
-from .methods import Deconvolution, Gathered, Merged, PostOp, why_missing
+from .isa import InstructionSet, instruction_set, lowered_products, products_dtype
+from .methods import Deconvolution, Gathered, Merged, PostOp, gathers, why_missing
 
 __all__ = ["Ways", "by_aten", "convolution", "suited", "ways"]
 

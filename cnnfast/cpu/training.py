@@ -20,8 +20,7 @@ from ..spec import DTYPES
 from ..step import Operands, Step, norm_step
 from . import inference, norm_inference
 from .conv_autograd import by_aten, convolution, suited
-from .inference import products_dtype
-from .isa import instruction_set, lowered_products
+from .isa import instruction_set, lowered_products, products_dtype
 from .norm import normalised
 from .weight import summed_weight
 

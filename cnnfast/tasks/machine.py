@@ -12,8 +12,7 @@ from types import MappingProxyType
 
 import torch
 
-from ..cpu.inference import products_dtype
-from ..cpu.isa import InstructionSet, instruction_set
+from ..cpu.isa import InstructionSet, instruction_set, products_dtype
 from ..messages import CnnfastError, UsageError, one_line
 from . import env, ranks
 
