@@ -52,7 +52,7 @@ def why_no_residual(
     s: FusedStep, residual: Any, x: Tensor, dtype: torch.dtype, out: torch.Size, last: bool | None
 ) -> str | None:
     """Why the step cannot add ``residual`` (in the dimensions of its layer), or None. ``out``: its result's shape;
-    ``last``: see `Chain.run`."""
+    ``last``: see `chain.Chain.run`."""
     if type(residual) is not Tensor and type(residual) is not nn.Parameter:
         return f"a {type(residual).__name__} is added"
     shape = out[:2] + out[3:] if s.ndim == 1 else out
