@@ -23,7 +23,7 @@ def eager_layout(
     Convolutions follow input or weight, the rest mostly keeps what it gets; but a tensor that is contiguous as well
     comes out of a BatchNorm or an activation as contiguous, InstanceNorm makes its input contiguous, and so does
     GroupNorm on a GPU. In one dimension there is no channels_last: only a weight whose strides happen to say so has an
-    effect, and a norm ends it. ``loops``: `by_loops`, of three. (Checked against torch 2.13 on a CPU.)
+    effect, and a norm ends it. ``loops``: `dispatch.by_loops`, of three. (Checked against torch 2.13 on a CPU.)
     """
     spec, rule = step.step.spec, step.rule
     if rule is not None and rule.contiguous or loops:
