@@ -165,3 +165,23 @@ def test_launches_go_to_the_tensors_device(device: torch.device, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "device", Entered)
     conv.run(step, o, True)
     assert started == [0, 1] and entered == [o.x.device, None]
+
+
+def test_inference_of_a_chain_asks_once_for_each_kind_of_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cnnfast.gpu import backend
+
+    asked: list[Step] = []
+    real = backend.why_not
+    monkeypatch.setattr(backend, "why_not", lambda step, *a, **k: asked.append(step) or real(step, *a, **k))
+    model = cnnfast.Sequential(nn.ConvTranspose2d(32, 32, 4, 2, 1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 16, 3))
+    model = cnnfast.channels_last(model.half().eval())
+    x = torch.zeros(2, 32, 4, 4, dtype=torch.float16).contiguous(memory_format=torch.channels_last)
+    with recording(90) as calls, cnnfast.backend("triton"), torch.inference_mode():
+        for _ in range(3):
+            model(x)
+        assert len(asked) == 2 and len(calls) == 6
+        model(x[:1])
+        assert len(asked) == 4 and len(calls) == 8
+        with cnnfast.backend("aten"):
+            model(x)
+        assert len(calls) == 8
