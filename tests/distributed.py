@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import cnnfast
+from cnnfast.cpu import backend
 from cnnfast.nn import chain
 from cnnfast.norms import Norm
 
@@ -141,6 +142,7 @@ def careless(rank: int) -> Outcome:
 
 def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
+    backend.SMALL_IN_TRAINING = backend.SMALL = 0  # as in conftest.py
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     jobs: dict[str, Callable[[], Any]] = {f"ddp {mode}": lambda mode=mode: ddp(rank, mode) for mode in MODES}
     jobs |= {f"sync {name}": lambda sizes=sizes: sync_batch_norm(rank, sizes) for name, sizes in SHARES.items()}

@@ -222,7 +222,8 @@ class Recorder:
 def _hooks(
     found: list[StepRun | Unrun], meta: nn.Sequential, steps: list[FusedStep], calls: list[Call]
 ) -> dict[str, Any]:
-    """Wrappers of `run_step`, of the launch and of the kernels' launcher that write to ``found``."""
+    """Wrappers of `run_step`, by which every step goes then, of the launch and of the kernels' launcher: they write to
+    ``found``."""
     run_step, run, start = chain.run_step, conv.run, conv._launch
 
     def step_seen(step: Step, o: Operands, *, channels_last: bool | None = None, **rest: Any) -> torch.Tensor:
@@ -259,6 +260,7 @@ def _hooks(
 
     return {
         "cnnfast.nn.chain.run_step": step_seen,
+        "cnnfast.gpu.backend._shorter": lambda *step: None,
         "cnnfast.gpu.conv.run": run_seen,
         "cnnfast.gpu.conv._launch": started,
     }

@@ -294,7 +294,7 @@ def test_a_block_counts_its_batch_once(kernel: str, device: torch.device, spoil:
     mean, var, batches = torch.zeros(32), torch.ones(32), torch.tensor(4)
     u = torch.nn.functional.conv_transpose2d(x, w, stride=2, padding=1)
     z = torch.nn.functional.leaky_relu(torch.nn.functional.batch_norm(u, mean, var, training=True), 0.2)
-    moved = [torch.zeros(32).to(device), torch.ones(32).to(device), batches.to(device)]
+    moved = [t.to(device) for t in (torch.zeros(32), torch.ones(32), batches.clone())]
     o = Operands(x.to(device), w.to(device), mean=moved[0], var=moved[1], batches=moved[2])
     with pytest.warns(RuntimeWarning, match="wrong results") if kernel else silent():
         y = run_step(step, o)
