@@ -62,7 +62,7 @@ def arrange(
         before, after = reads[i : i + 2]
         if s.step.measured and (before or after) and not eager[i + 1] and s.step.norm.kind != "instance":  # type: ignore[union-attr]
             continue  # ATen's statistics are less exact in channels-last, `norm`'s are not
-        why[i] = _no_gain_in_training(s, before) if gradient else _no_gain(s, shapes[i], before or after, chosen[i])
+        why[i] = _no_gain_in_training(s, before) if gradient else _no_gain(s, shapes[i], before, after, chosen[i])
     if why[0] is not None and None not in why and (three or inside == as_eager or gradient and steps[0].ndim == 1):
         return why[0]
     if small := _too_small(steps, shapes, eager, why, chosen, gradient):
@@ -163,19 +163,21 @@ def _no_gain_in_training(s: Planned, channels_last: bool) -> str | None:
     return "in training, PyTorch's modules of a plain convolution are as fast on a CPU"
 
 
-def _no_gain(s: Planned, shape: torch.Size, channels_last: bool, chosen: str | None) -> str | None:
-    """Why a plain convolution's step gains nothing; ``channels_last``: its input or its result; ``chosen``: by
-    tuning."""
+def _no_gain(s: Planned, shape: torch.Size, before: bool, after: bool, chosen: str | None) -> str | None:
+    """Why a plain convolution's step gains nothing; ``before``, ``after``: whether its input and its result are
+    channels-last; ``chosen``: by tuning."""
     if s.synchronised:  # its module wants a GPU
         return None
     if chosen is not None:
         return tuned.FASTER if chosen == tuned.MODULES else None
     if s.step.spec.ndim == 3 and s.step.spec.transposed:
         return inference.why_slower_transposed(s.step, shape, s.dtype)
+    if before and after and s.step.measured and s.step.norm.per_image and s.dtype == torch.float32:  # type: ignore[union-attr]
+        return None  # the module of an InstanceNorm would convert twice, statistics of a GroupNorm's are less exact
     step, norm, slopes = s.step, s.step.norm is not None, s.slopes
     if s.step.measured or s.step.residual:  # what follows the convolution takes its passes anyway
         step, norm, slopes = s.step.bare, False, 0
-    return inference.why_slower_plain(step, shape, s.dtype, norm=norm, slopes=slopes, nchw=not channels_last)
+    return inference.why_slower_plain(step, shape, s.dtype, norm=norm, slopes=slopes, nchw=not (before or after))
 
 
 def _saves_conversions(steps: Sequence[Planned], elements: list[int], gradient: bool) -> bool:

@@ -911,3 +911,35 @@ def test_explain_of_a_sequential_of_ours() -> None:
     model = nn.Sequential(cnnfast.Sequential(nn.ConvTranspose2d(8, 8, 4, 2, 1), nn.ReLU()), nn.Sigmoid())
     text = str(cnnfast.explain(model))
     assert "not accelerated" in text and "0-1: ConvTranspose2d + ReLU fused" in text
+
+
+class _Residuals(nn.Module):
+    def __init__(self, norm: str) -> None:
+        super().__init__()
+
+        def block(c_in: int) -> list[nn.Module]:
+            made = nn.InstanceNorm2d(32, affine=True) if norm == "instance" else nn.GroupNorm(4, 32)
+            return [nn.Conv2d(c_in, 32, 3, padding=1, padding_mode="reflect", bias=False), made]
+
+        self.head = nn.Sequential(*block(3), nn.ReLU())
+        self.bodies = nn.ModuleList(nn.Sequential(*block(32), nn.ReLU(), *block(32)) for _ in range(2))
+        self.tail = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(32, 3, 3, padding=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.head(x)
+        for body in self.bodies:
+            x = x + body(x)
+        return self.tail(x)
+
+
+@pytest.mark.parametrize("norm", ["instance", "group"])
+def test_norms_of_little_convolutions_take_channels_last_maps(norm: str) -> None:
+    """Convolutions that alone gain nothing: the modules of their norms would convert, or be less exact."""
+    torch.manual_seed(0)
+    model, x = _Residuals(norm).eval(), torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        expected = model(x)
+        cnnfast.accelerate(model)
+        for _ in range(3):
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+        assert "6 of 6 convolutions fused" in str(cnnfast.explain(model, x))
