@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from cnnfast.files import write_atomically
@@ -121,14 +122,24 @@ def models_table(results: dict[str, Any]) -> str:
         known = next(iter(of.values()))
         cells = [_of_model(of.get(n)) for n in threads]
         lines.append(f"| {title} | {' | '.join(cells)} | {known['fused']} of {known['found']} |")
+    means = []
+    for n in threads:
+        entries = [_accelerated(of.get(n)) for of in rows.values()]
+        ratios = [entry["over_best_eager"]["median"] for entry in entries if entry.get("over_best_eager")]
+        means.append(f"{geometric_mean(ratios):.2f}x" if ratios else "-")
+    lines.append(f"| geometric mean | {' | '.join(means)} | |")
     return "\n".join(lines) + "\n"
 
 
+def _accelerated(row: dict[str, Any] | None) -> dict[str, Any]:
+    return next((e for e in row["entries"] if e["name"] == "accelerate"), {}) if row else {}
+
+
 def _of_model(row: dict[str, Any] | None) -> str:
-    entry = next((e for e in row["entries"] if e["name"] == "accelerate"), None) if row else None
-    ratio = entry and entry["over_best_eager"]
+    entry = _accelerated(row)
+    ratio = entry.get("over_best_eager")
     if not ratio:
-        return (entry or {}).get("note") or "-"
+        return entry.get("note") or "-"
     return f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
