@@ -144,7 +144,7 @@ def why_slower_plain(
     # In 16 bits ATen takes oneDNN for small inputs, too; few input channels it gathers slowly.
     if few := _too_few(s, padded, 25e6 if dtype == torch.float32 and after < 4 * before else 2e6):
         return few
-    if math.prod(s.weight_shape) >= elements:
+    if math.prod(s.weight_shape) >= max(elements, 2**17):
         return None  # ATen brings the weight into oneDNN's layout on every call
     intense = s.macs(padded[0], padded[2:]) >= 64 * elements
     if products_dtype(dtype, isa) != dtype:

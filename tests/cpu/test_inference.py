@@ -458,6 +458,7 @@ PLAIN_RULES: list[tuple[Case, torch.dtype, str, bool, str | None]] = [
     (plain("relu_16_bits", 64, 64, 3, 1, 1, size=(90, 120)), torch.bfloat16, "AMX", False, None),
     (plain("nothing", 64, 64, 3, 1, 1, size=(64, 64), activation="identity"), torch.float32, "AMX", False, "a pass"),
     (plain("weight", 512, 512, 3, 1, 1, size=(16, 16), activation="identity"), torch.float32, "AMX", True, None),
+    (plain("weight_small", 96, 96, 3, 1, 1, size=(16, 16), activation="silu"), torch.float32, "AMX", False, "a pass"),
     (
         plain("slopes", 64, 64, 3, 1, 1, size=(64, 64), activation="prelu", slopes=64),
         torch.float32,
