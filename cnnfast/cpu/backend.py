@@ -99,17 +99,18 @@ def _too_small(
         small = elements < (SMALL if plain else SMALL_IN_TRAINING * len(steps))
     else:
         each = zip(steps, shapes[:-1], why, chosen, strict=True)
-        gains = (no is None and (by is not None or _much_work(s.step, shape)) for s, shape, no, by in each)
+        gains = (no is None and (by is not None or _much_work(s, shape)) for s, shape, no, by in each)
         small = elements < SMALL and not any(gains)
     return "the maps are too small: PyTorch's modules are as fast" if small else None
 
 
-def _much_work(step: Step, shape: Sequence[int]) -> bool:
+def _much_work(s: Planned, shape: Sequence[int]) -> bool:
     """So much that packed operators gain whatever the chain is."""
-    if step.spec.transposed and step.upsample is None:
-        return True  # `inference` has looked at that
+    step = s.step
+    if step.spec.transposed and step.upsample is None and max(shape[2:]) > 1:
+        return inference.why_slower_transposed(step.bare, tuple(shape), s.dtype) is None
     size = [n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)]
-    return step.spec.macs(shape[0], size) >= (5e5 if step.upsample is not None else 25e6)
+    return step.spec.macs(shape[0], size) >= (5e5 if step.spec.transposed else 25e6)
 
 
 def _chosen(s: Planned, shape: torch.Size, before: bool, after: bool) -> str | None:

@@ -1044,6 +1044,7 @@ def _transposed(c: int) -> list[nn.Module]:
         pytest.param(_plain, 64, 16, True, True, id="plain-training"),
         pytest.param(_plain, 64, 16, False, True, id="plain"),
         pytest.param(_transposed, 64, 16, False, False, id="transposed"),
+        pytest.param(_transposed, 8, 4, False, True, id="transposed-small"),
     ],
 )
 def test_a_chain_that_is_too_small_runs_as_its_modules(
