@@ -136,15 +136,22 @@ class Step:
             return x
         return F.pad(x, [p for p in reversed(self.pad) for _ in range(2)], mode=self.pad_mode)
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of the layer's own weight: the convolution's, ahead of which an upsampling may stand."""
+        s: ConvSpec = self.spec
+        if self.upsample is None:
+            return s.weight_shape
+        kernel = (k - r + 1 for k, r in zip(s.kernel_size, self.upsample.scale, strict=True))
+        return (s.out_channels, s.in_channels // s.groups, *kernel)
+
     def describe(self) -> str:
         """Which layer, for people."""
         s = self.spec
         if s is None:
             norm = [] if self.norm is None else [f"{self.norm.kind} norm"]
             return " + ".join([*norm, *["residual"] * self.residual, self.activation.name])
-        kernel = s.kernel_size
-        if self.upsample is not None:
-            kernel = tuple(k - r + 1 for k, r in zip(kernel, self.upsample.scale, strict=True))
+        kernel = self.weight_shape[2:]
         kind = "upsample + conv" if self.upsample is not None else "conv_transpose" if s.transposed else "conv"
         return f"{kind} {s.in_channels} -> {s.out_channels}, kernel {'x'.join(map(str, kernel))}"
 

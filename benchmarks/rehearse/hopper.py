@@ -62,10 +62,7 @@ def job_of(step: Step, input_shape: tuple[int, ...], plan: Plan, dtype: torch.dt
     """What the launch of ``step`` on such an x compiles for sm_90; with statistics where a norm measures."""
     bare = step.bare if step.measured else step
     n, _, h, w = input_shape
-    shape, s = step.spec.weight_shape, step.spec
-    if step.upsample is not None:
-        kernel = [k - r + 1 for k, r in zip(s.kernel_size, step.upsample.scale, strict=True)]
-        shape = (s.out_channels, s.in_channels // s.groups, *kernel)
+    shape, s = step.weight_shape, step.spec
 
     def last(*size: int) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, memory_format=torch.channels_last)

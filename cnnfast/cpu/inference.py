@@ -44,26 +44,31 @@ from .methods import (
 from .packing import PACKS, why_not_cacheable
 from .weight import summed_weight
 
-__all__ = ["Ready", "method_name", "run", "why_not", "why_slower_plain", "why_slower_transposed"]
+__all__ = ["Ready", "method_name", "methods_of", "run", "why_not", "why_slower_plain", "why_slower_transposed"]
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 
+def methods_of(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) -> list[str]:
+    """The names of the methods that are right for an x of this shape and dtype; ``lowered``: what `lowered_products`
+    says."""
+    matmul = not lowered or products_dtype(dtype, instruction_set()) != torch.float32
+    return applicable(step.spec, _padded(step, shape), matmul)
+
+
 def _method(
-    spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet, matmul: bool = True
+    spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet, right: list[str]
 ) -> type[Method]:
-    """The method for products in ``dtype`` on an input (N, C_in, *size) whose border is already repeated; ``matmul``:
-    they may be matrix products. In three dimensions, oneDNN's operators alone."""
+    """The method for products in ``dtype`` on an input (N, C_in, *size) whose border is already repeated; ``right``:
+    of `methods_of`."""
     if not spec.transposed:
         return Convolution
-    if spec.ndim == 3:
-        return Deconvolution
-    if matmul and Projection.applies(spec, shape):
+    if "Projection" in right:
         return Projection
-    if Merged.applies(spec) and Merged.padded_macs(spec) < Deconvolution.padded_macs(spec):
+    if "Merged" in right and Merged.padded_macs(spec) < Deconvolution.padded_macs(spec):
         return Merged
-    if matmul and gathers(spec, shape, dtype, isa):
+    if "Gathered" in right and gathers(spec, shape, dtype, isa):
         return Gathered
     return Deconvolution
 
@@ -193,13 +198,12 @@ def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool, 
     except ValueError as error:
         return str(error)
     isa, padded = instruction_set(), _padded(step, shape)
-    compute = products_dtype(dtype, isa)
-    matmul = not lowered or compute != torch.float32
-    if chosen is not None and chosen in applicable(step.spec, padded, matmul):
+    compute, right = products_dtype(dtype, isa), methods_of(step, shape, dtype, lowered)
+    if chosen is not None and chosen in right:
         known: Method = METHODS[chosen](step.spec, padded, compute)  # type: ignore[call-arg]
         return Way(known, post_op(step.activation), None, _check_pays(step, shape, dtype), chosen)
-    kind = _method(step.spec, padded, compute, isa, matmul)
-    if kind is Deconvolution and any(p >= s for p, s in zip(step.spec.output_padding, step.spec.stride, strict=True)):
+    kind = _method(step.spec, padded, compute, isa, right)
+    if kind.__name__ not in right:
         return "oneDNN has no deconvolution whose output padding reaches the stride"
     method = kind(step.spec, padded, compute)  # type: ignore[call-arg]
     slower = _why_slower(step, padded, method, isa)

@@ -25,7 +25,20 @@ from ..step import Step
 from .isa import cpu_model, instruction_set, lowered_products
 from .methods import METHODS
 
-__all__ = ["KIND", "MODULES", "FASTER", "RECORDERS", "Seen", "Size", "choice", "environment", "keep", "recorded", "see"]
+__all__ = [
+    "FASTER",
+    "KIND",
+    "MODULES",
+    "RECORDERS",
+    "Seen",
+    "Size",
+    "choice",
+    "environment",
+    "generation",
+    "keep",
+    "recorded",
+    "see",
+]
 
 KIND = "methods"
 MODULES = "modules"
@@ -76,12 +89,17 @@ def _key(step: Step, size: Size) -> dict[str, Any]:
     return {**environment(), "step": repr(step), "shape": list(size.shape), **about}
 
 
+def generation() -> int:
+    """`store.generation` of these records: for who keeps what follows from a choice."""
+    return store.generation(KIND)
+
+
 def choice(step: Step, shape: tuple[int, ...], dtype: torch.dtype, before: bool, after: bool) -> str | None:
     """The name of the tuned method, `MODULES`, or None where the rules choose. See `Size`."""
-    generation = store.generation(KIND)
-    if not _any(generation):
+    now = generation()
+    if not _any(now):
         return None
-    return _choice(step, tuple(shape), dtype, before, after, torch.get_num_threads(), lowered_products(), generation)
+    return _choice(step, tuple(shape), dtype, before, after, torch.get_num_threads(), lowered_products(), now)
 
 
 @lru_cache(maxsize=1)

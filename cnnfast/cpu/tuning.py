@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,13 +19,12 @@ from ..dispatch import backend
 from ..memory_format import convert, to_format
 from ..messages import LOGGER, one_line
 from ..reference import run_reference
-from ..spec import ConvSpec
 from ..step import Operands, Step
 from ..timing import Timing, measure
 from ..tolerance import expected, verdict
 from . import inference, tuned
-from .isa import instruction_set, lowered_products, products_dtype
-from .methods import applicable, why_missing
+from .isa import lowered_products
+from .methods import why_missing
 from .tuned import MODULES, Seen, Size
 
 __all__ = ["GAIN", "Result", "Timer", "clearly", "timer", "tune_steps"]
@@ -104,7 +103,7 @@ def clearly(rule: Timing, other: Timing) -> bool:
 def _tune(seen: Seen, timer: Timer) -> Result | None:
     """None where the step has no method but PyTorch's operators."""
     step, size = seen.step, seen.size
-    rule, names = _by_rule(seen), _candidates(step, size)
+    rule, names = _by_rule(seen), inference.methods_of(step, size.shape, size.dtype, lowered_products())
     if rule is None or not names:
         return None
     o = _noise(seen)
@@ -136,13 +135,6 @@ def _by_rule(seen: Seen) -> str | None:
     norm, nchw = not step.residual and step.norm is not None, not (before or after)
     plain = inference.why_slower_plain(step, shape, dtype, norm=norm, slopes=seen.slopes, nchw=nchw)
     return MODULES if way.slower or plain else type(way.method).__name__
-
-
-def _candidates(step: Step, size: Size) -> list[str]:
-    """Methods that apply."""
-    padded = (*size.shape[:2], *(n + 2 * p for n, p in zip(size.shape[2:], step.pad, strict=True)))
-    exact = products_dtype(size.dtype, instruction_set()) == torch.float32
-    return applicable(step.spec, padded, not (exact and lowered_products()))
 
 
 def _by(name: str, step: Step, o: Operands, size: Size) -> Callable[[], torch.Tensor | None]:
@@ -179,15 +171,6 @@ def _refusal(step: Step, o: Operands, call: Callable[[], torch.Tensor | None]) -
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 
-def _weight_shape(step: Step) -> Sequence[int]:
-    """Of the layer's own weight, that of the convolution ahead of which an upsampling stands."""
-    s: ConvSpec = step.spec
-    if step.upsample is None:
-        return s.weight_shape
-    kernel = [k - r + 1 for k, r in zip(s.kernel_size, step.upsample.scale, strict=True)]
-    return s.out_channels, s.in_channels // s.groups, *kernel
-
-
 def _noise(seen: Seen) -> Operands:
     """Normal noise, the same in every run; weights such that results have about unit variance. The weight is a
     Parameter, as only those are packed."""
@@ -199,7 +182,7 @@ def _noise(seen: Seen) -> Operands:
         return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
 
     taps = max(1, math.prod(s.kernel_size) // math.prod(s.stride if s.transposed else (1,)))
-    weight = draw(*_weight_shape(step)) * (s.in_channels // s.groups * taps) ** -0.5
+    weight = draw(*step.weight_shape) * (s.in_channels // s.groups * taps) ** -0.5
     vectors: dict[str, torch.Tensor] = {}
     if norm is None:
         vectors["bias"] = draw(s.out_channels)

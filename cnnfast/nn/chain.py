@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import memory_format, store
+from .. import memory_format
 from ..activations import Activation
-from ..cpu.tuned import KIND as METHODS
+from ..cpu import tuned
 from ..dispatch import (
     Planned,
     Ready,
@@ -113,7 +113,7 @@ class Chain:
             low = autocast_dtype(x)
         backend = resolve_backend(None)
         # Of threads depend tuned methods and, in three dimensions, ATen's choice and with it the memory format.
-        methods = 0 if gradient or by_kernels(x, backend) else store.generation(METHODS)
+        methods = 0 if gradient or by_kernels(x, backend) else tuned.generation()
         state = (torch.get_num_threads(), methods) if on_cpu(x) else None
         key: tuple[object, ...] = (x.shape, x.stride(), x.dtype, x.device, backend, low, gradient, last, state)
         for k in self._residuals:

@@ -17,9 +17,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
 
-from .. import store
+from ..cpu import tuned
 from ..cpu.packing import PACKS
-from ..cpu.tuned import KIND as METHODS
 from ..dispatch import on_cpu, resolve_backend, watched
 from ..gpu import guard
 from ..gpu.why_not import launch_why_not, spec_why_not
@@ -214,7 +213,7 @@ def _kind(state: dict[str, Any], x: Any) -> tuple[object, ...] | None:
         return None
     modules = tuple(map(id, state["_modules"].values()))
     grad, autocast = torch.is_grad_enabled(), torch._C._is_any_autocast_enabled()
-    threads, generation = torch.get_num_threads(), store.generation(METHODS)
+    threads, generation = torch.get_num_threads(), tuned.generation()
     return (
         *modules,
         state["training"],

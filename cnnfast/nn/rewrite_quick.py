@@ -16,9 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import store
-from ..cpu import inference
-from ..cpu.tuned import KIND as METHODS
+from ..cpu import inference, tuned
 from ..dispatch import on_cpu, resolve_backend
 from ..memory_format import format_of, in_rows, to_format
 from ..ops.run import run_step
@@ -33,7 +31,7 @@ def kind_of(x: Tensor, operands: Sequence[Any], added: Sequence[int]) -> tuple[o
     more = [(operands[k].shape, operands[k].stride(), operands[k].dtype) for k in added]
     state = torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(), torch._C._get_mkldnn_enabled()
     threads = torch.get_num_threads()
-    return x.shape, x.stride(), x.dtype, threads, store.generation(METHODS), resolve_backend(None), state, *more
+    return x.shape, x.stride(), x.dtype, threads, tuned.generation(), resolve_backend(None), state, *more
 
 
 Run = Callable[[Any, Sequence[Any]], Any]

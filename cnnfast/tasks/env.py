@@ -18,8 +18,10 @@ import torch
 
 from .. import __version__, store
 from ..cpu import methods
+from ..cpu import tuned as of_cpu
 from ..cpu.isa import cpu_name, instruction_set
 from ..gpu import guard
+from ..gpu import tuned as of_gpu
 from ..gpu.why_not import NO_DEVICE, cuda_why_not
 from ..messages import UsageError, one_line
 
@@ -170,7 +172,7 @@ def _lines() -> Iterator[tuple[str, str]]:
         yield "device", line
     checked = "on" if guard.enabled() else f"off: CNNFAST_GUARD={os.environ['CNNFAST_GUARD']}"
     yield "check of kernels", f"{checked}; {store.count(guard.KIND)} passed, kept in {store.where(guard.KIND)}"
-    for what, kind in (("tuned plans", "plans"), ("tuned methods", "methods")):
+    for what, kind in (("tuned plans", of_gpu.KIND), ("tuned methods", of_cpu.KIND)):
         yield what, f"{store.count(kind)}, kept in {store.where(kind)}"
     for backend in backends():
         yield f"backend {backend.name}", str(backend)

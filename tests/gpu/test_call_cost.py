@@ -43,11 +43,8 @@ SIZES = (
 
 
 def operands(step: Step, batch: int, h: int, w: int, dtype: torch.dtype = torch.float16) -> Operands:
-    s, shape = step.spec, step.spec.weight_shape
-    if step.upsample is not None:
-        kernel = (k - r + 1 for k, r in zip(s.kernel_size, step.upsample.scale, strict=True))
-        shape = (s.out_channels, s.in_channels, *kernel)
-    weight = torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    s = step.spec
+    weight = torch.empty(step.weight_shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
     x = torch.empty(batch, s.in_channels, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
     vectors = [torch.empty(s.out_channels) for _ in range(4)]
     return Operands(x, weight, None, vectors[0], vectors[1], vectors[2], vectors[3])

@@ -38,11 +38,7 @@ class Block:
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        s = self.step.spec
-        if self.step.upsample is None:
-            return s.weight_shape
-        kernel = (k - r + 1 for k, r in zip(s.kernel_size, self.step.upsample.scale, strict=True))
-        return (s.out_channels, s.in_channels // s.groups, *kernel)
+        return self.step.weight_shape
 
 
 def block(name: str, spec: ConvSpec, size: tuple[int, int], norm: Norm, epilogue: bool, act: str, **more: Any) -> Block:

@@ -69,17 +69,12 @@ def test_kernel_weight(layer: str, dtype: torch.dtype, device: torch.device) -> 
     from cnnfast.gpu.weight import kernel_weight, weight_layout
 
     step, size, packed = LAYERS[layer]
-    low, s = lower(step.spec, size), step.spec
+    low = lower(step.spec, size)
     assert weight_layout(low).packed is packed
     generator = torch.Generator().manual_seed(0)
-    if step.upsample is None:
-        shape: tuple[int, ...] = s.weight_shape
-    else:
-        kernel = (k - r + 1 for k, r in zip(s.kernel_size, step.upsample.scale, strict=True))
-        shape = (s.out_channels, s.in_channels // s.groups, *kernel)
-    weight = torch.randn(shape, generator=generator).to(dtype)
+    weight = torch.randn(step.weight_shape, generator=generator).to(dtype)
     want = expected(step, low, weight, packed)
-    wide = torch.full([2 * n for n in shape], float("nan"), dtype=dtype)
+    wide = torch.full([2 * n for n in weight.shape], float("nan"), dtype=dtype)
     view = wide[(slice(None, None, 2),) * 4]
     view.copy_(weight)
     for given in (weight, weight.to(memory_format=torch.channels_last), view):
@@ -99,9 +94,7 @@ def test_summed_weight_and_its_derivatives(layer: str, channels_last: bool, devi
     from cnnfast.gpu.weight import summed_weight
 
     step, s = LAYERS[layer][0], LAYERS[layer][0].spec
-    assert step.upsample is not None
-    kernel = (k - r + 1 for k, r in zip(s.kernel_size, step.upsample.scale, strict=True))
-    weight = torch.randn(s.out_channels, s.in_channels // s.groups, *kernel)
+    weight = torch.randn(step.weight_shape)
     if channels_last:
         weight = weight.contiguous(memory_format=torch.channels_last)
     grad, second = torch.randn(s.weight_shape), torch.randn(weight.shape)
