@@ -14,6 +14,7 @@ import cnnfast
 from cnnfast.nn import rewrite_quick
 from cnnfast.nn.accelerate_call import plain_call, record_of
 from cnnfast.nn.rewrite_quick import Quick
+from cnnfast.nn.rewrite_site import Site
 
 
 class Model(nn.Module):
@@ -115,3 +116,32 @@ def test_nothing_is_asked_anew(model: nn.Module, monkeypatch: pytest.MonkeyPatch
         same(model, images())
     record = record_of(model)
     assert record is not None and len(ran) == len(record.graphs[-1].sites)
+
+
+class _AddsOnto(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = self.second(y)
+        z += y
+        return z
+
+
+def test_a_sum_onto_something_else_is_not_planned_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is added is an operand, no number that may change."""
+    planned = []
+    real = Site._planned
+    monkeypatch.setattr(Site, "_planned", lambda self, *args: planned.append(self) or real(self, *args))
+    model, x = _AddsOnto().eval(), torch.randn(1, 16, 32, 32)
+    with torch.inference_mode():
+        want = model(x)
+        cnnfast.accelerate(model)
+        for _ in range(2):
+            model(x)
+        planned.clear()
+        for _ in range(3):
+            torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
+    assert planned == []
