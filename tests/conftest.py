@@ -52,6 +52,17 @@ def small_chains() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Of many tiny operators: on a busy machine OpenMP's barriers would take far longer than they do. Random numbers
+    begin anew."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """Where Triton kernels run: a CUDA device (a real one, or ttsem's), else CPU tensors where CNNFAST_TEST_DEVICE=cpu

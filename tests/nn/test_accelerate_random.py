@@ -23,12 +23,7 @@ from .test_training_features import Outcome
 CL = torch.channels_last
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

@@ -16,14 +16,7 @@ from cnnfast.cpu import inference, weight
 from ..tolerance import assert_close
 from .test_sequential_training import loss_of, randomized, x2d
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def both(*modules: nn.Module) -> tuple[nn.Sequential, cnnfast.Sequential]:

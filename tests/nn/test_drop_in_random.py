@@ -20,12 +20,7 @@ from .test_training_features import CL, Outcome, compare
 PROGRAMS = 100  # of one check: a maximum over a handful of numbers says little
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 ACTIVATIONS: list[Callable[[], nn.Module]] = [

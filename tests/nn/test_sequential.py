@@ -225,15 +225,6 @@ def stacks(draw: st.DrawFn, ndim: int) -> tuple[nn.Sequential, Tensor]:
     return seq.to(dtype), x.to(dtype)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny operators: on a busy machine OpenMP's barriers would take far longer than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def stack_profile(examples: int) -> settings:
     return settings(max_examples=examples, deadline=None, derandomize=True, database=None, print_blob=True)
 

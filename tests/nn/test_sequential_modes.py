@@ -22,13 +22,7 @@ from .test_sequential_training import NORMS, generator, loss_of, randomized, x2d
 CT = nn.ConvTranspose2d
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

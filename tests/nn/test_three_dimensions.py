@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,13 +25,7 @@ from .test_sequential_training import randomized
 LAST = torch.channels_last_3d
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def both(*modules: nn.Module) -> tuple[nn.Sequential, cnnfast.Sequential]:

@@ -29,14 +29,7 @@ from ..tolerance import assert_close
 CL = torch.channels_last
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Thousands of tiny operators: on a busy machine OpenMP's barriers would take far longer than they do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=["", "everything"])
