@@ -257,6 +257,10 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
         return False
     if device.arch == 89 and (m, n, k, plan.unroll) == (64, 64, 64, 2) and not plan.splits:
         return False
+    low = plan.lowering
+    if device.arch == 80 and low.channels_in < 16 and not low.transposed and max(low.spec.stride) > 1:
+        if m * n >= threads * 64 and not plan.splits:
+            return False
     if plan.shared_memory(precision.itemsize) > device.shared_memory:
         return False
     most = max(1, plan.steps()) if plan.splits else 1

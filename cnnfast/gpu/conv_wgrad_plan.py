@@ -130,7 +130,10 @@ def _tiles(spec: ConvSpec, precision: Precision, device: Device) -> Iterator[Wgr
         else:
             warps = 8 if m * n >= 128 * 128 else 4 if m * n >= 32 * 64 else 2 if m * n > 16 * 16 else 1
         plan = WgradPlan(spec, m, n, k, warps, 2 if exact else 3)
-        few = m * n <= 32 * 32 or max(_copies(plan, precision)) <= COPIES[precision.itemsize]
+        copies = _copies(plan, precision)
+        few = m * n <= 32 * 32 or max(copies) <= COPIES[precision.itemsize]
+        if generation == 12 and not wide and m * n > 64 * 64 and sum(copies) > COPIES[precision.itemsize]:
+            few = False  # seen by compiling: of odd channels, the largest tile spills
         if few and is_valid_wgrad(plan, precision, device):
             yield plan
 

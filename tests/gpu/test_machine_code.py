@@ -56,6 +56,12 @@ def test_training_steps_compile_well(arch: int) -> None:
     assert not found.unfused, "nothing but kernels"
 
 
+@pytest.mark.parametrize(("layer", "arch"), [("dcgan64.1", 120), ("waifu2x.last", 80)])
+def test_training_steps_of_odd_channels_compile_well(layer: str, arch: int) -> None:
+    """100 and 3 channels, loaded by a few bytes: the largest tiles would spill."""
+    assert train.rehearse(cases.find([layer]), [arch], ["fp16"], 16, Inspections(0)).findings == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("numerics", NUMERICS)
 @pytest.mark.parametrize("arch", ARCHS)
