@@ -49,6 +49,7 @@ def small_chains() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "SMALL", 0)
         patch.setattr(backend, "SMALL_IN_TRAINING", 0)
+        patch.setattr(backend, "LEAST_SAVED", 0)
         yield
 
 

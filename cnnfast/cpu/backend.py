@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -78,8 +79,10 @@ def arrange(
 
 
 # Elements of the results of a chain (with gradients and transposed convolutions or upsamplings: of a step, on average)
-# below which its modules are faster; docs/facts.md, "Small chains".
+# below which its modules are faster; docs/facts.md, "Small chains". Where its input or weights are channels-last:
+# elements that need not be read and written again, and bytes of a weight that ATen would bring into oneDNN's layout.
 SMALL, SMALL_IN_TRAINING = 2**21, 2**17
+LEAST_SAVED, _LARGE_WEIGHT = 2**20, 2**21
 
 
 def _too_small(
@@ -90,18 +93,39 @@ def _too_small(
     chosen: Sequence[str | None],
     gradient: bool,
 ) -> str | None:
-    """Why a chain is left to its modules though channels-last inside saves conversions: those at its ends, the norms
-    and each step's own cost in Python outweigh that on small maps."""
-    if steps[0].ndim != 2 or any(eager) or any(s.synchronised for s in steps):
+    """Why a chain is left to its modules though channels-last inside saves conversions, or there are none: its own
+    cost in Python, the conversions at its ends and the norms outweigh what is saved on small maps."""
+    if steps[0].ndim != 2 or any(s.synchronised for s in steps) or gradient and any(eager):
         return None
     elements, plain = sum(shape.numel() for shape in shapes[1:]), not any(s.step.spec.transposed for s in steps)
+    each = zip(steps, shapes, shapes[1:], why, chosen, strict=False)
     if gradient:
         small = elements < (SMALL if plain else SMALL_IN_TRAINING * len(steps))
+    elif any(eager):
+        gaining = [(s, before, after, by) for s, before, after, no, by in each if no is None]
+        small = not any(by is not None or _gains_by_itself(s, before) for s, before, _, by in gaining)
+        small = small and sum(_passes(s) * after.numel() for s, _, after, _ in gaining) < LEAST_SAVED
     else:
-        each = zip(steps, shapes[:-1], why, chosen, strict=True)
-        gains = (no is None and (by is not None or _much_work(s, shape)) for s, shape, no, by in each)
+        gains = (no is None and (by is not None or _much_work(s, before)) for s, before, _, no, by in each)
         small = elements < SMALL and not any(gains)
     return "the maps are too small: PyTorch's modules are as fast" if small else None
+
+
+def _gains_by_itself(s: Planned, shape: Sequence[int]) -> bool:
+    """`_much_work` of a step whose tensors are channels-last: there oneDNN's own deconvolution, called from ATen,
+    converts nothing but the weight."""
+    spec = s.step.spec
+    if not spec.transposed:
+        return True  # `_no_gain` knows
+    small = s.step.upsample is None and math.prod(spec.weight_shape) * s.dtype.itemsize < _LARGE_WEIGHT
+    if small and inference.method_name(s.step.bare, tuple(shape), s.dtype) == f"Deconvolution in {s.dtype}":
+        return False
+    return _much_work(s, shape)
+
+
+def _passes(s: Planned) -> int:
+    """Over memory that PyTorch's modules make after the convolution, a folded norm's counted twice."""
+    return 2 * (s.step.norm is not None) + (s.step.activation.name != "identity")
 
 
 def _much_work(s: Planned, shape: Sequence[int]) -> bool:

@@ -23,9 +23,8 @@ from ..cpu.packing import freeze
 from ..dispatch import backend as backend_context
 from ..generators import create_model
 from ..messages import CnnfastError, UsageError
-from ..nn.layers import Sequential
 from . import batch, matting, pictures, pixels
-from .machine import choose_device, choose_dtype, require, require_memory
+from .machine import choose_device, choose_dtype, containers, require, require_memory
 from .matting import Matte
 from .pictures import Picture
 
@@ -63,10 +62,8 @@ class Cutter:
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
         self._backend = backend
-        if sequential is None:
-            # Of a hundred small layers, 1x1 and depthwise, fusing gains less on a CPU than it costs there.
-            sequential = nn.Sequential if self.device.type == "cpu" else Sequential
-        network = create_model("selfie", pretrained=True, sequential=sequential).eval().requires_grad_(False)
+        made = containers(self.device) if sequential is None else sequential
+        network = create_model("selfie", pretrained=True, sequential=made).eval().requires_grad_(False)
         self.network = network.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         freeze(self.network)
 

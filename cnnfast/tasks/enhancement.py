@@ -26,7 +26,7 @@ from ..generators import create_model
 from ..messages import UsageError
 from . import batch, pictures, tiles, user_models
 from .data import photograph
-from .machine import choose_device, choose_dtype, memory_to_use, require, require_memory
+from .machine import choose_device, choose_dtype, containers, memory_to_use, require, require_memory
 from .pictures import Picture
 from .pixels import resized
 from .tiles import ImageJob, Means
@@ -39,16 +39,17 @@ SCALES, LEVELS = (1, 2, 3, 4), (0, 1, 2, 3)
 
 @dataclass(frozen=True)
 class Model:
-    """Networks by what they enlarge by, and for which pictures they are."""
+    """Networks by what they enlarge by, for which pictures they are, and whether they have transposed convolutions."""
 
     networks: Mapping[int, str]
     about: str
+    transposed: bool = False
 
 
 MODELS: Mapping[str, Model] = MappingProxyType(
     {
         "span": Model({2: "span_x2", 4: "span_x4"}, "photographs, true to the picture (default)"),
-        "upconv7": Model({2: "upconv7_x2"}, "photographs, waifu2x's"),
+        "upconv7": Model({2: "upconv7_x2"}, "photographs, waifu2x's", transposed=True),
         "art": Model({4: "srvgg_x4"}, "drawings, quickly"),
         "art-fine": Model({4: "rrdb_anime_x4"}, "drawings, slowly"),
         "sharp": Model({4: "rrdb_x4"}, "photographs, invents detail; very slowly"),
@@ -130,7 +131,7 @@ class Enhancer:
         made: dict[str, Any] = {} if sequential is None else {"sequential": sequential}
         if denoise is not None and denoise not in LEVELS:
             raise UsageError(f"denoise={denoise}: expected one of {', '.join(map(str, LEVELS))}")
-        enlarging = self._enlarging(scale, denoise, model, made)
+        enlarging = self._enlarging(scale, denoise, model, self.device, made)
         self.scale = scale if scale is not None else enlarging.scale if enlarging is not None else 1
         self.jobs: list[ImageJob] = []
         if denoise is not None:
@@ -143,7 +144,11 @@ class Enhancer:
 
     @staticmethod
     def _enlarging(
-        scale: int | None, denoise: int | None, model: str | Path | None, made: Mapping[str, Any]
+        scale: int | None,
+        denoise: int | None,
+        model: str | Path | None,
+        device: torch.device,
+        made: Mapping[str, Any],
     ) -> ImageJob | None:
         if scale is not None and scale not in SCALES:
             raise UsageError(f"scale={scale}: expected one of {', '.join(map(str, SCALES))}")
@@ -165,6 +170,8 @@ class Enhancer:
         if not fitting:
             raise UsageError(f"--scale {wanted}: {name} enlarges by {max(MODELS[name].networks)} at most")
         network = MODELS[name].networks[fitting[0]]
+        if not MODELS[name].transposed:
+            made = {"sequential": containers(device), **made}
         return job_of(network, create_model(network, pretrained=True, **made))
 
     def _place(self, job: ImageJob) -> None:

@@ -11,15 +11,18 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from torch import nn
 
 from ..cpu.isa import InstructionSet, instruction_set, products_dtype
 from ..messages import CnnfastError, UsageError, one_line
+from ..nn.layers import Sequential
 from . import env, ranks
 
 __all__ = [
     "REQUIRES",
     "choose_device",
     "choose_dtype",
+    "containers",
     "device_text",
     "has_bfloat16",
     "memory_to_use",
@@ -90,6 +93,12 @@ def require_memory(need: int, what: str) -> None:
         raise CnnfastError(
             f"out of memory: {what} needs at least {need / 2**30:,.0f} GiB, this machine has {have / 2**30:,.0f}"
         )
+
+
+def containers(device: torch.device) -> type[nn.Sequential]:
+    """The containers of a network of plain convolutions without norms (and of few transposed ones): on a CPU, where
+    fusing these gains less than a step costs in Python (docs/facts.md, "SPAN"), PyTorch's."""
+    return nn.Sequential if device.type == "cpu" else Sequential
 
 
 def device_text(device: torch.device) -> str:

@@ -26,12 +26,11 @@ from ..cpu.packing import freeze
 from ..dispatch import backend as backend_context
 from ..generators import RepairUNet
 from ..messages import CnnfastWarning, UsageError
-from ..nn.layers import Sequential
 from . import batch, pictures, tiles
 from .damage import KINDS, draw_mask
 from .data import HELD_OUT, photograph
 from .filling import biharmonic, bounds, depth, fill, holes
-from .machine import choose_device, choose_dtype, memory_to_use, require, require_memory
+from .machine import choose_device, choose_dtype, containers, memory_to_use, require, require_memory
 from .masks import mask_for
 from .pictures import Picture
 from .repair_weights import load_network
@@ -73,7 +72,8 @@ class Repairer:
         self.grow, self.memory, self._backend = grow, memory, backend
         self.device = choose_device(device)
         self.dtype = choose_dtype(dtype, self.device)
-        network = load_network(weights_file, sequential=Sequential if sequential is None else sequential)
+        made = containers(self.device) if sequential is None else sequential
+        network = load_network(weights_file, sequential=made)
         network.requires_grad_(False)
         network.to(self.device, self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         freeze(network)

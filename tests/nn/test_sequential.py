@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import cnnfast
-from cnnfast.cpu import backend, inference
+from cnnfast.cpu import backend, inference, methods
 from cnnfast.dispatch import Planned
 from cnnfast.nn import chain
 from cnnfast.step import Operands
@@ -1063,4 +1063,33 @@ def test_a_chain_that_is_too_small_runs_as_its_modules(
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert not small or all(map(torch.equal, model.buffers(), plain.buffers()))
     cl = x.contiguous(memory_format=torch.channels_last)
-    assert "too small" not in model.explain(cl), "the caller asks for channels-last"
+    with torch.set_grad_enabled(train):
+        assert not train or "too small" not in model.explain(cl), "the caller asks for channels-last"
+
+
+@pytest.mark.skipif(methods.why_missing() is not None, reason=str(methods.why_missing()))
+@pytest.mark.parametrize(
+    ("layers", "size", "small"),
+    [
+        pytest.param([nn.ConvTranspose2d(96, 64, 4, 2, 1), nn.LeakyReLU(0.1)], 16, True, id="few-elements"),
+        pytest.param(_transposed(32), 64, False, id="passes-saved"),
+        pytest.param([nn.ConvTranspose2d(512, 256, 4, 2, 1), nn.ReLU()], 4, False, id="large-weight"),
+        pytest.param([nn.ConvTranspose2d(64, 3, 4, 2, 1), nn.Tanh()], 32, False, id="merged-phases"),
+        pytest.param([nn.Upsample(scale_factor=2), nn.Conv2d(64, 32, 3, padding=1)], 16, False, id="upsample"),
+    ],
+)
+def test_a_small_transposed_chain_in_channels_last_runs_as_its_modules(
+    layers: list[nn.Module], size: int, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There ATen's transposed convolution converts nothing: packing gains by large weights and passes saved alone."""
+    monkeypatch.setattr(backend, "LEAST_SAVED", 2**20)
+    plain = nn.Sequential(*layers).eval().to(memory_format=torch.channels_last)
+    model = cnnfast.Sequential(*layers).eval()
+    channels = next(m.in_channels for m in layers if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)))
+    x = torch.randn(2, channels, size, size).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        assert ("too small" in model.explain(x)) is small
+        for _ in range(3):
+            want, got = plain(x), model(x)
+            assert got.stride() == want.stride()
+            torch.testing.assert_close(got, want, rtol=0 if small else 1e-4, atol=0 if small else 1e-4)
