@@ -29,6 +29,7 @@ from ..gradients import enter, plain, squeezed
 from ..memory_format import format_of, has_both, in_format, in_rows, is_channels_last, new_strides
 from ..ops.run import run_step
 from ..step import Operands, Step
+from .computed import ComputedWeight
 from .eager_layout import eager_layout, one_value, pads, why_no_residual
 from .fusion import FusedStep, Unfused
 from .fusion_conv import DTYPES
@@ -312,6 +313,8 @@ def _without_activation(step: Step) -> Step:
 def _operands(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]], measured: bool) -> Operands:
     """Of a norm that is ``measured``, but for its running statistics (`_with_running`)."""
     weight, bias = tensors[s.conv]
+    if type(weight) is ComputedWeight:
+        weight = weight()
     slope = None if s.slope is None else tensors[s.slope][0]
     residual = None if s.residual is None else tensors[s.residual][0]
     if s.ndim == 1:  # (C_in, C_out/g, k) as (C_in, C_out/g, 1, k)
