@@ -2,10 +2,10 @@
 
 A step is ``ConvTranspose1d/2d/3d``, ``Conv1d/2d/3d`` or ``Upsample(nearest) + Conv2d``, then a norm (Batch-,
 SyncBatch-, Instance- or GroupNorm, in training or eval mode), then an activation, both optional (in a traced graph also
-something that is added between these). Ahead of the latter two's convolution a module may pad by zeros, reflection or
-replication. `plan_modules` gives steps for a list of modules, and for every other module the reason why it runs as it
-stands. A step is made of values alone (slots in the list, geometry, numbers); whoever runs it reads the tensors from
-the modules on every call.
+a scale, a shift and something that is added, between these). Ahead of the latter two's convolution a module may pad by
+zeros, reflection or replication. `plan_modules` gives steps for a list of modules, and for every other module the
+reason why it runs as it stands. A step is made of values alone (slots in the list, geometry, numbers); whoever runs it
+reads the tensors from the modules on every call.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .fusion_conv import (
     upsampled_step,
 )
 from .fusion_norm import NormRule, norm_rule
+from .modulation import Modulation, modulation
 from .modules import HOOKS, KINDS, SHADOWS, NotFused, Reading, is_patched, kind_of, read
 
 __all__ = ["FusedStep", "Unfused", "plan_modules", "plan_parts"]
@@ -44,6 +45,7 @@ class FusedStep:
     ``weight_channels_last``, and ``in_place`` (in eager mode nothing after the convolution lays out a tensor anew),
     decide the memory format that eager mode would return. ``overwrites``: the activation module works in place.
     ``residual``: the slot whose tensor is added ahead of the activation; ``leads``: as the sum's first operand.
+    ``modulation``: what scales and shifts the norm's result.
     """
 
     slots: tuple[int, ...]
@@ -60,6 +62,7 @@ class FusedStep:
     overwrites: bool
     residual: int | None = None
     leads: bool = False
+    modulation: Modulation = Modulation()  # noqa: RUF009 (a tuple)
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,15 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
             reasons[norm] = str(refused)
     if last != norm:
         norm = None
+    scaled, k = Modulation(), following(parts, last, ndim)
+    while rule is not None and rule.norm.per_image and k is not None and parts[k].role == "affine":
+        try:
+            scaled = modulation(parts[k], k, scaled, ndim, channels, weight)
+        except NotFused as refused:
+            reasons[k] = str(refused)
+            break
+        last, in_place = k, False
+        k = following(parts, last, ndim)
 
     residual = following(parts, last, ndim)
     if residual is not None and parts[residual].role == "add":
@@ -206,6 +218,7 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
         overwrites=overwrites,
         residual=residual,
         leads=residual is not None and parts[residual].attributes == (True,),
+        modulation=scaled,
     )
 
 
