@@ -1024,6 +1024,10 @@ def _transposed(c: int) -> list[nn.Module]:
     return [nn.ConvTranspose2d(c, c, 4, 2, 1), nn.BatchNorm2d(c), nn.ReLU()]
 
 
+def _grouped(c: int) -> list[nn.Module]:
+    return [nn.Conv2d(c, c, 3, padding=1), nn.GroupNorm(8, c), nn.SiLU()] * 2
+
+
 @pytest.mark.parametrize(
     ("modules", "channels", "size", "train", "small"),
     [
@@ -1034,6 +1038,8 @@ def _transposed(c: int) -> list[nn.Module]:
         pytest.param(_up, 32, 8, False, False, id="upsample-larger"),
         pytest.param(_plain, 64, 16, True, True, id="plain-training"),
         pytest.param(_plain, 64, 16, False, True, id="plain"),
+        pytest.param(_grouped, 64, 32, False, True, id="group-norm"),
+        pytest.param(_grouped, 64, 96, False, False, id="group-norm-larger"),
         pytest.param(_transposed, 64, 16, False, False, id="transposed"),
         pytest.param(_transposed, 8, 4, False, True, id="transposed-small"),
     ],
