@@ -201,7 +201,11 @@ def _forward(seq: Sequential, x: Any) -> Any:
             bound = item.bind(x, reading)
             if len(plan.items) == 1 and isinstance(bound, str) and on_cpu(x):
                 state["_stands"] = _kind(state, x)
-            x = item.run_as(bound, x, reading)
+            if isinstance(bound, str):  # here: a frame more would hold x until the last of them is done
+                for k in item.slots:
+                    x = reading.modules[k](x)
+            else:
+                x = item.run_as(bound, x, reading)
             continue
         x = reading.modules[item.slot](x)
         if item.opaque:  # it may have changed the modules behind it

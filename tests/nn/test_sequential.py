@@ -1070,3 +1070,28 @@ def test_a_chain_that_is_too_small_runs_as_its_modules(
     assert not small or all(map(torch.equal, model.buffers(), plain.buffers()))
     cl = x.contiguous(memory_format=torch.channels_last)
     assert "too small" not in model.explain(cl), "the caller asks for channels-last"
+
+
+def test_modules_that_run_as_they_stand_hold_no_map_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first of several takes is free again when the second runs, as in `nn.Sequential`."""
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    class Noted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 1
+            made.append(weakref.ref(y))
+            return y
+
+    leaky_relu = torch.nn.functional.leaky_relu
+
+    def noting(*args: Any) -> Tensor:
+        alive.append(made[-1]() is not None)
+        return leaky_relu(*args)
+
+    monkeypatch.setattr(torch.nn.functional, "leaky_relu", noting)
+    for cls in (nn.Sequential, cnnfast.Sequential):
+        seq, x = cls(Noted(), nn.Conv1d(8, 8, 3), nn.LeakyReLU(0.1), nn.Conv1d(8, 8, 3)).eval(), torch.randn(1, 8, 64)
+        with torch.no_grad():
+            seq(x)
+    assert "as fast" in seq[1:].explain(x) and alive == [False, False]
