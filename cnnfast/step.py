@@ -116,6 +116,11 @@ class Step:
         return norm_step(self.norm, self.residual, self.activation)
 
     @cached_property
+    def after_norm(self) -> Step:
+        """What follows the norm."""
+        return norm_step(None, self.residual, self.activation)
+
+    @cached_property
     def of(self) -> str:
         """What a backward of ``tail`` takes the activation's derivative of: the result ("y"); the activation's input
         ("x"), which it computes again; or neither ("")."""

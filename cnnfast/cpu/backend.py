@@ -129,8 +129,12 @@ def _passes(s: Planned) -> int:
 
 
 def _much_work(s: Planned, shape: Sequence[int]) -> bool:
-    """So much that packed operators gain whatever the chain is."""
+    """So much that packed operators gain whatever the chain is. (A plain convolution that is a step for its GroupNorm's
+    sake has none.)"""
     step = s.step
+    if step.measured and step.norm.kind == "group":  # type: ignore[union-attr]
+        if inference.why_slower_plain(step.bare, shape, s.dtype, norm=False, slopes=0, nchw=False) is not None:
+            return False
     if step.spec.transposed and step.upsample is None and max(shape[2:]) > 1:
         return inference.why_slower_transposed(step.bare, tuple(shape), s.dtype) is None
     size = [n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)]

@@ -1,8 +1,8 @@
 """HiFi-GAN's generator (Kong, Kim and Bae, 2020), mel spectrogram to waveform, under the names of jik876's hifi-gan.
 
 Published checkpoints hold the convolutions' weights as direction and length (``weight_v``, ``weight_g``), which is how
-they are trained. Such a weight is computed anew on every call, and its convolution is not fused:
-`HiFiGAN.remove_weight_norm` makes plain weights of them, which are. Either form loads either layout.
+they are trained. Such a weight is computed on every call, where it is not kept (in inference on a CPU);
+`HiFiGAN.remove_weight_norm` makes plain weights of them. Either form loads either layout.
 """
 
 from __future__ import annotations

@@ -28,10 +28,13 @@ from ..dispatch import (
 from ..gradients import enter, plain, squeezed
 from ..memory_format import format_of, has_both, in_format, in_rows, is_channels_last, new_strides
 from ..ops.run import run_step
+from ..reference import run_reference
 from ..step import Operands, Step
+from .computed import ComputedWeight
 from .eager_layout import eager_layout, one_value, pads, why_no_residual
 from .fusion import FusedStep, Unfused
 from .fusion_conv import DTYPES
+from .modulation import modulated, vectors
 from .modules import Reading
 
 __all__ = ["Bound", "Chain", "Run", "chained"]
@@ -152,6 +155,8 @@ class Chain:
             loops = by_loops(s.step.spec, entering, low or s.dtype)
             eager.append(eager_layout(s, eager[-1], size, out, loops))
             shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
+            if s.modulation.samples not in (1, n):
+                return f"a batch of {n} meets scales of {s.modulation.samples} samples"
             if s.residual is not None:
                 (added,) = reading.tensors[s.residual]
                 if reason := why_no_residual(s, added, x, low or x.dtype, shapes[-1], last):
@@ -281,18 +286,30 @@ def _fused(s: FusedStep, x: Tensor, run: Run, reading: Reading, low: torch.dtype
     o = _operands(s, x, reading.tensors, run.measured)
     if run.measured:
         o = _with_running(s, o, reading.modules[s.norm], reading.tensors[s.norm])  # type: ignore[index]
+    of = [reading.tensors[k] for k in s.modulation.slots]
+    if of and low is None and s.modulation.samples == 1:
+        scale, shift = vectors(
+            o.scale, o.shift, [tuple([t if t is None else t.reshape(-1) for t in own]) for own in of]
+        )
+        o, of = o._replace(scale=scale, shift=shift), []
     if low is None:
-        return _step(s, o, run)
+        return _step(s.step, o, run, of)
     # Not through autocast's cache of weights: casts are of the present values (the weight's where it is used), and
     # gradients add up in float32.
     bias, slope = (None if t is None else t.to(low) for t in (o.bias, o.slope))
     with torch._C._DisableAutocast():  # operands are in their dtypes, and what runs inside chooses its own
-        return _step(s, o._replace(bias=bias, slope=slope), run)
+        return _step(s.step, o._replace(bias=bias, slope=slope), run, of)
 
 
-def _step(s: FusedStep, o: Operands, run: Run) -> Tensor:
-    """The step, with what follows the convolution or its norm apart where ``run`` says so."""
-    step, last = s.step, run.channels_last
+def _step(step: Step, o: Operands, run: Run, of: Sequence[tuple[Tensor | None, ...]] = ()) -> Tensor:
+    """The step, with what follows the convolution or its norm apart where ``run`` says so. ``of``: what scales and
+    shifts the norm's result by itself."""
+    last = run.channels_last
+    if of:
+        y = _step(replace(step, residual=False, activation=Activation()), o._replace(residual=None, slope=None), run)
+        y = modulated(y, of)
+        y = run_reference(step.after_norm, Operands(y, residual=o.residual, slope=o.slope))
+        return memory_format.convert(y, y.dtype, last)
     if not (run.wide or run.apart):
         return run_step(step, o, channels_last=last)
     activation = step.activation
@@ -312,6 +329,8 @@ def _without_activation(step: Step) -> Step:
 def _operands(s: FusedStep, x: Tensor, tensors: Sequence[tuple[Any, ...]], measured: bool) -> Operands:
     """Of a norm that is ``measured``, but for its running statistics (`_with_running`)."""
     weight, bias = tensors[s.conv]
+    if type(weight) is ComputedWeight:
+        weight = weight()
     slope = None if s.slope is None else tensors[s.slope][0]
     residual = None if s.residual is None else tensors[s.residual][0]
     if s.ndim == 1:  # (C_in, C_out/g, k) as (C_in, C_out/g, 1, k)

@@ -2,10 +2,10 @@
 
 A step is ``ConvTranspose1d/2d/3d``, ``Conv1d/2d/3d`` or ``Upsample(nearest) + Conv2d``, then a norm (Batch-,
 SyncBatch-, Instance- or GroupNorm, in training or eval mode), then an activation, both optional (in a traced graph also
-something that is added between these). Ahead of the latter two's convolution a module may pad by zeros, reflection or
-replication. `plan_modules` gives steps for a list of modules, and for every other module the reason why it runs as it
-stands. A step is made of values alone (slots in the list, geometry, numbers); whoever runs it reads the tensors from
-the modules on every call.
+a scale, a shift and something that is added, between these). Ahead of the latter two's convolution a module may pad by
+zeros, reflection or replication. `plan_modules` gives steps for a list of modules, and for every other module the
+reason why it runs as it stands. A step is made of values alone (slots in the list, geometry, numbers); whoever runs it
+reads the tensors from the modules on every call.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..activations import Activation
 from ..memory_format import is_channels_last
 from ..step import Step
+from .computed import ComputedWeight, by_parametrization, is_parametrized
 from .fusion_conv import (
     Part,
     check_vector,
@@ -31,7 +32,8 @@ from .fusion_conv import (
     upsampled_step,
 )
 from .fusion_norm import NormRule, norm_rule
-from .modules import HOOKS, KINDS, SHADOWS, NotFused, Reading, is_patched, read
+from .modulation import Modulation, modulation
+from .modules import HOOKS, KINDS, SHADOWS, NotFused, Reading, is_patched, kind_of, read
 
 __all__ = ["FusedStep", "Unfused", "plan_modules", "plan_parts"]
 
@@ -43,6 +45,7 @@ class FusedStep:
     ``weight_channels_last``, and ``in_place`` (in eager mode nothing after the convolution lays out a tensor anew),
     decide the memory format that eager mode would return. ``overwrites``: the activation module works in place.
     ``residual``: the slot whose tensor is added ahead of the activation; ``leads``: as the sum's first operand.
+    ``modulation``: what scales and shifts the norm's result.
     """
 
     slots: tuple[int, ...]
@@ -59,6 +62,7 @@ class FusedStep:
     overwrites: bool
     residual: int | None = None
     leads: bool = False
+    modulation: Modulation = Modulation()  # noqa: RUF009 (a tuple)
 
 
 @dataclass(frozen=True)
@@ -105,27 +109,39 @@ def plan_parts(parts: list[Part], opaque: Sequence[bool]) -> tuple[FusedStep | U
 
 
 def _part(module: nn.Module, tensors: tuple[Tensor | None, ...]) -> Part:
-    cls = type(module)
-    kind = KINDS.get(cls)
-    if kind is None:
-        known = [c.__name__ for c in cls.__mro__[1:] if c in KINDS]
-        if known:
-            return Part("", 0, f"a subclass of {known[0]} (or parametrized): it may compute anything")
-        return Part("", 0, _NOT_YET.get(cls, f"{cls.__name__} is no part of a fused step"))
-    d = module.__dict__
-    if any(d.get(name) for name in HOOKS):
-        return Part("", 0, "it has hooks")
-    if "forward" in d or cls.forward is not kind.forward:
-        return Part("", 0, "its forward has been replaced")
-    if not SHADOWS.isdisjoint(d):
-        return Part("", 0, f"the instance itself holds {', '.join(sorted(SHADOWS & d.keys()))}")
+    cls, d = type(module), module.__dict__
+    if tensors and isinstance(tensors[0], ComputedWeight):
+        kind = kind_of(cls)
+        assert kind is not None
+        tensors = (tensors[0].form(), *tensors[1:])
+        shadows = SHADOWS - {"weight"}  # a hook has set it
+    else:
+        kind, shadows = KINDS.get(cls), SHADOWS
+        if kind is None:
+            return Part("", 0, _why_no_kind(module))
+        if any(d.get(name) for name in HOOKS):
+            return Part("", 0, "it has hooks")
+        if "forward" in d or cls.forward is not kind.forward:
+            return Part("", 0, "its forward has been replaced")
+    if not shadows.isdisjoint(d):
+        return Part("", 0, f"the instance itself holds {', '.join(sorted(shadows & d.keys()))}")
     try:
         training, *attributes = kind.look(d)[len(HOOKS) :]
-        if kind.tensors is not None:
+        if kind.tensors is not None and shadows is SHADOWS:
             kind.tensors(d)
     except KeyError as missing:
         return Part("", 0, f"it has no {missing}")
     return Part(kind.role, kind.ndim, "", training, tuple(attributes), tensors, kind.activation)
+
+
+def _why_no_kind(module: nn.Module) -> str:
+    cls = type(module)
+    if is_parametrized(cls) and isinstance(why := by_parametrization(module), str):
+        return why
+    known = [c.__name__ for c in cls.__mro__[1:] if c in KINDS]
+    if known:
+        return f"a subclass of {known[0]} (or parametrized): it may compute anything"
+    return _NOT_YET.get(cls, f"{cls.__name__} is no part of a fused step")
 
 
 def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
@@ -158,6 +174,15 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
             reasons[norm] = str(refused)
     if last != norm:
         norm = None
+    scaled, k = Modulation(), following(parts, last, ndim)
+    while rule is not None and rule.norm.per_image and k is not None and parts[k].role == "affine":
+        try:
+            scaled = modulation(parts[k], k, scaled, ndim, channels, weight)
+        except NotFused as refused:
+            reasons[k] = str(refused)
+            break
+        last, in_place = k, False
+        k = following(parts, last, ndim)
 
     residual = following(parts, last, ndim)
     if residual is not None and parts[residual].role == "add":
@@ -193,6 +218,7 @@ def _step(parts: list[Part], slot: int, reasons: dict[int, str]) -> FusedStep:
         overwrites=overwrites,
         residual=residual,
         leads=residual is not None and parts[residual].attributes == (True,),
+        modulation=scaled,
     )
 
 

@@ -23,6 +23,7 @@ from ..dispatch import on_cpu, resolve_backend, watched
 from ..gpu import guard
 from ..gpu.why_not import launch_why_not, spec_why_not
 from .chain import Bound, Chain, chained
+from .computed import ComputedWeight, is_parametrized
 from .fusion import FusedStep, Unfused, plan_modules
 from .modules import Reading, read
 
@@ -124,7 +125,7 @@ class Sequential(nn.Sequential):
             known = input is not None and item.slots[0] == 0 and why is None
             bound = item.bind(input, reading) if known else None
             for i, s in enumerate(item.steps):
-                names = " + ".join(type(reading.modules[k]).__name__ for k in s.slots)
+                names = " + ".join(_name(reading, k) for k in s.slots)
                 reason = bound if bound is None or isinstance(bound, str) else bound.runs[i].as_modules
                 if reason is None and resolve_backend(None) == "triton":
                     reason = _why_not_triton(s, reading)
@@ -157,6 +158,13 @@ class Sequential(nn.Sequential):
         for name in ("_plan", "_stands"):
             state.pop(name, None)
         return state
+
+
+def _name(reading: Reading, slot: int) -> str:
+    cls, tensors = type(reading.modules[slot]), reading.tensors[slot]
+    if not (tensors and isinstance(tensors[0], ComputedWeight)):
+        return cls.__name__
+    return f"{(cls.__bases__[0] if is_parametrized(cls) else cls).__name__} of a computed weight"
 
 
 def _why_not_triton(s: FusedStep, reading: Reading) -> str | None:
@@ -193,7 +201,11 @@ def _forward(seq: Sequential, x: Any) -> Any:
             bound = item.bind(x, reading)
             if len(plan.items) == 1 and isinstance(bound, str) and on_cpu(x):
                 state["_stands"] = _kind(state, x)
-            x = item.run_as(bound, x, reading)
+            if isinstance(bound, str):  # here: a frame more would hold x until the last of them is done
+                for k in item.slots:
+                    x = reading.modules[k](x)
+            else:
+                x = item.run_as(bound, x, reading)
             continue
         x = reading.modules[item.slot](x)
         if item.opaque:  # it may have changed the modules behind it

@@ -1,8 +1,9 @@
 """The modules that can be part of a fused step, and a look at them that is cheap enough for every call.
 
-Modules are matched by exact type: a subclass, a lazy or a parametrized module may compute anything. What a plan depends
-on (hooks, mode, attributes, the tensors' shapes and types) is read into plain values, so that two readings can be
-compared; no value keeps a module or a tensor alive.
+Modules are matched by exact type: a subclass or a lazy module may compute anything, and so may hooks and
+parametrizations but for PyTorch's own that compute a convolution's weight (`computed`). What a plan depends on (hooks,
+mode, attributes, the tensors' shapes and types) is read into plain values, so that two readings can be compared; no
+value keeps a module or a tensor alive.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS, Activation, ActivationRow
+from .computed import ComputedWeight, by_hook, by_parametrization, is_parametrized
 
-__all__ = ["HOOKS", "KINDS", "SHADOWS", "Kind", "Reading", "NotFused", "is_patched", "read"]
+__all__ = ["HOOKS", "KINDS", "SHADOWS", "Kind", "Reading", "NotFused", "is_patched", "kind_of", "read"]
 
 
 class NotFused(Exception):
@@ -25,7 +27,7 @@ class NotFused(Exception):
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-Tensors = tuple[Tensor | None, ...]
+Tensors = tuple[Tensor | None, ...]  # a convolution's weight may be a `ComputedWeight`
 
 
 class Kind(NamedTuple):
@@ -170,25 +172,54 @@ SHADOWS = frozenset(
 
 
 class Reading(NamedTuple):
-    """The modules in the order in which they run, what a plan depends on, and each module's tensors."""
+    """The modules in the order in which they run, what a plan depends on, and each module's tensors (among which a
+    `ComputedWeight` may stand for a convolution's weight)."""
 
     modules: list[nn.Module]
     facts: list[object]
     tensors: list[tuple[Tensor | None, ...]]
 
 
-def read(modules: Iterable[nn.Module], containers: tuple[Callable[..., Any], ...] = ()) -> Reading:
+def kind_of(cls: type) -> Kind | None:
+    """The kind of a class, and of what parametrizing its weight makes of it."""
+    return KINDS.get(cls.__bases__[0] if is_parametrized(cls) else cls)
+
+
+def read(
+    modules: Iterable[nn.Module], containers: tuple[Callable[..., Any], ...] = (), *, computed: bool = True
+) -> Reading:
     """Look at ``modules``. Two readings with equal ``facts`` have equal plans.
 
     ``containers``: forward functions of Sequential classes that do no more than run their children; those children are
-    read in their place.
+    read in their place. ``computed``: whether weights that are computed on each call are looked for.
     """
     reading = Reading([], [], [])
-    _read(modules, containers, reading)
+    _read(modules, containers, reading, computed)
     return reading
 
 
-def _read(modules: Iterable[nn.Module], containers: tuple[Callable[..., Any], ...], reading: Reading) -> None:
+def _computed(m: nn.Module) -> tuple[object, Tensors]:
+    """The facts and tensors of a convolution whose weight is computed; ("", ()) of other modules."""
+    cls, d = type(m), m.__dict__
+    parametrized = is_parametrized(cls)
+    kind = KINDS.get(cls.__bases__[0] if parametrized else cls)
+    if kind is None or kind.tensors is not _conv_tensors or cls.forward is not kind.forward or "forward" in d:
+        return "", ()
+    found = by_parametrization(m) if parametrized else by_hook(m)
+    if not isinstance(found, ComputedWeight) or parametrized and is_patched(m):
+        return found if isinstance(found, str) else "", ()
+    try:
+        bias, state = d["_parameters"]["bias"], kind.look(d)[len(HOOKS) :]
+    except KeyError as missing:
+        return f"it has no {missing}", ()
+    if kind.role == "conv":
+        state = (*state[:-1], tuple(state[-1]))
+    return (cls, len(d), state, _of_vectors(bias), found.facts), (found, bias)  # type: ignore[return-value]
+
+
+def _read(
+    modules: Iterable[nn.Module], containers: tuple[Callable[..., Any], ...], reading: Reading, computed: bool
+) -> None:
     # About half a microsecond a module: locals, tuples and functions in C.
     found, facts, tensors = reading
     for m in modules:
@@ -197,9 +228,10 @@ def _read(modules: Iterable[nn.Module], containers: tuple[Callable[..., Any], ..
         own: Tensors = ()
         if kind is None:
             if isinstance(m, nn.Sequential) and _only_runs_children(m, containers):
-                _read(m._modules.values(), containers, reading)
+                _read(m._modules.values(), containers, reading, computed)
                 continue
-            facts.append((cls, is_patched(m)))
+            fact, own = _computed(m) if computed else ("", ())
+            facts.append(fact if own else (cls, is_patched(m), fact))
         else:
             role, _, forward, look, tensors_of, describe, _ = kind
             d = m.__dict__
@@ -207,7 +239,8 @@ def _read(modules: Iterable[nn.Module], containers: tuple[Callable[..., Any], ..
                 state = look(d)
                 hooked = state[0] or state[1] or state[2] or state[3]
                 if hooked or "forward" in d or cls.forward is not forward:
-                    facts.append((cls, "changed"))
+                    fact, own = _computed(m) if computed and state[1] else ("", ())
+                    facts.append(fact if own else (cls, "changed"))
                 else:
                     state = state[4:]
                     if role == "conv":

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
-from .rewrite_calls import CallKind, call_kind, conv_functions
+from .rewrite_calls import AFFINE, CallKind, as_shift, call_kind, conv_functions
 from .rewrite_effects import Everything, storages, touched, value, written
 from .rewrite_layout import keep_channels_last
+from .rewrite_norm import NORMS
 from .rewrite_site import Call, Place, Ref, Site
 from .rewrite_weights import Computed, keep_weights
 
@@ -131,7 +132,7 @@ class _Finder:
                 run.ended = f"its result has {len(last.users)} users"
                 break
             (user,) = last.users
-            how = _joins(user, last)
+            how = _joins(user, last, run.kinds[-1])
             if isinstance(how, str):
                 run.ended = how
                 break
@@ -175,8 +176,9 @@ def _why_no_start(node: fx.Node, kind: CallKind) -> str:
     return ""
 
 
-def _joins(user: fx.Node, last: fx.Node) -> tuple[CallKind, str] | str:
-    """The kind of ``user`` and the name of its argument that ``last`` is; or why it does not go on after that."""
+def _joins(user: fx.Node, last: fx.Node, before: CallKind) -> tuple[CallKind, str] | str:
+    """The kind of ``user`` and the name of its argument that ``last``, of the kind ``before``, is; or why it does not
+    go on after that."""
     kind = _kind(user)
     if user.op == "output":
         return "its result is returned"
@@ -188,6 +190,10 @@ def _joins(user: fx.Node, last: fx.Node) -> tuple[CallKind, str] | str:
         return f"{_name(user)} follows, which takes it in another way"
     if kind.name == "interpolate" and bound["size"] is not None:
         return "interpolate to a given size follows"
+    if kind.name == "add" and bound["alpha"] == 1 and _modulates(bound, last, before):
+        return as_shift(kind), at[0]
+    if kind.name in AFFINE and not (bound.get("value", 1) == 1 and _modulates(bound, last, before)):
+        return f"{_name(user)} follows, with something else than a scale of each channel behind its norm"
     if kind.name == "add":
         other = value(bound["other" if at[0] == "input" else "input"])
         mine = value(last)
@@ -197,6 +203,27 @@ def _joins(user: fx.Node, last: fx.Node) -> tuple[CallKind, str] | str:
         if any(a != b for a, b in known):
             return "what is added to it is of another shape"
     return kind, at[0]
+
+
+def _modulates(bound: dict[str, Any], last: fx.Node, before: CallKind) -> bool:
+    """Whether all but ``last`` are scales or shifts of its channels, and it is the result of an image's norm, or of
+    such a scale or shift of one."""
+    if before.name not in (*NORMS, *AFFINE):
+        return False
+    mine = value(last)
+    for name, v in bound.items():
+        t = value(v)
+        if v is last or name in ("alpha", "value"):
+            continue
+        if not isinstance(v, fx.Node) or not isinstance(t, Tensor) or t.dtype != mine.dtype or t.dim() != mine.dim():
+            return False
+        (n, c, *size), (samples, channels) = t.shape, mine.shape[:2]
+        both = type(n) is int and type(samples) is int
+        if not (n in (1, samples) if both else type(n) is not int or n == 1) or not isinstance(c, int) or c != channels:
+            return False
+        if any(type(k) is not int or k != 1 for k in size):
+            return False
+    return True
 
 
 # --- the site ---------------------------------------------------------------------------------------------------------

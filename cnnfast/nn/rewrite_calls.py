@@ -18,7 +18,9 @@ from torch import nn
 from .fusion_conv import Part
 from .modules import KINDS
 
-__all__ = ["CallKind", "call_kind", "conv_functions"]
+__all__ = ["AFFINE", "CallKind", "as_shift", "call_kind", "conv_functions"]
+
+AFFINE = ("mul", "shift", "addcmul")  # names of what scales and shifts a norm's result
 
 Values = Mapping[str, Any]
 
@@ -118,6 +120,22 @@ def _add(v: Values) -> Part:
     return Part("add", 0, "", False, (leads,), (v["input"] if leads else v["other"],))
 
 
+def _affine(scales: bool) -> Callable[[Values], Part]:
+    """A product with, or a sum of, what came through the step and something that is broadcast."""
+
+    def part(v: Values) -> Part:
+        other = v["input"] if v["through"] == "other" else v["other"]
+        return Part("affine", 0, "", False, (), (other, None) if scales else (None, other))
+
+    return part
+
+
+def _addcmul(v: Values) -> Part:
+    if v["value"] != 1:
+        return Part("", 0, f"it adds {v['value']!r} times a product")
+    return Part("affine", 0, "", False, (), (v["tensor1" if v["through"] == "tensor2" else "tensor2"], v["input"]))
+
+
 def _dropout(n: int) -> Callable[[Values], Part]:
     return lambda v: Part("dropout", n, "", v["training"])
 
@@ -189,6 +207,12 @@ def _functions() -> Mapping[Any, CallKind]:
     # What is added in place to something else changes that.
     onto = CallKind("add", p, (), _add, ("input",))
     table |= {operator.add: add, torch.add: add, "add": add, operator.iadd: onto, "add_": onto}
+    p = _p("input other")
+    mul = CallKind("mul", p, ("other",), _affine(True), ("input", "other"))
+    table |= {operator.mul: mul, torch.mul: mul, "mul": mul}
+    table |= dict.fromkeys((operator.imul, "mul_"), mul._replace(input=("input",)))
+    p = _p("input tensor1 tensor2 value", value=1)
+    table[torch.addcmul] = CallKind("addcmul", p, ("input",), _addcmul, ("tensor1", "tensor2"))
     for name, n in (("dropout", 0), ("dropout1d", 1), ("dropout2d", 2), ("alpha_dropout", 0)):
         p = _p("input p training inplace", p=0.5, training=name != "alpha_dropout", inplace=False)
         table[getattr(F, name)] = CallKind(name, p, (), _dropout(n))
@@ -221,6 +245,11 @@ def _activations() -> dict[Any, CallKind]:
     add("relu6", [F.relu6], _p("input inplace", inplace=False), nn.ReLU6, "inplace", 0.0, 6.0)
     add("prelu", [F.prelu, torch.prelu, "prelu"], _p("input weight"), nn.PReLU)
     return table
+
+
+def as_shift(kind: CallKind) -> CallKind:
+    """A sum's, where what is added to the step's tensor is broadcast."""
+    return kind._replace(name="shift", tensors=("other",), part=_affine(False))
 
 
 def call_kind(target: Any) -> CallKind | None:

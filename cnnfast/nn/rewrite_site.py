@@ -21,7 +21,7 @@ from .fusion import Unfused, plan_parts
 from .fusion_conv import Part
 from .layers import why_not_now
 from .modules import Reading
-from .rewrite_calls import CallKind
+from .rewrite_calls import AFFINE, CallKind
 from .rewrite_norm import NORMS, NormCall, norm_of
 from .rewrite_quick import Planned, Quick, Run, kind_of, parts_of
 
@@ -172,6 +172,7 @@ class Site:
         self._scalars = tuple(k for c in self.calls for k in c.scalars)
         first = self.calls[0]
         self._by_size = first.kind.name == "interpolate"
+        self._modulated = any(c.kind.name in AFFINE for c in self.calls)
         self._added = tuple(self.added)
         self._quick: dict[tuple[object, ...], Quick] = {}
         self._tries = 0
@@ -253,7 +254,12 @@ class Site:
 
     def _kind(self, x: Tensor, operands: Sequence[Any]) -> tuple[object, ...] | None:
         """Of a call that `rewrite_quick` may know; None of others."""
-        if torch.is_grad_enabled() or self._scalars or not all(isinstance(operands[k], Tensor) for k in self._added):
+        if (
+            torch.is_grad_enabled()
+            or self._scalars
+            or self._modulated
+            or not all(isinstance(operands[k], Tensor) for k in self._added)
+        ):
             return None
         return kind_of(x, operands, self._added)
 

@@ -2,10 +2,8 @@
 what they are computed from holds the same.
 
 A weight that is a function of Parameters and buffers alone, by operators that write nothing and draw no random
-numbers, is computed by one node, `Computed`. In inference on a CPU it keeps its result in the cache of packed weights
-(cpu/packing.py), under the rules that hold there for a plain weight: the content of every source is looked at on each
-call, and a result is kept when that is met for the second time. Kept, it is a Parameter of nobody's: its convolution
-packs it once. With gradients, under autocast, on a GPU and where somebody watches, it is computed as it stands.
+numbers, is computed by one node, `Computed`. In inference on a CPU it keeps its result, by the content of all sources
+(`computed.kept`). With gradients, under autocast, on a GPU and where somebody watches, it is computed as it stands.
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from ..cpu.packing import PACKS, why_not_cacheable
-from ..dispatch import on_cpu
+from .computed import kept, made, owner_of
 from .layers import why_not_now
 from .rewrite_calls import conv_functions
 from .rewrite_effects import Everything, storages, value, written
@@ -42,30 +39,10 @@ class Computed:
         self._key = "computed", self.graph.code
 
     def __call__(self, *sources: Tensor) -> Tensor:
-        if self._why_not(sources) is not None:
-            return self.graph.forward(*sources)
-        owner, others = sources[self.owner], [s for k, s in enumerate(sources) if k != self.owner]
-        kept = PACKS.get(owner, lambda: self._key, others, lambda: self._made(sources))
-        return self.graph.forward(*sources) if kept is None else kept
-
-    def _why_not(self, sources: tuple[Tensor, ...]) -> str | None:
-        """Why no result is kept now, or None."""
-        if torch.is_grad_enabled() and any(s.requires_grad for s in sources):
-            return "a gradient is needed"
-        if torch._C._is_any_autocast_enabled():
-            return "under autocast it may be rounded"
-        for s in sources:
-            if why := why_not_now(s):
-                return why
-            if not on_cpu(s):
-                return "nothing is kept on a GPU"
-        return why_not_cacheable(sources[self.owner])
-
-    def _made(self, sources: tuple[Tensor, ...]) -> nn.Parameter:
-        with torch.inference_mode(False), torch.no_grad():  # kept for calls in other modes, too
-            made = nn.Parameter(self.graph.forward(*sources), requires_grad=False)
-        PACKS.own(made)
-        return made
+        weight = None
+        if not any(why_not_now(s) for s in sources):
+            weight = kept(sources, self.owner, lambda: self._key, lambda: made(lambda: self.graph.forward(*sources)))
+        return self.graph.forward(*sources) if weight is None else weight
 
 
 def _apart(weight: Tensor) -> Tensor:
@@ -87,7 +64,7 @@ def keep_weights(graph: fx.Graph) -> None:
         if not isinstance(weight, fx.Node) or weight not in order or not _takes_as_weight(conv, weight):
             continue  # no node, or one of ours
         inside, sources = _function_of(weight)
-        owner = _owner(sources)
+        owner = owner_of([value(s) for s in sources])
         if owner is None or storages(weight) & set().union(*(storages(s) for s in sources)):
             continue  # of activations, or a Parameter as it is
         steps = sorted(inside, key=order.__getitem__)
@@ -122,13 +99,6 @@ def _function_of(weight: fx.Node) -> tuple[set[fx.Node], list[fx.Node]]:
 def _is_state(node: fx.Node) -> bool:
     """Whether it is a Parameter or a buffer of the model's, by Dynamo's own mark."""
     return isinstance(value(node), Tensor) and "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {})
-
-
-def _owner(sources: list[fx.Node]) -> int | None:
-    """The largest Parameter."""
-    sizes = [value(s).numel() if isinstance(value(s), nn.Parameter) else -1 for s in sources]
-    largest = max(sizes, default=-1)
-    return sizes.index(largest) if largest >= 0 else None
 
 
 _SEEDED = torch.Tag.nondeterministic_seeded

@@ -137,7 +137,7 @@ def _worth(s: FusedStep, backend: str | None) -> bool:
 
 @torch._dynamo.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator, unused-ignore]
 def _plan(seq: nn.Sequential, forwards: Containers, backend: str | None) -> Traced:
-    reading = read(seq._modules.values(), forwards)
+    reading = read(seq._modules.values(), forwards, computed=False)
     paths: list[tuple[str, ...]] = []
     containers: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
     _walk(seq, (), reading.modules, paths, containers)

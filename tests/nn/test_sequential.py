@@ -395,11 +395,11 @@ CHANGES: dict[str, tuple[Callable[[cnnfast.Sequential], object], list[str]]] = {
     "forward-pre-hook": (_pre_hook, ["identity", "tanh"]),
     "backward-hook": (lambda s: s[0].register_full_backward_hook(lambda m, a, b: None), ["tanh"]),
     "forward-of-instance": (_set(2, forward=torch.sigmoid), ["identity", "tanh"]),
-    "spectral-norm-by-hook": (_spectral_norm_by_hook, ["relu"]),
-    "weight-norm-by-hook": (_weight_norm_by_hook, ["relu"]),
-    "weight-norm": (_weight_norm, ["tanh"]),
-    "spectral-norm": (_spectral_norm, ["tanh"]),
-    "pruning": (_prune, ["tanh"]),
+    "spectral-norm-by-hook": (_spectral_norm_by_hook, ["relu", "tanh"]),
+    "weight-norm-by-hook": (_weight_norm_by_hook, ["relu", "tanh"]),
+    "weight-norm": (_weight_norm, ["relu", "tanh"]),
+    "spectral-norm": (_spectral_norm, ["relu", "tanh"]),
+    "pruning": (_prune, ["relu", "tanh"]),
     "dropout-added": (lambda s: s.insert(2, nn.Dropout().eval()), ["relu", "tanh"]),
     "nested": (lambda s: s.__setitem__(0, nn.Sequential(s[0], nn.Identity())), ["relu", "tanh"]),
 }
@@ -1024,6 +1024,10 @@ def _transposed(c: int) -> list[nn.Module]:
     return [nn.ConvTranspose2d(c, c, 4, 2, 1), nn.BatchNorm2d(c), nn.ReLU()]
 
 
+def _grouped(c: int) -> list[nn.Module]:
+    return [nn.Conv2d(c, c, 3, padding=1), nn.GroupNorm(8, c), nn.SiLU()] * 2
+
+
 @pytest.mark.parametrize(
     ("modules", "channels", "size", "train", "small"),
     [
@@ -1034,6 +1038,8 @@ def _transposed(c: int) -> list[nn.Module]:
         pytest.param(_up, 32, 8, False, False, id="upsample-larger"),
         pytest.param(_plain, 64, 16, True, True, id="plain-training"),
         pytest.param(_plain, 64, 16, False, True, id="plain"),
+        pytest.param(_grouped, 64, 32, False, True, id="group-norm"),
+        pytest.param(_grouped, 64, 96, False, False, id="group-norm-larger"),
         pytest.param(_transposed, 64, 16, False, False, id="transposed"),
         pytest.param(_transposed, 8, 4, False, True, id="transposed-small"),
     ],
@@ -1093,3 +1099,28 @@ def test_a_small_transposed_chain_in_channels_last_runs_as_its_modules(
             want, got = plain(x), model(x)
             assert got.stride() == want.stride()
             torch.testing.assert_close(got, want, rtol=0 if small else 1e-4, atol=0 if small else 1e-4)
+
+
+def test_modules_that_run_as_they_stand_hold_no_map_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first of several takes is free again when the second runs, as in `nn.Sequential`."""
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    class Noted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 1
+            made.append(weakref.ref(y))
+            return y
+
+    leaky_relu = torch.nn.functional.leaky_relu
+
+    def noting(*args: Any) -> Tensor:
+        alive.append(made[-1]() is not None)
+        return leaky_relu(*args)
+
+    monkeypatch.setattr(torch.nn.functional, "leaky_relu", noting)
+    for cls in (nn.Sequential, cnnfast.Sequential):
+        seq, x = cls(Noted(), nn.Conv1d(8, 8, 3), nn.LeakyReLU(0.1), nn.Conv1d(8, 8, 3)).eval(), torch.randn(1, 8, 64)
+        with torch.no_grad():
+            seq(x)
+    assert "as fast" in seq[1:].explain(x) and alive == [False, False]
