@@ -158,7 +158,7 @@ def _lower(spec: ConvSpec, input_size: tuple[int, ...]) -> Lowering:
 @dataclass(frozen=True)
 class Plan:
     """A tile and its schedule, for one lowering. ``splits``: whether the binary can cut K in parts at all (their number
-    is a run-time argument)."""
+    is a run-time argument). ``three``: exact float32's products are each three of TF32's, on tensor cores."""
 
     lowering: Lowering
     block_m: int
@@ -170,13 +170,15 @@ class Plan:
     splits: bool = False
     split_k: int = 1
     group_m: int = 8
+    three: bool = False
 
     @property
     def name(self) -> str:
         split = f" split{self.split_k}" if self.splits else ""
+        three = " tf32x3" if self.three else ""
         return (
             f"{self.lowering.regime} {self.block_m}x{self.block_n}x{self.block_k}*{self.unroll} "
-            f"w{self.num_warps} s{self.num_stages}{split}"
+            f"w{self.num_warps} s{self.num_stages}{split}{three}"
         )
 
     def tiles(self, batch: int, output_size: tuple[int, ...]) -> int:

@@ -43,6 +43,7 @@ class WgradPlan:
     even: bool = False
     splits: int = 1
     unroll: int = 1
+    three: bool = False  # exact float32's products are each three of TF32's
 
     @property
     def name(self) -> str:
