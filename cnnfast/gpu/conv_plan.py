@@ -15,7 +15,18 @@ import torch
 from ..spec import ConvSpec, Phase, Precision, tap_inverse
 from .devices import Device
 
-__all__ = ["Lowering", "Plan", "Tile", "is_exact", "is_valid", "lower", "tap_map", "uses_wgmma"]
+__all__ = [
+    "Lowering",
+    "Plan",
+    "Tile",
+    "is_exact",
+    "is_valid",
+    "lower",
+    "most_sums",
+    "takes_three",
+    "tap_map",
+    "uses_wgmma",
+]
 
 
 # --- lowering: which gather the kernel runs ---------------------------------------------------------------------------
@@ -216,11 +227,27 @@ class Tile(Protocol):
     def unroll(self) -> int: ...
     @property
     def num_warps(self) -> int: ...
+    @property
+    def three(self) -> bool: ...
 
 
 def is_exact(precision: Precision) -> bool:
-    """float32 on the CUDA cores: no tensor core multiplies it exactly."""
+    """float32 that no tensor core multiplies in one product: on the CUDA cores, or in three (`Tile.three`)."""
     return precision.dtype == torch.float32 and not precision.tf32
+
+
+MOST_K = 32  # of a block of three products: tensor cores cut their sums (docs/facts.md)
+
+
+def most_sums(plan: Tile, precision: Precision) -> int:
+    """Accumulators of a thread that leave room for operands and addresses. A CUDA-core product needs more of those, and
+    three products have each operand in two parts."""
+    return 128 if not is_exact(precision) else 64 if plan.three else 32
+
+
+def takes_three(plan: Tile, precision: Precision) -> bool:
+    """Whether `Tile.three` is what the precision allows: no, or in exact float32 of blocks that are short enough."""
+    return not plan.three or is_exact(precision) and plan.block_k <= MOST_K
 
 
 def uses_wgmma(plan: Tile, device: Device) -> bool:
@@ -234,9 +261,9 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
     if any(v & (v - 1) or v < 1 for v in (m, n, k, plan.num_warps)) or min(m, n, k) < 16 or plan.unroll < 1:
         return False
     threads = plan.num_warps * 32
-    # 128 accumulators a thread leave room for operands and addresses. A CUDA-core product (float32 exact) needs more of
-    # those, and so does a store that finds no two elements of a row together.
-    if m * n > threads * (32 if is_exact(precision) or not plan.lowering.channels_last else 128) or m * n < threads * 2:
+    # A store that finds no two elements of a row together needs registers for its addresses.
+    most = most_sums(plan, precision) if plan.lowering.channels_last else 32
+    if m * n > threads * most or m * n < threads * 2 or not takes_three(plan, precision):
         return False
     if plan.num_warps > (m // 16) * (n // 16):  # the surplus warps would repeat the work of the others
         return False
@@ -265,5 +292,5 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
             return False
     if plan.shared_memory(precision.itemsize) > device.shared_memory:
         return False
-    most = max(1, plan.steps()) if plan.splits else 1
-    return 1 <= plan.split_k <= min(most, 65535)
+    parts = max(1, plan.steps()) if plan.splits else 1
+    return 1 <= plan.split_k <= min(parts, 65535)
