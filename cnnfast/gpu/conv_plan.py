@@ -15,18 +15,7 @@ import torch
 from ..spec import ConvSpec, Phase, Precision, tap_inverse
 from .devices import Device
 
-__all__ = [
-    "Lowering",
-    "Plan",
-    "Tile",
-    "is_exact",
-    "is_valid",
-    "lower",
-    "most_sums",
-    "takes_three",
-    "tap_map",
-    "uses_wgmma",
-]
+__all__ = ["Lowering", "Plan", "Tile", "is_exact", "is_valid", "lower", "takes_three", "tap_map", "uses_wgmma"]
 
 
 # --- lowering: which gather the kernel runs ---------------------------------------------------------------------------
@@ -239,12 +228,6 @@ def is_exact(precision: Precision) -> bool:
 MOST_K = 32  # of a block of three products: tensor cores cut their sums (docs/facts.md)
 
 
-def most_sums(plan: Tile, precision: Precision) -> int:
-    """Accumulators of a thread that leave room for operands and addresses. A CUDA-core product needs more of those, and
-    three products have each operand in two parts."""
-    return 128 if not is_exact(precision) else 64 if plan.three else 32
-
-
 def takes_three(plan: Tile, precision: Precision) -> bool:
     """Whether `Tile.three` is what the precision allows: no, or in exact float32 of blocks that are short enough."""
     return not plan.three or is_exact(precision) and plan.block_k <= MOST_K
@@ -261,9 +244,12 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
     if any(v & (v - 1) or v < 1 for v in (m, n, k, plan.num_warps)) or min(m, n, k) < 16 or plan.unroll < 1:
         return False
     threads = plan.num_warps * 32
-    # A store that finds no two elements of a row together needs registers for its addresses.
-    most = most_sums(plan, precision) if plan.lowering.channels_last else 32
-    if m * n > threads * most or m * n < threads * 2 or not takes_three(plan, precision):
+    # 128 accumulators a thread leave room for operands and addresses. A CUDA-core product (float32 exact) needs more of
+    # those, three products have each operand in two parts (with 64, epilogues spill), and so does a store that finds no
+    # two elements of a row together.
+    if m * n > threads * (32 if is_exact(precision) or not plan.lowering.channels_last else 128) or m * n < threads * 2:
+        return False
+    if not takes_three(plan, precision):
         return False
     if plan.num_warps > (m // 16) * (n // 16):  # the surplus warps would repeat the work of the others
         return False
@@ -292,5 +278,5 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
             return False
     if plan.shared_memory(precision.itemsize) > device.shared_memory:
         return False
-    parts = max(1, plan.steps()) if plan.splits else 1
-    return 1 <= plan.split_k <= min(parts, 65535)
+    most = max(1, plan.steps()) if plan.splits else 1
+    return 1 <= plan.split_k <= min(most, 65535)

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from ..spec import ConvSpec, Precision
 from .conv_choice import FULL_WAVE, PROLOGUE, SECOND_PASS, TRIP, kinds, registers, trip_clocks
-from .conv_plan import is_exact, most_sums, takes_three
+from .conv_plan import is_exact, takes_three
 from .devices import Device, resident_blocks
 
 __all__ = ["SIZES", "WgradPlan", "choose_wgrad_plan", "is_valid_wgrad"]
@@ -88,7 +88,9 @@ def is_valid_wgrad(plan: WgradPlan, precision: Precision, device: Device) -> boo
     if min(plan.box) < 1 or math.prod(plan.box) > k or plan.even and math.prod(plan.box) < k:
         return False
     threads = plan.num_warps * 32
-    if m * n > threads * most_sums(plan, precision) or m * n < threads * 2 or not takes_three(plan, precision):
+    if m * n > threads * (32 if is_exact(precision) else 128) or m * n < threads * 2:
+        return False
+    if not takes_three(plan, precision):
         return False
     if plan.num_warps > (m // 16) * (n // 16):
         return False
@@ -124,7 +126,7 @@ def _tiles(spec: ConvSpec, precision: Precision, device: Device, three: bool) ->
         (16, 64), (32, 16), (16, 32), (16, 16),
     )  # fmt: skip
     if three:
-        sizes = ((128, 128), (128, 64), *sizes)
+        sizes = ((128, 64), *sizes)
     if generation in (9, 10) and not wide:  # their operands stay out of registers
         sizes = ((256, 128), (128, 256), *sizes)
     for m, n in sizes:

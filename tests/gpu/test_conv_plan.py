@@ -200,11 +200,9 @@ def test_three_products_are_of_exact_float32_in_short_blocks() -> None:
     for other in (HALF, BF16, TF32):
         assert not is_valid(three, other, DEVICES[80])
     assert not is_valid(dataclasses.replace(three, block_k=64), EXACT, DEVICES[90]), "tensor cores cut longer sums"
-    large = dataclasses.replace(three, block_m=128, block_n=128, num_warps=8)
+    large = dataclasses.replace(three, block_m=128, num_warps=8)
     assert is_valid(large, EXACT, DEVICES[80])
     assert not is_valid(dataclasses.replace(large, num_warps=4), EXACT, DEVICES[80]), "an operand has two parts"
-    nchw = dataclasses.replace(large, lowering=lower(*LAYERS["dcgan3"], channels_last=False))
-    assert not is_valid(nchw, EXACT, DEVICES[80])
 
 
 def test_three_products_take_three_times_the_tensor_cores() -> None:
@@ -212,10 +210,10 @@ def test_three_products_take_three_times_the_tensor_cores() -> None:
     clocks = trip_clocks(dataclasses.replace(VALID, three=True), EXACT, DEVICES[80])
     assert clocks["tensor"] == 3 * 64 * 64 * 32 / 512
     assert clocks["issue"] == pytest.approx(755, rel=0.05), "instructions of the compiled loop (triton 3.7.1)"
-    wide = dataclasses.replace(VALID, block_m=128, block_n=128, num_warps=8, three=True)
+    wide = dataclasses.replace(VALID, block_m=128, num_warps=8, three=True)
     clocks = trip_clocks(wide, EXACT, DEVICES[90])
-    assert clocks["tensor"] == 3 * 128 * 128 * 32 / 1024
-    assert clocks["issue"] == pytest.approx(2 * 505, rel=0.05), "of 8 warps"
+    assert clocks["tensor"] == 3 * 128 * 64 * 32 / 1024
+    assert clocks["issue"] == pytest.approx(2 * 349, rel=0.05), "of 8 warps"
 
 
 @pytest.fixture

@@ -4,8 +4,9 @@ convolution and of its gradients, what is not finite, the ends of float32's rang
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 from benchmarks.rehearse.inspector import compile_job, recording  # noqa: E402
 from benchmarks.rehearse.launches import kinds  # noqa: E402
 
-BATCH = test_conv_statistics.BATCH
 EXACT = test_conv_wgrad.PRECISIONS["fp32"]
 INF, NAN, LARGEST = float("inf"), float("nan"), torch.finfo(torch.float32).max
 
@@ -44,23 +44,24 @@ def of_three(launches: list[str]) -> bool:
 # --- the same cases as every other precision's ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", test_conv.REGIMES, ids=lambda c: c.id)
-def test_regime(case: Case, three: None, device: torch.device, launches: list[str]) -> None:
+SHORT = ("phases", "latent", "masked-merged", "split-over-uneven-phases", "masked-channels", "transposed")
+
+
+def marked(cases: Iterable[Any]) -> list[Any]:
+    """The short ones, and the others as slow."""
+    names = ((c, c.name if isinstance(c, test_conv_wgrad.Case) else c.id) for c in cases)
+    return [pytest.param(c, id=name, marks=[pytest.mark.slow] * (name not in SHORT)) for c, name in names]
+
+
+FORWARD = marked(test_conv.REGIMES + test_conv.GEOMETRY + test_conv.SCHEDULES + test_conv.SLOW)
+STATISTICS = marked(test_conv_statistics.BATCH)
+GRADIENTS = marked(test_conv_wgrad.REGIMES + test_conv_wgrad.GEOMETRY)
+
+
+@pytest.mark.parametrize("case", FORWARD)
+def test_forward(case: Case, three: None, device: torch.device, launches: list[str]) -> None:
     check(case, "fp32", device, launches)
     assert of_three(launches)
-
-
-OTHERS = test_conv.GEOMETRY + test_conv.SCHEDULES + test_conv.SLOW
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", OTHERS, ids=lambda c: c.id)
-def test_geometry_and_schedule(case: Case, three: None, device: torch.device, launches: list[str]) -> None:
-    check(case, "fp32", device, launches)
-    assert of_three(launches)
-
-
-STATISTICS = [pytest.param(c, id=c.id, marks=[pytest.mark.slow] * (c.id != "masked-channels")) for c in BATCH]
 
 
 @pytest.mark.parametrize("c", STATISTICS)
@@ -69,17 +70,10 @@ def test_statistics(c: Case, three: None, device: torch.device, launches: list[s
     assert of_three(launches)
 
 
-SHORT = ("transposed", "merged")
-GRADIENTS = [
-    pytest.param(c, id=c.name, marks=[pytest.mark.slow] * (c.name not in SHORT))
-    for c in test_conv_wgrad.REGIMES + test_conv_wgrad.GEOMETRY
-]
-
-
 @pytest.mark.parametrize("c", GRADIENTS)
 def test_weight_gradient(c: test_conv_wgrad.Case, three: None, device: torch.device, launches: list[str]) -> None:
     if c.name in ("widest-tile", "tallest-tile"):  # what is the largest here
-        c = replace(c, plan=(("block_m", 128), ("block_n", 128), ("num_warps", 8)))
+        c = replace(c, plan=(("block_m", 128), ("block_n", 64), ("num_warps", 8)))
     test_conv_wgrad.check(c, EXACT, device)
     assert of_three(launches)
 
@@ -242,14 +236,13 @@ def test_blocks_are_added_outside_of_the_tensor_cores(arch: int) -> None:
     with recording(arch) as calls, kinds("fp32x3"), tf32_convolutions(False):
         launch.run(LAYER, Operands(x, weight), True)
     (call,) = (c for c in calls if c.job.function == "conv_transpose_kernel")
-    code = compile_job(call.job).asm["ttgir"]
-    loop = code[re.search(r"scf\.for .*iter_args", code).start() :]  # type: ignore[union-attr]
-    products = re.findall(r"(%\S+) = (?:tt\.dot|ttng\.warp_group_dot) \S+ \S+ (%[^\s:,]+)", loop)
-    assert len(products) == 3, products
-    carried = set(re.findall(r"(%\w+) = %\w+", re.search(r"iter_args\((.*?)\)", loop).group(1)))  # type: ignore[union-attr]
-    assert carried and not carried & {start for _, start in products}
-    sums = re.findall(r"arith\.addf (%\w+), (%\w+)", loop)
-    assert any(carried & set(pair) for pair in sums), sums
+    code = compile_job(call.job).asm["ttgir"]  # in either form of MLIR's text, the short and the general one
+    products = re.findall(r'(%\w+) = "?(?:tt\.dot|ttng\.warp_group_dot)"?[ (]%\S+, %\S+, (%\w+)', code)
+    assert len(products) == 3 and not any(start.startswith("%arg") for _, start in products), products
+    waits = dict(re.findall(r'(%\w+)(?::\d)? = "?ttng\.warp_group_dot_wait"?[ (](%\w+)', code))
+    sums = re.findall(r'= "?arith\.addf"?[ (](%\w+), (%\w+)', code)
+    outside = [block for carried, block in sums if carried.startswith("%arg")]
+    assert [waits.get(block, block) for block in outside] == [products[-1][0]], (outside, products)
 
 
 def test_calls_do_not_take_it_yet() -> None:
