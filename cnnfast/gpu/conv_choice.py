@@ -167,18 +167,16 @@ def trip_clocks(plan: Tile, precision: Precision, device: Device) -> dict[str, f
 
 def _three_clocks(plan: Tile, device: Device) -> tuple[float, float]:
     """Clocks of the issue slots, and bytes read from shared memory, in a trip of three products: as counted in compiled
-    plans from 16x16 to 128x64 (sm_80, 90 and 100), within 8 %.
+    plans from 16x16 to 128x64 (sm_80 and 90), within 8 %.
 
     An operand's element takes 5 instructions to part, a sum 3: two that keep it finite, and its addition.
     """
     m, n, k, warps = plan.block_m, plan.block_n, plan.block_k, plan.num_warps
     macs, sums, copies = m * n * k, m * n / (32 * warps), (m + n) * k / (128 * warps)
-    if device.arch // 10 in (9, 10) and m >= 64 and warps >= 4:
-        # The parts of b, and on sm_100 of a, go back to shared memory, from where tensor cores read them three times.
-        parts = (m + n) * k / (32 * warps)
-        stored = 2 * n * k / (32 * warps)
-        issue = 5 * parts + stored + 3 * sums + 4.5 * copies + (100 if device.arch // 10 == 9 else 190)
-        return issue * warps / 4, 4 * k * (m + n + 2 * n + 3 * -(-m // 64) * n)
+    if uses_wgmma(plan, device):  # the parts of b go back to shared memory, where tensor cores read them three times
+        parts, stored = (m + n) * k / (32 * warps), 2 * n * k / (32 * warps)
+        issue = 5 * parts + stored + 3 * sums + 4.5 * copies + 100
+        return issue * warps / 4, 4 * k * (m + 3 * n + 3 * m // 64 * n)
     along = min(warps, m // 16)  # warps that share the rows: of chained products all, as far as there are rows
     a, b = m // along * k / 32, n * along // warps * k / 32
     issue = 5 * (a + b) + b + 3 * macs / 1024 / warps + 3 * sums + 4.5 * copies + 55

@@ -228,9 +228,11 @@ def is_exact(precision: Precision) -> bool:
 MOST_K = 32  # of a block of three products: tensor cores cut their sums (docs/facts.md)
 
 
-def takes_three(plan: Tile, precision: Precision) -> bool:
-    """Whether `Tile.three` is what the precision allows: no, or in exact float32 of blocks that are short enough."""
-    return not plan.three or is_exact(precision) and plan.block_k <= MOST_K
+def takes_three(plan: Tile, precision: Precision, device: Device) -> bool:
+    """Whether products may be as `Tile.three` says: three of exact float32 alone, and of blocks that are short enough.
+    Not by tcgen05 of sm_100, which several products of a trip are not proven for (`is_valid`)."""
+    tcgen05 = device.arch // 10 == 10 and plan.block_m >= 64 and plan.num_warps >= 4
+    return not plan.three or is_exact(precision) and plan.block_k <= MOST_K and not tcgen05
 
 
 def uses_wgmma(plan: Tile, device: Device) -> bool:
@@ -249,7 +251,7 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
     # two elements of a row together.
     if m * n > threads * (32 if is_exact(precision) or not plan.lowering.channels_last else 128) or m * n < threads * 2:
         return False
-    if not takes_three(plan, precision):
+    if not takes_three(plan, precision, device):
         return False
     if plan.num_warps > (m // 16) * (n // 16):  # the surplus warps would repeat the work of the others
         return False

@@ -90,7 +90,7 @@ def is_valid_wgrad(plan: WgradPlan, precision: Precision, device: Device) -> boo
     threads = plan.num_warps * 32
     if m * n > threads * (32 if is_exact(precision) else 128) or m * n < threads * 2:
         return False
-    if not takes_three(plan, precision):
+    if not takes_three(plan, precision, device):
         return False
     if plan.num_warps > (m // 16) * (n // 16):
         return False

@@ -203,6 +203,8 @@ def test_three_products_are_of_exact_float32_in_short_blocks() -> None:
     large = dataclasses.replace(three, block_m=128, num_warps=8)
     assert is_valid(large, EXACT, DEVICES[80])
     assert not is_valid(dataclasses.replace(large, num_warps=4), EXACT, DEVICES[80]), "an operand has two parts"
+    assert not is_valid(three, EXACT, DEVICES[100]), "tcgen05"
+    assert is_valid(dataclasses.replace(three, block_m=32), EXACT, DEVICES[100])
 
 
 def test_three_products_take_three_times_the_tensor_cores() -> None:
