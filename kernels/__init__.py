@@ -25,8 +25,9 @@ Each kernel, what it computes, who launches it, and its test:
 What they share, device functions:
 
     activation.py                    act(x) and act'(x), one branch for each row of `cnnfast.activations`
-    epilogue.py                      from the accumulator to the store, in any layout; vectors; rounding to TF32
+    epilogue.py                      from the accumulator to the store, in any layout; vectors
     indexing.py                      which tile, phase or part a program owns, and where it lies
+    product.py                       a @ b: as it is, of operands rounded to TF32, or float32 by three products of TF32
     statistics.py                    statistics stored by parts, and read
 
 The folder lies at the top of the repository, and another package of the name ``kernels`` exists. Under that name this

@@ -26,8 +26,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import finish, round_tf32
+from .epilogue import finish
 from .indexing import border, inside, phase_taps, tile_order
+from .product import multiply_add, unscaled
 from .statistics import emit_statistics, store_statistics
 
 
@@ -90,7 +91,7 @@ def conv_transpose_kernel(
     P0: tl.constexpr,
     P1: tl.constexpr,
     ACT: tl.constexpr,
-    TF32: tl.constexpr,
+    TF32: tl.constexpr,  # products of it for one of float32's: 1 or 3; 0: none, or 16-bit operands
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -219,10 +220,8 @@ def conv_transpose_kernel(
                 b = tl.load(w_ptrs + u * (BLOCK_K * W_K), mask=col_mask[None, :], other=0.0)
             else:
                 b = tl.load(w_ptrs + u * (BLOCK_K * W_K), mask=(offs_k < left)[:, None] & col_mask[None, :], other=0.0)
-            if TF32:
-                acc = tl.dot(round_tf32(a), round_tf32(b), acc, input_precision="tf32")
-            else:
-                acc = tl.dot(a, b, acc, input_precision="ieee")
+            acc = multiply_add(a, b, acc, TF32)
+    acc = unscaled(acc, TF32)
 
     if stats_ptr is not None:
         # Stored and summed without anything between, the accumulator makes ptxas (sm_90) wait for each product of the

@@ -19,8 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .epilogue import round_tf32
 from .indexing import inside
+from .product import multiply_add, unscaled
 
 
 @triton.jit(do_not_specialize=["N", "H", "W", "BH", "BW", "SPLITS", "RN", "RH", "RW"])
@@ -53,7 +53,7 @@ def conv_wgrad_kernel(
     OUT_B: tl.constexpr,
     OUT_H: tl.constexpr,
     OUT_W: tl.constexpr,
-    TF32: tl.constexpr,
+    TF32: tl.constexpr,  # products of it for one of float32's: 1 or 3; 0: none, or 16-bit operands
     BLOCK_M: tl.constexpr,  # of A's channels
     BLOCK_N: tl.constexpr,  # of columns (tap, b)
     BLOCK_K: tl.constexpr,  # of positions
@@ -131,10 +131,7 @@ def conv_wgrad_kernel(
         if COLUMNS % BLOCK_N != 0:
             b_ok = ok & mask_b[None, :]
         b = tl.load(b_ptr + tl.where(ok, b_offs, b_cols), mask=b_ok, other=0.0)
-        if TF32:
-            acc = tl.dot(round_tf32(a), round_tf32(b), acc, input_precision="tf32")
-        else:
-            acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = multiply_add(a, b, acc, TF32)
         # the next corner
         w0 += RW
         ends = w0 >= W
@@ -143,6 +140,7 @@ def conv_wgrad_kernel(
         ends = h0 >= H
         h0 = tl.where(ends, 0, h0)
         n0 = tl.where(ends, n0 + RN, n0)
+    acc = unscaled(acc, TF32)
 
     # --- the store ----------------------------------------------------------------------------------------------------
     row = group * CA + offs_a

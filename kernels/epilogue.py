@@ -1,4 +1,4 @@
-"""Device functions that kernels share: vectors of channels, the epilogue on an accumulator, rounding to TF32."""
+"""Device functions that kernels share: vectors of channels, the epilogue on an accumulator."""
 
 from __future__ import annotations
 
@@ -93,13 +93,3 @@ def finish(
     # fmt: on
     tl.store(y_ptr + offs, acc, mask=mask)
     return acc
-
-
-@triton.jit
-def round_tf32(v):
-    """float32 to TF32's mantissa, to nearest and ties away: the tensor core would truncate."""
-    # In floats, because a test for NaN costs predicates, which the compiler packs into bit masks: sign and exponent are
-    # a power of two, of which 2^-11 is half of TF32's last place. NaN and infinity stay; a denormal is cut.
-    power = (v.to(tl.int32, bitcast=True) & -8388608).to(tl.float32, bitcast=True)
-    rounded = v + power * 0.00048828125
-    return (rounded.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)

@@ -1,8 +1,5 @@
-"""A probe of what is not built: float32 products by three of TF32, on tensor cores.
-
-Each operand is the sum of two TF32 numbers, high and low; low times high, high times low and high times high are
-multiplied, and after each BLOCK_K the tensor cores' sum is added to one that stays in float32, because they cut theirs.
-docs/facts.md ("Exact float32 on tensor cores") has what is known of it without a GPU.
+"""A probe of float32 products by three of TF32 on tensor cores (`kernels/product.py`), beside those on CUDA cores: how
+exact they are, and how fast. docs/facts.md ("Exact float32 on tensor cores") has what is known of it without a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from cnnfast.kernels.epilogue import round_tf32
+from cnnfast.kernels.product import multiply_add, unscaled
 from cnnfast.tolerance import limits
 
 from .. import timers
@@ -30,7 +27,7 @@ def float32_kernel(
     M,
     N,
     K,
-    THREE: tl.constexpr,
+    TF32: tl.constexpr,  # 3 or 0: `multiply_add`
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -43,15 +40,8 @@ def float32_kernel(
     for k0 in range(0, K, BLOCK_K):
         a = tl.load(a_ptr + m[:, None] * K + (k0 + k)[None, :])
         b = tl.load(b_ptr + (k0 + k)[:, None] * N + n[None, :])
-        if THREE:
-            a_high = round_tf32(a)
-            b_high = round_tf32(b)
-            part = tl.dot(a - a_high, b_high, input_precision="tf32")
-            part = tl.dot(a_high, b - b_high, part, input_precision="tf32")
-            part = tl.where(part == part, part, 0.0)  # infinity has no low part: inf - inf
-            total += tl.dot(a_high, b_high, part, input_precision="tf32")
-        else:
-            total = tl.dot(a, b, total, input_precision="ieee")
+        total = multiply_add(a, b, total, TF32)
+    total = unscaled(total, TF32)
     tl.store(y_ptr + m[:, None] * N + n[None, :], total)
 
 
@@ -65,7 +55,7 @@ def product(a: torch.Tensor, b: torch.Tensor, three: bool) -> torch.Tensor:
     y = a.new_empty(m, n)
     rows, columns, depth, warps, stages = TILES[three]
     grid = (m // rows, n // columns)
-    float32_kernel[grid](a, b, y, m, n, k, three, rows, columns, depth, num_warps=warps, num_stages=stages)
+    float32_kernel[grid](a, b, y, m, n, k, 3 if three else 0, rows, columns, depth, num_warps=warps, num_stages=stages)
     return y
 
 

@@ -34,7 +34,7 @@ from cnnfast.step import Operands, Step
 
 from .. import cases
 from ..rehearse.inspector import Job, compile_job, recording
-from ..rehearse.launches import NUMERICS, Recorder, StepRun
+from ..rehearse.launches import CALLED, NUMERICS, Recorder, StepRun
 from ..rehearse.training_launches import record
 from ..workload import Workload
 
@@ -52,7 +52,7 @@ def variables(folder: Path) -> dict[str, str]:
 # --- which binaries ---------------------------------------------------------------------------------------------------
 
 
-def recorded(arch: int, found: Iterable[cases.Case], numerics: Iterable[str] = tuple(NUMERICS)) -> Iterator[Job]:
+def recorded(arch: int, found: Iterable[cases.Case], numerics: Iterable[str] = CALLED) -> Iterator[Job]:
     """The binaries of inference and training of these cases, the most common numerics first; each once."""
     found, known = tuple(found), set()
     for name in numerics:

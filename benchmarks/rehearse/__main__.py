@@ -21,7 +21,7 @@ from ..cases import Case
 from .analysis import Passes, Rehearsal, Row, analyse
 from .inspections import Inspections
 from .inspector import ARCHS
-from .launches import NUMERICS, Op, Recorder, StepRun, Unrun, eager_ops, inductor_passes, precision
+from .launches import CALLED, NUMERICS, Op, Recorder, StepRun, Unrun, eager_ops, inductor_passes, precision
 
 __all__ = ["rehearse"]
 
@@ -35,7 +35,7 @@ Progress = Callable[[str, int, int], None]
 def rehearse(
     which: Iterable[Case],
     archs: Iterable[int] = ARCHS,
-    numerics: Iterable[str] = tuple(NUMERICS),
+    numerics: Iterable[str] = CALLED,
     batches: Iterable[int] | None = None,
     inspections: Inspections | None = None,
     progress: Progress | None = None,
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     from .report import summary, write
 
     archs = tuple(a.arch or (QUICK["archs"] if a.quick else ARCHS))
-    numerics = tuple(a.dtype or (QUICK["numerics"] if a.quick else NUMERICS))
+    numerics = tuple(a.dtype or (QUICK["numerics"] if a.quick else CALLED))
     result = rehearse(which, archs, numerics, a.batch, Inspections(a.jobs), _Line())
     if not result.rows:
         p.error("no case has such a batch size")

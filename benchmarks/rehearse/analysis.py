@@ -64,7 +64,8 @@ def analyse(run: StepRun, reports: list[Report | Failed], precision: Precision, 
     done, moved = work(run, plan), traffic(run, plan, fits.blocks, device)
     issue = pressure(main, plan, precision, device)
     waves = done.programs / (device.multiprocessors * max(1, fits.blocks))
-    bounds = bounds_of(run, plan, done, moved, issue, rate(main.mma_kind, precision, device), fits.blocks, device)
+    per_clock = rate(main.mma_kind, precision, device) / (3 if plan.three else 1)
+    bounds = bounds_of(run, plan, done, moved, issue, per_clock, fits.blocks, device)
     top = max(bounds, key=lambda name: bounds[name])
     low = plan.lowering
     many = low.regime == "phases" and min(low.channels_in, low.columns) >= 32

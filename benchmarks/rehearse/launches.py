@@ -7,7 +7,8 @@ are called: those inside a fused step (copies, packing of weights), those of eag
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 import cnnfast
 from cnnfast import dispatch
-from cnnfast.gpu import conv, why_not
+from cnnfast.gpu import conv, conv_choice, conv_wgrad, why_not
 from cnnfast.gpu.conv_plan import Plan
 from cnnfast.gpu.devices import allocate, tf32_convolutions
 from cnnfast.nn import chain
@@ -32,15 +33,46 @@ from cnnfast.step import Operands, Step
 from ..cases import Case
 from .inspector import Call, recording
 
-__all__ = ["NUMERICS", "Op", "Recorder", "StepRun", "Unrun", "counting", "eager_ops", "inductor_passes", "precision"]
+__all__ = [
+    "CALLED",
+    "NUMERICS",
+    "Op",
+    "Recorder",
+    "StepRun",
+    "Unrun",
+    "counting",
+    "eager_ops",
+    "inductor_passes",
+    "kinds",
+    "precision",
+]
 
-# name -> (dtype, whether PyTorch lets float32 convolutions use TF32)
+# name -> (dtype, whether PyTorch lets float32 convolutions use TF32). "fp32x3": by three products of TF32 alone.
 NUMERICS: dict[str, tuple[torch.dtype, bool]] = {
     "fp16": (torch.float16, True),
     "bf16": (torch.bfloat16, True),
     "tf32": (torch.float32, True),
     "fp32": (torch.float32, False),
+    "fp32x3": (torch.float32, False),
 }
+CALLED = ("fp16", "bf16", "tf32", "fp32")  # what calls take (`conv_choice.KINDS`)
+
+
+@contextmanager
+def kinds(numerics: str) -> Iterator[None]:
+    """What is planned inside the block takes float32's products as ``numerics`` says."""
+    if numerics in CALLED:
+        yield
+        return
+    remembered = (conv.prepare, conv.choose_plan, conv_wgrad.prepare, conv_wgrad.choose_wgrad_plan)
+    for f in remembered:
+        f.cache_clear()
+    try:
+        with mock.patch.object(conv_choice, "KINDS", (True,)):
+            yield
+    finally:
+        for f in remembered:
+            f.cache_clear()
 
 
 @dataclass(frozen=True)
@@ -189,7 +221,7 @@ class Recorder:
 
     def __init__(self, case: Case, numerics: str) -> None:
         self.case = case
-        self.dtype, self.tf32 = NUMERICS[numerics]
+        self.numerics, (self.dtype, self.tf32) = numerics, NUMERICS[numerics]
         self.found: list[StepRun | Unrun] = []
         self.meta = skeleton(case, self.dtype)
         modules = list(skeleton(case, self.dtype).to_empty(device="cpu"))
@@ -207,6 +239,7 @@ class Recorder:
         with ExitStack() as stack:
             stack.enter_context(torch.no_grad())
             stack.enter_context(tf32_convolutions(self.tf32))
+            stack.enter_context(kinds(self.numerics))
             stack.enter_context(dispatch.backend("triton"))
             calls = stack.enter_context(recording(arch))
             for name, replacement in _hooks(self.found, self.meta, self.steps, calls).items():

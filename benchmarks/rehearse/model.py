@@ -76,7 +76,7 @@ def occupancy(registers: int, shared: int, num_warps: int, device: Device) -> Oc
 
 
 def rate(kind: str, precision: Precision, device: Device) -> float:
-    """Multiply-adds per clock and multiprocessor of the loop's instructions."""
+    """Multiply-adds per clock and multiprocessor of the loop's instructions (of three products for one: all three)."""
     if not kind:
         return float(_SCALAR.get(device.arch, 128))
     share = 1.0

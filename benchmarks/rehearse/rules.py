@@ -7,8 +7,6 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 
-import torch
-
 from cnnfast.gpu.conv_choice import (
     FULL_WAVE,
     PENALTY,
@@ -20,7 +18,7 @@ from cnnfast.gpu.conv_choice import (
     modelled_pressure,
 )
 from cnnfast.gpu.conv_choice import PRESSURE as FREE
-from cnnfast.gpu.conv_plan import Plan
+from cnnfast.gpu.conv_plan import Plan, is_exact
 from cnnfast.gpu.devices import Device
 from cnnfast.spec import Precision
 
@@ -100,8 +98,7 @@ def whole_trips(report: Report, plan: Plan, precision: Precision) -> bool:
 
 def loop(report: Report, plan: Plan, call: Call, precision: Precision) -> list[str]:
     found = []
-    exact = precision.dtype == torch.float32 and not precision.tf32
-    if not exact and not report.mma:
+    if not report.mma and (plan.three or not is_exact(precision)):
         found.append("no tensor-core instruction in the main loop")
     if narrow := narrow_loads(report, plan, call):
         found.append(f"{narrow} loads of 2 bytes or less in the main loop")
@@ -172,5 +169,6 @@ def better_plan(
         return None
 
     layout = plan.lowering.channels_last
-    own = itertools.chain.from_iterable(menu(plan.lowering, precision, device))
-    return better(own), better(candidates(run.step.spec, run.input_shape[0], size, precision, device, layout))
+    own = itertools.chain.from_iterable(menu(plan.lowering, precision, device, (plan.three,)))
+    every = candidates(run.step.spec, run.input_shape[0], size, precision, device, layout)
+    return better(own), better(other for other in every if other.three == plan.three)

@@ -28,7 +28,7 @@ from ..case import Case
 from ..report import table
 from .inspections import Failed, Inspections
 from .inspector import ARCHS, Call, Report
-from .launches import NUMERICS, precision
+from .launches import CALLED, NUMERICS, precision
 from .model import rate
 from .rules import drained, grids, limits
 from .training_launches import Cost, eager_cost, inductor_cost, record
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         p.error(str(error))
     torch.manual_seed(0)
-    numerics, archs = tuple(a.dtype or NUMERICS), tuple(a.arch or ARCHS)
+    numerics, archs = tuple(a.dtype or CALLED), tuple(a.arch or ARCHS)
     result = rehearse(which, archs, numerics, a.batch, Inspections(a.jobs))
     result.passes = passes(blocks, a.batch)
     text = markdown(result)

@@ -23,7 +23,7 @@ from cnnfast.gpu.observers import observed
 
 from ..cases import Case
 from .inspector import Call, recording
-from .launches import NUMERICS, Op, counting
+from .launches import NUMERICS, Op, counting, kinds
 
 __all__ = ["Cost", "TrainingRun", "eager_cost", "inductor_cost", "record"]
 
@@ -92,6 +92,7 @@ def record(case: Case, batch: int, numerics: str, arch: int) -> TrainingRun:
     run = TrainingRun()
     with ExitStack() as stack:
         stack.enter_context(tf32_convolutions(tf32))
+        stack.enter_context(kinds(numerics))
         calls = stack.enter_context(recording(arch))
         stack.enter_context(observed(launch=run.plans.append))
         for _ in range(2):

@@ -70,8 +70,9 @@ def constants(
         W_GROUP=layout.group, W_TAP=layout.tap, W_K=layout.k, W_COL=layout.column,
         W_FIRST=layout.first, W_ROW=layout.row,
         Y_CHANNELS_LAST=channels_last, SLOPES=slopes, P0=params[0], P1=params[1], ACT=step.activation.name,
-        TF32=precision.tf32, BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, GROUP_M=plan.group_m,
-        UNROLL=plan.unroll, SPLIT_K=plan.splits, BIG=big, FENCE=fenced,
+        TF32=3 if plan.three else int(precision.tf32),
+        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, GROUP_M=plan.group_m, UNROLL=plan.unroll,
+        SPLIT_K=plan.splits, BIG=big, FENCE=fenced,
         num_warps=plan.num_warps, num_stages=plan.num_stages,
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from .devices import Device, resident_blocks
 __all__ = [
     "BINARIES",
     "FULL_WAVE",
+    "KINDS",
     "PENALTY",
     "PRESSURE",
     "PROLOGUE",
@@ -29,6 +30,7 @@ __all__ = [
     "broken_rules",
     "candidates",
     "choose_plan",
+    "kinds",
     "menu",
     "modelled_clocks",
     "modelled_pressure",
@@ -38,12 +40,30 @@ __all__ = [
 ]
 
 
+KINDS: tuple[bool, ...] = (False,)
+"""Which plans calls choose among for float32 without TF32, by `Plan.three`. (False,): on the CUDA cores alone, because
+no GPU has run the others. What adds them, as (False, True): the stages "candidates" and "tune" of `make gpu`, all of
+them right and the best of them faster over the rows of exact float32, on an sm_80 and an sm_90; name the results'
+folder here. Until then `cnnfast.tune` alone takes them, for a layer where one is the fastest on that GPU."""
+
+
+def kinds(precision: Precision) -> tuple[bool, ...]:
+    """`KINDS` for exact float32; there is one kind of all else."""
+    return KINDS if is_exact(precision) else (False,)
+
+
 SPLITS = (2, 4, 8, 16, 32)
 UNROLLS, MAX_TRIP = (2, 3, 5, 7), 192  # channel blocks of a trip, and its channels
 
 
-def _tiles(low: Lowering, precision: Precision, device: Device) -> Iterator[tuple[int, int, int, int, int]]:
+def _tiles(
+    low: Lowering, precision: Precision, device: Device, three: bool
+) -> Iterator[tuple[int, int, int, int, int]]:
     """(block_m, block_n, num_warps, num_stages, bytes of k per block) that are tried, in this order."""
+    if three:
+        yield from ((128, 64, 8, 3, 128), (64, 64, 4, 3, 128), (64, 32, 4, 3, 128), (32, 64, 4, 3, 128))
+        yield from ((32, 32, 2, 3, 128), (16, 32, 2, 3, 128), (16, 16, 1, 3, 128))
+        return
     if is_exact(precision):
         yield from ((64, 64, 8, 2, 64), (32, 64, 4, 2, 64), (32, 32, 4, 2, 64), (16, 32, 2, 2, 64), (16, 16, 1, 2, 64))
         return
@@ -66,9 +86,9 @@ def _tiles(low: Lowering, precision: Precision, device: Device) -> Iterator[tupl
             yield m, n, warps, 5, 128
 
 
-def _plans(low: Lowering, precision: Precision, device: Device) -> Iterator[Plan]:
-    """Every tile for a lowering, K in one piece."""
-    for m, n, warps, stages, k_bytes in _tiles(low, precision, device):
+def _plans(low: Lowering, precision: Precision, device: Device, three: bool) -> Iterator[Plan]:
+    """Every tile of a kind for a lowering, K in one piece."""
+    for m, n, warps, stages, k_bytes in _tiles(low, precision, device, three):
         if n > 16 and n >= 2 * low.columns:
             continue
         if m >= 4 * n and low.columns > n:  # a tall tile spends its loop on row addresses
@@ -85,7 +105,7 @@ def _plans(low: Lowering, precision: Precision, device: Device) -> Iterator[Plan
             if is_valid(Plan(low, m, n, part, u, warps, stages), precision, device):
                 block_k, unroll = part, u
                 break
-        plan = Plan(low, m, n, block_k, unroll, warps, stages)
+        plan = Plan(low, m, n, block_k, unroll, warps, stages, three=three)
         if is_valid(plan, precision, device):
             yield plan
 
@@ -98,17 +118,18 @@ def _split(plan: Plan, precision: Precision, device: Device) -> list[Plan]:
 
 
 def registers(plan: Tile) -> int:
-    """Of a thread, about: twice the accumulators, and 48 (seen in compiled plans from 16x16 to 128x128)."""
-    return min(255, 48 + 2 * plan.block_m * plan.block_n // (32 * plan.num_warps))
+    """Of a thread, about: twice the accumulators, and 48, or 112 with operands in two parts (seen in compiled plans
+    from 16x16 to 128x128)."""
+    return min(255, (112 if plan.three else 48) + 2 * plan.block_m * plan.block_n // (32 * plan.num_warps))
 
 
 def trip_rate(plan: Tile, precision: Precision, device: Device) -> float:
-    """Multiply-adds per clock of a multiprocessor with this tile's instructions."""
-    if is_exact(precision):
+    """Multiply-adds per clock of a multiprocessor with this tile's instructions; a third where each is three."""
+    if is_exact(precision) and not plan.three:
         return 64.0
     rate = device.mma_per_clock * 2 / precision.itemsize
     wide = plan.block_m >= 64 and plan.num_warps >= 4  # wgmma and tcgen05; mma.sync stays at the rate of sm_80
-    return rate if wide else min(rate, 1024 * 2 / precision.itemsize)
+    return (rate if wide else min(rate, 1024 * 2 / precision.itemsize)) / (3 if plan.three else 1)
 
 
 def trip_clocks(plan: Tile, precision: Precision, device: Device) -> dict[str, float]:
@@ -120,7 +141,9 @@ def trip_clocks(plan: Tile, precision: Precision, device: Device) -> dict[str, f
     macs = m * n * k
     generation = device.arch // 10
     tensor = macs / trip_rate(plan, precision, device)
-    if is_exact(precision):
+    if plan.three:
+        issue, read = _three_clocks(plan, device)
+    elif is_exact(precision):
         issue, read = 1.3 * macs / 128, written
     elif uses_wgmma(plan, device):  # operands straight from shared memory
         products = m // 64 * k * size // 32 / (warps // 4)
@@ -140,6 +163,24 @@ def trip_clocks(plan: Tile, precision: Precision, device: Device) -> dict[str, f
         "shared": (written + read) / 128,
         "l2": written / device.l2_bytes_per_clock,
     }
+
+
+def _three_clocks(plan: Tile, device: Device) -> tuple[float, float]:
+    """Clocks of the issue slots, and bytes read from shared memory, in a trip of three products: as counted in compiled
+    plans from 16x16 to 128x64 (sm_80 and 90), within 8 %.
+
+    An operand's element takes 5 instructions to part, a sum 3: two that keep it finite, and its addition.
+    """
+    m, n, k, warps = plan.block_m, plan.block_n, plan.block_k, plan.num_warps
+    macs, sums, copies = m * n * k, m * n / (32 * warps), (m + n) * k / (128 * warps)
+    if uses_wgmma(plan, device):  # the parts of b go back to shared memory, where tensor cores read them three times
+        parts, stored = (m + n) * k / (32 * warps), 2 * n * k / (32 * warps)
+        issue = 5 * parts + stored + 3 * sums + 4.5 * copies + 100
+        return issue * warps / 4, 4 * k * (m + 3 * n + 3 * m // 64 * n)
+    along = min(warps, m // 16)  # warps that share the rows: of chained products all, as far as there are rows
+    a, b = m // along * k / 32, n * along // warps * k / 32
+    issue = 5 * (a + b) + b + 3 * macs / 1024 / warps + 3 * sums + 4.5 * copies + 55
+    return issue * warps / 4, 4 * 32 * warps * (a + b)
 
 
 # Clocks: of a trip of the main loop over the stages in flight, of a program beside its trips.
@@ -227,11 +268,14 @@ _SIZES = (1, *(2**e for e in range(4, 17)))  # rows for which a menu is composed
 
 
 @lru_cache(maxsize=4096)
-def menu(low: Lowering, precision: Precision, device: Device) -> tuple[tuple[Plan, ...], ...]:
+def menu(
+    low: Lowering, precision: Precision, device: Device, among: tuple[bool, ...] = (False,)
+) -> tuple[tuple[Plan, ...], ...]:
     """The tiles a layer may use, as the plans of each (several where K can be split): those that lose the least over
-    all sizes of batch and image, in no more than `BINARIES` binaries. A split's second pass is one of them.
+    all sizes of batch and image, in no more than `BINARIES` binaries. A split's second pass is one of them. ``among``:
+    of these kinds, by `Plan.three`.
     """
-    whole: list[tuple[Plan, ...]] = [(p,) for p in _plans(low, precision, device)]
+    whole: list[tuple[Plan, ...]] = [(p,) for three in among for p in _plans(low, precision, device, three)]
     split = [tuple(parts) for (p,) in whole if (parts := _split(p, precision, device))]
     if not whole:
         raise RuntimeError(f"no valid plan for {low.spec} in {precision.dtype} on {device.name}")
@@ -274,7 +318,7 @@ def choose_plan(
     """
     low = lower(spec, input_size, channels_last)
     rows = low.rows(batch, spec.output_size(input_size))
-    plans = itertools.chain.from_iterable(menu(low, precision, device))
+    plans = itertools.chain.from_iterable(menu(low, precision, device, kinds(precision)))
     return min(plans, key=lambda plan: _cost(plan, rows, precision, device))
 
 
@@ -286,8 +330,11 @@ def candidates(
     device: Device,
     channels_last: bool = True,
 ) -> list[Plan]:
-    """Every valid plan for x (batch, C_in, *input_size), by modelled time: what tuning tries."""
+    """Every valid plan for x (batch, C_in, *input_size), of every kind, by modelled time: what tuning tries."""
     low = lower(spec, input_size, channels_last)
     rows = low.rows(batch, spec.output_size(input_size))
-    found = [q for p in _plans(low, precision, device) for q in (p, *_split(p, precision, device))]
+    every = (False, True) if is_exact(precision) else (False,)
+    found = [
+        q for three in every for p in _plans(low, precision, device, three) for q in (p, *_split(p, precision, device))
+    ]
     return sorted(dict.fromkeys(found), key=lambda plan: modelled_clocks(plan, rows, precision, device))

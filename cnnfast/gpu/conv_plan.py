@@ -15,7 +15,7 @@ import torch
 from ..spec import ConvSpec, Phase, Precision, tap_inverse
 from .devices import Device
 
-__all__ = ["Lowering", "Plan", "Tile", "is_exact", "is_valid", "lower", "tap_map", "uses_wgmma"]
+__all__ = ["Lowering", "Plan", "Tile", "is_exact", "is_valid", "lower", "takes_three", "tap_map", "uses_wgmma"]
 
 
 # --- lowering: which gather the kernel runs ---------------------------------------------------------------------------
@@ -158,7 +158,7 @@ def _lower(spec: ConvSpec, input_size: tuple[int, ...]) -> Lowering:
 @dataclass(frozen=True)
 class Plan:
     """A tile and its schedule, for one lowering. ``splits``: whether the binary can cut K in parts at all (their number
-    is a run-time argument)."""
+    is a run-time argument). ``three``: exact float32's products are each three of TF32's, on tensor cores."""
 
     lowering: Lowering
     block_m: int
@@ -170,13 +170,15 @@ class Plan:
     splits: bool = False
     split_k: int = 1
     group_m: int = 8
+    three: bool = False
 
     @property
     def name(self) -> str:
         split = f" split{self.split_k}" if self.splits else ""
+        three = " tf32x3" if self.three else ""
         return (
             f"{self.lowering.regime} {self.block_m}x{self.block_n}x{self.block_k}*{self.unroll} "
-            f"w{self.num_warps} s{self.num_stages}{split}"
+            f"w{self.num_warps} s{self.num_stages}{split}{three}"
         )
 
     def tiles(self, batch: int, output_size: tuple[int, ...]) -> int:
@@ -214,11 +216,23 @@ class Tile(Protocol):
     def unroll(self) -> int: ...
     @property
     def num_warps(self) -> int: ...
+    @property
+    def three(self) -> bool: ...
 
 
 def is_exact(precision: Precision) -> bool:
-    """float32 on the CUDA cores: no tensor core multiplies it exactly."""
+    """float32 that no tensor core multiplies in one product: on the CUDA cores, or in three (`Tile.three`)."""
     return precision.dtype == torch.float32 and not precision.tf32
+
+
+MOST_K = 32  # of a block of three products: tensor cores cut their sums (docs/facts.md)
+
+
+def takes_three(plan: Tile, precision: Precision, device: Device) -> bool:
+    """Whether products may be as `Tile.three` says: three of exact float32 alone, and of blocks that are short enough.
+    Not by tcgen05 of sm_100, which several products of a trip are not proven for (`is_valid`)."""
+    tcgen05 = device.arch // 10 == 10 and plan.block_m >= 64 and plan.num_warps >= 4
+    return not plan.three or is_exact(precision) and plan.block_k <= MOST_K and not tcgen05
 
 
 def uses_wgmma(plan: Tile, device: Device) -> bool:
@@ -233,8 +247,11 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
         return False
     threads = plan.num_warps * 32
     # 128 accumulators a thread leave room for operands and addresses. A CUDA-core product (float32 exact) needs more of
-    # those, and so does a store that finds no two elements of a row together.
+    # those, three products have each operand in two parts (with 64, epilogues spill), and so does a store that finds no
+    # two elements of a row together.
     if m * n > threads * (32 if is_exact(precision) or not plan.lowering.channels_last else 128) or m * n < threads * 2:
+        return False
+    if not takes_three(plan, precision, device):
         return False
     if plan.num_warps > (m // 16) * (n // 16):  # the surplus warps would repeat the work of the others
         return False

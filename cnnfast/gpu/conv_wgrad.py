@@ -81,7 +81,7 @@ def prepare(
     out = dict(OUT_A=strides[0], OUT_B=strides[1], OUT_H=strides[2], OUT_W=strides[3])
     consts = dict(
         GROUPS=s.groups, CA=ca, CB=cb, KH=kh, KW=kw, SH=s.stride[0], SW=s.stride[1], PAD_H=s.padding[0],
-        PAD_W=s.padding[1], DH=s.dilation[0], DW=s.dilation[1], **out, TF32=precision.tf32,
+        PAD_W=s.padding[1], DH=s.dilation[0], DW=s.dilation[1], **out, TF32=3 if plan.three else int(precision.tf32),
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, EVEN=plan.even, BIG=big,
         FENCE=fence.needed(device.arch),
         A=s.groups * ca, BLOCK=SUM_BLOCK,

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from ..spec import ConvSpec, Precision
-from .conv_choice import FULL_WAVE, PROLOGUE, SECOND_PASS, TRIP, registers, trip_clocks
-from .conv_plan import is_exact
+from .conv_choice import FULL_WAVE, PROLOGUE, SECOND_PASS, TRIP, kinds, registers, trip_clocks
+from .conv_plan import is_exact, takes_three
 from .devices import Device, resident_blocks
 
 __all__ = ["SIZES", "WgradPlan", "choose_wgrad_plan", "is_valid_wgrad"]
@@ -43,13 +43,14 @@ class WgradPlan:
     even: bool = False
     splits: int = 1
     unroll: int = 1
+    three: bool = False  # exact float32's products are each three of TF32's
 
     @property
     def name(self) -> str:
         box = "x".join(map(str, self.box)) + ("" if self.even else " ragged")
         return (
             f"wgrad {self.block_m}x{self.block_n}x{self.block_k} box{box} w{self.num_warps} s{self.num_stages} "
-            f"split{self.splits}"
+            f"split{self.splits}{' tf32x3' if self.three else ''}"
         )
 
     @property
@@ -89,6 +90,8 @@ def is_valid_wgrad(plan: WgradPlan, precision: Precision, device: Device) -> boo
     threads = plan.num_warps * 32
     if m * n > threads * (32 if is_exact(precision) else 128) or m * n < threads * 2:
         return False
+    if not takes_three(plan, precision, device):
+        return False
     if plan.num_warps > (m // 16) * (n // 16):
         return False
     if plan.shared_memory(precision.itemsize) > device.shared_memory:
@@ -115,21 +118,24 @@ def _box(batch: int, grid: tuple[int, int], k: int) -> tuple[tuple[int, int, int
     return min(found, key=lambda box: _boxes((batch, h, w), box)), False
 
 
-def _tiles(spec: ConvSpec, precision: Precision, device: Device) -> Iterator[WgradPlan]:
-    exact, wide, generation = is_exact(precision), precision.itemsize == 4, device.arch // 10
+def _tiles(spec: ConvSpec, precision: Precision, device: Device, three: bool) -> Iterator[WgradPlan]:
+    exact, wide, generation = is_exact(precision) and not three, precision.itemsize == 4, device.arch // 10
     k = 64 if not wide else 32 if not exact else 16
-    sizes = ((64, 64), (64, 32), (32, 64), (32, 32), (32, 16), (16, 32), (16, 16)) if exact else (
+    sizes = ((64, 64), (64, 32), (32, 64), (32, 32), (32, 16), (16, 32), (16, 16)) if exact or three else (
         (128, 128), (128, 64), (64, 128), (64, 64), (128, 32), (32, 128), (64, 32), (32, 64), (32, 32), (64, 16),
         (16, 64), (32, 16), (16, 32), (16, 16),
     )  # fmt: skip
+    if three:
+        sizes = ((128, 64), *sizes)
     if generation in (9, 10) and not wide:  # their operands stay out of registers
         sizes = ((256, 128), (128, 256), *sizes)
     for m, n in sizes:
         if exact:
             warps = max(1, m * n // 512)
         else:
-            warps = 8 if m * n >= 128 * 128 else 4 if m * n >= 32 * 64 else 2 if m * n > 16 * 16 else 1
-        plan = WgradPlan(spec, m, n, k, warps, 2 if exact else 3)
+            most = 128 * 64 if three else 128 * 128
+            warps = 8 if m * n >= most else 4 if m * n >= 32 * 64 else 2 if m * n > 16 * 16 else 1
+        plan = WgradPlan(spec, m, n, k, warps, 2 if exact else 3, three=three)
         copies = _copies(plan, precision)
         few = m * n <= 32 * 32 or max(copies) <= COPIES[precision.itemsize]
         if generation == 12 and not wide and m * n > 64 * 64 and sum(copies) > COPIES[precision.itemsize]:
@@ -174,7 +180,7 @@ def _clocks(plan: WgradPlan, trips: int, precision: Precision, device: Device) -
     per_sm = -(-plan.tiles() * plan.splits * plan.spec.groups // device.multiprocessors)
     concurrent = min(resident, per_sm)
     parts = trip_clocks(plan, precision, device)
-    if not is_exact(precision):
+    if not is_exact(precision):  # of exact ones the forward's are within 10 %
         parts["issue"] = _issue(plan, precision, device)
     latency = TRIP / (plan.num_stages - 1) / concurrent
     tile = -(-trips // plan.splits) * (max(*parts.values(), latency) + sum(parts.values()) / 10)
@@ -187,9 +193,9 @@ SPLITS = (1, 2, 4, 8, 16, 32, 64)
 
 
 @lru_cache(maxsize=1024)
-def _tile(spec: ConvSpec, precision: Precision, device: Device, positions: int) -> WgradPlan:
-    """The layer's tile for about so many positions."""
-    found = list(_tiles(spec, precision, device))
+def _tile(spec: ConvSpec, precision: Precision, device: Device, positions: int, among: tuple[bool, ...]) -> WgradPlan:
+    """The layer's tile for about so many positions, of these kinds (`conv_choice.KINDS`)."""
+    found = [plan for three in among for plan in _tiles(spec, precision, device, three)]
     if not found:
         raise RuntimeError(f"no valid plan for the weight gradient of {spec} in {precision.dtype} on {device.name}")
     trips = {plan: positions // plan.block_k for plan in found}
@@ -213,7 +219,8 @@ def choose_wgrad_plan(
     RuntimeError where no plan is valid.
     """
     positions = math.log(batch * math.prod(grid))
-    plan = _tile(spec, precision, device, min(SIZES, key=lambda size: abs(math.log(size) - positions)))
+    size = min(SIZES, key=lambda size: abs(math.log(size) - positions))
+    plan = _tile(spec, precision, device, size, kinds(precision))
     box, even = _box(batch, grid, plan.block_k)
     plan = replace(plan, box=box, even=even)
     trips = plan.trips(batch, grid)

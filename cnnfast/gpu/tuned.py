@@ -26,7 +26,7 @@ from .devices import Device
 __all__ = ["allow_hopper", "hopper_allowed", "keep", "key", "stored"]
 
 KIND, HOPPER_KIND = "plans", "hopper"
-_FIELDS = {f.name: bool if f.name == "splits" else int for f in fields(Plan) if f.name != "lowering"}
+_FIELDS = {f.name: bool if f.name in ("splits", "three") else int for f in fields(Plan) if f.name != "lowering"}
 _BOX_FIELDS = {**_FIELDS, "box": list, "blocks": int}
 
 

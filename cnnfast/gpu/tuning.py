@@ -6,6 +6,7 @@ tune``) has kept. Every plan is proven by `guard` before it is timed, on noise; 
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -166,13 +167,19 @@ def tried(
     hopper: bool = False,
 ) -> list[Plan]:
     """The plans of ``step`` that tuning tries on x (batch, C_in, *input_size), the size with `Step.pad`: the
-    heuristic's, then the others by the model. ``hopper``: those of `kernels/conv_hopper.py`, too."""
+    heuristic's, then the others by the model, kinds in turn. ``hopper``: those of `kernels/conv_hopper.py`, too."""
     asked = (batch, input_size, precision, device, channels_last)
     heuristic = conv_hopper_plan.chosen(step, *asked) or choose_plan(step.spec, *asked)
-    others = candidates(step.spec, *asked)
-    if hopper:
-        others = [*conv_hopper_plan.candidates(step, *asked), *others]
-    return [heuristic, *(p for p in others if p != heuristic)]
+    boxes = conv_hopper_plan.candidates(step, *asked) if hopper else []
+    others = [*boxes, *candidates(step.spec, *asked)]
+    return [heuristic, *_in_turn([p for p in others if p != heuristic])]
+
+
+def _in_turn(plans: list[Plan]) -> list[Plan]:
+    """The best of each kind (`Plan.three`), then the second of each, and so on: how the kinds compare, no model knows
+    yet."""
+    of_each = ([p for p in plans if p.three is three] for three in (True, False))
+    return [p for turn in itertools.zip_longest(*of_each) for p in turn if p is not None]
 
 
 def _refusal(task: Task, o: Operands, plan: Plan) -> str | None:

@@ -16,13 +16,13 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from benchmarks import cases  # noqa: E402
 from benchmarks.rehearse import __main__ as rehearse
-from benchmarks.rehearse import inspections  # noqa: E402
+from benchmarks.rehearse import inspections, training_launches  # noqa: E402
 from benchmarks.rehearse.analysis import Analysis, analyse  # noqa: E402
 from benchmarks.rehearse.inspections import Failed, Inspections  # noqa: E402
 from benchmarks.rehearse.inspector import Call, Report, _main_loop, recording  # noqa: E402
 from benchmarks.rehearse.launches import Op, Recorder, StepRun, Unrun, eager_ops, inductor_passes, precision  # noqa: E402
 from benchmarks.rehearse.model import occupancy, pressure, traffic, work  # noqa: E402
-from benchmarks.rehearse.rules import drained, overflows  # noqa: E402
+from benchmarks.rehearse.rules import drained, loop, overflows  # noqa: E402
 from cnnfast.gpu.conv_plan import Plan, lower  # noqa: E402
 from cnnfast.gpu.devices import DEVICES  # noqa: E402
 from cnnfast.spec import ConvSpec  # noqa: E402
@@ -87,6 +87,25 @@ TILE = dict(block_m=64, block_n=64, block_k=64, unroll=2, num_warps=4, num_stage
 def test_occupancy(registers: int, shared: int, warps: int, device: Any, blocks: int, limit: str) -> None:
     found = occupancy(registers, shared, warps, device)
     assert (found.blocks, found.limit) == (blocks, limit)
+
+
+def test_exact_float32_by_three_products() -> None:
+    """The real path with plans that calls do not take: while it is driven, and no longer."""
+    layer = case(64, 64, 8, 4)
+    run = recorded(layer, numerics="fp32x3")
+    assert run.plan is not None and run.plan.three and run.main.job.named_constants["TF32"] == 3
+    assert not recorded(layer, numerics="fp32").plan.three  # type: ignore[union-attr]
+    training = training_launches.record(layer, 4, "fp32x3", 80)
+    of = [c.job.named_constants.get("TF32") for c in training.calls if c.job.function.startswith("conv_")]
+    assert of == [3, 3, 3], "forward, input gradient, weight gradient"
+
+
+def test_three_products_without_tensor_cores_are_a_failure() -> None:
+    run = recorded(case(64, 64, 8, 4), numerics="fp32x3")
+    none = dataclasses.replace(GOOD, mma=0, mma_kind="", macs=0, ffma=64, shared=0)
+    assert run.plan is not None
+    for plan, texts in ((run.plan, ["no tensor-core instruction in the main loop"]), (plan_of(three=False), [])):
+        assert loop(none, plan, run.main, EXACT) == texts
 
 
 # --- issue pressure ---------------------------------------------------------------------------------------------------

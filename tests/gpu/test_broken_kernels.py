@@ -29,7 +29,7 @@ from benchmarks.rehearse.analysis import Row  # noqa: E402
 from benchmarks.rehearse.inspections import Inspections  # noqa: E402
 from cnnfast.gpu import conv as launch  # noqa: E402
 from cnnfast.gpu import trial  # noqa: E402
-from cnnfast.gpu.devices import precision_of  # noqa: E402
+from cnnfast.gpu.devices import precision_of, tf32_convolutions  # noqa: E402
 from cnnfast.spec import ConvSpec  # noqa: E402
 from cnnfast.step import Operands, Step  # noqa: E402
 
@@ -186,27 +186,37 @@ FAULTS = VALUES | {
 }
 
 
-def tried(device: torch.device, splits: int) -> str | None:
-    """What the trial at a kernel's first use says of a launch, with two channel blocks a trip."""
+THREE = {  # of the products of float32 by TF32
+    "lost-product": ("product.py", "low = tl.dot(a_high, b_low, low,", "low = tl.dot(a_high * 0.0, b_low, low,"),
+    "rounded-operand": ("product.py", "return high, half - high", "return high, high - high"),
+    "lost-scale": ("product.py", "return acc * 4.0", "return acc"),
+}
+
+
+def tried(device: torch.device, splits: int, three: bool = False) -> str | None:
+    """What the trial at a kernel's first use says of a launch, two channel blocks a trip: in float16, or in float32
+    by three products."""
     step = Step(ConvSpec.make(64, 32, 4, 2, 1))
+    dtype = torch.float32 if three else torch.float16
     x, weight = (
-        torch.empty(shape, dtype=torch.float16, memory_format=torch.channels_last).to(device)
+        torch.empty(shape, dtype=dtype, memory_format=torch.channels_last).to(device)
         for shape in ((2, 64, 4, 5), step.spec.weight_shape)
     )
-    o, precision = Operands(x, weight), precision_of(x.dtype)
-    plan = launch.choose_plan(step.spec, 2, (4, 5), precision, launch.target_device(x), True)
-    plan = dataclasses.replace(plan, block_k=32, unroll=2, splits=splits > 1, split_k=splits)
-    found = launch.lookup(step, o, True, plan)
-    return trial.problem(lambda some: launch._start(step, some, True, found), step, o, False)
+    with tf32_convolutions(False):
+        o, precision = Operands(x, weight), precision_of(x.dtype)
+        plan = launch.choose_plan(step.spec, 2, (4, 5), precision, launch.target_device(x), True)
+        plan = dataclasses.replace(plan, block_k=32, unroll=2, splits=splits > 1, split_k=splits, three=three)
+        found = launch.lookup(step, o, True, plan)
+        return trial.problem(lambda some: launch._start(step, some, True, found), step, o, False)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", FAULTS | THREE)
 def test_the_trial_at_first_use_catches(fault: str, device: torch.device, replace_kernels: Any) -> None:
-    """An error of the order of one, however wide the limit of a rounding error is."""
-    splits = 2 if fault == "skipped-split" else 1
-    assert tried(device, splits) is None
-    replace_kernels(*FAULTS[fault])
-    problem = tried(device, splits)
+    """An error of the order of one, however wide the limit of a rounding error is; and of float32 that of TF32."""
+    splits, three = 2 if fault == "skipped-split" else 1, fault in THREE
+    assert tried(device, splits, three) is None
+    replace_kernels(*(FAULTS | THREE)[fault])
+    problem = tried(device, splits, three)
     assert problem is not None and problem.startswith("max error")
 
 

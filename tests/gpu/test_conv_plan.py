@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from cnnfast.gpu.conv_choice import BINARIES, candidates, choose_plan, modelled_clocks
+from cnnfast.gpu import conv_choice
+from cnnfast.gpu.conv_choice import BINARIES, candidates, choose_plan, modelled_clocks, trip_clocks
 from cnnfast.gpu.conv_plan import Plan, is_valid, lower, tap_map
+from cnnfast.gpu.conv_wgrad_plan import choose_wgrad_plan
 from cnnfast.gpu.devices import DEVICES, device_for, resident_blocks
 from cnnfast.spec import ConvSpec, Precision, collapse_upsample
 
@@ -191,6 +194,56 @@ def test_exact_float32_takes_smaller_tiles() -> None:
     assert is_valid(plan, TF32, DEVICES[90]) and not is_valid(plan, EXACT, DEVICES[90])
 
 
+def test_three_products_are_of_exact_float32_in_short_blocks() -> None:
+    three = dataclasses.replace(VALID, three=True)
+    assert is_valid(three, EXACT, DEVICES[80]) and three.name == "phases 64x64x32*1 w4 s3 tf32x3"
+    for other in (HALF, BF16, TF32):
+        assert not is_valid(three, other, DEVICES[80])
+    assert not is_valid(dataclasses.replace(three, block_k=64), EXACT, DEVICES[90]), "tensor cores cut longer sums"
+    large = dataclasses.replace(three, block_m=128, num_warps=8)
+    assert is_valid(large, EXACT, DEVICES[80])
+    assert not is_valid(dataclasses.replace(large, num_warps=4), EXACT, DEVICES[80]), "an operand has two parts"
+    assert not is_valid(three, EXACT, DEVICES[100]), "tcgen05"
+    assert is_valid(dataclasses.replace(three, block_m=32), EXACT, DEVICES[100])
+
+
+def test_three_products_take_three_times_the_tensor_cores() -> None:
+    """By the data sheet's rate, TF32's is half of float16's."""
+    clocks = trip_clocks(dataclasses.replace(VALID, three=True), EXACT, DEVICES[80])
+    assert clocks["tensor"] == 3 * 64 * 64 * 32 / 512
+    assert clocks["issue"] == pytest.approx(755, rel=0.05), "instructions of the compiled loop (triton 3.7.1)"
+    wide = dataclasses.replace(VALID, block_m=128, num_warps=8, three=True)
+    clocks = trip_clocks(wide, EXACT, DEVICES[90])
+    assert clocks["tensor"] == 3 * 128 * 64 * 32 / 1024
+    assert clocks["issue"] == pytest.approx(2 * 349, rel=0.05), "of 8 warps"
+
+
+@pytest.fixture
+def of_any_kind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As it will be where a GPU has measured three products."""
+    monkeypatch.setattr(conv_choice, "KINDS", (False, True))
+    choose_plan.cache_clear(), choose_wgrad_plan.cache_clear()
+    yield
+    monkeypatch.undo()
+    choose_plan.cache_clear(), choose_wgrad_plan.cache_clear()
+
+
+def test_calls_take_the_cuda_cores_until_a_gpu_has_measured_three_products() -> None:
+    for (spec, size), device, batch in itertools.product(LAYERS.values(), DEVICES.values(), BATCHES):
+        assert not choose_plan(spec, batch, size, EXACT, device).three
+        assert not choose_wgrad_plan(spec, batch, size, EXACT, device).three  # type: ignore[arg-type]
+
+
+def test_the_model_prefers_three_products_where_tensor_cores_are_fast(of_any_kind: None) -> None:
+    spec, size = LAYERS["dcgan3"]
+    for arch, device in DEVICES.items():
+        fast = arch in (80, 90, 100)  # elsewhere a third of TF32's rate is below that of the CUDA cores
+        assert choose_plan(spec, 64, size, EXACT, device).three == fast
+        assert choose_wgrad_plan(spec, 64, (8, 8), EXACT, device).three == fast
+        for other in (HALF, BF16, TF32):
+            assert not choose_plan(spec, 64, size, other, device).three
+
+
 def test_devices() -> None:
     assert device_for(87).arch == 86 and device_for(121).arch == 120 and device_for(75).arch == 80
     mine = device_for(90, 78)
@@ -244,6 +297,7 @@ def test_candidates_are_valid_and_contain_the_choice() -> None:
         found = candidates(spec, 16, size, precision, DEVICES[90])
         assert len(found) == len(set(found)) and all(is_valid(p, precision, DEVICES[90]) for p in found)
         assert choose_plan(spec, 16, size, precision, DEVICES[90]) in found
+        assert {p.three for p in found} == ({False, True} if precision == EXACT else {False})
         low = found[0].lowering
         clocks = [modelled_clocks(p, low.rows(16, spec.output_size(size)), precision, DEVICES[90]) for p in found]
         assert clocks == sorted(clocks)

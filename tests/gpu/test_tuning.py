@@ -111,6 +111,22 @@ def test_a_tuned_plan_is_of_its_layer_and_size(a_gpu: dict[str, str]) -> None:
         assert tuned.stored(*other, H100, 0) is None
 
 
+def test_of_exact_float32_both_kinds_are_tried_in_turn_and_kept(a_gpu: dict[str, str]) -> None:
+    """Plans of three products stand beside those of the CUDA cores; which is faster only the GPU says."""
+    exact, tf32 = Precision(torch.float32), Precision(torch.float32, True)
+    plans = tuning.tried(STEP, 2, (3, 4), exact, H100, True)
+    assert plans[0] == choose_plan(SPEC, 2, (3, 4), exact, H100) and len(set(plans)) == len(plans)
+    assert [p.three for p in plans[1:9]] == [True, False] * 4
+    assert plans[1] == next(p for p in candidates(SPEC, 2, (3, 4), exact, H100) if p.three)
+    assert not any(p.three for p in tuning.tried(STEP, 2, (3, 4), tf32, H100, True))
+    asked = (SPEC, 2, (3, 4), exact)
+    assert tuned.keep(*asked, 0, plans[1], {})
+    store.forget()
+    assert tuned.stored(*asked, H100, 0) == plans[1]
+    tuned.keep(SPEC, 2, (3, 4), tf32, 0, plans[1], {})
+    assert tuned.stored(SPEC, 2, (3, 4), tf32, H100, 0) is None, "no plan of that precision"
+
+
 @pytest.mark.parametrize("what", HERE)
 def test_a_tuned_plan_is_of_its_gpu_and_versions(what: str, a_gpu: dict[str, str]) -> None:
     tuned.keep(*SIZE, 0, another_plan(), {})
