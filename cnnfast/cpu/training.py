@@ -82,7 +82,7 @@ def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
     """The convolution of ``step`` and its bias."""
     u, weight = step.upsample, o.weight.to(x.dtype)
     if step.spec.ndim == 3:
-        y = reference.conv(step.pad_input(x), weight, o.bias, step.spec)
+        y = run_reference(step.bare, Operands(x, weight, o.bias))
         return convert(y, y.dtype, True)
     if u is None:
         return convolution(step.pad_input(x), weight, o.bias, step.spec)

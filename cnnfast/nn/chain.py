@@ -148,8 +148,8 @@ class Chain:
                 out = s.step.output_size(size)
             except ValueError as error:
                 return str(error)
-            entering = [n, channels, *(k + 2 * p for k, p in zip(size, s.step.pad, strict=True))]
-            loops = by_loops(s.step.spec, entering, low or s.dtype)
+            conv, entering = s.step.unfused(size)
+            loops = by_loops(conv, (n, channels, *entering), low or s.dtype)
             eager.append(eager_layout(s, eager[-1], size, out, loops))
             shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
             if s.residual is not None:

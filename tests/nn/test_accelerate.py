@@ -568,6 +568,39 @@ def test_three_dimensions(channels_last: bool) -> None:
     assert found.found == 2 and found.rows[0].pattern == "conv3d + add + relu"
 
 
+class Decoder3d(nn.Module):
+    """Nearest upsampling by modules and by calls, as decoders of volumes have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv3d(16, 16, 3, padding=1), nn.LeakyReLU(0.2))
+        self.second, self.norm = nn.Conv3d(16, 8, 3, padding=1), nn.GroupNorm(2, 8)
+        self.third = nn.Conv3d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.interpolate(self.first(x), scale_factor=(1.0, 2.0, 2.0), mode="nearest")
+        y = F.silu(self.norm(self.second(y)))
+        return self.third(F.interpolate(y, size=[2 * n for n in y.shape[2:]]))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_upsamplings_in_three_dimensions(channels_last: bool) -> None:
+    ours, plain = pair(Decoder3d())
+    x = images(1, 16, 5, 6, 4)
+    if channels_last:
+        ours, plain = (m.to(memory_format=torch.channels_last_3d) for m in (ours, plain))
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    same(ours, plain, x)
+    with torch.no_grad():
+        rows = cnnfast.explain(ours, x).rows
+    assert [row.pattern for row in rows] == [
+        "interpolate + conv3d + leaky_relu",
+        "interpolate + conv3d + group_norm + silu",
+        "interpolate + conv3d",
+    ]
+    assert all(row.fused for row in rows), [row.why_not for row in rows]
+
+
 class Up3d(nn.Module):
     """As SegResNet's decoder: a 1x1x1 convolution, whose result ATen has contiguous, is enlarged and added to."""
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnfast
+from cnnfast import reference
 from cnnfast.cpu import inference
 from cnnfast.cpu.packing import PACKS
 from cnnfast.ops.run import run_step
@@ -54,6 +55,11 @@ STACKS = {
     "padded": lambda: [nn.ReplicationPad3d((1, 1, 0, 0, 2, 2)), nn.Conv3d(16, 8, (5, 1, 3)), nn.Sigmoid()],
     "reflect": lambda: [nn.Conv3d(16, 8, 3, padding=(1, 2, 1), padding_mode="reflect"), nn.ELU()],
     "upsampling": lambda: [nn.Upsample(scale_factor=2), nn.Conv3d(16, 8, 3, padding=1), nn.BatchNorm3d(8), nn.GELU()],
+    "unequal upsampling": lambda: [
+        *(nn.Upsample(scale_factor=(2, 1, 3)), nn.Conv3d(16, 8, 3, padding=1, padding_mode="replicate")),
+        *(nn.GroupNorm(2, 8), nn.LeakyReLU(0.2)),
+    ],
+    "padded upsampling": lambda: [nn.Upsample(scale_factor=2), nn.ReflectionPad3d(1), nn.Conv3d(16, 8, 3), nn.ReLU()],
     "one channel": lambda: [nn.Conv3d(16, 1, 3, padding=1), nn.Softplus()],
 }
 
@@ -94,6 +100,31 @@ def test_weights_are_packed_in_inference() -> None:
         assert ours.explain(x) == "0-2: Conv3d + BatchNorm3d + ReLU fused\n3-4: ConvTranspose3d + ReLU fused"
         ours(x), ours(x)
     assert len(PACKS) == before + 2
+
+
+# name -> (modules, a part of why they are not fused, or "")
+UPSAMPLED: dict[str, tuple[list[nn.Module], str]] = {
+    "x2": ([nn.Upsample(scale_factor=2), nn.Conv3d(16, 16, 3, padding=1), nn.BatchNorm3d(16), nn.ReLU()], ""),
+    "exact x3": ([nn.Upsample(scale_factor=3.0, mode="nearest-exact"), nn.Conv3d(16, 16, 5, padding=2)], ""),
+    "few channels": ([nn.Upsample(scale_factor=2), nn.Conv3d(16, 1, 3, padding=1), nn.Tanh()], ""),
+    "trilinear": ([nn.Upsample(scale_factor=2, mode="trilinear"), nn.Conv3d(16, 16, 3)], "'trilinear' is not nearest"),
+    "groups": ([nn.Upsample(scale_factor=2), nn.Conv3d(16, 16, 3, groups=4)], "grouped transposed convolutions"),
+    "one tap": ([nn.Upsample(scale_factor=2), nn.Conv3d(16, 32, 1)], "no taps that an upsampling could sum"),
+    "odd size": ([nn.Upsample(scale_factor=3), nn.Conv3d(64, 16, 3)], "no multiple of stride"),
+}
+
+
+@pytest.mark.parametrize("name", UPSAMPLED)
+def test_upsamplings_are_collapsed_where_that_gains(name: str) -> None:
+    modules, reason = UPSAMPLED[name]
+    plain, ours = both(*modules)
+    x = torch.randn(1, modules[1].in_channels, 8, 10, 8)  # type: ignore[arg-type]
+    with torch.no_grad():
+        found = ours.explain(x)
+    if not reason:
+        assert found.endswith(" fused") and found.startswith(f"0-{len(modules) - 1}: Upsample + Conv3d"), found
+    assert reason in found, found
+    assert_same(plain, ours, x)
 
 
 def test_a_changed_weight_is_seen() -> None:
@@ -248,6 +279,60 @@ def test_functions_gradients(function: object) -> None:
 
     assert torch.autograd.gradcheck(run, (x, w, b))
     assert torch.autograd.gradgradcheck(run, (x, w, b))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "replicate", "reflect"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_upsample_conv3d(mode: str, channels_last: bool) -> None:
+    x, w, b = torch.randn(2, 16, 6, 5, 7), nn.Parameter(torch.randn(8, 16, 3, 3, 3) / 20), torch.randn(8)
+    x = x.contiguous(memory_format=LAST) if channels_last else x
+    scale = torch.rand(8) + 0.5
+    before = len(PACKS)
+    for factor, padding in ((2, None), ((2, 1, 3), (1, 0, 2))):
+        factors = (2, 2, 2) if padding is None else factor
+        pads = (1, 1, 1) if padding is None else padding
+        args = (factors, pads, mode)
+        far = mode == "reflect" and any(p > r - 1 for p, r in zip(pads, factors, strict=True))  # type: ignore[arg-type]
+        with torch.no_grad():
+            bare = reference.upsample_conv(x, w, b, *args)  # type: ignore[arg-type]
+            exact = reference.upsample_conv(x.double(), w.double(), b.double(), *args)  # type: ignore[arg-type]
+            v = scale.view(-1, 1, 1, 1)
+            for _ in range(3):
+                y = cnnfast.ops.upsample_conv3d(x, w, b, factor, padding, mode, scale=scale, activation="relu")
+                assert y.stride() == bare.stride()
+                assert_close(y, (exact * v.double()).relu(), (bare * v).relu())
+            assert far or len(PACKS) > before
+        assert cnnfast.ops.upsample_conv3d(x[0], w, b, factor, padding, mode).shape == bare.shape[1:]
+        assert (
+            cnnfast.ops.upsample_conv3d(*(t.to("meta") for t in (x, w, b)), factor, padding, mode).shape == bare.shape
+        )
+
+
+def test_upsample_conv3d_gradients() -> None:
+    shapes = ((2, 2, 2, 3, 2), (2, 2, 3, 3, 3), (2,))
+    leaves = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
+
+    def run(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return cnnfast.ops.upsample_conv3d(x, w, b, activation="silu")
+
+    assert torch.autograd.gradcheck(run, leaves)
+    assert torch.autograd.gradgradcheck(run, leaves)
+
+
+def test_upsample_conv3d_errors() -> None:
+    x, w = torch.randn(1, 4, 5, 5, 5), torch.randn(8, 4, 3, 3, 3)
+    for wrong, message in (
+        (dict(scale_factor=(2, 2)), r"scale_factor must be an int or three ints, of 64 bits, got \(2, 2\)"),
+        (dict(padding=-1), r"padding must not be negative, got \(-1, -1, -1\)"),
+        (dict(weight=w[..., :2]), r"kernel size must be odd, got \(3, 3, 2\)"),
+        (dict(weight=w[..., 0]), r"weight must be \(C_out, C_in/groups, kd, kh, kw\), got shape \(8, 4, 3, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cnnfast.ops.upsample_conv3d(**{"input": x, "weight": w, **wrong})  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match=r"expected 4D \(unbatched\) or 5D \(batched\) input to upsample_conv3d"):
+        cnnfast.ops.upsample_conv3d(x[0, 0], w)
+    with pytest.raises(RuntimeError, match="three dimensions|triton"):
+        cnnfast.ops.upsample_conv3d(x, w, backend="triton")
 
 
 def test_functions_errors() -> None:
