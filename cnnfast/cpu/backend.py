@@ -12,6 +12,7 @@ from ..memory_format import convert, has_both
 from ..step import Operands, Step
 from . import inference, norm_inference, tuned
 from .training import run as by_layers
+from .training import why_slower_3d
 
 __all__ = ["arrange", "run", "why_not"]
 
@@ -21,7 +22,7 @@ def why_not(step: Step, o: Operands, *, channels_last: bool, training: bool, req
     if step.spec is None:
         return norm_inference.why_not(step.norm, o) and "PyTorch's own norms are as fast"
     if training and step.spec.ndim == 3 and needs_gradient(o):
-        return _NO_TRAINING_3D
+        return why_slower_3d(step, o.x.shape, o.x.dtype)
     return None if training else inference.why_not(step, o, channels_last)
 
 
@@ -31,15 +32,10 @@ def run(step: Step, o: Operands, *, channels_last: bool, training: bool, require
         y = norm_inference.finished(step.norm, o, step.activation, ours=False)
         return convert(y, y.dtype, channels_last)
     y = None if training else inference.run(step, o, channels_last)
-    if y is None and step.spec.ndim == 3 and not training:
-        return None
     return by_layers(step, o, channels_last, new=not training) if y is None else y
 
 
 # --- which steps of a chain gain --------------------------------------------------------------------------------------
-
-
-_NO_TRAINING_3D = "in three dimensions, training is left to PyTorch's operators"
 
 
 def arrange(
@@ -48,7 +44,9 @@ def arrange(
     """Channels-last where it saves more conversions than it costs, and modules where those are as fast."""
     three = steps[0].ndim == 3
     if three and gradient:
-        return _NO_TRAINING_3D
+        slower = [why_slower_3d(s.step, shape, s.dtype) for s, shape in zip(steps, shapes, strict=False)]
+        if None not in slower:
+            return str(slower[0])
     if steps[0].ndim == 1 and not (gradient or _gain_in_1d(steps, shapes, eager)):
         return "in one dimension, PyTorch's plain convolutions of one sample are as fast on a CPU"
     inside, as_eager = channels_last_inside(eager).channels_last, tuple(eager[1:])
@@ -62,7 +60,9 @@ def arrange(
         before, after = reads[i : i + 2]
         if s.step.measured and (before or after) and not eager[i + 1] and s.step.norm.kind != "instance":  # type: ignore[union-attr]
             continue  # ATen's statistics are less exact in channels-last, `norm`'s are not
-        why[i] = _no_gain_in_training(s, before) if gradient else _no_gain(s, shapes[i], before, after, chosen[i])
+        why[i] = (
+            _no_gain_in_training(s, shapes[i], before) if gradient else _no_gain(s, shapes[i], before, after, chosen[i])
+        )
     if why[0] is not None and None not in why and (three or inside == as_eager or gradient and steps[0].ndim == 1):
         return why[0]
     if small := _too_small(steps, shapes, eager, why, chosen, gradient):
@@ -152,11 +152,13 @@ def _gain_in_1d(steps: Sequence[Planned], shapes: Sequence[torch.Size], eager: S
     return eager[-1] and max(works) >= _LEAST_1D
 
 
-def _no_gain_in_training(s: Planned, channels_last: bool) -> str | None:
+def _no_gain_in_training(s: Planned, shape: torch.Size, channels_last: bool) -> str | None:
     """Why a step that needs a gradient gains nothing: a plain convolution is ATen's in any case. (An InstanceNorm
     module would convert to NCHW, a SyncBatchNorm's wants a GPU. And of an input that is ``channels_last``, a module's
     weight that is contiguous as well would get a gradient in other strides.)"""
     spec = s.step.spec
+    if s.ndim == 3:
+        return why_slower_3d(s.step, shape, s.dtype)
     better = s.synchronised or s.instance_norm and s.ndim == 2
     both = channels_last and has_both(spec.in_channels // spec.groups, spec.kernel_size)
     if spec.transposed or s.step.upsample is not None or better or both and not s.weight_channels_last:

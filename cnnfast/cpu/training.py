@@ -7,6 +7,7 @@ convolution where the weight's sums cost less than the arithmetic they save (mea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -19,12 +20,12 @@ from ..reference import run_reference
 from ..spec import DTYPES
 from ..step import Operands, Step, norm_step
 from . import inference, norm_inference
-from .conv_autograd import by_aten, convolution, suited
+from .conv_autograd import by_aten, convolution, suited, ways
 from .isa import instruction_set, lowered_products, products_dtype
 from .norm import normalised
 from .weight import summed_weight
 
-__all__ = ["collapses", "packs", "run"]
+__all__ = ["collapses", "packs", "run", "why_slower_3d"]
 
 
 def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> Tensor:
@@ -67,23 +68,33 @@ def packs(step: Step, o: Operands) -> bool:
     return inference.why_not(step.bare, _bare(o)) is None
 
 
+def why_slower_3d(step: Step, shape: Sequence[int], dtype: torch.dtype) -> str | None:
+    """Why PyTorch's modules of a step of three dimensions are expected to be as fast with gradients, on an x of this
+    shape."""
+    shape, lowered = tuple(shape), lowered_products()
+    if step.upsample is not None:
+        gains = not lowered and collapses(step, shape, dtype)
+        return None if gains else "in training, too few positions to sum an upsampling's taps in every step"
+    padded = (*shape[:2], *(n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)))
+    if ways(step.spec, padded, dtype, lowered).forward == "halves":
+        return None
+    return (
+        "in training, PyTorch's own convolution of three dimensions by oneDNN (or of few patches, by loops) is as fast"
+    )
+
+
 def _gains_nothing(step: Step, x: Tensor) -> bool:
     """Whether the convolution is ATen's in any case, and no faster channels-last than the conversions cost. (Tiny
     images are safer as they are, too: channels-last, oneDNN's convolutions read past the end of some, torch 2.13.)"""
     if step.upsample is not None:
         return lowered_products() or not collapses(step, x.shape, x.dtype)
-    if step.spec.ndim == 3:
-        return False
-    n, c, h, w = x.shape
-    return by_aten(step.spec, (n, c, h + 2 * step.pad[0], w + 2 * step.pad[1]), x.dtype)
+    padded = (n + 2 * p for n, p in zip(x.shape[2:], step.pad, strict=True))
+    return by_aten(step.spec, (*x.shape[:2], *padded), x.dtype)
 
 
 def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
     """The convolution of ``step`` and its bias."""
     u, weight = step.upsample, o.weight.to(x.dtype)
-    if step.spec.ndim == 3:
-        y = run_reference(step.bare, Operands(x, weight, o.bias))
-        return convert(y, y.dtype, True)
     if u is None:
         return convolution(step.pad_input(x), weight, o.bias, step.spec)
     if lowered_products() or not collapses(step, x.shape, x.dtype):
