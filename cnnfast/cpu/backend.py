@@ -45,8 +45,7 @@ def arrange(
     three = steps[0].ndim == 3
     if three and gradient:
         slower = [why_slower_3d(s.step, shape, s.dtype) for s, shape in zip(steps, shapes, strict=False)]
-        if None not in slower:
-            return str(slower[0])
+        return Arrangement(tuple(eager[1:]), tuple(slower)) if None in slower else str(slower[0])
     if steps[0].ndim == 1 and not (gradient or _gain_in_1d(steps, shapes, eager)):
         return "in one dimension, PyTorch's plain convolutions of one sample are as fast on a CPU"
     inside, as_eager = channels_last_inside(eager).channels_last, tuple(eager[1:])
@@ -60,9 +59,7 @@ def arrange(
         before, after = reads[i : i + 2]
         if s.step.measured and (before or after) and not eager[i + 1] and s.step.norm.kind != "instance":  # type: ignore[union-attr]
             continue  # ATen's statistics are less exact in channels-last, `norm`'s are not
-        why[i] = (
-            _no_gain_in_training(s, shapes[i], before) if gradient else _no_gain(s, shapes[i], before, after, chosen[i])
-        )
+        why[i] = _no_gain_in_training(s, before) if gradient else _no_gain(s, shapes[i], before, after, chosen[i])
     if why[0] is not None and None not in why and (three or inside == as_eager or gradient and steps[0].ndim == 1):
         return why[0]
     if small := _too_small(steps, shapes, eager, why, chosen, gradient):
@@ -152,13 +149,11 @@ def _gain_in_1d(steps: Sequence[Planned], shapes: Sequence[torch.Size], eager: S
     return eager[-1] and max(works) >= _LEAST_1D
 
 
-def _no_gain_in_training(s: Planned, shape: torch.Size, channels_last: bool) -> str | None:
+def _no_gain_in_training(s: Planned, channels_last: bool) -> str | None:
     """Why a step that needs a gradient gains nothing: a plain convolution is ATen's in any case. (An InstanceNorm
     module would convert to NCHW, a SyncBatchNorm's wants a GPU. And of an input that is ``channels_last``, a module's
     weight that is contiguous as well would get a gradient in other strides.)"""
     spec = s.step.spec
-    if s.ndim == 3:
-        return why_slower_3d(s.step, shape, s.dtype)
     better = s.synchronised or s.instance_norm and s.ndim == 2
     both = channels_last and has_both(spec.in_channels // spec.groups, spec.kernel_size)
     if spec.transposed or s.step.upsample is not None or better or both and not s.weight_channels_last:

@@ -22,13 +22,13 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import is_batched
 from ..gradients import enter, keep_strides, restrided
-from ..memory_format import convert, new_strides
+from ..memory_format import convert, is_channels_last, new_strides
 from ..spec import DTYPES, ConvSpec
 from . import halves
 from .isa import InstructionSet, instruction_set, lowered_products, products_dtype
 from .methods import Deconvolution, Gathered, Merged, PostOp, gathers, why_missing
 
-__all__ = ["Ways", "by_aten", "convolution", "suited", "ways"]
+__all__ = ["Ways", "by_aten", "convolution", "suited", "volume_convolution", "ways"]
 
 
 class Ways(NamedTuple):
@@ -117,8 +117,8 @@ def by_aten(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    """x (N, C_in, *size) -> (N, C_out, *output_size), channels-last and new; x, weight and bias of one dtype. The weight's
-    gradient has the weight's strides."""
+    """x (N, C_in, H, W) -> (N, C_out, OH, OW), channels-last and new; x, weight and bias of one dtype. The
+    weight's gradient has the weight's strides."""
     how = ways(spec, tuple(x.shape), x.dtype, lowered_products(), weight.is_contiguous())
     x = convert(x, x.dtype, True)
     weight = keep_strides(weight, True)
@@ -127,6 +127,16 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) 
     if how == ("aten", "aten", x.dtype) and (not apart or x.dtype == torch.float64):
         return convert(reference.conv(suited(x, weight), weight, bias, spec), x.dtype, True)
     return _Convolution.apply(x, weight, bias, spec, how)
+
+
+def volume_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    """x (N, C_in, D, H, W) -> (N, C_out, OD, OH, OW), contiguous or channels-last; x, weight and bias of one dtype. The
+    weight's gradient has the weight's strides."""
+    how = ways(spec, tuple(x.shape), x.dtype, lowered_products())
+    weight = keep_strides(weight, None)
+    if how.forward == "aten":
+        return reference.conv(x, weight, bias, spec)
+    return _Convolution.apply(convert(x, x.dtype, is_channels_last(x)), weight, bias, spec, how)
 
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -141,7 +151,8 @@ class _Convolution(torch.autograd.Function):
         dtype = how.dtype
         b = None if bias is None else bias.to(dtype)
         y = _FORWARD[how.forward](x.to(dtype), weight.to(dtype), b, spec)
-        return _plain(convert(y, x.dtype, True)).data  # no view in autograd's eyes: what follows may overwrite it
+        # No view in autograd's eyes: what follows may overwrite it.
+        return _plain(convert(y, x.dtype, _is_last(x)), _is_last(x)).data
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -152,20 +163,26 @@ class _Convolution(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(grad) or not any(need):
             return *_by_aten(grad, x, weight, ctx.bias_size, spec, need), None, None
         dtype = how.dtype
-        grad = convert(grad, dtype, True)
+        last = _is_last(x)
+        grad = convert(grad, dtype, last)
         with torch._C._DisableAutocast():  # which lowers matrix products, but no convolution's gradients
             dx, dw, db = _BACKWARD[how.backward](grad, x.to(dtype), weight.to(dtype), ctx.bias_size, spec, need)
-        dx = None if dx is None else _plain(dx.to(x.dtype))
+        dx = None if dx is None else _plain(convert(dx, x.dtype, last), last)
         db = None if db is None else db.to(x.dtype)
         dw = None if dw is None else restrided(dw, torch.empty_like(weight, device="meta").stride(), weight.dtype)
         return dx, dw, db, None, None
 
 
-def _plain(y: Tensor) -> Tensor:
-    """A channels-last y with the strides of a new one. (Where a dimension of size 1 has another stride, as after
+def _is_last(x: Tensor) -> bool:
+    """The format of a convolution: two dimensions are channels-last."""
+    return x.dim() == 4 or is_channels_last(x)
+
+
+def _plain(y: Tensor, channels_last: bool) -> Tensor:
+    """A y in this format with the strides of a new one. (Where a dimension of size 1 has another stride, as after
     cropping, ATen takes y for NCHW: the gradients of its batch norm are wrong then, for some formats of its result's.)
     """
-    return restrided(y, new_strides(y.shape, True))
+    return restrided(y, new_strides(y.shape, channels_last))
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------

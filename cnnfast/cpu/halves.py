@@ -4,21 +4,21 @@ ATen leaves a batch of one to loops of its own (`dispatch.by_loops`: unfolded pa
 oneDNN for a batch of two, which is several times as fast (docs/facts.md). So a sample is cut along its depth: each half
 of a plain convolution's result reads a part of the input, and the two parts overlap by what the kernel reaches beyond
 its stride. A transposed convolution is the adjoint: each half of the input writes such a part of the result, and where
-they overlap they are summed. All tensors are channels-last, where a cut of the depth of one sample moves nothing.
+they overlap they are summed. Tensors are contiguous or channels-last, as x is.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..dispatch import by_loops
+from ..memory_format import is_channels_last, new_strides
 from ..spec import ConvSpec
 
 __all__ = ["applies", "backward", "forward"]
@@ -67,9 +67,15 @@ def applies(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     return cut.rows > 1 and not by_loops(_inner(spec), (2, shape[1], depth, *shape[3:]), dtype)
 
 
+def _new(like: Tensor, samples: int, depth: int) -> Tensor:
+    """(samples, C, depth, H, W) in the format of ``like``."""
+    shape = samples, like.shape[1], depth, *like.shape[3:]
+    return torch.empty_strided(shape, new_strides(shape, is_channels_last(like)), dtype=like.dtype, device=like.device)
+
+
 def _parts(x: Tensor, cut: _Cut) -> Tensor:
     """x (1, C, whole, H, W) as its two parts (2, C, size, H, W), zeros beyond its ends: a copy."""
-    y = x.new_empty((2, cut.size, *x.shape[3:], x.shape[1])).movedim(-1, 1)
+    y = _new(x, 2, cut.size)
     for i, part in enumerate(y):
         start, low, high = cut.bounds(i)
         part[:, : low - start] = 0
@@ -80,7 +86,7 @@ def _parts(x: Tensor, cut: _Cut) -> Tensor:
 
 def _summed(parts: Tensor, cut: _Cut) -> Tensor:
     """The adjoint of `_parts`: (2, C, size, H, W) as (1, C, whole, H, W)."""
-    x = parts.new_empty((1, cut.whole, *parts.shape[3:], parts.shape[1])).movedim(-1, 1)
+    x = _new(parts, 1, cut.whole)
     done = 0
     for i, part in enumerate(parts):
         start, low, high = cut.bounds(i)
@@ -96,39 +102,44 @@ def _summed(parts: Tensor, cut: _Cut) -> Tensor:
 def _halved(g: Tensor, cut: _Cut) -> Tensor:
     """(1, C, rows, H, W) as (2, C, half, H, W): a view, but for an odd number of rows, behind which zeros come."""
     if cut.rows % 2:
-        g = F.pad(g.movedim(1, -1), (0, 0, 0, 0, 0, 0, 0, 1)).movedim(-1, 1)
+        whole = _new(g, 1, 2 * cut.half)
+        whole[:, :, : cut.rows] = g
+        whole[:, :, cut.rows :] = 0
+        g = whole
     return g[0].unflatten(1, (2, cut.half)).movedim(1, 0)
 
 
 def _joined(y: Tensor, cut: _Cut) -> Tensor:
-    """The inverse of `_halved`: a view."""
-    return y.movedim(1, -1).flatten(0, 1)[: cut.rows].movedim(-1, 0)[None]
+    """The inverse of `_halved`: a view of a channels-last y, where the depth comes first."""
+    if is_channels_last(y):
+        return y.transpose(0, 1).flatten(1, 2)[None, :, : cut.rows]
+    x = _new(y, 1, cut.rows)
+    x[0, :, : cut.half] = y[0]
+    x[0, :, cut.half :] = y[1, :, : cut.rows - cut.half]
+    return x
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    """x (1, C_in, D, H, W), channels-last -> (1, C_out, OD, OH, OW), channels-last, where `applies` says so."""
+    """x (1, C_in, D, H, W) -> (1, C_out, OD, OH, OW), in its format or the weight's, where `applies` says so."""
     cut = _cut(spec, x.shape[2])
     if not spec.transposed:
-        return _joined(reference.conv(_parts(x, cut), weight, bias, _inner(spec)).contiguous(**_LAST), cut)
+        return _joined(reference.conv(_parts(x, cut), weight, bias, _inner(spec)), cut)
     y = _summed(reference.conv(_halved(x, cut), weight, None, _inner(spec)), cut)
     return y if bias is None else y.add_(bias.view(-1, 1, 1, 1))
-
-
-_LAST: dict[str, Any] = {"memory_format": torch.channels_last_3d}
 
 
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias_size: list[int] | None, spec: ConvSpec, need: tuple[bool, ...]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, weight and bias that are needed, for a channels-last one of the result."""
-    s, cut = _inner(spec), _cut(spec, x.shape[2])
-    operands = (_parts(grad, cut), _halved(x, cut)) if s.transposed else (_halved(grad, cut), _parts(x, cut))
-    of_bias = need[2] and not s.transposed  # parts of its gradient overlap
-    dx, dw, db = torch.ops.aten.convolution_backward(
-        *operands, weight, bias_size, s.stride, s.padding, s.dilation, s.transposed, s.output_padding, s.groups,
-        (*need[:2], of_bias),
-    )  # fmt: skip
+    """The gradients of x, weight and bias that are needed, for one of the result."""
+    s, cut, dx, dw = _inner(spec), _cut(spec, x.shape[2]), None, None
+    if need[0] or need[1]:
+        operands = (_parts(grad, cut), _halved(x, cut)) if s.transposed else (_halved(grad, cut), _parts(x, cut))
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            *operands, weight, None, s.stride, s.padding, s.dilation, s.transposed, s.output_padding, s.groups,
+            (*need[:2], False),
+        )  # fmt: skip
     if dx is not None:
-        dx = dx.contiguous(**_LAST)
         dx = _joined(dx, cut) if s.transposed else _summed(dx, cut)
-    return dx, dw, grad.sum((0, 2, 3, 4)) if need[2] and not of_bias else db
+    # Of a transposed convolution the parts overlap; of a plain one oneDNN's sum is less exact than ATen's.
+    return dx, dw, grad.sum((0, 2, 3, 4)) if need[2] else None

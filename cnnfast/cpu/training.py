@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..dispatch import by_loops, needs_gradient
 from ..gradients import enter, keep_strides, plain
 from ..memory_format import convert, is_channels_last
 from ..reference import run_reference
 from ..spec import DTYPES
 from ..step import Operands, Step, norm_step
 from . import inference, norm_inference
-from .conv_autograd import by_aten, convolution, suited, ways
+from .conv_autograd import by_aten, convolution, suited, volume_convolution, ways
 from .isa import instruction_set, lowered_products, products_dtype
 from .norm import normalised
 from .weight import summed_weight
@@ -36,6 +37,8 @@ def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> T
     if torch.is_autocast_enabled("cpu"):  # it would round what is done in float32 on purpose
         with torch.autocast("cpu", enabled=False):
             return run(step, o, channels_last, new=new)
+    if step.spec.ndim == 3 and needs_gradient(o):
+        return _volumes(step, o, channels_last)
     x = o.x
     # Of x's gradient: as torch's convolution has it, and its padding.
     of_gradient = is_channels_last(x) or is_channels_last(o.weight) and not any(step.pad)
@@ -71,16 +74,18 @@ def packs(step: Step, o: Operands) -> bool:
 def why_slower_3d(step: Step, shape: Sequence[int], dtype: torch.dtype) -> str | None:
     """Why PyTorch's modules of a step of three dimensions are expected to be as fast with gradients, on an x of this
     shape."""
-    shape, lowered = tuple(shape), lowered_products()
+    spec, lowered = step.spec, lowered_products()
     if step.upsample is not None:
-        gains = not lowered and collapses(step, shape, dtype)
-        return None if gains else "in training, too few positions to sum an upsampling's taps in every step"
+        gains = not lowered and collapses(step, tuple(shape), dtype)
+        return None if gains else "in training, an upsampling's summed taps would save too little arithmetic"
     padded = (*shape[:2], *(n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)))
-    if ways(step.spec, padded, dtype, lowered).forward == "halves":
+    if ways(spec, padded, dtype, lowered).forward == "halves":
         return None
-    return (
-        "in training, PyTorch's own convolution of three dimensions by oneDNN (or of few patches, by loops) is as fast"
-    )
+    if not by_loops(spec, padded, dtype):
+        return "in training, PyTorch's own convolution of three dimensions by oneDNN is as fast"
+    if max(spec.kernel_size) == 1:
+        return "in training, PyTorch's own product of a kernel of one position is as fast"
+    return "in training, it is too little work for two halves by oneDNN"
 
 
 def _gains_nothing(step: Step, x: Tensor) -> bool:
@@ -88,13 +93,18 @@ def _gains_nothing(step: Step, x: Tensor) -> bool:
     images are safer as they are, too: channels-last, oneDNN's convolutions read past the end of some, torch 2.13.)"""
     if step.upsample is not None:
         return lowered_products() or not collapses(step, x.shape, x.dtype)
-    padded = (n + 2 * p for n, p in zip(x.shape[2:], step.pad, strict=True))
-    return by_aten(step.spec, (*x.shape[:2], *padded), x.dtype)
+    if step.spec.ndim == 3:
+        return False
+    n, c, h, w = x.shape
+    return by_aten(step.spec, (n, c, h + 2 * step.pad[0], w + 2 * step.pad[1]), x.dtype)
 
 
 def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
     """The convolution of ``step`` and its bias."""
     u, weight = step.upsample, o.weight.to(x.dtype)
+    if step.spec.ndim == 3:
+        y = run_reference(step.bare, Operands(x, weight, o.bias))
+        return convert(y, y.dtype, True)
     if u is None:
         return convolution(step.pad_input(x), weight, o.bias, step.spec)
     if lowered_products() or not collapses(step, x.shape, x.dtype):
@@ -105,15 +115,36 @@ def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
     return convolution(step.pad_input(x), weight, o.bias, step.spec)
 
 
+def _volumes(step: Step, o: Operands, channels_last: bool) -> Tensor:
+    """The step with gradients in three dimensions, where it gains by its convolution. Maps keep eager mode's formats:
+    ATen adds the many values of a channels-last volume up one after the other, and its statistics are not exact."""
+    x, u, weight = o.x, step.upsample, o.weight.to(o.x.dtype)
+    if u is not None and not lowered_products() and collapses(step, tuple(x.shape), x.dtype):
+        weight = summed_weight(keep_strides(weight, None), u.scale, step.spec.groups)
+    if u is None or weight.shape == step.spec.weight_shape:
+        y = volume_convolution(step.pad_input(x), weight, o.bias, step.spec)
+    else:
+        y = reference.upsample_conv(x, weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
+    y = reference.finish(step, o._replace(x=convert(y, y.dtype, channels_last)))
+    return convert(y, y.dtype, channels_last)
+
+
 # --- upsampling + convolution -----------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
 def collapses(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether an upsampling and its convolution run as one transposed convolution, whose weight is summed anew in every
-    step: where the maps have so many positions that the arithmetic saved outweighs that."""
+    step: where the maps have so many positions that the arithmetic saved outweighs that. (In three dimensions oneDNN's
+    transposed convolutions are slow for groups and one input channel; a kernel of one position saves none.)"""
     positions = shape[0] * math.prod(shape[2:])
     fast = products_dtype(dtype, instruction_set()) != torch.float32
+    if step.spec.ndim == 3:
+        s, (conv, size) = step.spec, step.unfused(shape[2:])
+        padded = [n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)]
+        saved = conv.macs(shape[0], size) / s.macs(shape[0], padded)
+        if s.groups > 1 or s.in_channels == 1 or saved < (3 if fast else 2):
+            return False
     return dtype in DTYPES and positions >= (2048 if fast else 256)
 
 
