@@ -73,8 +73,7 @@ def _method(
     return Deconvolution
 
 
-# Multiply-adds from which packed operators are faster than ATen's own loops in three dimensions; transposed ones; an
-# upsampling's (behind which ATen takes oneDNN, as many as of plain ones).
+# Multiply-adds from which packed operators beat ATen's own loops in three dimensions: plain, transposed, upsampled.
 _LEAST_3D, _LEAST_3D_TRANSPOSED, _LEAST_3D_UPSAMPLED = 2e6, 2e7, 2e5
 
 
@@ -88,8 +87,8 @@ def _too_few(s: ConvSpec, shape: tuple[int, ...], least: float) -> str | None:
 
 
 def _why_slower(step: Step, shape: tuple[int, ...], method: Method, isa: InstructionSet) -> str | None:
-    """Why PyTorch's own transposed convolution is expected to be as fast. Not for an upsampling in two dimensions,
-    where PyTorch's own way does several times the arithmetic; a plain convolution's rule is `why_slower_plain`."""
+    """Why PyTorch's own transposed convolution is expected to be as fast, or in three dimensions an upsampling (in two
+    it does several times the arithmetic); a plain convolution's rule is `why_slower_plain`."""
     s, padded = step.spec, _padded(step, shape)
     if not s.transposed or step.upsample is not None and s.ndim < 3 or isinstance(method, Projection):
         return None
@@ -262,10 +261,9 @@ def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str |
         return tuned.FASTER
     if plan.chosen is not None or plan.slower is not None or step.spec.transposed or step.upsample is not None:
         return plan.slower
-    o = operands
     norm = not step.residual and step.norm is not None
     nchw = not any(_formats(x, channels_last))
-    return why_slower_plain(step, x.shape, x.dtype, norm=norm, slopes=_slopes(o), nchw=nchw)
+    return why_slower_plain(step, x.shape, x.dtype, norm=norm, slopes=_slopes(operands), nchw=nchw)
 
 
 def _slopes(o: Operands) -> int:

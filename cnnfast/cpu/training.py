@@ -74,9 +74,14 @@ def packs(step: Step, o: Operands) -> bool:
 def why_slower_3d(step: Step, shape: Sequence[int], dtype: torch.dtype) -> str | None:
     """Why PyTorch's modules of a step of three dimensions are expected to be as fast with gradients, on an x of this
     shape."""
-    spec, lowered = step.spec, lowered_products()
+    return _why_slower_3d(step, tuple(shape), dtype, lowered_products())
+
+
+@lru_cache(maxsize=4096)
+def _why_slower_3d(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) -> str | None:
+    spec = step.spec
     if step.upsample is not None:
-        gains = not lowered and collapses(step, tuple(shape), dtype)
+        gains = not lowered and collapses(step, shape, dtype)
         return None if gains else "in training, an upsampling's summed taps would save too little arithmetic"
     padded = (*shape[:2], *(n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)))
     if ways(spec, padded, dtype, lowered).forward == "halves":
@@ -101,10 +106,10 @@ def _gains_nothing(step: Step, x: Tensor) -> bool:
 
 def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
     """The convolution of ``step`` and its bias."""
-    u, weight = step.upsample, o.weight.to(x.dtype)
     if step.spec.ndim == 3:
-        y = run_reference(step.bare, Operands(x, weight, o.bias))
+        y = _convolved_volume(step, x, o)
         return convert(y, y.dtype, True)
+    u, weight = step.upsample, o.weight.to(x.dtype)
     if u is None:
         return convolution(step.pad_input(x), weight, o.bias, step.spec)
     if lowered_products() or not collapses(step, x.shape, x.dtype):
@@ -118,15 +123,20 @@ def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
 def _volumes(step: Step, o: Operands, channels_last: bool) -> Tensor:
     """The step with gradients in three dimensions, where it gains by its convolution. Maps keep eager mode's formats:
     ATen adds the many values of a channels-last volume up one after the other, and its statistics are not exact."""
-    x, u, weight = o.x, step.upsample, o.weight.to(o.x.dtype)
-    if u is not None and not lowered_products() and collapses(step, tuple(x.shape), x.dtype):
-        weight = summed_weight(keep_strides(weight, None), u.scale, step.spec.groups)
-    if u is None or weight.shape == step.spec.weight_shape:
-        y = volume_convolution(step.pad_input(x), weight, o.bias, step.spec)
-    else:
-        y = reference.upsample_conv(x, weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
+    y = _convolved_volume(step, o.x, o)
     y = reference.finish(step, o._replace(x=convert(y, y.dtype, channels_last)))
     return convert(y, y.dtype, channels_last)
+
+
+def _convolved_volume(step: Step, x: Tensor, o: Operands) -> Tensor:
+    """`_convolved` of three dimensions, in either format."""
+    u, weight = step.upsample, o.weight.to(x.dtype)
+    if u is None:
+        return volume_convolution(step.pad_input(x), weight, o.bias, step.spec)
+    if lowered_products() or not collapses(step, tuple(x.shape), x.dtype):
+        return reference.upsample_conv(x, weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
+    weight = summed_weight(keep_strides(weight, None), u.scale, step.spec.groups)
+    return volume_convolution(step.pad_input(x), weight, o.bias, step.spec)
 
 
 # --- upsampling + convolution -----------------------------------------------------------------------------------------

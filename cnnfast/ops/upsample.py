@@ -143,7 +143,7 @@ upsample_conv2d.__doc__ = _DOC.format(
 upsample_conv3d.__doc__ = _DOC.format(
     n=3, block="r x r x r", kernel="3x3x3", saved="8 products instead of 27", size="D, H, W", first="D",
     taps="kd, kh, kw", odd="kd, kh and kw", tap="kd",
-    where="So on a CPU without\n    gradients; elsewhere PyTorch does it all. Differentiable any number of times.",
+    where="On a GPU PyTorch's\n    operators run it. Differentiable any number of times.",
 )  # fmt: skip
 
 

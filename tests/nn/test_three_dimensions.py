@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import cnnfast
 from cnnfast import reference
-from cnnfast.cpu import conv_autograd, inference
+from cnnfast.cpu import conv_autograd, inference, training
 from cnnfast.cpu.packing import PACKS
 from cnnfast.ops.run import run_step
 from cnnfast.spec import ConvSpec
@@ -315,9 +315,9 @@ def any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small maps run as large ones do."""
     monkeypatch.setattr(conv_autograd, "_LEAST", 0)
     monkeypatch.setattr(conv_autograd, "_LEAST_POSITIONS", 0)
-    conv_autograd.ways.cache_clear()
+    conv_autograd.ways.cache_clear(), training._why_slower_3d.cache_clear()
     yield
-    conv_autograd.ways.cache_clear()
+    conv_autograd.ways.cache_clear(), training._why_slower_3d.cache_clear()
 
 
 @pytest.mark.parametrize("seed", range(60))
