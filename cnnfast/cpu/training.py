@@ -135,8 +135,10 @@ def _convolved_volume(step: Step, x: Tensor, o: Operands) -> Tensor:
         return volume_convolution(step.pad_input(x), weight, o.bias, step.spec)
     if lowered_products() or not collapses(step, tuple(x.shape), x.dtype):
         return reference.upsample_conv(x, weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
-    weight = summed_weight(keep_strides(weight, None), u.scale, step.spec.groups)
-    return volume_convolution(step.pad_input(x), weight, o.bias, step.spec)
+    dtype = products_dtype(x.dtype, instruction_set())  # the sums are not rounded where products are in float32
+    weight, bias = keep_strides(weight, None).to(dtype), None if o.bias is None else o.bias.to(dtype)
+    weight = summed_weight(weight, u.scale, step.spec.groups)
+    return volume_convolution(step.pad_input(x).to(dtype), weight, bias, step.spec).to(x.dtype)
 
 
 # --- upsampling + convolution -----------------------------------------------------------------------------------------

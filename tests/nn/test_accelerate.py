@@ -23,6 +23,7 @@ from cnnfast.messages import CnnfastWarning, UsageError
 from cnnfast.nn.accelerate_call import record_of
 from cnnfast.nn.rewrite import rewritten
 from cnnfast.nn.rewrite_site import Call
+from cnnfast.tolerance import model_verdict
 
 from .test_sequential_training import randomized
 
@@ -599,6 +600,22 @@ def test_upsamplings_in_three_dimensions(channels_last: bool) -> None:
         "interpolate + conv3d",
     ]
     assert all(row.fused for row in rows), [row.why_not for row in rows]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_in_three_dimensions(batch: int) -> None:
+    ours, plain = pair(Decoder3d())
+    exact, x = copy.deepcopy(plain).double(), images(batch, 16, 8, 8, 8)
+    found = []
+    for model in (plain, ours, exact):
+        leaf = x.to(next(model.parameters()).dtype, copy=True).requires_grad_()
+        y = model(leaf)
+        y.square().mean().backward()
+        found.append([y.detach(), leaf.grad, *(p.grad for p in model.parameters())])
+    for want, got, e in zip(*found, strict=True):
+        assert got.stride() == want.stride() and model_verdict(got, e, [want]) is None
+    rows = cnnfast.explain(ours, x).rows
+    assert len(rows) == 3 and all(row.fused for row in rows), [row.why_not for row in rows]
 
 
 class Up3d(nn.Module):
