@@ -175,13 +175,13 @@ TRAINED: dict[str, tuple[list[nn.Module], tuple[int, ...], str]] = {
     "two samples": ([nn.Conv3d(16, 16, 3, padding=1), nn.ReLU()], (2, 16, 12, 12, 12), "by oneDNN"),
     "one position": ([nn.Conv3d(16, 16, 1), nn.ReLU()], (1, 16, 20, 20, 20), "kernel of one position"),
     "few": ([nn.Conv3d(4, 4, 3), nn.ReLU()], (1, 4, 9, 9, 9), "too little work"),
-    "upsampling": ([nn.Upsample(scale_factor=2), nn.Conv3d(8, 8, 3, padding=1)], (2, 8, 6, 6, 6), ""),
+    "upsampling": ([nn.Upsample(scale_factor=2), nn.Conv3d(16, 16, 3, padding=1)], (2, 16, 6, 6, 6), ""),
     "few upsampled": (
         [nn.Upsample(scale_factor=2), nn.Conv3d(8, 8, 3, padding=1)],
         (2, 8, 4, 4, 4),
         "too little arithmetic",
     ),
-    "groups": ([nn.Upsample(scale_factor=2), nn.Conv3d(8, 8, 3, groups=2)], (2, 8, 6, 6, 6), "too little arithmetic"),
+    "groups": ([nn.Upsample(scale_factor=2), nn.Conv3d(16, 16, 3, groups=2)], (2, 16, 8, 8, 8), "too little"),
 }
 
 
@@ -315,9 +315,13 @@ def any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Small maps run as large ones do."""
     monkeypatch.setattr(conv_autograd, "_LEAST", 0)
     monkeypatch.setattr(conv_autograd, "_LEAST_POSITIONS", 0)
-    conv_autograd.ways.cache_clear(), training._why_slower_3d.cache_clear()
+    monkeypatch.setattr(training, "_LEAST_SAVED", ((0, 1, 1),) * 2)
+    cached = conv_autograd.ways, training.collapses, training._why_slower_3d
+    for function in cached:
+        function.cache_clear()
     yield
-    conv_autograd.ways.cache_clear(), training._why_slower_3d.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 @pytest.mark.parametrize("seed", range(60))
