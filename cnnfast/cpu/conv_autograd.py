@@ -117,8 +117,8 @@ def by_aten(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    """x (N, C_in, H, W) -> (N, C_out, OH, OW), channels-last and new; x, weight and bias of one dtype. The
-    weight's gradient has the weight's strides."""
+    """x (N, C_in, H, W) -> (N, C_out, OH, OW), channels-last and new; x, weight and bias of one dtype. The weight's
+    gradient has the weight's strides."""
     how = ways(spec, tuple(x.shape), x.dtype, lowered_products(), weight.is_contiguous())
     x = convert(x, x.dtype, True)
     weight = keep_strides(weight, True)

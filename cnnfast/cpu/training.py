@@ -123,7 +123,16 @@ def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
 def _volumes(step: Step, o: Operands, channels_last: bool) -> Tensor:
     """The step with gradients in three dimensions, where it gains by its convolution. Maps keep eager mode's formats:
     ATen adds the many values of a channels-last volume up one after the other, and its statistics are not exact."""
-    y = _convolved_volume(step, o.x, o)
+    x = o.x
+    if x.requires_grad:  # its gradient, as eager mode has it
+        conv, size = step.unfused(x.shape[2:])
+        last = is_channels_last(x)
+        if step.upsample is not None:
+            last = False
+        elif not any(step.pad):
+            last = (last or is_channels_last(o.weight)) and not by_loops(conv, (*x.shape[:2], *size), x.dtype)
+        x = enter(x, x.dtype, None, last)
+    y = _convolved_volume(step, x, o)
     y = reference.finish(step, o._replace(x=convert(y, y.dtype, channels_last)))
     return convert(y, y.dtype, channels_last)
 

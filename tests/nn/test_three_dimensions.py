@@ -25,7 +25,7 @@ from ..tolerance import assert_close
 from .test_drop_in import close
 from .test_sequential_training import randomized
 
-LAST = torch.channels_last_3d
+LAST, F32 = torch.channels_last_3d, torch.float32
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -340,11 +340,14 @@ def test_random_stacks_with_gradients(seed: int, any_size: None) -> None:
     found = []
     for m in (plain, ours, exact):
         m.train(mode)
-        leaf = (x.double() if m is exact else x).clone().requires_grad_(of_input)
-        y = m(leaf)
+        entering = (x.double() if m is exact else x).clone().requires_grad_(of_input)
+        given: list[Tensor] = []
+        if of_input:  # as the operator before gets it: a leaf's would be copied into the leaf's strides
+            entering = entering.mul(1)
+            entering.register_hook(given.append)
+        y = m(entering)
         y.square().mean().backward()
-        grads = [leaf.grad] if of_input else []
-        found.append([y.detach(), *grads, *(p.grad for p in m.parameters()), *(b for b in m.buffers() if b.dim())])
+        found.append([y.detach(), *given, *(p.grad for p in m.parameters()), *(b for b in m.buffers() if b.dim())])
     for i, (want, got, e) in enumerate(zip(*found, strict=True)):
         assert got.stride() == want.stride(), (i, got.shape)
         assert model_verdict(got, e, [want]) is None, (i, model_verdict(got, e, [want]))
@@ -444,6 +447,29 @@ def test_upsample_conv3d_errors() -> None:
         cnnfast.ops.upsample_conv3d(x[0, 0], w)
     with pytest.raises(RuntimeError, match="three dimensions|triton"):
         cnnfast.ops.upsample_conv3d(x, w, backend="triton")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", ["conv3d", "conv_transpose3d", "upsample_conv3d"])
+def test_functions_gradients_have_eagers_formats(name: str, batch: int) -> None:
+    """An input's. A weight's has the weight's strides, or PyTorch's where the function is."""
+
+    def upsampled(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return F.conv3d(F.interpolate(x, scale_factor=2.0), w, b, 1, 1)
+
+    theirs = upsampled if name.startswith("up") else getattr(F, name)
+    for last, weight_last in ((False, False), (True, False), (False, True), (True, True)):
+        x, w, b = torch.randn(batch, 16, 9, 10, 8), torch.randn(16, 16, 3, 3, 3) / 20, torch.randn(16)
+        x, w = (t.contiguous(memory_format=LAST) if to else t for t, to in ((x, last), (w, weight_last)))
+        found = []
+        for function, dtype in ((getattr(cnnfast.ops, name), F32), (theirs, F32), (theirs, torch.float64)):
+            leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, w, b)]
+            y = function(*leaves)
+            found.append((y.detach(), *torch.autograd.grad(y.square().sum(), leaves)))
+        for i, (got, want, e) in enumerate(zip(*found, strict=True)):
+            allowed = {want.stride(), w.stride()} if i == 2 else {want.stride()}
+            assert got.stride() in allowed, (i, last, weight_last)
+            assert model_verdict(got, e, [want]) is None
 
 
 def test_functions_errors() -> None:
