@@ -127,16 +127,16 @@ def _sum_matrix(k: int, r: int, dtype: torch.dtype, device: torch.device) -> tor
 
 
 def collapse_weight(weight: torch.Tensor, scale: Sequence[int], groups: int = 1) -> torch.Tensor:
-    """Weight of `spec.collapse_upsample`: (C_out, C_in/g, kh, kw) -> (C_in, C_out/g, kh+r-1, kw+r-1).
+    """Weight of `spec.collapse_upsample`: (C_out, C_in/g, *kernel) -> (C_in, C_out/g, *(k + r - 1)).
 
     Sums are taken in float64 and rounded once to the weight's dtype.
     """
-    c_out, c_in, kh, kw = weight.shape
+    c_out, c_in, *kernel = weight.shape
     w = weight.double()
-    sh, sw = (_sum_matrix(k, r, w.dtype, w.device) for k, r in zip((kh, kw), scale, strict=True))
-    w = torch.einsum("jt,octu,lu->ocjl", sh, w, sw)
-    w = w.reshape(groups, c_out // groups, c_in, kh + scale[0] - 1, kw + scale[1] - 1).transpose(1, 2)
-    return w.reshape(groups * c_in, c_out // groups, *w.shape[-2:]).to(weight.dtype)
+    for dim, (k, r) in enumerate(zip(kernel, scale, strict=True), 2):
+        w = torch.tensordot(w, _sum_matrix(k, r, w.dtype, w.device), ([dim], [1])).movedim(-1, dim)
+    w = w.reshape(groups, c_out // groups, c_in, *w.shape[2:]).transpose(1, 2)
+    return w.reshape(groups * c_in, c_out // groups, *w.shape[3:]).to(weight.dtype)
 
 
 def conv_weight(step: Step, weight: torch.Tensor) -> torch.Tensor:
@@ -156,10 +156,11 @@ def upsample_conv(
     """Nearest upsampling by ``scale``, padding by ``padding_mode`` ("zeros", "replicate", "reflect"), stride-1
     convolution."""
     x = F.interpolate(x, scale_factor=[float(r) for r in scale], mode="nearest")
+    function = F.conv3d if x.dim() == 5 else F.conv2d
     if padding_mode == "zeros":
-        return F.conv2d(x, weight, bias, padding=tuple(padding), groups=groups)
-    ph, pw = padding
-    return F.conv2d(F.pad(x, (pw, pw, ph, ph), mode=padding_mode), weight, bias, groups=groups)
+        return function(x, weight, bias, padding=tuple(padding), groups=groups)
+    ends = [p for p in reversed(padding) for _ in range(2)]
+    return function(F.pad(x, ends, mode=padding_mode), weight, bias, groups=groups)
 
 
 def run_reference(step: Step, o: Operands) -> torch.Tensor:

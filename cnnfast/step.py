@@ -39,10 +39,11 @@ PADDING_MODES = ("zeros", "replicate", "reflect")
 
 @dataclass(frozen=True)
 class Upsample:
-    """Nearest upsampling ahead of a stride-1 convolution that pads by ``padding`` in ``mode``."""
+    """Nearest upsampling ahead of a stride-1 convolution that pads by ``padding`` in ``mode``; a number for each
+    dimension."""
 
-    scale: tuple[int, int]
-    padding: tuple[int, int]
+    scale: tuple[int, ...]
+    padding: tuple[int, ...]
     mode: str = "zeros"
 
 
@@ -51,7 +52,7 @@ class Step:
     """``spec`` is the 2-D or 3-D convolution that runs on the input padded by ``pad`` in ``pad_mode`` (replicate or
     reflect); None where the step is only what follows one.
 
-    With ``upsample``, the step is an upsampling and a plain convolution whose weight (C_out, C_in/g, kh, kw) is summed
+    With ``upsample``, the step is an upsampling and a plain convolution whose weight (C_out, C_in/g, *kernel) is summed
     to the weight of ``spec`` (`reference.conv_weight`). ``residual``: something is added ahead of the activation.
     """
 
@@ -150,6 +151,17 @@ class Step:
         kernel = (k - r + 1 for k, r in zip(s.kernel_size, self.upsample.scale, strict=True))
         return (s.out_channels, s.in_channels // s.groups, *kernel)
 
+    def unfused(self, input_size: Sequence[int]) -> tuple[ConvSpec, tuple[int, ...]]:
+        """The convolution that its modules run, and the spatial size of what it gets there."""
+        s, u = self.spec, self.upsample
+        if u is None:
+            return s, tuple(n + 2 * p for n, p in zip(input_size, self.pad, strict=True))
+        zeros = u.mode == "zeros"
+        padding, pad = (u.padding, (0,) * s.ndim) if zeros else ((0,) * s.ndim, u.padding)
+        kernel, ones = self.weight_shape[2:], (1,) * s.ndim
+        plain = ConvSpec(False, s.in_channels, s.out_channels, kernel, ones, padding, (0,) * s.ndim, ones, s.groups)
+        return plain, tuple(n * r + 2 * p for n, r, p in zip(input_size, u.scale, pad, strict=True))
+
     def describe(self) -> str:
         """Which layer, for people."""
         s = self.spec
@@ -200,7 +212,7 @@ def plain_step(spec: ConvSpec, mode: str = "zeros", activation: Activation = Act
 def upsample_step(
     in_channels: int,
     out_channels: int,
-    kernel_size: tuple[int, int],
+    kernel_size: tuple[int, ...],
     upsample: Upsample,
     groups: int = 1,
     activation: Activation = Activation(),  # noqa: B008 (frozen)
@@ -218,11 +230,10 @@ def upsample_step(
         raise ValueError(
             f"reflect padding={u.padding} is larger than scale_factor - 1 = {tuple(r - 1 for r in u.scale)}"
         )
-    pad = (0, 0)
-    padding: tuple[int, ...] = u.padding
+    pad = none = (0,) * len(u.scale)
+    padding = u.padding
     if u.mode != "zeros":
-        pad = tuple(-(-p // r) for p, r in zip(u.padding, u.scale, strict=True))  # type: ignore[assignment]
-        padding = (0, 0)
+        pad, padding = tuple(-(-p // r) for p, r in zip(u.padding, u.scale, strict=True)), none
     spec = collapse_upsample(in_channels, out_channels, kernel_size, u.scale, padding, groups)
     if u.mode != "zeros":
         crop = tuple(m * r - p for m, r, p in zip(pad, u.scale, u.padding, strict=True))
@@ -274,8 +285,7 @@ def _made(key: str, weight_shape: Sequence[int], output_padding: Sequence[int]) 
     each = second * int(groups)
     if how == "up":
         scale, padding, mode = _ints(numbers[0]), _ints(numbers[1]), numbers[2]
-        upsample = Upsample((scale[0], scale[1]), (padding[0], padding[1]), mode)
-        step = upsample_step(each, first, (kernel[0], kernel[1]), upsample, int(groups), activation)
+        step = upsample_step(each, first, tuple(kernel), Upsample(scale, padding, mode), int(groups), activation)
     else:
         c_in, c_out = (first, each) if how == "t" else (each, first)
         stride, padding, dilation, pad = (_ints(n) for n in numbers[:4])

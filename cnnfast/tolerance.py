@@ -214,7 +214,7 @@ def expected(step: Step, o: Operands, tf32: bool) -> tuple[torch.Tensor, torch.T
         wide = wide._replace(x=round_tf32(wide.x), weight=round_tf32(wide.weight))
     elif step.upsample is not None and o.x.dtype != torch.float32:
         wide = wide._replace(x=step.pad_input(wide.x), weight=conv_weight(step, o.weight).type(torch.float32))
-        run = replace(step, upsample=None, pad=(0, 0))
+        run = replace(step, upsample=None, pad=(0,) * step.spec.ndim)
     before = run_reference(replace(step, activation=Activation()), exact)
     slope = exact.slope if step.activation.name == "prelu" else None
     yardstick = run_reference(run, wide).type(o.x.dtype)

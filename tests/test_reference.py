@@ -55,13 +55,18 @@ def reference_collapse(x: torch.Tensor, w: torch.Tensor, step: Step) -> torch.Te
     return reference.conv(step.pad_input(x), reference.conv_weight(step, w), None, step.spec)
 
 
+_KERNELS = {2: [(1, 1), (3, 3), (5, 3), (7, 5)], 3: [(3, 3, 3), (1, 5, 3)]}
+_FACTORS = {2: [(1, 1), (2, 2), (3, 2), (2, 4)], 3: [(2, 2, 2), (3, 1, 2)]}
+
+
+@pytest.mark.parametrize("ndim", [2, 3])
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("mode", ["zeros", "replicate", "reflect"])
-def test_collapsed_upsampling(mode: str, groups: int) -> None:
+def test_collapsed_upsampling(mode: str, groups: int, ndim: int) -> None:
     count = 0
-    for kernel, factor in itertools.product([(1, 1), (3, 3), (5, 3), (7, 5)], [(1, 1), (2, 2), (3, 2), (2, 4)]):
+    for kernel, factor in itertools.product(_KERNELS[ndim], _FACTORS[ndim]):
         for pad in itertools.product(*(sorted({0, (k - 1) // 2, k - 1}) for k in kernel)):
-            size = (4, 5)
+            size = (4, 5, 3)[:ndim]
             if any(n * r + 2 * p < k for n, r, p, k in zip(size, factor, pad, kernel, strict=True)):
                 continue
             u = Upsample(factor, pad, mode)
@@ -75,18 +80,22 @@ def test_collapsed_upsampling(mode: str, groups: int) -> None:
             got = reference_collapse(x, w, step)
             assert got.shape == expected.shape == (2, 6, *step.output_size(size))
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+            assert step.weight_shape == w.shape
+            conv, entering = step.unfused(size)
+            assert conv.output_size(entering) == step.output_size(size)
             count += 1
-    assert count >= 10
+    assert count >= 8
 
 
 def test_upsample_conv_is_torch_s_modules() -> None:
-    x, w, bias = rand(2, 4, 5, 6), rand(6, 4, 3, 3, seed=1), rand(6, seed=2)
-    up = torch.nn.Upsample(scale_factor=2)(x)
-    for mode in ("zeros", "replicate", "reflect"):
-        conv = torch.nn.Conv2d(4, 6, 3, padding=1, padding_mode=mode, dtype=DOUBLE)
-        conv.weight.data, conv.bias.data = w, bias
-        got = reference.upsample_conv(x, w, bias, (2, 2), (1, 1), mode)
-        torch.testing.assert_close(got, conv(up), rtol=1e-14, atol=1e-14)
+    for n, make in enumerate((torch.nn.Conv2d, torch.nn.Conv3d), 2):
+        x, w, bias = rand(2, 4, *(5, 6, 3)[:n]), rand(6, 4, *(3,) * n, seed=1), rand(6, seed=2)
+        up = torch.nn.Upsample(scale_factor=2)(x)
+        for mode in ("zeros", "replicate", "reflect"):
+            conv = make(4, 6, 3, padding=1, padding_mode=mode, dtype=DOUBLE)
+            conv.weight.data, conv.bias.data = w, bias
+            got = reference.upsample_conv(x, w, bias, (2,) * n, (1,) * n, mode)
+            torch.testing.assert_close(got, conv(up), rtol=1e-14, atol=1e-14)
 
 
 def test_summed_taps_are_rounded_once() -> None:

@@ -13,6 +13,7 @@ from ..memory_format import convert, has_both
 from ..step import Operands, Step
 from . import inference, norm_inference, tuned
 from .training import run as by_layers
+from .training import why_slower_3d
 
 __all__ = ["arrange", "run", "why_not"]
 
@@ -22,7 +23,7 @@ def why_not(step: Step, o: Operands, *, channels_last: bool, training: bool, req
     if step.spec is None:
         return norm_inference.why_not(step.norm, o) and "PyTorch's own norms are as fast"
     if training and step.spec.ndim == 3 and needs_gradient(o):
-        return _NO_TRAINING_3D
+        return why_slower_3d(step, o.x.shape, o.x.dtype)
     return None if training else inference.why_not(step, o, channels_last)
 
 
@@ -32,15 +33,10 @@ def run(step: Step, o: Operands, *, channels_last: bool, training: bool, require
         y = norm_inference.finished(step.norm, o, step.activation, ours=False)
         return convert(y, y.dtype, channels_last)
     y = None if training else inference.run(step, o, channels_last)
-    if y is None and step.spec.ndim == 3 and not training:
-        return None
     return by_layers(step, o, channels_last, new=not training) if y is None else y
 
 
 # --- which steps of a chain gain --------------------------------------------------------------------------------------
-
-
-_NO_TRAINING_3D = "in three dimensions, training is left to PyTorch's operators"
 
 
 def arrange(
@@ -49,7 +45,8 @@ def arrange(
     """Channels-last where it saves more conversions than it costs, and modules where those are as fast."""
     three = steps[0].ndim == 3
     if three and gradient:
-        return _NO_TRAINING_3D
+        slower = [why_slower_3d(s.step, shape, s.dtype) for s, shape in zip(steps, shapes, strict=False)]
+        return Arrangement(tuple(eager[1:]), tuple(slower)) if None in slower else str(slower[0])
     if steps[0].ndim == 1 and not (gradient or _gain_in_1d(steps, shapes, eager)):
         return "in one dimension, PyTorch's plain convolutions of one sample are as fast on a CPU"
     inside, as_eager = channels_last_inside(eager).channels_last, tuple(eager[1:])

@@ -3,7 +3,8 @@
 Those are made for large maps: on maps of 4x4 and on 1x1 inputs they spend their time on the weight, bringing it into
 a layout of their own and back. There the gradients of a transposed convolution are two products with the patches of
 the incoming gradient, which are gathered once; the forward is one product for each phase. `ways` has the rules, which
-were measured (docs/facts.md). Everything else is ATen's own convolution, channels-last.
+were measured (docs/facts.md). One sample of three dimensions, which ATen leaves to loops, runs as two (`halves`).
+Everything else is ATen's own convolution, channels-last.
 
 The backward under ``create_graph`` is ATen's own, which is differentiable.
 """
@@ -21,17 +22,18 @@ from torch import Tensor
 from .. import reference
 from ..dispatch import is_batched
 from ..gradients import enter, keep_strides, restrided
-from ..memory_format import convert, new_strides
+from ..memory_format import convert, is_channels_last, new_strides
 from ..spec import DTYPES, ConvSpec
+from . import halves
 from .isa import InstructionSet, instruction_set, lowered_products, products_dtype
 from .methods import Deconvolution, Gathered, Merged, PostOp, gathers, why_missing
 
-__all__ = ["Ways", "by_aten", "convolution", "suited", "ways"]
+__all__ = ["Ways", "by_aten", "convolution", "suited", "volume_convolution", "ways"]
 
 
 class Ways(NamedTuple):
-    """How one convolution runs. ``forward``: "aten", "product" (1x1 inputs), "phases" or "merged"; ``backward``:
-    "aten", "product" or "patches"; both with products in ``dtype``."""
+    """How one convolution runs. ``forward``: "aten", "product" (1x1 inputs), "phases", "merged" or "halves";
+    ``backward``: "aten", "product", "patches" or "halves"; both with products in ``dtype``."""
 
     forward: str
     backward: str
@@ -41,6 +43,8 @@ class Ways(NamedTuple):
 # Multiply-adds of a forward below which ATen's convolution has the lesser fixed cost: packing for merged phases takes
 # 200 us, patches and a Function of ours 50 us more than ATen's own derivative.
 _LEAST, _LEAST_MERGED = 2e6, 8e6
+# And positions of three dimensions below which patches are small beside the weight, whose products ATen's loops are.
+_LEAST_POSITIONS = 256
 
 
 @lru_cache(maxsize=4096)
@@ -52,12 +56,17 @@ def _macs(spec: ConvSpec, shape: tuple[int, ...]) -> int:
 def ways(
     spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool = False, contiguous: bool = False
 ) -> Ways:
-    """How to run ``spec`` on an x of this shape (N, C_in, H, W) and dtype; ``lowered``: what `lowered_products` is;
+    """How to run ``spec`` on an x of this shape (N, C_in, *size) and dtype; ``lowered``: what `lowered_products` is;
     ``contiguous``: the weight is, and would be brought into the order of phases."""
     if dtype not in DTYPES or not all(shape):
         return Ways("aten", "aten", dtype)
     isa = instruction_set()
     compute = products_dtype(dtype, isa)
+    if spec.ndim == 3:
+        positions = math.prod(min(shape[2:], spec.output_size(shape[2:]), key=math.prod))
+        enough = _macs(spec, shape) >= _LEAST and positions >= _LEAST_POSITIONS and max(spec.kernel_size) > 1 < shape[1]
+        way = "halves" if enough and halves.applies(spec, shape, compute) else "aten"
+        return Ways(way, way, compute)
     if not spec.transposed or spec.groups > 1:
         return Ways("aten", "aten", compute)
     matmul = not lowered or compute != torch.float32
@@ -120,6 +129,16 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) 
     return _Convolution.apply(x, weight, bias, spec, how)
 
 
+def volume_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+    """x (N, C_in, D, H, W) -> (N, C_out, OD, OH, OW), contiguous or channels-last; x, weight and bias of one dtype. The
+    weight's gradient has the weight's strides."""
+    how = ways(spec, tuple(x.shape), x.dtype, lowered_products())
+    weight = keep_strides(weight, None)
+    if how.forward == "aten":
+        return reference.conv(x, weight, bias, spec)
+    return _Convolution.apply(convert(x, x.dtype, is_channels_last(x)), weight, bias, spec, how)
+
+
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -132,7 +151,8 @@ class _Convolution(torch.autograd.Function):
         dtype = how.dtype
         b = None if bias is None else bias.to(dtype)
         y = _FORWARD[how.forward](x.to(dtype), weight.to(dtype), b, spec)
-        return _plain(convert(y, x.dtype, True)).data  # no view in autograd's eyes: what follows may overwrite it
+        # No view in autograd's eyes: what follows may overwrite it.
+        return _plain(convert(y, x.dtype, _is_last(x)), _is_last(x)).data
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -143,20 +163,26 @@ class _Convolution(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(grad) or not any(need):
             return *_by_aten(grad, x, weight, ctx.bias_size, spec, need), None, None
         dtype = how.dtype
-        grad = convert(grad, dtype, True)
+        last = _is_last(x)
+        grad = convert(grad, dtype, last)
         with torch._C._DisableAutocast():  # which lowers matrix products, but no convolution's gradients
             dx, dw, db = _BACKWARD[how.backward](grad, x.to(dtype), weight.to(dtype), ctx.bias_size, spec, need)
-        dx = None if dx is None else _plain(dx.to(x.dtype))
+        dx = None if dx is None else _plain(convert(dx, x.dtype, last), last)
         db = None if db is None else db.to(x.dtype)
         dw = None if dw is None else restrided(dw, torch.empty_like(weight, device="meta").stride(), weight.dtype)
         return dx, dw, db, None, None
 
 
-def _plain(y: Tensor) -> Tensor:
-    """A channels-last y with the strides of a new one. (Where a dimension of size 1 has another stride, as after
+def _is_last(x: Tensor) -> bool:
+    """The format of a convolution: two dimensions are channels-last."""
+    return x.dim() == 4 or is_channels_last(x)
+
+
+def _plain(y: Tensor, channels_last: bool) -> Tensor:
+    """A y in this format with the strides of a new one. (Where a dimension of size 1 has another stride, as after
     cropping, ATen takes y for NCHW: the gradients of its batch norm are wrong then, for some formats of its result's.)
     """
-    return restrided(y, new_strides(y.shape, True))
+    return restrided(y, new_strides(y.shape, channels_last))
 
 
 # --- forward ----------------------------------------------------------------------------------------------------------
@@ -222,7 +248,10 @@ def _forward_merged(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSp
     return method.run(x, method.pack(weight, bias), PostOp(), True)
 
 
-_FORWARD = {"aten": _forward_aten, "product": _forward_product, "phases": _forward_phases, "merged": _forward_merged}
+_FORWARD = {
+    **{"aten": _forward_aten, "product": _forward_product, "phases": _forward_phases, "merged": _forward_merged},
+    "halves": halves.forward,
+}
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -238,7 +267,7 @@ def _by_aten(
 
 
 def _bias_gradient(grad: Tensor, need: tuple[bool, ...]) -> Tensor | None:
-    return grad.sum((0, 2, 3)) if need[2] else None
+    return grad.sum((0, *range(2, grad.dim()))) if need[2] else None
 
 
 def _by_aten_apart(
@@ -295,4 +324,4 @@ def _by_patches(
     return dx, dw, _bias_gradient(grad, need)
 
 
-_BACKWARD = {"aten": _by_aten_apart, "product": _by_product, "patches": _by_patches}
+_BACKWARD = {"aten": _by_aten_apart, "product": _by_product, "patches": _by_patches, "halves": halves.backward}

@@ -73,8 +73,8 @@ def _method(
     return Deconvolution
 
 
-# Multiply-adds from which packed operators are faster than ATen's own loops in three dimensions; transposed ones.
-_LEAST_3D, _LEAST_3D_TRANSPOSED = 2e6, 2e7
+# Multiply-adds from which packed operators beat ATen's own loops in three dimensions: plain, transposed, upsampled.
+_LEAST_3D, _LEAST_3D_TRANSPOSED, _LEAST_3D_UPSAMPLED = 2e6, 2e7, 2e5
 
 
 def _too_few(s: ConvSpec, shape: tuple[int, ...], least: float) -> str | None:
@@ -87,26 +87,33 @@ def _too_few(s: ConvSpec, shape: tuple[int, ...], least: float) -> str | None:
 
 
 def _why_slower(step: Step, shape: tuple[int, ...], method: Method, isa: InstructionSet) -> str | None:
-    """Why PyTorch's own transposed convolution is expected to be as fast. Not for an upsampling, where PyTorch's own
-    way does several times the arithmetic; a plain convolution's rule is `why_slower_plain`."""
-    s = step.spec
-    if not s.transposed or step.upsample is not None or isinstance(method, Projection):
+    """Why PyTorch's own transposed convolution is expected to be as fast, or in three dimensions an upsampling (in two
+    it does several times the arithmetic); a plain convolution's rule is `why_slower_plain`."""
+    s, padded = step.spec, _padded(step, shape)
+    if not s.transposed or step.upsample is not None and s.ndim < 3 or isinstance(method, Projection):
         return None
     if s.groups > 1:
         return "grouped transposed convolutions have no fast packed implementation"
-    out = s.output_size(shape[2:])
+    out = s.output_size(padded[2:])
     fits = all(n % st == 0 and (st == 1 or d == 1) for n, st, d in zip(out, s.stride, s.dilation, strict=True))
     covered = all(ph.taps for dim in s.phases for ph in dim)
     if isinstance(method, Deconvolution) and not covered:
         return "a stride that leaves outputs without taps has no fast packed implementation"
-    if isinstance(method, Deconvolution) and not fits and (method.dtype == torch.float32 or isa < InstructionSet.AMX):
+    conv, size = step.unfused(shape[2:])
+    loops = by_loops(conv, (*shape[:2], *size), method.dtype)
+    faster = isa >= InstructionSet.AMX and method.dtype != torch.float32 or step.upsample is not None and loops
+    if isinstance(method, Deconvolution) and not fits and not faster:
         # oneDNN then applies bias and post-ops element by element: ten times slower was seen.
         return f"output size {out} is no multiple of stride {s.stride}, or there is a dilation"
-    if by_loops(s, shape, method.dtype):
-        return _too_few(s, shape, _LEAST_3D_TRANSPOSED)
+    if step.upsample is not None:
+        if max(conv.kernel_size) == 1:
+            return "a kernel of one position has no taps that an upsampling could sum"
+        return _too_few(s, padded, _LEAST_3D_UPSAMPLED if loops else _LEAST_3D)
+    if loops:
+        return _too_few(s, padded, _LEAST_3D_TRANSPOSED)
     if s.ndim == 3:
         return "PyTorch's own transposed convolution by oneDNN is as fast in three dimensions"
-    return _too_few(s, shape, 8e6)
+    return _too_few(s, padded, 8e6)
 
 
 def _padded(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -206,7 +213,7 @@ def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool, 
     if kind.__name__ not in right:
         return "oneDNN has no deconvolution whose output padding reaches the stride"
     method = kind(step.spec, padded, compute)  # type: ignore[call-arg]
-    slower = _why_slower(step, padded, method, isa)
+    slower = _why_slower(step, tuple(shape), method, isa)
     return Way(method, post_op(step.activation), slower, _check_pays(step, shape, dtype))
 
 
@@ -254,10 +261,9 @@ def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str |
         return tuned.FASTER
     if plan.chosen is not None or plan.slower is not None or step.spec.transposed or step.upsample is not None:
         return plan.slower
-    o = operands
     norm = not step.residual and step.norm is not None
     nchw = not any(_formats(x, channels_last))
-    return why_slower_plain(step, x.shape, x.dtype, norm=norm, slopes=_slopes(o), nchw=nchw)
+    return why_slower_plain(step, x.shape, x.dtype, norm=norm, slopes=_slopes(operands), nchw=nchw)
 
 
 def _slopes(o: Operands) -> int:

@@ -7,24 +7,26 @@ convolution where the weight's sums cost less than the arithmetic they save (mea
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..dispatch import by_loops, needs_gradient
 from ..gradients import enter, keep_strides, plain
 from ..memory_format import convert, is_channels_last
 from ..reference import run_reference
 from ..spec import DTYPES
 from ..step import Operands, Step, norm_step
 from . import inference, norm_inference
-from .conv_autograd import by_aten, convolution, suited
+from .conv_autograd import by_aten, convolution, suited, volume_convolution, ways
 from .isa import instruction_set, lowered_products, products_dtype
 from .norm import normalised
 from .weight import summed_weight
 
-__all__ = ["collapses", "packs", "run"]
+__all__ = ["collapses", "packs", "run", "why_slower_3d"]
 
 
 def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> Tensor:
@@ -35,6 +37,8 @@ def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> T
     if torch.is_autocast_enabled("cpu"):  # it would round what is done in float32 on purpose
         with torch.autocast("cpu", enabled=False):
             return run(step, o, channels_last, new=new)
+    if step.spec.ndim == 3 and needs_gradient(o):
+        return _volumes(step, o, channels_last)
     x = o.x
     # Of x's gradient: as torch's convolution has it, and its padding.
     of_gradient = is_channels_last(x) or is_channels_last(o.weight) and not any(step.pad)
@@ -67,6 +71,28 @@ def packs(step: Step, o: Operands) -> bool:
     return inference.why_not(step.bare, _bare(o)) is None
 
 
+def why_slower_3d(step: Step, shape: Sequence[int], dtype: torch.dtype) -> str | None:
+    """Why PyTorch's modules of a step of three dimensions are expected to be as fast with gradients, on an x of this
+    shape."""
+    return _why_slower_3d(step, tuple(shape), dtype, lowered_products())
+
+
+@lru_cache(maxsize=4096)
+def _why_slower_3d(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) -> str | None:
+    spec = step.spec
+    if step.upsample is not None:
+        gains = not lowered and collapses(step, shape, dtype)
+        return None if gains else "in training, an upsampling's summed taps would save too little arithmetic"
+    padded = (*shape[:2], *(n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)))
+    if ways(spec, padded, dtype, lowered).forward == "halves":
+        return None
+    if not by_loops(spec, padded, dtype):
+        return "in training, PyTorch's own convolution of three dimensions by oneDNN is as fast"
+    if max(spec.kernel_size) == 1:
+        return "in training, PyTorch's own product of a kernel of one position is as fast"
+    return "in training, it is too little work for two halves by oneDNN"
+
+
 def _gains_nothing(step: Step, x: Tensor) -> bool:
     """Whether the convolution is ATen's in any case, and no faster channels-last than the conversions cost. (Tiny
     images are safer as they are, too: channels-last, oneDNN's convolutions read past the end of some, torch 2.13.)"""
@@ -80,10 +106,10 @@ def _gains_nothing(step: Step, x: Tensor) -> bool:
 
 def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
     """The convolution of ``step`` and its bias."""
-    u, weight = step.upsample, o.weight.to(x.dtype)
     if step.spec.ndim == 3:
-        y = reference.conv(step.pad_input(x), weight, o.bias, step.spec)
+        y = _convolved_volume(step, x, o)
         return convert(y, y.dtype, True)
+    u, weight = step.upsample, o.weight.to(x.dtype)
     if u is None:
         return convolution(step.pad_input(x), weight, o.bias, step.spec)
     if lowered_products() or not collapses(step, x.shape, x.dtype):
@@ -94,15 +120,58 @@ def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
     return convolution(step.pad_input(x), weight, o.bias, step.spec)
 
 
+def _volumes(step: Step, o: Operands, channels_last: bool) -> Tensor:
+    """The step with gradients in three dimensions, where it gains by its convolution. Maps keep eager mode's formats:
+    ATen adds the many values of a channels-last volume up one after the other, and its statistics are not exact."""
+    x = o.x
+    if x.requires_grad:  # its gradient, as eager mode has it
+        conv, size = step.unfused(x.shape[2:])
+        last = is_channels_last(x)
+        if step.upsample is not None:
+            last = False
+        elif not any(step.pad):
+            last = (last or is_channels_last(o.weight)) and not by_loops(conv, (*x.shape[:2], *size), x.dtype)
+        x = enter(x, x.dtype, None, last)
+    y = _convolved_volume(step, x, o)
+    y = reference.finish(step, o._replace(x=convert(y, y.dtype, channels_last)))
+    return convert(y, y.dtype, channels_last)
+
+
+def _convolved_volume(step: Step, x: Tensor, o: Operands) -> Tensor:
+    """`_convolved` of three dimensions, in either format."""
+    u, weight = step.upsample, o.weight.to(x.dtype)
+    if u is None:
+        return volume_convolution(step.pad_input(x), weight, o.bias, step.spec)
+    if lowered_products() or not collapses(step, tuple(x.shape), x.dtype):
+        return reference.upsample_conv(x, weight, o.bias, u.scale, u.padding, u.mode, step.spec.groups)
+    dtype = products_dtype(x.dtype, instruction_set())  # the sums are not rounded where products are in float32
+    weight, bias = keep_strides(weight, None).to(dtype), None if o.bias is None else o.bias.to(dtype)
+    weight = summed_weight(weight, u.scale, step.spec.groups)
+    return volume_convolution(step.pad_input(x).to(dtype), weight, bias, step.spec).to(x.dtype)
+
+
 # --- upsampling + convolution -----------------------------------------------------------------------------------------
+
+
+# In three dimensions, with products in float32 and in 16 bits: the multiply-adds that must be saved, by how much they
+# must become fewer, and positions.
+_LEAST_SAVED = ((1e7, 2, 64), (6e7, 3, 256))
 
 
 @lru_cache(maxsize=4096)
 def collapses(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     """Whether an upsampling and its convolution run as one transposed convolution, whose weight is summed anew in every
-    step: where the maps have so many positions that the arithmetic saved outweighs that."""
+    step: where the maps have so many positions that the arithmetic saved outweighs that. (In three dimensions oneDNN's
+    transposed convolutions are slow for groups and one input channel; a kernel of one position saves none.)"""
     positions = shape[0] * math.prod(shape[2:])
     fast = products_dtype(dtype, instruction_set()) != torch.float32
+    if step.spec.ndim == 3:
+        s, (conv, size) = step.spec, step.unfused(shape[2:])
+        padded = [n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)]
+        before, after = conv.macs(shape[0], size), s.macs(shape[0], padded)
+        least, times, few = _LEAST_SAVED[fast]
+        gains = before - after >= least and before >= times * after and positions >= few
+        return dtype in DTYPES and s.groups == 1 and s.in_channels > 1 and gains
     return dtype in DTYPES and positions >= (2048 if fast else 256)
 
 

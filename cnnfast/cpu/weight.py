@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import math
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
@@ -15,15 +16,15 @@ __all__ = ["summed_weight"]
 
 @lru_cache(maxsize=64)
 def _sums(kernel: tuple[int, ...], scale: tuple[int, ...]) -> Tensor:
-    """(kh*kw, kh'*kw') zeros and ones: which taps each tap of the collapsed weight sums."""
+    """(taps, taps of the collapsed weight) zeros and ones: which each of these sums."""
     with torch.inference_mode(False):  # kept for later calls, whatever mode or default device this one is in
-        rows, columns = (
+        each = [
             torch.tensor(
                 [[float(t in taps) for t in range(k)] for taps in summed_taps(k, r)], dtype=torch.float32, device="cpu"
             )
             for k, r in zip(kernel, scale, strict=True)
-        )
-        return torch.kron(rows, columns).t().contiguous()
+        ]
+        return reduce(torch.kron, each).t().contiguous()
 
 
 class _Product(torch.autograd.Function):
@@ -42,12 +43,12 @@ class _Product(torch.autograd.Function):
 
 
 def summed_weight(weight: Tensor, scale: tuple[int, ...], groups: int, *, lowered: bool = False) -> Tensor:
-    """`reference.collapse_weight` as one matrix product, in float32 and rounded once: (C_out, C_in/g, kh, kw) ->
-    (C_in, C_out/g, kh + r_h - 1, kw + r_w - 1). ``lowered``: float32 products are not exact here, float64's are."""
-    c_out, c_in, kh, kw = weight.shape
-    size = kh + scale[0] - 1, kw + scale[1] - 1
-    w = weight.reshape(groups, c_out // groups, c_in, kh * kw).transpose(1, 2)
-    sums = _sums((kh, kw), tuple(scale))
+    """`reference.collapse_weight` as one matrix product, in float32 and rounded once: (C_out, C_in/g, *kernel) ->
+    (C_in, C_out/g, *(k + r - 1)). ``lowered``: float32 products are not exact here, float64's are."""
+    c_out, c_in, *kernel = weight.shape
+    size = [k + r - 1 for k, r in zip(kernel, scale, strict=True)]
+    w = weight.reshape(groups, c_out // groups, c_in, -1).transpose(1, 2)
+    sums = _sums(tuple(kernel), tuple(scale))
     w, sums = (w.double(), sums.double()) if lowered else (w.float(), sums)
-    w = _Product.apply(w.reshape(-1, kh * kw), sums)
+    w = _Product.apply(w.reshape(-1, math.prod(kernel)), sums)
     return w.to(weight.dtype).view(groups * c_in, c_out // groups, *size)

@@ -143,6 +143,7 @@ class Chain:
             return f"an input of shape {tuple(x.shape)} is no batch for a {first.ndim}-D convolution"
         shapes = [torch.Size((*x.shape[:2], *(1,) * (2 - first.ndim), *x.shape[2:]))]
         eager = [is_channels_last(x.contiguous().unsqueeze(2) if first.ndim == 1 else x)]
+        loops: list[bool] = []
         for s in self.steps:
             n, channels, *size = shapes[-1]
             if channels != s.step.spec.in_channels:
@@ -151,9 +152,9 @@ class Chain:
                 out = s.step.output_size(size)
             except ValueError as error:
                 return str(error)
-            entering = [n, channels, *(k + 2 * p for k, p in zip(size, s.step.pad, strict=True))]
-            loops = by_loops(s.step.spec, entering, low or s.dtype)
-            eager.append(eager_layout(s, eager[-1], size, out, loops))
+            conv, entering = s.step.unfused(size)
+            loops.append(by_loops(conv, (n, channels, *entering), low or s.dtype))
+            eager.append(eager_layout(s, eager[-1], size, out, loops[-1]))
             shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
             if s.modulation.samples not in (1, n):
                 return f"a batch of {n} meets scales of {s.modulation.samples} samples"
@@ -186,6 +187,8 @@ class Chain:
             runs[i] = run._replace(ready=ready[i]) if simple and ready else run
         padded = any(pads(reading.modules[k]) for k in first.slots)
         of_gradient = eager[0] or first.weight_channels_last and not padded
+        if first.ndim == 3:  # ATen's loops, and its upsampling of three dimensions, give a contiguous one
+            of_gradient = first.step.upsample is None and (eager[0] if padded else of_gradient and not loops[0])
         entered = x.unsqueeze(2) if first.ndim == 1 else x
         as_is = not convert and is_channels_last(entered) == of_gradient and not has_both(shapes[0][1], shapes[0][2:])
         both = has_both(shapes[-1][1], shapes[-1][2:])

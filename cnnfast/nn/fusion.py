@@ -1,6 +1,6 @@
 """Which run of modules is one fused step: the rules, once.
 
-A step is ``ConvTranspose1d/2d/3d``, ``Conv1d/2d/3d`` or ``Upsample(nearest) + Conv2d``, then a norm (Batch-,
+A step is ``ConvTranspose1d/2d/3d``, ``Conv1d/2d/3d`` or ``Upsample(nearest) + Conv2d/3d``, then a norm (Batch-,
 SyncBatch-, Instance- or GroupNorm, in training or eval mode), then an activation, both optional (in a traced graph also
 a scale, a shift and something that is added, between these). Ahead of the latter two's convolution a module may pad by
 zeros, reflection or replication. `plan_modules` gives steps for a list of modules, and for every other module the

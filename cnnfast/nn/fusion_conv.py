@@ -208,31 +208,40 @@ def plain_conv_step(part: Part, pad: _Pad | None) -> Step:
     return step
 
 
+def _ndim_after(parts: list[Part], slot: int) -> int:
+    """How many dimensions an Upsample at ``slot`` has: 2, or 3 where that is what follows."""
+    after = next((p for p in parts[slot + 1 :] if p.role == "conv" or p.role.startswith("pad")), None)
+    return 3 if after is not None and after.ndim == 3 else 2
+
+
 def upsampled_step(parts: list[Part], slot: int) -> tuple[int, Step]:
-    """The convolution's slot and the step of an Upsample at ``slot`` with the Conv2d that follows it."""
+    """The convolution's slot and the step of an Upsample at ``slot`` with the Conv2d or Conv3d that follows it."""
     size, scale_factor, mode, align_corners = parts[slot].attributes
     if mode not in ("nearest", "nearest-exact") or align_corners is not None:
         raise NotFused(f"mode={mode!r} is not nearest")
     if size is not None:
         raise NotFused("it goes to a fixed size, not by a scale_factor")
-    factors = scale_factor if type(scale_factor) is tuple else (scale_factor, scale_factor)
-    if len(factors) != 2 or not all(f in range(1, MAX_SCALE + 1) for f in factors):
-        raise NotFused(f"scale_factor={scale_factor!r} is not one or two integers from 1 to {MAX_SCALE}")
-    conv, pad = padded_conv(parts, following(parts, slot, 2), 2)
+    n = parts[slot].ndim or _ndim_after(parts, slot)
+    factors = scale_factor if type(scale_factor) is tuple else (scale_factor,) * n
+    if len(factors) != n or not all(f in range(1, MAX_SCALE + 1) for f in factors):
+        raise NotFused(
+            f"scale_factor={scale_factor!r} is not one or {('two', 'three')[n - 2]} integers from 1 to {MAX_SCALE}"
+        )
+    conv, pad = padded_conv(parts, following(parts, slot, n), n)
     part = parts[conv]
     stride, _, _, dilation, groups, _, _ = part.attributes
     weight = _conv_weight(part)
     c_out, per_group, *kernel = weight.shape
     if type(groups) is not int:
         raise NotFused(f"groups={groups!r} is not an int")
-    if _pair("stride", stride, 2) != (1, 1) or _pair("dilation", dilation, 2) != (1, 1):
-        raise NotFused(f"the Conv2d that follows has stride={stride} and dilation={dilation}: 1 and 1 are collapsed")
+    if _pair("stride", stride, n) != (1,) * n or _pair("dilation", dilation, n) != (1,) * n:
+        raise NotFused(f"the Conv{n}d that follows has stride={stride} and dilation={dilation}: 1 and 1 are collapsed")
     if not all(k % 2 for k in kernel):
-        raise NotFused(f"the Conv2d that follows has kernel_size={tuple(kernel)}: odd ones are collapsed")
+        raise NotFused(f"the Conv{n}d that follows has kernel_size={tuple(kernel)}: odd ones are collapsed")
     mode, padding = _all_padding(part, kernel, pad)
-    upsample = Upsample((int(factors[0]), int(factors[1])), padding, mode)  # type: ignore[arg-type]
+    upsample = Upsample(tuple(map(int, factors)), padding, mode)
     try:
-        step = upsample_step(per_group * groups, c_out, (kernel[0], kernel[1]), upsample, groups)
+        step = upsample_step(per_group * groups, c_out, tuple(kernel), upsample, groups)
     except ValueError as error:
         raise NotFused(str(error)) from None
     check_vector(part.tensors[1], c_out, (weight.dtype,), weight)

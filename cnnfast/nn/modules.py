@@ -128,8 +128,8 @@ def _kinds() -> dict[type, Kind]:
     add(nn.Conv1d, "conv", 1, (*geometry, "_reversed_padding_repeated_twice"), _conv_tensors)
     add(nn.Conv2d, "conv", 2, (*geometry, "_reversed_padding_repeated_twice"), _conv_tensors)
     add(nn.Conv3d, "conv", 3, (*geometry, "_reversed_padding_repeated_twice"), _conv_tensors)
-    for upsample in (nn.Upsample, nn.UpsamplingNearest2d):
-        add(upsample, "upsample", 2, ("size", "scale_factor", "mode", "align_corners"))
+    for upsample, n in ((nn.Upsample, 0), (nn.UpsamplingNearest2d, 2)):
+        add(upsample, "upsample", n, ("size", "scale_factor", "mode", "align_corners"))
     pads_of = (
         (nn.ReflectionPad1d, nn.ReplicationPad1d),
         (nn.ReflectionPad2d, nn.ReplicationPad2d),

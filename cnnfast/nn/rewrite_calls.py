@@ -88,14 +88,16 @@ def _pad(v: Values) -> Part:
 
 def _interpolate(v: Values) -> Part:
     size, factors, x = v["size"], v["scale_factor"], v["input"]
-    if size is not None and factors is None and isinstance(x, torch.Tensor) and x.dim() == 4:
-        wanted = _each(size, 2)
-        if isinstance(wanted, tuple) and len(wanted) == 2 and all(type(n) is int for n in wanted):
-            if all(n and not w % n for w, n in zip(wanted, x.shape[2:], strict=True)):
-                size, factors = None, tuple(w // n for w, n in zip(wanted, x.shape[2:], strict=True))
+    n = x.dim() - 2 if isinstance(x, torch.Tensor) else 0  # it is known where a step starts
+    if size is not None and factors is None and n in (2, 3):
+        wanted = _each(size, n)
+        if isinstance(wanted, tuple) and len(wanted) == n and all(type(k) is int for k in wanted):
+            if all(k and not w % k for w, k in zip(wanted, x.shape[2:], strict=True)):
+                size, factors = None, tuple(w // k for w, k in zip(wanted, x.shape[2:], strict=True))
     if v["antialias"]:
         return Part("", 0, "it resizes with antialias=True")
-    return Part("upsample", 2, "", False, (size, _each(factors, 2), v["mode"], v["align_corners"]))
+    factors = tuple(factors) if isinstance(factors, list) else factors
+    return Part("upsample", n if n in (2, 3) else 0, "", False, (size, factors, v["mode"], v["align_corners"]))
 
 
 def _batch_norm(v: Values) -> Part:

@@ -72,7 +72,8 @@ def conv3d(
 
 
 _NOTE_3D = """
-    In three dimensions, packed operators run on a CPU, without gradients; elsewhere PyTorch's own do.
+    In three dimensions, packed operators run on a CPU in inference, and with gradients one float32 sample as two halves
+    by oneDNN where PyTorch loops; elsewhere PyTorch's own do.
     """
 _PLAIN = dict(
     kind="convolution",

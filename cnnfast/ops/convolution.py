@@ -36,7 +36,7 @@ from .arguments import (
 )
 from .run import run_step
 
-__all__ = ["DOC", "convolve", "finish", "fused", "takes"]
+__all__ = ["DOC", "convolve", "finish", "fused", "takes", "why_unseen"]
 
 _TORCH: dict[tuple[int, bool], Callable[..., Tensor]] = {
     (1, True): F.conv_transpose1d,
@@ -160,6 +160,11 @@ def _named_padding(name: str, kernel: Sequence[int], stride: Ints, dilation: Int
 # --- what all convolutions end in -------------------------------------------------------------------------------------
 
 
+def why_unseen(ndim: int, x: Tensor) -> str | None:
+    """Why traced code and modes see torch's own functions, or None."""
+    return _NOT_TRACED_3D if ndim == 3 and (torch.compiler.is_compiling() or watched(x)) else None
+
+
 def takes(x: Tensor, w: Tensor, b: Tensor | None, channels: int | None) -> str | None:
     """Why torch's own function is to judge these tensors of one device (or to run them: meta tensors), or None."""
     dtype = x.dtype
@@ -199,7 +204,8 @@ def fused(step: Step, ndim: int, x: Tensor, w: Tensor, b: Tensor | None, e: Epil
         x, w = x.unsqueeze(-2), in_rows(w)
     channels_last = channels_last or is_channels_last(w)
     if ndim == 3 and channels_last and on_cpu(x):
-        channels_last = not by_loops(step.spec, x.shape, x.dtype)
+        conv, size = step.unfused(x.shape[2:])
+        channels_last = not by_loops(conv, (*x.shape[:2], *size), x.dtype)
     compiling = torch.compiler.is_compiling()
     if ndim == 1 and not (channels_last or compiling) and is_channels_last(x):
         x = enter(x, x.dtype, None, False) if torch.is_grad_enabled() and x.requires_grad else x
@@ -277,8 +283,7 @@ def convolve(
         affine = e.scale is not None or e.shift is not None
         step = resolve(ndim, transposed, x.shape, w.shape, given, act, affine, e.residual is not None)
         if step is not None:
-            unseen = ndim == 3 and (compiling or watched(x))
-            reason = _NOT_TRACED_3D if unseen else takes(x, w, b, channels)
+            reason = why_unseen(ndim, x) or takes(x, w, b, channels)
             if reason is None:
                 return fused(step, ndim, x, w, b, e, slope)
         elif not compiling:

@@ -23,6 +23,7 @@ from cnnfast.messages import CnnfastWarning, UsageError
 from cnnfast.nn.accelerate_call import record_of
 from cnnfast.nn.rewrite import rewritten
 from cnnfast.nn.rewrite_site import Call
+from cnnfast.tolerance import model_verdict
 
 from .test_sequential_training import randomized
 
@@ -566,6 +567,55 @@ def test_three_dimensions(channels_last: bool) -> None:
     with torch.no_grad():
         found = cnnfast.explain(ours, x)
     assert found.found == 2 and found.rows[0].pattern == "conv3d + add + relu"
+
+
+class Decoder3d(nn.Module):
+    """Nearest upsampling by modules and by calls, as decoders of volumes have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv3d(16, 16, 3, padding=1), nn.LeakyReLU(0.2))
+        self.second, self.norm = nn.Conv3d(16, 8, 3, padding=1), nn.GroupNorm(2, 8)
+        self.third = nn.Conv3d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.interpolate(self.first(x), scale_factor=(1.0, 2.0, 2.0), mode="nearest")
+        y = F.silu(self.norm(self.second(y)))
+        return self.third(F.interpolate(y, size=[2 * n for n in y.shape[2:]]))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_upsamplings_in_three_dimensions(channels_last: bool) -> None:
+    ours, plain = pair(Decoder3d())
+    x = images(1, 16, 5, 6, 4)
+    if channels_last:
+        ours, plain = (m.to(memory_format=torch.channels_last_3d) for m in (ours, plain))
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+    same(ours, plain, x)
+    with torch.no_grad():
+        rows = cnnfast.explain(ours, x).rows
+    assert [row.pattern for row in rows] == [
+        "interpolate + conv3d + leaky_relu",
+        "interpolate + conv3d + group_norm + silu",
+        "interpolate + conv3d",
+    ]
+    assert all(row.fused for row in rows), [row.why_not for row in rows]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_in_three_dimensions(batch: int) -> None:
+    ours, plain = pair(Decoder3d())
+    exact, x = copy.deepcopy(plain).double(), images(batch, 16, 8, 8, 8)
+    found = []
+    for model in (plain, ours, exact):
+        leaf = x.to(next(model.parameters()).dtype, copy=True).requires_grad_()
+        y = model(leaf)
+        y.square().mean().backward()
+        found.append([y.detach(), leaf.grad, *(p.grad for p in model.parameters())])
+    for want, got, e in zip(*found, strict=True):
+        assert got.stride() == want.stride() and model_verdict(got, e, [want]) is None
+    rows = cnnfast.explain(ours, x).rows
+    assert len(rows) == 3 and all(row.fused for row in rows), [row.why_not for row in rows]
 
 
 class Up3d(nn.Module):
