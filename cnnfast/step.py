@@ -26,6 +26,7 @@ __all__ = [
     "Upsample",
     "convolution_of",
     "norm_step",
+    "one_of_equal",
     "output_padding_of",
     "plain_step",
     "step_key",
@@ -188,6 +189,13 @@ class Step:
 
 
 _IDENTITY = Activation()
+
+
+@lru_cache(maxsize=4096)
+def one_of_equal(step: Step) -> Step:
+    """The first of equal steps that was asked for. They are dictionary keys on the path of every call: where a network
+    repeats a block, finding the same object takes a glance, an equal one a comparison of all that it holds."""
+    return step
 
 
 def convolution_of(step: Step) -> Step:

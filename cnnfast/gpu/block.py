@@ -35,6 +35,7 @@ from .conv_autograd import (
 from .devices import on_device, precision_of
 from .norm_act_autograd import Forward, OfNorm, Pass, norm_backward, norm_setup, proven_forward
 from .norm_act_backward import BackwardPlan, plan_of_backward
+from .norm_act_plan import is_last
 from .observers import OBSERVERS
 
 __all__ = ["How", "block", "block_backward", "block_setup"]
@@ -204,10 +205,13 @@ def _straight_backward(
         return None
     if need_bias or need_residual or need_slope or x is not None and x.dtype != u.dtype:
         return None
-    if _odd(x, weight, u, grad) or _scattered(scale, shift, moments):
+    last = is_last(grad)  # or contiguous, as eager mode's result of an InstanceNorm: the norm's passes read both
+    if grad.data_ptr() & 15 or not (last or grad.is_contiguous()):
+        return None
+    if _odd(x, weight, u) or _scattered(scale, shift, moments):
         return None
     types = (grad.dtype, weight.dtype, scale if scale is None else scale.dtype, shift if shift is None else shift.dtype)
-    key = (step, need, types, of_conv.strides[0], of_conv.required, precision_of(u.dtype))
+    key = (step, need, types, last, of_conv.strides[0], of_conv.required, precision_of(u.dtype))
     plans: Plans | None = launch.bound.get(key)
     if plans is None:
         plans = _plans(of_conv, of_norm, tensors, need, grad)
@@ -216,7 +220,7 @@ def _straight_backward(
         launch.bound[key] = plans
     norm, of_x, of_weight = plans
     with on_device(grad):
-        sums = torch.empty(norm.sums_shape, dtype=torch.float32, device=u.device)
+        sums = u.new_empty(norm.partial, dtype=torch.float32)
         norm.sums(u, grad, None, moments, None, scale, shift, None, sums)
         dscale = None if scale is None or not need_scale else torch.empty_like(scale)
         dshift = None if shift is None or not need_shift else torch.empty_like(shift)

@@ -44,8 +44,11 @@ class Launch:
     grid: tuple[int, int, int]
     output_shape: tuple[int, int, int, int]
     output_strides: tuple[int, ...]
+    numbers: tuple[int, ...]  # images, rows and columns of x and of the result, parts of K
     reduce: Binary | None  # of `split_k_epilogue_kernel` where K is split
     reduce_grid: tuple[int, int, int]
+    reduce_numbers: tuple[int, ...]  # images, positions of the result, parts of K
+    sums: int  # float32 values between the two
     parts: tuple[int, int] | None  # segments and parts of each, where the kernel gives the statistics of its result
     tf32: bool
     proof: guard.Proof  # whether the kernel may run on this GPU
@@ -103,6 +106,7 @@ def prepare(
     if plan is None:
         plan = _plan(step, batch, input_size, precision, device, channels_last, index)
     out = s.output_size(input_size)
+    rows, columns = (n - 2 * p for n, p in zip(input_size, step.pad, strict=True))
     big = batch * max(s.in_channels * math.prod(input_size), s.out_channels * math.prod(out)) >= INT32
     reduce, reduce_grid = None, (0, 0, 0)
     boxes: Boxes | None = None
@@ -144,8 +148,11 @@ def prepare(
         grid,
         (batch, s.out_channels, out[0], out[1]),
         new_strides((batch, s.out_channels, out[0], out[1]), channels_last),
+        (batch, rows, columns, out[0], out[1], plan.split_k),
         reduce,
         reduce_grid,
+        (batch, math.prod(out), plan.split_k),
+        plan.split_k * batch * s.out_channels * math.prod(out),
         parts,
         precision.tf32,
         proof,
@@ -329,15 +336,12 @@ def _launch(
     if launch.boxes is not None:
         launch.boxes.launch(x, weight, y, residual, vectors, stats, eps)
         return
-    n, c, oh, ow = launch.output_shape
-    splits, reduce = launch.plan.split_k, launch.reduce
+    reduce = launch.reduce
     if reduce is None:
         work = unused(y.device) if launch.plan.splits else None
     else:
-        work = y.new_empty((splits, n, oh, ow, c), dtype=torch.float32)
+        work = y.new_empty(launch.sums, dtype=torch.float32)
     # With a split and without one the same arguments, so that it is the same binary.
-    launch.binary(
-        launch.grid, x, weight, y, work, residual, *vectors, stats, n, x.shape[2], x.shape[3], oh, ow, splits, eps
-    )
+    launch.binary(launch.grid, x, weight, y, work, residual, *vectors, stats, *launch.numbers, eps)
     if reduce is not None:
-        reduce(launch.reduce_grid, work, y, residual, *vectors, stats, n, oh * ow, splits, eps)
+        reduce(launch.reduce_grid, work, y, residual, *vectors, stats, *launch.reduce_numbers, eps)

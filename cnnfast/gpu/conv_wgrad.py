@@ -52,6 +52,8 @@ class WgradLaunch:
     plan: WgradPlan
     binary: Binary  # of `conv_wgrad_kernel`
     grid: tuple[int, int, int]
+    numbers: tuple[int, ...]  # images, rows and columns of A and of B, parts, and the plan's box
+    work: int  # float32 partial sums
     sums: Binary | None  # of `sum_splits_kernel` where the positions are split
     sums_grid: tuple[int, int, int]
     tf32: bool
@@ -96,6 +98,8 @@ def prepare(
         plan,
         Binary(kernels.conv_wgrad_kernel, consts, **options),
         plan.grid(),
+        (batch, *grid, *other, plan.splits, *plan.box),
+        plan.workspace(),
         Binary(kernels.sum_splits_kernel, consts) if plan.splits > 1 else None,
         (-(-math.prod(s.weight_shape) // SUM_BLOCK), 1, 1),
         precision.tf32,
@@ -162,12 +166,10 @@ def _start(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, launch: WgradLau
 
 
 def _launch(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, launch: WgradLaunch) -> None:
-    n, _, h, w = a.shape
-    splits = launch.plan.splits
-    work = unused(a.device) if splits == 1 else a.new_empty(launch.plan.workspace(), dtype=torch.float32)
-    launch.binary(launch.grid, a, b, out, work, n, h, w, b.shape[2], b.shape[3], splits, *launch.plan.box)
+    work = a.new_empty(launch.work, dtype=torch.float32) if launch.work else unused(a.device)
+    launch.binary(launch.grid, a, b, out, work, *launch.numbers)
     if launch.sums is not None:
-        launch.sums(launch.sums_grid, work, out, splits)
+        launch.sums(launch.sums_grid, work, out, launch.plan.splits)
 
 
 # --- the trial --------------------------------------------------------------------------------------------------------

@@ -150,10 +150,8 @@ def _device_of(active: Any) -> Device:
 
 def conv_tf32() -> bool:
     """Whether PyTorch lets float32 convolutions use TF32 (its newer switch where it exists: mixing both raises)."""
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    if conv is not None and hasattr(conv, "fp32_precision"):
-        return bool(conv.fp32_precision == "tf32")
-    return bool(torch.backends.cudnn.allow_tf32)
+    precision = getattr(getattr(torch.backends.cudnn, "conv", None), "fp32_precision", None)
+    return bool(torch.backends.cudnn.allow_tf32) if precision is None else bool(precision == "tf32")
 
 
 @contextmanager

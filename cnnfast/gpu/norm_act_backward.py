@@ -101,7 +101,7 @@ def backward(
         vectors = (s.mean, s.var, s.weight, s.bias, s.slope)
         dw = db = ds = means = None
         if step.measured and need_x or need_weight or need_bias or need_slope:
-            sums = x.new_empty(plan.sums_shape, dtype=torch.float32)
+            sums = x.new_empty(plan.partial, dtype=torch.float32)
             plan.sums(x, grad, s.other, *vectors, sums)
             if OBSERVERS:
                 of_launch("norm-grad-sums")
@@ -163,7 +163,7 @@ def activation_pass(
     last = _activation_last(grad, saved)
     with on_device(grad):
         g = _as(grad, last)
-        sums = g.new_empty(plan.sums_shape, dtype=torch.float32) if bias else None
+        sums = g.new_empty(plan.partial, dtype=torch.float32) if bias else None
         dz = torch.empty_like(g) if of else None
         plan.apply(g, _as(saved, last) if of and saved is not None else None, dz, sums)
         if OBSERVERS:
@@ -204,7 +204,7 @@ class BackwardPlan:
     """``means_shape``: (segments, 2, C / join) where the gradient of x subtracts means that the finish takes."""
 
     sums: Start
-    sums_shape: tuple[int, int, int, int]  # 2, or 3 with PReLU's slope; segments, parts, channels
+    partial: int  # sums of parts: 2, or 3 with PReLU's slope, times segments, parts and channels
     finish: Start
     means_shape: tuple[int, int, int] | None
     apply: Start
@@ -236,7 +236,7 @@ def _backward(
     constants = {"slopes": slopes, "need": need, "shared": shared, **_told("tiles", t, last), "finish": finish.blocks}
     return BackwardPlan(
         sums,
-        (2 + need[4], segments, parts, c),
+        (2 + need[4]) * segments * parts * c,
         finish.start,
         (segments, 2, c // join) if means else None,
         apply,
@@ -250,7 +250,7 @@ def _backward(
 @dataclass(frozen=True)
 class ActivationPlan:
     apply: Start
-    sums_shape: tuple[int, int, int, int]
+    partial: int  # sums of parts
     finish: Start
     proof: guard.Proof
 
@@ -275,7 +275,7 @@ def _activation(
     NormPass("gradient of ", norm_step(None, False, activation), c)
     return ActivationPlan(
         apply,
-        (1, 1, t.segments * t.parts, c),
+        t.segments * t.parts * c,
         finish.start,
         _proof(
             NormPass("gradient of ", norm_step(None, False, activation), c),

@@ -29,7 +29,7 @@ from ..gradients import enter, plain, squeezed
 from ..memory_format import format_of, has_both, in_format, in_rows, is_channels_last, new_strides
 from ..ops.run import run_step
 from ..reference import run_reference
-from ..step import Operands, Step
+from ..step import Operands, Step, one_of_equal
 from .computed import ComputedWeight
 from .eager_layout import eager_layout, one_value, pads, why_no_residual
 from .fusion import FusedStep, Unfused
@@ -264,7 +264,9 @@ def chained(items: Iterable[FusedStep | Unfused]) -> tuple[Chain | Unfused, ...]
         before = out[-1] if out else None
         if isinstance(item, Unfused):
             out.append(item)
-        elif isinstance(before, Chain) and before.takes(item):
+            continue
+        item = replace(item, step=one_of_equal(item.step))
+        if isinstance(before, Chain) and before.takes(item):
             out[-1] = Chain((*before.steps, item))
         else:
             out.append(Chain((item,)))
@@ -277,8 +279,8 @@ def _enter(x: Tensor, ndim: int, bound: Bound) -> Tensor:
         x = x.unsqueeze(2)
     dtype = bound.low or x.dtype
     if torch.is_grad_enabled() and x.requires_grad:
-        if bound.as_is and x.dtype == dtype:
-            return x
+        if bound.as_is:
+            return x if x.dtype == dtype else x.to(dtype, memory_format=format_of(x.dim(), bound.of_gradient))
         return enter(x, dtype, True if bound.convert else None, bound.of_gradient)
     if not bound.convert:
         return x if x.dtype == dtype else x.to(dtype)
@@ -299,9 +301,11 @@ def _fused(s: FusedStep, x: Tensor, run: Run, reading: Reading, low: torch.dtype
         return _step(s.step, o, run, of)
     # Not through autocast's cache of weights: casts are of the present values (the weight's where it is used), and
     # gradients add up in float32.
-    bias, slope = (None if t is None else t.to(low) for t in (o.bias, o.slope))
+    bias, slope = o.bias, o.slope
+    if bias is not None or slope is not None:
+        o = o._replace(bias=None if bias is None else bias.to(low), slope=None if slope is None else slope.to(low))
     with torch._C._DisableAutocast():  # operands are in their dtypes, and what runs inside chooses its own
-        return _step(s.step, o._replace(bias=bias, slope=slope), run, of)
+        return _step(s.step, o, run, of)
 
 
 def _step(step: Step, o: Operands, run: Run, of: Sequence[tuple[Tensor | None, ...]] = ()) -> Tensor:

@@ -121,13 +121,22 @@ def test_odd_tensors_go_the_general_way(odd: str, how: str, device: torch.device
     if how == "address":
         t[odd] = plain.new_zeros(plain.numel() + 1)[1:].as_strided(plain.shape, plain.stride()).copy_(plain)
     else:
-        t[odd] = plain.contiguous() if plain.dim() == 4 else plain.repeat_interleave(2)[::2]
-    if odd == "grad" and how == "layout":  # its sums are added up in another order
-        expected = generally(NORMS[0], t)
-        ways.forward.pop(), ways.backward.pop()
+        # Neither contiguous nor channels-last.
+        t[odd] = plain.mT.contiguous().mT if plain.dim() == 4 else plain.repeat_interleave(2)[::2]
     got = train(NORMS[0], t)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
     assert ways.forward[1] is (odd == "grad") and ways.backward[1] is False
+
+
+@pytest.mark.parametrize("norm", NORMS, ids=lambda n: n.kind)
+def test_a_contiguous_gradient_is_read_as_it_is(norm: Norm, device: torch.device, ways: Ways) -> None:
+    """As eager mode's of an InstanceNorm; a kind of its own."""
+    t = tensors(device, torch.float16)
+    contiguous = {**t, "grad": t["grad"].contiguous()}
+    for given in (t, contiguous, t):
+        expected = generally(norm, given)
+        same(train(norm, given), expected)
+    assert ways.backward == [False, True] * 3
 
 
 def test_dtypes_of_vectors_are_kinds_of_their_own(device: torch.device, ways: Ways) -> None:

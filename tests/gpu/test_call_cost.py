@@ -5,6 +5,7 @@ No GPU: a driver for one that is not there records every launch and what it woul
 from __future__ import annotations
 
 import contextlib
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -162,6 +163,28 @@ def test_launches_go_to_the_tensors_device(device: torch.device, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "device", Entered)
     conv.run(step, o, True)
     assert started == [0, 1] and entered == [o.x.device, None]
+
+
+def test_autocast_casts_an_input_and_a_weight_by_pytorchs_own_nodes() -> None:
+    model = cnnfast.Sequential(nn.ConvTranspose2d(32, 32, 4, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
+    model = cnnfast.channels_last(model.train())
+    x = torch.zeros(2, 32, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with recording(90), cnnfast.backend("triton"), torch.autocast("cpu", torch.float16):
+        y = model(x)
+    assert y.grad_fn is not None and y.dtype == torch.float16
+    behind = [node.name() for node, _ in y.grad_fn.next_functions if node is not None]
+    assert behind == ["ToCopyBackward0"] * 2 + ["torch::autograd::AccumulateGrad"] * 2
+
+
+def test_repeated_blocks_share_their_step() -> None:
+    """An equal one would be compared with, field by field, in every look-up of a call."""
+    block = [nn.ConvTranspose2d(32, 32, 3, 1, 1), nn.BatchNorm2d(32), nn.ReLU()]
+    model = cnnfast.Sequential(*block, *copy.deepcopy(block)).half().eval()
+    with recording(90), cnnfast.backend("triton"), torch.no_grad():
+        model(torch.zeros(2, 32, 4, 4, dtype=torch.float16))
+    (chain,) = model._plan.items
+    first, second = chain.steps
+    assert first.step is second.step
 
 
 def test_inference_of_a_chain_asks_once_for_each_kind_of_input(monkeypatch: pytest.MonkeyPatch) -> None:

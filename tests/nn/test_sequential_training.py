@@ -314,6 +314,33 @@ def test_autocast_of_mixed_dtypes(x_dtype: torch.dtype, weights: torch.dtype, st
     assert len(steps) == 2
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels-last": lambda x: x.contiguous(memory_format=CL),
+    "sliced": lambda x: x.repeat_interleave(2, dim=3)[..., ::2],
+    "channels-last-sliced": lambda x: x.repeat_interleave(2, dim=3).contiguous(memory_format=CL)[..., ::2],
+    "columns-first": lambda x: x.mT.contiguous().mT,
+    "expanded": lambda x: x[:, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("cl", [False, True], ids=["", "weight-channels-last"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_autocast_of_an_input_in_any_layout(layout: str, cl: bool, steps: list[str]) -> None:
+    """Its gradient is eager's in dtype and strides, and so is the result."""
+    plain = nn.Sequential(nn.ConvTranspose2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    plain = plain.to(memory_format=CL if cl else torch.contiguous_format)
+    ours, found = cnnfast.Sequential(*copy.deepcopy(plain)), []
+    for model in (plain, ours):
+        leaf = x2d().requires_grad_()
+        x = LAYOUTS[layout](leaf)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        (g,) = torch.autograd.grad(y.float().square().sum(), x, retain_graph=True)
+        found.append((y.dtype, real_strides(y), g.dtype, real_strides(g)))
+    assert found[0] == found[1] and steps
+
+
 def test_autocast_without_gradients(steps: list[str]) -> None:
     plain = generator(NORMS["batch"][0]).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
