@@ -4,7 +4,7 @@ convolution and of its gradients, what is not finite, the ends of float32's rang
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -47,14 +47,14 @@ def of_three(launches: list[str]) -> bool:
 SHORT = ("phases", "latent", "masked-merged", "split-over-uneven-phases", "masked-channels", "transposed")
 
 
-def marked(cases: Iterable[Any]) -> list[Any]:
+def marked(cases: Iterable[Any], short: Collection[str] = SHORT) -> list[Any]:
     """The short ones, and the others as slow."""
     names = ((c, c.name if isinstance(c, test_conv_wgrad.Case) else c.id) for c in cases)
-    return [pytest.param(c, id=name, marks=[pytest.mark.slow] * (name not in SHORT)) for c, name in names]
+    return [pytest.param(c, id=name, marks=[pytest.mark.slow] * (name not in short)) for c, name in names]
 
 
 FORWARD = marked(test_conv.REGIMES + test_conv.GEOMETRY + test_conv.SCHEDULES + test_conv.SLOW)
-STATISTICS = marked(test_conv_statistics.BATCH)
+STATISTICS = marked(test_conv_statistics.BATCH, ["masked-channels"])
 GRADIENTS = marked(test_conv_wgrad.REGIMES + test_conv_wgrad.GEOMETRY)
 
 
