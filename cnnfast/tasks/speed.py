@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nn.layers import Sequential
 from ..timing import Timing, measure
 from . import stages
 from .cutting import Cutter
@@ -82,17 +83,24 @@ WORKLOADS = (
 
 @dataclass(frozen=True)
 class Speed:
-    """Times of one workload's ``batch`` images, by candidate: "cnnfast", "eager" and "eager channels_last"."""
+    """Times of one workload's ``batch`` images, by candidate: "cnnfast", "eager" and "eager channels_last". ``same``:
+    on this device the task runs the network in PyTorch's own containers: "cnnfast" is "eager channels_last" then."""
 
     task: str
     what: str
     batch: int
     times: Mapping[str, Timing]
+    same: bool = False
 
     @property
     def best(self) -> str:
         """The faster of plain PyTorch's two."""
         return min((name for name in self.times if name != "cnnfast"), key=lambda name: self.times[name].median)
+
+    @property
+    def level(self) -> bool:
+        """Whether it is the same network as the better of plain PyTorch's two."""
+        return self.same and self.best == "eager channels_last"
 
     @property
     def ratio(self) -> Timing:
@@ -102,8 +110,10 @@ class Speed:
 
     @property
     def held(self) -> bool | None:
-        """Whether it is not slower; None where the spread does not let one say: the median of the ratio is below 1,
-        its upper quartile is not."""
+        """Whether it is not slower, as the same network is not; None where the spread does not let one say: the median
+        of the ratio is below 1, its upper quartile is not."""
+        if self.level:
+            return True
         return True if self.ratio.median >= 1 else False if self.ratio.high < 1 else None
 
     def rates(self, name: str) -> tuple[float, float, float]:
@@ -115,7 +125,8 @@ class Speed:
         """As text, under `HEADERS`."""
         plain, ours = ("{:.4g} [{:.4g}, {:.4g}]".format(*self.rates(name)) for name in (self.best, "cnnfast"))
         ratio = f"{self.ratio.median:.2f}x [{self.ratio.low:.2f}, {self.ratio.high:.2f}]"
-        return (self.task, self.what, self.best, plain, ours, ratio, said(self.held) or "unclear")
+        held = "the same network" if self.level else said(self.held) or "unclear"
+        return (self.task, self.what, self.best, plain, ours, ratio, held)
 
 
 HEADERS = ("task", "network's work", "best of plain PyTorch", "images/s", "cnnfast, images/s", "ratio", "held")
@@ -143,7 +154,10 @@ def speed(workload: Workload, device: str | None = None, repeats: int = 20) -> S
             given = tuple(x.contiguous(memory_format=layout) if x.dim() == 4 else x for x in workload.inputs(network))
             calls[name] = lambda network=network, given=given: network(*given)  # noqa: B008
         times = measure(calls, repeats=repeats, device=torch_device)
-    return Speed(workload.task, workload.what, workload.batch, times)
+    same = layouts["cnnfast"] == torch.channels_last and not any(
+        isinstance(module, Sequential) for module in networks["cnnfast"].modules()
+    )
+    return Speed(workload.task, workload.what, workload.batch, times, same)
 
 
 def said(held: bool | None) -> str:

@@ -165,6 +165,9 @@ def test_the_same_network_in_each_layout(built: list[dict[str, Any]]) -> None:
     ]
     assert [network.given[0] for network in made] == [(1, 4, 12, 12, last) for last in (False, True, True)]
     assert [type(network.layers) for network in made] == [nn.Sequential, nn.Sequential, Sequential]
+    assert not found.same
+    own = Workload("enhance", "small", lambda **o: build(**{"sequential": nn.Sequential, **o}), side=12)
+    assert speed(own, "cpu", repeats=1).same, "the task chose PyTorch's containers"
 
 
 def test_ratios_are_of_the_best_and_of_the_same_repeat() -> None:
@@ -180,6 +183,10 @@ def test_ratios_are_of_the_best_and_of_the_same_repeat() -> None:
     assert slower.held is False and slower.cells()[-1] == "NO"
     unclear = Speed("draw", "", 8, {**row.times, "cnnfast": Timing((2.1, 2.1, 2.0, 0.4), 1)})
     assert unclear.ratio.median < 1 and unclear.held is None and unclear.cells()[-1] == "unclear"
+    same = Speed("draw", "", 8, unclear.times, same=True)
+    assert same.ratio.median < 1 and same.held and same.cells()[-1] == "the same network"
+    times = {**unclear.times, "eager": Timing((0.1,) * 4, 1)}
+    assert Speed("draw", "", 8, times, same=True).held is False, "in the slower layout"
 
 
 def test_targets() -> None:
