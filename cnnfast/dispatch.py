@@ -31,6 +31,7 @@ __all__ = [
     "channels_last_inside",
     "check_backend",
     "choose",
+    "gradient_channels_last",
     "is_batched",
     "needs_gradient",
     "on_cpu",
@@ -198,6 +199,21 @@ def by_loops(spec: ConvSpec, shape: Sequence[int], dtype: torch.dtype) -> bool:
         x, weight, None, s.stride, s.padding, s.dilation, s.transposed, s.output_padding, s.groups, None
     )
     return found in (kinds.Slow3d, kinds.SlowDilated3d, kinds.SlowTranspose3d)
+
+
+def gradient_channels_last(
+    step: Step, shape: Sequence[int], dtype: torch.dtype, x: bool, weight: bool, *, padded: bool
+) -> bool:
+    """Whether eager mode's gradient of an input (N, C, *size) of this shape and dtype is channels-last, by whether
+    ``x`` and ``weight`` are. ``padded``: by an operator of its own, whose gradient has its input's format. (ATen's
+    loops and its upsampling of three dimensions give a contiguous one.)"""
+    three = step.spec.ndim == 3
+    if three and step.upsample is not None:
+        return False
+    if padded or not (three and (x or weight)):
+        return x or weight and not padded
+    conv, size = step.unfused(shape[2:])
+    return not by_loops(conv, (*shape[:2], *size), dtype)
 
 
 def choose(x: torch.Tensor, name: str) -> tuple[Backend, ...]:

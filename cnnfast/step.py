@@ -118,6 +118,11 @@ class Step:
         return norm_step(self.norm, self.residual, self.activation)
 
     @cached_property
+    def until_norm(self) -> Step:
+        """The convolution and the norm."""
+        return replace(self, activation=_IDENTITY, residual=False)
+
+    @cached_property
     def after_norm(self) -> Step:
         """What follows the norm."""
         return norm_step(None, self.residual, self.activation)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnnfast.activations import ACTIVATIONS, Activation, ActivationRow
-from cnnfast.nn.modules import HOOKS, KINDS
+from cnnfast.nn.computed import HOOKS
+from cnnfast.nn.modules import KINDS
 from cnnfast.spec import ConvSpec, Precision, collapse_upsample, phases_1d
 
 # --- phases -----------------------------------------------------------------------------------------------------------

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import by_loops, needs_gradient
+from ..dispatch import by_loops, gradient_channels_last, needs_gradient
 from ..gradients import enter, keep_strides, plain
 from ..memory_format import convert, is_channels_last
 from ..reference import run_reference
 from ..spec import DTYPES
-from ..step import Operands, Step, norm_step
+from ..step import Operands, Step
 from . import inference, norm_inference
 from .conv_autograd import by_aten, convolution, suited, volume_convolution, ways
 from .isa import instruction_set, lowered_products, products_dtype
@@ -40,8 +40,7 @@ def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> T
     if step.spec.ndim == 3 and needs_gradient(o):
         return _volumes(step, o, channels_last)
     x = o.x
-    # Of x's gradient: as torch's convolution has it, and its padding.
-    of_gradient = is_channels_last(x) or is_channels_last(o.weight) and not any(step.pad)
+    of_gradient = _of_gradient(step, o)
     if not step.measured and not (channels_last or of_gradient) and _gains_nothing(step, x):
         return run_reference(step, o._replace(weight=keep_strides(o.weight.to(x.dtype), False)))
     if torch.is_grad_enabled() and x.requires_grad and not (of_gradient and is_channels_last(x)):
@@ -93,6 +92,12 @@ def _why_slower_3d(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lower
     return "in training, it is too little work for two halves by oneDNN"
 
 
+def _of_gradient(step: Step, o: Operands) -> bool:
+    """Whether x's gradient is channels-last, as torch's convolution has it, and its padding."""
+    formats = is_channels_last(o.x), is_channels_last(o.weight)
+    return gradient_channels_last(step, o.x.shape, o.x.dtype, *formats, padded=any(step.pad))
+
+
 def _gains_nothing(step: Step, x: Tensor) -> bool:
     """Whether the convolution is ATen's in any case, and no faster channels-last than the conversions cost. (Tiny
     images are safer as they are, too: channels-last, oneDNN's convolutions read past the end of some, torch 2.13.)"""
@@ -125,13 +130,7 @@ def _volumes(step: Step, o: Operands, channels_last: bool) -> Tensor:
     ATen adds the many values of a channels-last volume up one after the other, and its statistics are not exact."""
     x = o.x
     if x.requires_grad:  # its gradient, as eager mode has it
-        conv, size = step.unfused(x.shape[2:])
-        last = is_channels_last(x)
-        if step.upsample is not None:
-            last = False
-        elif not any(step.pad):
-            last = (last or is_channels_last(o.weight)) and not by_loops(conv, (*x.shape[:2], *size), x.dtype)
-        x = enter(x, x.dtype, None, last)
+        x = enter(x, x.dtype, None, _of_gradient(step, o))
     y = _convolved_volume(step, x, o)
     y = reference.finish(step, o._replace(x=convert(y, y.dtype, channels_last)))
     return convert(y, y.dtype, channels_last)
@@ -175,9 +174,6 @@ def collapses(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     return dtype in DTYPES and positions >= (2048 if fast else 256)
 
 
-_after_norm = lru_cache(maxsize=4096)(norm_step)
-
-
 def _finished(step: Step, o: Operands) -> Tensor:
     """Norm, residual and activation of a channels-last ``o.x`` that is ours."""
     tail, norm = step.tail, step.norm
@@ -187,7 +183,7 @@ def _finished(step: Step, o: Operands) -> Tensor:
     if norm is not None and norm.measured:
         z = normalised(norm, o)
         if z is not None:
-            tail, norm = _after_norm(None, step.residual, step.activation), None
+            tail, norm = step.after_norm, None
             o = o._replace(x=z, scale=None, shift=None)
     function = step.activation.row.in_place if step.activation.saves() == "y" else None
     if norm is None and o.residual is None and function is not None:

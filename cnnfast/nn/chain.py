@@ -22,6 +22,7 @@ from ..dispatch import (
     by_loops,
     channels_last_inside,
     choose,
+    gradient_channels_last,
     on_cpu,
     resolve_backend,
 )
@@ -143,7 +144,6 @@ class Chain:
             return f"an input of shape {tuple(x.shape)} is no batch for a {first.ndim}-D convolution"
         shapes = [torch.Size((*x.shape[:2], *(1,) * (2 - first.ndim), *x.shape[2:]))]
         eager = [is_channels_last(x.contiguous().unsqueeze(2) if first.ndim == 1 else x)]
-        loops: list[bool] = []
         for s in self.steps:
             n, channels, *size = shapes[-1]
             if channels != s.step.spec.in_channels:
@@ -153,8 +153,8 @@ class Chain:
             except ValueError as error:
                 return str(error)
             conv, entering = s.step.unfused(size)
-            loops.append(by_loops(conv, (n, channels, *entering), low or s.dtype))
-            eager.append(eager_layout(s, eager[-1], size, out, loops[-1]))
+            loops = by_loops(conv, (n, channels, *entering), low or s.dtype)
+            eager.append(eager_layout(s, eager[-1], size, out, loops))
             shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
             if s.modulation.samples not in (1, n):
                 return f"a batch of {n} meets scales of {s.modulation.samples} samples"
@@ -186,9 +186,8 @@ class Chain:
             run = run._replace(measured=s.step.measured, simple=simple, tuned=chosen[i] if chosen else None)
             runs[i] = run._replace(ready=ready[i]) if simple and ready else run
         padded = any(pads(reading.modules[k]) for k in first.slots)
-        of_gradient = eager[0] or first.weight_channels_last and not padded
-        if first.ndim == 3:  # ATen's loops, and its upsampling of three dimensions, give a contiguous one
-            of_gradient = first.step.upsample is None and (eager[0] if padded else of_gradient and not loops[0])
+        formats = eager[0], first.weight_channels_last
+        of_gradient = gradient_channels_last(first.step, shapes[0], low or first.dtype, *formats, padded=padded)
         entered = x.unsqueeze(2) if first.ndim == 1 else x
         as_is = not convert and is_channels_last(entered) == of_gradient and not has_both(shapes[0][1], shapes[0][2:])
         both = has_both(shapes[-1][1], shapes[-1][2:])
@@ -313,7 +312,7 @@ def _step(step: Step, o: Operands, run: Run, of: Sequence[tuple[Tensor | None, .
     shifts the norm's result by itself."""
     last = run.channels_last
     if of:
-        y = _step(replace(step, residual=False, activation=Activation()), o._replace(residual=None, slope=None), run)
+        y = _step(step.until_norm, o._replace(residual=None, slope=None), run)
         y = modulated(y, of)
         y = run_reference(step.after_norm, Operands(y, residual=o.residual, slope=o.slope))
         return memory_format.convert(y, y.dtype, last)

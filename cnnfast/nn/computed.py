@@ -25,7 +25,17 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ..cpu.packing import PACKS, why_not_cacheable
 from ..dispatch import on_cpu, watched
 
-__all__ = ["ComputedWeight", "by_hook", "by_parametrization", "is_parametrized", "kept", "made", "owner_of"]
+__all__ = [
+    "HOOKS",
+    "ComputedWeight",
+    "by_hook",
+    "by_parametrization",
+    "is_parametrized",
+    "is_patched",
+    "kept",
+    "made",
+    "owner_of",
+]
 
 T = TypeVar("T")
 
@@ -70,6 +80,14 @@ def made(compute: Callable[[], Tensor]) -> nn.Parameter:
 
 
 # --- of modules -------------------------------------------------------------------------------------------------------
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_patched(m: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward: hooks, or a forward of its own."""
+    d = getattr(m, "__dict__", {})
+    return "forward" in d or any(d.get(name) for name in HOOKS)
 
 
 class _Hook(NamedTuple):
@@ -170,7 +188,7 @@ def by_hook(module: nn.Module) -> ComputedWeight | None:
     """The weight of a plain module whose only hook is one of PyTorch's own that computes it. None of others."""
     d = module.__dict__
     hooks: dict[int, Any] = d["_forward_pre_hooks"]
-    if len(hooks) != 1 or d["_forward_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
+    if len(hooks) != 1 or any(d[name] for name in HOOKS if name != "_forward_pre_hooks"):
         return None
     (hook,) = hooks.values()
     kind = _HOOKS.get(type(hook))
@@ -206,11 +224,11 @@ def by_parametrization(module: nn.Module) -> ComputedWeight | str:
     """The weight of a module of such a class, by parametrizations of PyTorch's own; or why not."""
     weights = module._modules["parametrizations"]._modules  # type: ignore[union-attr]
     chain = weights.get("weight")
-    if len(weights) != 1 or type(chain) is not parametrize.ParametrizationList or _changed(chain):
+    if len(weights) != 1 or type(chain) is not parametrize.ParametrizationList or is_patched(chain):
         return "it is parametrized in another way than by its weight"
     sources, key, moves = _tensors(chain.__dict__), [], False
     for p in chain._modules.values():
-        if type(p) not in _PURE or _changed(p):
+        if type(p) not in _PURE or is_patched(p):
             return f"{type(p).__name__} computes its weight, which may do anything"
         more = _tensors(p.__dict__)
         sources = None if sources is None or more is None else (*sources, *more)
@@ -219,9 +237,3 @@ def by_parametrization(module: nn.Module) -> ComputedWeight | str:
     if sources is None:
         return "its weight is computed from something else than Parameters and buffers"
     return ComputedWeight(module, None, sources, (*key, moves), moves)
-
-
-def _changed(m: nn.Module) -> bool:
-    d = m.__dict__
-    hooks = (d["_forward_hooks"], d["_forward_pre_hooks"], d["_backward_hooks"], d["_backward_pre_hooks"])
-    return "forward" in d or any(hooks)

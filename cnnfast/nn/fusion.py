@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..activations import Activation
 from ..memory_format import is_channels_last
 from ..step import Step
-from .computed import ComputedWeight, by_parametrization, is_parametrized
+from .computed import HOOKS, ComputedWeight, by_parametrization, is_parametrized, is_patched
 from .fusion_conv import (
     Part,
     check_vector,
@@ -33,7 +33,7 @@ from .fusion_conv import (
 )
 from .fusion_norm import NormRule, norm_rule
 from .modulation import Modulation, modulation
-from .modules import HOOKS, KINDS, SHADOWS, NotFused, Reading, is_patched, kind_of, read
+from .modules import KINDS, SHADOWS, NotFused, Reading, kind_of, read
 
 __all__ = ["FusedStep", "Unfused", "plan_modules", "plan_parts"]
 

@@ -16,16 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS, Activation, ActivationRow
-from .computed import ComputedWeight, by_hook, by_parametrization, is_parametrized
+from .computed import HOOKS, ComputedWeight, by_hook, by_parametrization, is_parametrized, is_patched
 
-__all__ = ["HOOKS", "KINDS", "SHADOWS", "Kind", "Reading", "NotFused", "is_patched", "kind_of", "read"]
+__all__ = ["KINDS", "SHADOWS", "Kind", "Reading", "NotFused", "kind_of", "read"]
 
 
 class NotFused(Exception):
     """The reason why a module is not fused."""
 
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 Tensors = tuple[Tensor | None, ...]  # a convolution's weight may be a `ComputedWeight`
 
@@ -201,8 +199,7 @@ def read(
 def _computed(m: nn.Module) -> tuple[object, Tensors]:
     """The facts and tensors of a convolution whose weight is computed; ("", ()) of other modules."""
     cls, d = type(m), m.__dict__
-    parametrized = is_parametrized(cls)
-    kind = KINDS.get(cls.__bases__[0] if parametrized else cls)
+    parametrized, kind = is_parametrized(cls), kind_of(cls)
     if kind is None or kind.tensors is not _conv_tensors or cls.forward is not kind.forward or "forward" in d:
         return "", ()
     found = by_parametrization(m) if parametrized else by_hook(m)
@@ -255,12 +252,6 @@ def _read(
                 facts.append((cls, str(missing)))
         found.append(m)
         tensors.append(own)
-
-
-def is_patched(m: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward: hooks, or a forward of its own."""
-    d = getattr(m, "__dict__", {})
-    return "forward" in d or any(d.get(name) for name in HOOKS)
 
 
 def _only_runs_children(m: nn.Sequential, containers: tuple[Callable[..., Any], ...]) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -119,12 +118,6 @@ def parts_of(
             o = Operands(like, *[None if k is None else operands[k] for k in places])  # type: ignore[arg-type]
             o = o._replace(weight=in_rows(o.weight)) if one else o
             packed = inference.why_not(s.step, o, run.channels_last) is None
-        parts.append(Planned(_interned(s.step), run.channels_last, places, packed, one, as_modules))
+        parts.append(Planned(s.step, run.channels_last, places, packed, one, as_modules))
         shape = (shape[0], s.step.spec.out_channels, *s.step.output_size(shape[2:]))
     return parts
-
-
-@lru_cache(maxsize=4096)
-def _interned(step: Step) -> Step:
-    """One of equal steps, which tables then find without comparing it."""
-    return step

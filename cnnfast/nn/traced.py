@@ -33,10 +33,11 @@ from ..ops import traced
 from ..spec import ConvSpec
 from ..step import Step, Upsample, convolution_of
 from .chain import _operands, _with_running
+from .computed import HOOKS
 from .eager_layout import eager_layout
 from .fusion import FusedStep, Unfused, plan_modules
 from .fusion_norm import NormRule
-from .modules import HOOKS, KINDS, read
+from .modules import KINDS, read
 
 __all__ = ["forward"]
 
