@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ TEST_DEVICE = "CNNFAST_TEST_DEVICE"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernel: launches a Triton kernel (every test that takes the fixture `device`)")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's, for what runs in the background: tests stop, too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
