@@ -48,7 +48,7 @@ def arrange(
         slower = [why_slower_3d(s.step, shape, s.dtype) for s, shape in zip(steps, shapes, strict=False)]
         return Arrangement(tuple(eager[1:]), tuple(slower)) if None in slower else str(slower[0])
     if steps[0].ndim == 1 and not (gradient or _gain_in_1d(steps, shapes, eager)):
-        return "in one dimension, PyTorch's plain convolutions of one sample are as fast on a CPU"
+        return "in one dimension, PyTorch's own convolutions of one sample are as fast on a CPU"
     inside, as_eager = channels_last_inside(eager).channels_last, tuple(eager[1:])
     if not (three or any(eager)) and not _saves_conversions(steps, [shape.numel() for shape in shapes], gradient):
         inside = as_eager
@@ -77,7 +77,8 @@ def arrange(
 
 # Elements of the results of a chain (with gradients and transposed convolutions or upsamplings: of a step, on average)
 # below which its modules are faster; docs/facts.md, "Small chains". Where its input or weights are channels-last:
-# elements that need not be read and written again, and bytes of a weight that ATen would bring into oneDNN's layout.
+# elements that need not be read and written again, and bytes of a weight that ATen would bring into oneDNN's layout (in
+# one dimension whatever the format).
 SMALL, SMALL_IN_TRAINING = 2**21, 2**17
 LEAST_SAVED, _LARGE_WEIGHT = 2**20, 2**21
 
@@ -166,13 +167,15 @@ _LEAST_1D = 5e6  # multiply-adds of a step from which a packed operator is faste
 
 
 def _gain_in_1d(steps: Sequence[Planned], shapes: Sequence[torch.Size], eager: Sequence[bool]) -> bool:
-    """Whether steps of one dimension gain. ATen brings every map into (N, C, L): plain convolutions of one sample
-    gain where the input is channels-last, or where the result stays so and there is enough to do. (In 16 bits ATen has
-    no vectors here; docs/facts.md.)"""
+    """Whether steps of one dimension gain. ATen brings every map into (N, C, L): convolutions of one sample gain where
+    the input is channels-last, or where the result stays so and there is enough to do; transposed ones by a norm or a
+    large weight. (In 16 bits ATen has no vectors here; docs/facts.md.)"""
     if eager[0] or shapes[0][0] > 1:
         return True
-    if any(s.dtype != torch.float32 or s.step.spec.transposed or s.step.measured or s.synchronised for s in steps):
-        return True
+    for s in steps:
+        saves = s.step.norm is not None or math.prod(s.step.spec.weight_shape) * s.dtype.itemsize > _LARGE_WEIGHT
+        if s.dtype != torch.float32 or s.step.spec.transposed and saves or s.step.measured or s.synchronised:
+            return True
     works = (s.step.spec.macs(shape[0], shape[2:]) for s, shape in zip(steps, shapes, strict=False))
     return eager[-1] and max(works) >= _LEAST_1D
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import cnnfast
 from cnnfast.cpu import inference
+from cnnfast.cpu import methods as onednn
 from cnnfast.memory_format import in_format, to_format
 from cnnfast.nn.accelerate_call import plain_call, record_of
 
@@ -220,7 +221,7 @@ def test_parameters_made_in_inference_mode_are_packed(monkeypatch: pytest.Monkey
     monkeypatch.setattr(inference, "_pack", lambda m, s, o: packs.append(s) or plain_pack(m, s, o))
     with torch.inference_mode():
         seq = cnnfast.Sequential(nn.ConvTranspose1d(32, 32, 8, 4, 2), nn.LeakyReLU(0.1)).eval()
-        x = torch.randn(1, 32, 800)
+        x = torch.randn(2, 32, 800)  # one sample would run as it stands
         for _ in range(3):
             torch.testing.assert_close(seq(x), nn.Sequential(*seq)(x), rtol=1e-5, atol=1e-5)
         assert len(packs) == 1
@@ -228,3 +229,28 @@ def test_parameters_made_in_inference_mode_are_packed(monkeypatch: pytest.Monkey
         for _ in range(3):
             torch.testing.assert_close(seq(x), nn.Sequential(*seq)(x), rtol=1e-5, atol=1e-5)
         assert len(packs) == 2
+
+
+@pytest.mark.skipif(onednn.why_missing() is not None, reason=str(onednn.why_missing()))
+@pytest.mark.parametrize(
+    ("layers", "samples", "dtype", "fused"),
+    [
+        ([nn.ConvTranspose1d(64, 32, 4, 2, 1)], 1, torch.float32, False),
+        ([nn.ConvTranspose1d(512, 256, 16, 8, 4)], 1, torch.float32, True),
+        ([nn.ConvTranspose1d(64, 32, 4, 2, 1)], 4, torch.float32, True),
+        ([nn.ConvTranspose1d(64, 32, 4, 2, 1)], 1, torch.bfloat16, True),
+        ([nn.ConvTranspose1d(64, 32, 4, 2, 1), nn.BatchNorm1d(32)], 1, torch.float32, True),
+    ],
+    ids=["one-sample", "large-weight", "four-samples", "bf16", "folded-norm"],
+)
+def test_transposed_convolutions_of_one_sample(
+    layers: list[nn.Module], samples: int, dtype: torch.dtype, fused: bool
+) -> None:
+    """Both ends are converted for oneDNN's deconvolution, which has to save something for that."""
+    seq = cnnfast.Sequential(*layers, nn.LeakyReLU(0.1)).eval().to(dtype)
+    x = torch.randn(samples, layers[0].in_channels, 200, dtype=dtype)  # type: ignore[arg-type]
+    with torch.no_grad():
+        said = seq.explain(x)
+        assert ("could be fused, but: in one dimension" not in said) is fused, said
+        if not fused:
+            assert torch.equal(seq(x), nn.Sequential(*seq)(x))
