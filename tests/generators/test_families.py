@@ -111,17 +111,22 @@ def test_copies(name: str) -> None:
     file = io.BytesIO()
     torch.save(ours, file)
     file.seek(0)
+
+    def packed(module: nn.Module) -> Tensor:
+        """Weights are packed when they are met again, after which sums are in another order."""
+        return [run(module, x) for _ in range(3)][-1]
+
     with torch.inference_mode():
-        expected = run(ours, x)
+        expected = packed(ours)
         for other in (copy.deepcopy(ours), torch.load(file, weights_only=False)):
-            torch.testing.assert_close(run(other, x), expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(packed(other), expected, rtol=1e-5, atol=1e-6)
             mine = {id(p) for p in other.parameters()} | {id(b) for b in other.buffers()}
             seen = [t for c in containers(other) for t in (*c.parameters(), *c.buffers())]
             assert all(id(t) in mine for t in seen) and not mine & {id(p) for p in ours.parameters()}
             for p in other.parameters():
                 p.zero_()
             assert not torch.allclose(run(other, x), expected)
-            torch.testing.assert_close(run(ours, x), expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(packed(ours), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SMALL)
