@@ -127,8 +127,9 @@ RUNS: dict[str, tuple[list[nn.Module], tuple[int, ...], list[tuple[bool, bool]] 
     "1x1": ([conv(k=1), nn.SiLU(), conv(k=1), nn.SiLU()], (64, 60, 60), "the conversions"),
     "1x1-and-3x3": ([conv(), nn.SiLU(), conv(k=1), nn.SiLU()], (64, 128, 128), [(True, False), (False, False)]),
     "transposed": ([conv(k=1), nn.ConvTranspose2d(64, 64, 2, 2)], (64, 60, 60), [(True, True), (False, False)]),
-    "one-dimension": (
-        [nn.Conv1d(64, 64, 7), nn.ConvTranspose1d(64, 64, 7)],
+    "one-dimension": ([nn.Conv1d(64, 64, 7), nn.ConvTranspose1d(64, 64, 7)], (64, 640), "are as fast"),
+    "large-weight-in-one-dimension": (
+        [nn.Conv1d(64, 64, 7), nn.ConvTranspose1d(64, 1024, 9)],
         (64, 640),
         [(True, False), (False, False)],
     ),
