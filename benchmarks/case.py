@@ -13,12 +13,12 @@ from cnnfast.spec import ConvSpec, collapse_upsample
 
 __all__ = ["CONVOLUTIONS", "Block", "Case"]
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-_NORMS = (*_BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Norms whose statistics are of the map that they normalise, which has to be there as a whole first.
-_LIVE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d)
+_LIVE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_NORMS = (*_BATCH_NORMS, *_LIVE_NORMS)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Case:
-    """``make()`` returns a flat `nn.Sequential`; ``input_shape`` is (C, H, W) or (C, L).
+    """``make()`` returns a flat `nn.Sequential`; ``input_shape`` is (C, H, W), (C, L) or (C, D, H, W).
 
     ``batches`` are those of a GPU and of the rehearsal; ``cpu_batches`` those of a CPU, where they differ (none: it
     takes too long there). ``quick`` cases survive ``--quick``.

@@ -7,6 +7,7 @@ generator repeats stands once.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -211,6 +212,29 @@ def _style(batches: tuple[int, ...]) -> Iterator[Case]:
     yield _case("style", "generator", (128, 64, 64), batches, *stages, head, cpu=(1,))
 
 
+def _gan3d(batches: tuple[int, ...]) -> Iterator[Case]:
+    """3D-GAN (Wu et al. 2016): voxels of 64x64x64, as DCGAN makes images."""
+    channels, stack = (200, 512, 256, 128, 64, 1), []
+    for i, (c_in, c_out) in enumerate(itertools.pairwise(channels)):
+        geometry = (4, 1, 0) if i == 0 else (4, 2, 1)
+        conv = _m(nn.ConvTranspose3d, c_in, c_out, *geometry, bias=False)
+        layer = (conv, _m(nn.Sigmoid)) if c_out == 1 else (conv, _m(nn.BatchNorm3d, c_out), RELU)
+        size = 1 if i == 0 else 2 ** (i + 1)
+        yield _case(f"gan3d.{i + 1}", "layers", (c_in, size, size, size), batches, *layer, cpu=())
+        stack += layer
+    yield _case("gan3d", "generator", (200, 1, 1, 1), batches, *stack, cpu=())
+
+
+def _unet3d(batches: tuple[int, ...]) -> Iterator[Case]:
+    """The decoder of nnU-Net's networks for volumes (Isensee et al. 2021), and nearest upsampling in its place."""
+    norm, act = _m(nn.InstanceNorm3d, 32, affine=True), _m(nn.LeakyReLU, 0.01)
+    conv = _m(nn.Conv3d, 32, 32, 3, padding=1)
+    yield _case("unet3d.conv", "layers", (32, 64, 64, 64), batches, conv, norm, act, cpu=())
+    yield _case("unet3d.up", "layers", (64, 32, 32, 32), batches, _m(nn.ConvTranspose3d, 64, 32, 2, 2), cpu=())
+    conv = _m(nn.Conv3d, 64, 32, 3, padding=1)
+    yield _case("unet3d.nearest", "upsample", (64, 32, 32, 32), batches, _up(), conv, norm, act, cpu=())
+
+
 CASES: tuple[Case, ...] = (
     *dcgan_cases(DCGANConfig(), "dcgan64", (1, 16, 64), cpu=(1, 64), quick=True),
     *dcgan_cases(DCGANConfig(image_size=128), "dcgan128", (1, 16, 64), cpu=(), whole=(1, 16)),
@@ -223,6 +247,8 @@ CASES: tuple[Case, ...] = (
     *_waifu2x((1, 16)),
     *_vocoder((1, 16, 64)),
     *_style((1, 16)),
+    *_gan3d((1, 16)),
+    *_unet3d((1, 4)),
 )
 
 # The same kinds in miniature, for tests and dry runs.
@@ -238,6 +264,7 @@ MINI: tuple[Case, ...] = (
         (2,),
         *(_up(), _conv(16, 8, padding_mode="reflect"), _m(nn.InstanceNorm2d, 8, affine=True), RELU),
     ),
+    _case("mini_3d", "layers", (16, 2, 3, 2), (2,), _m(nn.ConvTranspose3d, 16, 16, 4, 2, 1), _m(nn.BatchNorm3d, 16)),
     dcgan_cases(DCGANConfig(nz=32, ngf=16, image_size=16), "mini_dcgan", (2,), quick=True)[-1],
     upsample_case(16, 4, "mini_upsample", (2,)),
 )

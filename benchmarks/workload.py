@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from cnnfast.memory_format import format_of
+
 from .case import Case
 
 __all__ = ["Implementation", "NotAvailable", "Prepared", "TOLERANCES", "TrainingWorkload", "Workload"]
@@ -107,12 +109,12 @@ class Workload:
 
     def modules(self, container: Container = nn.Sequential, channels_last: bool = False) -> nn.Sequential:
         made = container(*copy.deepcopy(list(self.source))).train(self.gradients)
-        return made.to(memory_format=torch.channels_last) if channels_last else made  # type: ignore[call-overload]
+        return made.to(memory_format=format_of(self.x.dim(), True)) if channels_last else made  # type: ignore[call-overload]
 
     @property
     def has_formats(self) -> bool:
         """Whether there are memory formats to choose from: 1-D inputs have one."""
-        return self.x.dim() == 4
+        return self.x.dim() > 3
 
     def input(self, channels_last: bool) -> torch.Tensor:
         """``x``, in channels_last where asked for and there is such a thing."""
@@ -120,7 +122,7 @@ class Workload:
 
     def _in(self, t: torch.Tensor, channels_last: bool) -> torch.Tensor:
         last = channels_last and self.has_formats
-        return t.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        return t.contiguous(memory_format=format_of(t.dim(), last))
 
     def call(self, model: Callable[[torch.Tensor], torch.Tensor], channels_last: bool) -> Callable[[], Any]:
         """What is timed of a model made of `modules`."""

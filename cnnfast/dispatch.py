@@ -202,18 +202,18 @@ def by_loops(spec: ConvSpec, shape: Sequence[int], dtype: torch.dtype) -> bool:
 
 
 def gradient_channels_last(
-    step: Step, shape: Sequence[int], dtype: torch.dtype, x: bool, weight: bool, *, padded: bool
+    step: Step, shape: Sequence[int], dtype: torch.dtype, x: bool, weight: bool, *, padded: bool, cpu: bool = True
 ) -> bool:
     """Whether eager mode's gradient of an input (N, C, *size) of this shape and dtype is channels-last, by whether
     ``x`` and ``weight`` are. ``padded``: by an operator of its own, whose gradient has its input's format. (ATen's
-    loops and its upsampling of three dimensions give a contiguous one.)"""
+    loops on a CPU and its upsampling of three dimensions give a contiguous one.)"""
     three = step.spec.ndim == 3
     if three and step.upsample is not None:
         return False
     if padded or not (three and (x or weight)):
         return x or weight and not padded
     conv, size = step.unfused(shape[2:])
-    return not by_loops(conv, (*shape[:2], *size), dtype)
+    return not (cpu and by_loops(conv, (*shape[:2], *size), dtype))
 
 
 def choose(x: torch.Tensor, name: str) -> tuple[Backend, ...]:

@@ -310,12 +310,13 @@ def backward_by_torch(
     need_x, need_weight, need_bias, need_residual, need_slope = need
     wide = torch.promote_types(s.x.dtype, torch.float32)
     x, dz = s.x.to(wide), grad.to(wide)
-    (n, c), dims, norm = x.shape[:2], (0, 2, 3), step.norm
+    (n, c), dims, norm = x.shape[:2], (0, *range(2, x.dim())), step.norm
     join = 1 if norm is None else norm.join(c)
 
     def spread(v: Tensor) -> Tensor:
         """(S, C / join) or (C,) against x."""
-        return v.to(wide).reshape(-1, c // join).repeat_interleave(join, 1)[..., None, None]
+        each = v.to(wide).reshape(-1, c // join).repeat_interleave(join, 1)
+        return each.reshape(*each.shape, *(1,) * (x.dim() - 2))
 
     rstd, xhat = torch.ones((), dtype=wide, device=x.device), x
     if s.mean is not None and norm is not None:
@@ -361,7 +362,7 @@ def backward_by_torch(
 
 
 def _means(v: Tensor, segments: int, groups: int) -> Tensor:
-    """(segments, groups) of v (N, C, H, W): over the batch, or over each image's groups of channels."""
+    """(segments, groups) of v (N, C, *size): over the batch, or over each image's groups of channels."""
     rows = v.transpose(0, 1).reshape(1, groups, -1) if segments == 1 else v.reshape(segments, groups, -1)
     return rows.mean(2)
 

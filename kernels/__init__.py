@@ -1,6 +1,7 @@
 """The Triton kernels, imported as ``cnnfast.kernels``. Nothing is imported here: each module needs triton.
 
-Each kernel, what it computes, who launches it, and its test:
+Each kernel, what it computes, who launches it, and its test (of convolutions in three dimensions, of which conv_hopper
+knows nothing, tests/gpu/test_three_dimensions.py):
 
     conv_transpose.py                cnnfast/gpu/conv.py      tests/gpu/test_conv.py, test_conv_statistics.py
         conv_transpose_kernel        y = act((conv(x) + bias - mean) * rsqrt(var + eps) * scale + shift + residual)

@@ -8,7 +8,8 @@ channels-last and dense; dw takes any strides (the parameter's).
 
 M = A's channels of a group, N = (tap, channel of B), K = positions. One trip of the loop takes a box of RN images x RH
 lines x RW positions (at most BLOCK_K): where a row of a tile lies inside its box is known before the loop, so that a
-trip moves a corner by scalars and divides nothing.
+trip moves a corner by scalars and divides nothing. In three dimensions A's planes (n, d) count as images: a trip finds
+the plane of B that each row meets at each tap, with one division a row.
 
 The boxes are cut in SPLITS parts whose float32 sums `sum_splits_kernel` adds in a fixed order: results are the same
 to the bit from run to run.
@@ -23,15 +24,17 @@ from .indexing import inside
 from .product import multiply_add, unscaled
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "BH", "BW", "SPLITS", "RN", "RH", "RW"])
+@triton.jit(do_not_specialize=["N", "D", "H", "W", "BD", "BH", "BW", "SPLITS", "RN", "RH", "RW"])
 def conv_wgrad_kernel(
     a_ptr,  # (N, H, W, GROUPS * CA)
-    b_ptr,  # (N, BH, BW, GROUPS * CB)
-    out_ptr,  # element (a of all groups, b, th, tw) at their products with OUT_A, OUT_B, OUT_H, OUT_W
-    work_ptr,  # (SPLITS, GROUPS * CA, KH * KW, CB) float32, used where SPLITS > 1
-    N,
+    b_ptr,  # (N, BH, BW, GROUPS * CB), or (N // D, BD, BH, BW, GROUPS * CB)
+    out_ptr,  # element (a of all groups, b, td, th, tw) at their products with OUT_A, OUT_B, OUT_D, OUT_H, OUT_W
+    work_ptr,  # (SPLITS, GROUPS * CA, KD * KH * KW, CB) float32, used where SPLITS > 1
+    N,  # images of A, or their planes
+    D,  # of each image; None in two dimensions, like BD
     H,
     W,
+    BD,
     BH,
     BW,
     SPLITS,
@@ -41,16 +44,21 @@ def conv_wgrad_kernel(
     GROUPS: tl.constexpr,
     CA: tl.constexpr,  # channels of a group, like CB
     CB: tl.constexpr,
+    KD: tl.constexpr,  # 1 in two dimensions
     KH: tl.constexpr,
     KW: tl.constexpr,
+    SD: tl.constexpr,
     SH: tl.constexpr,
     SW: tl.constexpr,
+    PAD_D: tl.constexpr,
     PAD_H: tl.constexpr,
     PAD_W: tl.constexpr,
+    DD: tl.constexpr,
     DH: tl.constexpr,
     DW: tl.constexpr,
     OUT_A: tl.constexpr,
     OUT_B: tl.constexpr,
+    OUT_D: tl.constexpr,
     OUT_H: tl.constexpr,
     OUT_W: tl.constexpr,
     TF32: tl.constexpr,  # products of it for one of float32's: 1 or 3; 0: none, or 16-bit operands
@@ -62,7 +70,7 @@ def conv_wgrad_kernel(
     FENCE: tl.constexpr,  # of the binary's key alone: it is compiled inside `cnnfast.gpu.fence.inserted`
 ):
     # --- which tile: those of one row lie next to each other, they read the same part of A ----------------------------
-    COLUMNS: tl.constexpr = KH * KW * CB
+    COLUMNS: tl.constexpr = KD * KH * KW * CB
     tiles_n = tl.cdiv(COLUMNS, BLOCK_N)
     pid = tl.program_id(0)
     split = tl.program_id(1)
@@ -75,6 +83,9 @@ def conv_wgrad_kernel(
     offs_b = columns - tap * CB
     th = tap // KW
     tw = tap - th * KW
+    if D is not None:
+        td = th // KH
+        th = th - td * KH
 
     # --- a tile's rows and columns, from the corner of the box --------------------------------------------------------
     A_ROW: tl.constexpr = GROUPS * CA
@@ -92,7 +103,10 @@ def conv_wgrad_kernel(
     bh = (h * SH)[:, None] + (th * DH - PAD_H)[None, :]
     bw = (w * SW)[:, None] + (tw * DW - PAD_W)[None, :]
     a_here = ((n * H + h) * W + w)[None, :] * A_ROW + a_cols
-    b_here = (((n * BH)[:, None] + bh) * BW + bw) * B_ROW + b_cols
+    if D is not None:
+        b_here = (bh * BW + bw) * B_ROW + b_cols
+    else:
+        b_here = (((n * BH)[:, None] + bh) * BW + bw) * B_ROW + b_cols
     n_left = N - n  # a row is on the grid where the corner is below these
     h_left = H - h
     w_left = W - w
@@ -112,8 +126,15 @@ def conv_wgrad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for _ in range(first, tl.minimum(first + per_split, boxes)):
         a_offs = a_here + ((n0 * H + h0) * W + w0) * A_ROW
-        b_offs = b_here + ((n0 * BH + h0 * SH) * BW + w0 * SW) * B_ROW
+        if D is not None:
+            image = (n0 + n) // D
+            bd = ((n0 + n - image * D) * SD)[:, None] + (td * DD - PAD_D)[None, :]
+            b_offs = b_here + ((image * BD)[:, None] + bd) * (BH * BW * B_ROW) + (h0 * SH * BW + w0 * SW) * B_ROW
+        else:
+            b_offs = b_here + ((n0 * BH + h0 * SH) * BW + w0 * SW) * B_ROW
         ok = inside(bh + h0 * SH, BH) & inside(bw + w0 * SW, BW)
+        if D is not None:
+            ok = ok & inside(bd, BD)
         # A masked, pipelined load still forms its address: a row outside points at the tensor's start.
         # A is loaded as the product takes it: a transposition of the loaded tile would keep it out of the pipeline.
         if EVEN and CA % BLOCK_M == 0:
@@ -150,26 +171,31 @@ def conv_wgrad_kernel(
         tl.store(sums + (row * COLUMNS)[:, None] + columns[None, :], acc, mask=mask)
     else:
         column = th * OUT_H + tw * OUT_W + offs_b * OUT_B
+        if D is not None:
+            column += td * OUT_D
         tl.store(out_ptr + (row * OUT_A)[:, None] + column[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["SPLITS"])
 def sum_splits_kernel(
-    work_ptr,  # (SPLITS, A, KH * KW, CB) float32
-    out_ptr,  # element (a, b, th, tw) at their products with OUT_A, OUT_B, OUT_H, OUT_W
+    work_ptr,  # (SPLITS, A, KD * KH * KW, CB) float32
+    out_ptr,  # element (a, b, td, th, tw) at their products with OUT_A, OUT_B, OUT_D, OUT_H, OUT_W
     SPLITS,
     A: tl.constexpr,
     CB: tl.constexpr,
+    KD: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
     OUT_A: tl.constexpr,
     OUT_B: tl.constexpr,
+    OUT_D: tl.constexpr,
     OUT_H: tl.constexpr,
     OUT_W: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Add the splits in their order; one program owns BLOCK elements of the weight."""
-    TOTAL: tl.constexpr = A * KH * KW * CB
+    TAPS: tl.constexpr = KD * KH * KW
+    TOTAL: tl.constexpr = A * TAPS * CB
     e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = e < TOTAL
     acc = tl.zeros((BLOCK,), tl.float32)
@@ -177,8 +203,13 @@ def sum_splits_kernel(
         acc += tl.load(work_ptr + split.to(tl.int64) * TOTAL + e, mask=mask, other=0.0)
     rest = e // CB
     b = e - rest * CB
-    a = rest // (KH * KW)
-    tap = rest - a * (KH * KW)
+    a = rest // TAPS
+    tap = rest - a * TAPS
     th = tap // KW
-    out = a * OUT_A + b * OUT_B + th * OUT_H + (tap - th * KW) * OUT_W
+    out = a * OUT_A + b * OUT_B + (tap - th * KW) * OUT_W
+    if KD > 1:
+        td = th // KH
+        th -= td * KH
+        out += td * OUT_D
+    out += th * OUT_H
     tl.store(out_ptr + out, acc.to(out_ptr.dtype.element_ty), mask=mask)

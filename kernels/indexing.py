@@ -57,6 +57,15 @@ def inside(i, size):
 
 
 @triton.jit
+def volume(d, h, w):
+    """Positions of an image: h * w, or d * h * w where there is a d."""
+    if d is None:
+        return h * w
+    else:
+        return d * h * w
+
+
+@triton.jit
 def border(i, size, MODE: tl.constexpr):
     """The pixel that a position outside 0..size-1 shows: the nearest one, or the one reflected at the first or last."""
     if MODE == "replicate":

@@ -13,6 +13,7 @@ import torch
 
 from cnnfast.activations import Activation
 from cnnfast.gpu.devices import precision_of, target_device
+from cnnfast.memory_format import in_format, to_format
 from cnnfast.norms import Norm
 from cnnfast.spec import ConvSpec
 from cnnfast.step import Operands, Step, Upsample, plain_step, upsample_step
@@ -37,13 +38,14 @@ PRECISIONS: dict[str, tuple[torch.dtype, str]] = {
 class Case:
     """``regime`` is the first word of the plan that must be launched, ``split`` whether it must split K (None: either).
 
-    ``x_format`` and ``weight_format`` are memory formats of the operands, ``channels_last`` that of the result.
+    ``x_format`` and ``weight_format`` are memory formats of the operands, ``channels_last`` that of the result; of
+    three dimensions where ``size`` has three.
     ``plan`` replaces fields of the heuristic's plan.
     """
 
     id: str
     step: Step
-    size: tuple[int, int]
+    size: tuple[int, ...]
     regime: str
     split: bool | None = None
     batch: int = 2
@@ -84,8 +86,8 @@ class Case:
             o = o._replace(slope=torch.rand(self.slopes, generator=g))
         o = Operands(*(v.to(device) if isinstance(v, torch.Tensor) else v for v in o))
         return o._replace(
-            x=o.x.contiguous(memory_format=self.x_format),
-            weight=o.weight.contiguous(memory_format=self.weight_format),
+            x=to_format(o.x, self.x_format == CHANNELS_LAST),
+            weight=to_format(o.weight, self.weight_format == CHANNELS_LAST),
         )
 
 
@@ -109,16 +111,15 @@ def conv(
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
     *,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     transposed: bool = True,
     activation: str = "relu",
     params: tuple[float, ...] = (),
     mode: str = "zeros",
     **rest: Any,
 ) -> Case:
-    spec = ConvSpec.make(
-        in_channels, out_channels, kernel, stride, padding, output_padding, groups, dilation, transposed=transposed
-    )
+    numbers = (kernel, stride, padding, output_padding, groups, dilation)
+    spec = ConvSpec.make(in_channels, out_channels, *numbers, transposed=transposed, ndim=len(size))
     step = Step(spec) if transposed else plain_step(spec, mode)
     return Case(id, replace(step, activation=Activation(activation, params)), size, regime, **rest)
 
@@ -128,13 +129,13 @@ def upsample(
     regime: str,
     in_channels: int,
     out_channels: int,
-    kernel: tuple[int, int],
-    factor: tuple[int, int],
-    padding: tuple[int, int],
+    kernel: tuple[int, ...],
+    factor: tuple[int, ...],
+    padding: tuple[int, ...],
     mode: str = "zeros",
     groups: int = 1,
     *,
-    size: tuple[int, int],
+    size: tuple[int, ...],
     **rest: Any,
 ) -> Case:
     step = upsample_step(
@@ -176,7 +177,7 @@ def check(case: Case, precision: str, device: torch.device, launches: list[str])
     parts = int((re.search(r"split(\d+)", launches[0]) or ["", "1"])[1])
     assert case.split in (None, parts > 1), f"{case.id}: launched {launches[0]}"
     assert y.dtype == dtype and y.device == o.x.device
-    assert y.is_contiguous(memory_format=CHANNELS_LAST if case.channels_last else CONTIGUOUS)
+    assert in_format(y, case.channels_last)
     exact, yardstick, before = reference(case.step, o, tf32=precision == "tf32")
     assert_close(y, exact, yardstick, f"{case.id} {precision} {launches[0]}", before)
     return y

@@ -25,6 +25,7 @@ from cnnfast import dispatch
 from cnnfast.gpu import conv, conv_choice, conv_wgrad, why_not
 from cnnfast.gpu.conv_plan import Plan
 from cnnfast.gpu.devices import allocate, tf32_convolutions
+from cnnfast.memory_format import format_of
 from cnnfast.nn import chain
 from cnnfast.nn.fusion import FusedStep, Unfused, plan_modules
 from cnnfast.spec import Precision
@@ -159,12 +160,12 @@ def _input(case: Case, batch: int, dtype: torch.dtype, device: str) -> torch.Ten
     x = torch.empty((batch, *case.input_shape), dtype=dtype, device=device)
     if x.dim() == 3:
         return torch.empty((batch, *case.input_shape[::-1]), dtype=dtype, device=device).transpose(1, 2)
-    return torch.empty(x.shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+    return torch.empty(x.shape, dtype=dtype, device=device, memory_format=format_of(x.dim(), True))
 
 
 def _like_a_gpu(y: torch.Tensor, device: str) -> torch.Tensor:
     """Memory of y's shape in the memory format that a GPU gives it where weights are channels_last."""
-    fmt = torch.channels_last if y.dim() == 4 else torch.contiguous_format
+    fmt = format_of(y.dim(), y.dim() > 3)
     return torch.empty(y.shape, dtype=y.dtype, device=device, memory_format=fmt)
 
 

@@ -128,8 +128,11 @@ def work(run: StepRun, plan: Plan) -> Work:
         phases = [(low.rows(batch, out), math.prod(low.kernel))]
     else:
         phases = [
-            (batch * h.size(out[0], s.stride[0]) * w.size(out[1], s.stride[1]), h.taps * w.taps)
-            for h, w in itertools.product(*s.phases)
+            (
+                batch * math.prod(ph.size(n, step) for ph, n, step in zip(phase, out, s.stride, strict=True)),
+                math.prod(ph.taps for ph in phase),
+            )
+            for phase in itertools.product(*s.phases)
         ]
     trip = plan.block_k * plan.unroll
     k = -(-low.channels_in // trip) * trip

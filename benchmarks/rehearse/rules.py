@@ -121,7 +121,8 @@ def overflows(call: Call, plan: Plan) -> list[str]:
             found.append(f"the weight has {whole} elements: offsets overflow")
         elif name != "w_ptr" and (image if big else whole) >= _INT32:
             found.append(f"{name} {tuple(shape)} overflows 32-bit offsets (BIG={big})")
-    rows = plan.lowering.rows(call.arguments["N"], (call.arguments["OH"], call.arguments["OW"]))
+    size = tuple(call.arguments[n] for n in ("OD", "OH", "OW") if n in call.arguments)
+    rows = plan.lowering.rows(call.arguments["N"], size)
     if rows + plan.block_m >= _INT32:
         found.append(f"{rows} rows overflow")
     return found

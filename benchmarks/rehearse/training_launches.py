@@ -20,6 +20,7 @@ import cnnfast
 from cnnfast import dispatch
 from cnnfast.gpu.devices import tf32_convolutions
 from cnnfast.gpu.observers import observed
+from cnnfast.memory_format import format_of
 
 from ..cases import Case
 from .inspector import Call, recording
@@ -59,7 +60,7 @@ class TrainingRun:
 
 def _input(case: Case, batch: int, dtype: torch.dtype) -> torch.Tensor:
     x = torch.zeros((batch, *case.input_shape), dtype=dtype)
-    return (x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x).requires_grad_()
+    return x.contiguous(memory_format=format_of(x.dim(), x.dim() > 3)).requires_grad_()
 
 
 def _model(case: Case, dtype: torch.dtype, container: type[nn.Sequential]) -> nn.Sequential:

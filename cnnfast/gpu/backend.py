@@ -45,7 +45,7 @@ def run(step: Step, o: Operands, *, channels_last: bool, training: bool, require
     if not training:
         return conv.run(step, o, channels_last, required=required)
     weight = o.weight if step.upsample is None else summed_weight(step, o.weight, required)
-    if step.pad != (0, 0):
+    if any(step.pad):
         x = enter(x, x.dtype, None, is_channels_last(x)) if recorded(x) else x
         x = step.pad_input(x)
     if step.folds:

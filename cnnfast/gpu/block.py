@@ -67,7 +67,7 @@ def block_forward(tensors: tuple[Any, ...], o: Operands, how: How) -> tuple[conv
             return launch, *straight
     # The statistics of a norm come out of the convolution's epilogue where tiles allow it.
     u, parts = conv_forward(x, weight, bias, step.inner, True, required, step.statistics, launch)
-    if u.shape[2] * u.shape[3] == 1:
+    if u.shape[2:].numel() == 1:
         check_values(u.shape, step.norm, several=o.group is not None)
     if not u.numel():
         return launch, u, None
@@ -144,10 +144,13 @@ def _kind(how: How, scale: Tensor | None, shift: Tensor | None, o: Operands) -> 
     )
 
 
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def _odd(*tensors: Tensor | None) -> bool:
-    """Whether a 4-D tensor is not channels-last at an address that 16 divides."""
+    """Whether a tensor is not channels-last at an address that 16 divides."""
     for t in tensors:
-        if t is not None and (t.data_ptr() & 15 or not t.is_contiguous(memory_format=torch.channels_last)):
+        if t is not None and (t.data_ptr() & 15 or not t.is_contiguous(memory_format=_LAST[t.dim()])):
             return True
     return False
 

@@ -3,6 +3,7 @@ cached."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..kernels import conv_transpose as kernels
-from ..memory_format import new_strides, to_format
+from ..memory_format import format_of, new_strides, to_format
 from ..norms import Partials
 from ..spec import INT32, Precision
 from ..step import Operands, Step
@@ -21,7 +22,7 @@ from . import conv_hopper_plan, fence, guard, trial, tuned
 from .binary import MAX_REGISTERS, Binary, aligned, unused
 from .conv_choice import choose_plan
 from .conv_hopper_plan import BoxPlan
-from .conv_plan import Plan
+from .conv_plan import Plan, by_axis, in_three
 from .devices import Device, allocate, cuda_index, on_device, precision_of, target_device
 from .observers import OBSERVERS, of_launch, of_step
 from .weight import kernel_weight, weight_layout
@@ -42,9 +43,9 @@ class Launch:
     plan: Plan
     binary: Binary  # of `conv_transpose_kernel`, or `conv_hopper_kernel` where the plan is of boxes
     grid: tuple[int, int, int]
-    output_shape: tuple[int, int, int, int]
+    output_shape: tuple[int, ...]
     output_strides: tuple[int, ...]
-    numbers: tuple[int, ...]  # images, rows and columns of x and of the result, parts of K
+    numbers: tuple[int | None, ...]  # images, planes, rows and columns of x and of the result, parts of K
     reduce: Binary | None  # of `split_k_epilogue_kernel` where K is split
     reduce_grid: tuple[int, int, int]
     reduce_numbers: tuple[int, ...]  # images, positions of the result, parts of K
@@ -66,10 +67,7 @@ def constants(
     layout = weight_layout(low)
     params = (*step.activation.params, 0.0, 0.0)
     return dict(
-        **low.constants(),
-        EDGE=step.pad_mode if any(step.pad) else "zeros", EDGE_H=step.pad[0], EDGE_W=step.pad[1],
-        TAPS_H=low.uniform_taps(0), TAPS_W=low.uniform_taps(1), MAX_TAPS=low.max_taps,
-        MERGE_H=low.merge[0], MERGE_W=low.merge[1],
+        **low.constants(), EDGE=step.pad_mode if any(step.pad) else "zeros", **by_axis("EDGE_", step.pad, 0),
         W_GROUP=layout.group, W_TAP=layout.tap, W_K=layout.k, W_COL=layout.column,
         W_FIRST=layout.first, W_ROW=layout.row,
         Y_CHANNELS_LAST=channels_last, SLOPES=slopes, P0=params[0], P1=params[1], ACT=step.activation.name,
@@ -87,7 +85,7 @@ REDUCE_M, REDUCE_N = 16, 64
 def prepare(
     step: Step,
     batch: int,
-    input_size: tuple[int, int],
+    input_size: tuple[int, ...],
     precision: Precision,
     device: Device,
     channels_last: bool,
@@ -106,7 +104,7 @@ def prepare(
     if plan is None:
         plan = _plan(step, batch, input_size, precision, device, channels_last, index)
     out = s.output_size(input_size)
-    rows, columns = (n - 2 * p for n, p in zip(input_size, step.pad, strict=True))
+    own = [n - 2 * p for n, p in zip(input_size, step.pad, strict=True)]
     big = batch * max(s.in_channels * math.prod(input_size), s.out_channels * math.prod(out)) >= INT32
     reduce, reduce_grid = None, (0, 0, 0)
     boxes: Boxes | None = None
@@ -125,7 +123,8 @@ def prepare(
         binary, grid = Binary(kernels.conv_transpose_kernel, consts, **options), plan.grid(batch, out)
         parts = _parts(plan, batch, out, statistics)
     if plan.split_k > 1:
-        reduce = Binary(kernels.split_k_epilogue_kernel, {**consts, "BLOCK_M": REDUCE_M, "BLOCK_N": REDUCE_N})
+        tile = {"BLOCK_M": REDUCE_M, "BLOCK_N": REDUCE_N}
+        reduce = Binary(kernels.split_k_epilogue_kernel, {**consts, **tile}, maxnreg=MAX_REGISTERS)
         reduce_grid = (-(-batch * math.prod(out) // REDUCE_M), -(-s.out_channels // REDUCE_N), 1)
     proof = guard.UNGUARDED
     if index is not None:
@@ -146,9 +145,9 @@ def prepare(
         plan,
         binary,
         grid,
-        (batch, s.out_channels, out[0], out[1]),
-        new_strides((batch, s.out_channels, out[0], out[1]), channels_last),
-        (batch, rows, columns, out[0], out[1], plan.split_k),
+        (batch, s.out_channels, *out),
+        new_strides((batch, s.out_channels, *out), channels_last),
+        (batch, *in_three(own), *in_three(out), plan.split_k),
         reduce,
         reduce_grid,
         (batch, math.prod(out), plan.split_k),
@@ -164,7 +163,7 @@ def prepare(
 def _plan(
     step: Step,
     batch: int,
-    input_size: tuple[int, int],
+    input_size: tuple[int, ...],
     precision: Precision,
     device: Device,
     channels_last: bool,
@@ -200,11 +199,11 @@ def _parts(plan: Plan, batch: int, out: Sequence[int], statistics: str | None) -
         parts, block, rows = -(-batch * math.prod(out) // REDUCE_M), REDUCE_M, [math.prod(out)]
     else:
         parts, block = plan.tiles_of(low.rows(batch, tuple(out))) // -(-low.columns // plan.block_n), plan.block_m
-        heights, widths = (
+        sizes = (
             {ph.size(n, step) for ph in phases[:step]}
             for phases, n, step in zip(low.spec.phases, out, low.phases, strict=True)
         )
-        rows = [h * w for h in heights for w in widths]
+        rows = [math.prod(size) for size in itertools.product(*sizes)]
     if segments > 1 and (len(rows) > 1 or rows[0] % block):
         return None
     return segments, parts // segments
@@ -215,12 +214,11 @@ def lookup(
 ) -> Launch:
     """The launch of ``step`` on these operands, a dictionary's look-up after the first time."""
     x, weight, bias, mean, var, scale, shift, residual, slope, *_ = o
-    n, _, h, w = x.shape
-    size = (h + 2 * step.pad[0], w + 2 * step.pad[1])
+    n, _, *size = x.shape
     return prepare(
         step,
         n,
-        size,
+        tuple([n + 2 * p for n, p in zip(size, step.pad, strict=True)]) if any(step.pad) else tuple(size),
         precision_of(x.dtype),
         target_device(x),
         channels_last,
@@ -301,11 +299,12 @@ def _start(step: Step, o: Operands, channels_last: bool, launch: Launch) -> Resu
     anything else would be another binary, with narrow loads, and unproven."""
     x, weight, bias, mean, var, scale, shift, residual, slope, *_ = o
     with on_device(x):
-        x, weight = aligned(x.contiguous(memory_format=torch.channels_last)), aligned(weight)
+        last = format_of(x.dim(), True)
+        x, weight = aligned(x.contiguous(memory_format=last)), aligned(weight)
         if launch.gathers:
             weight = kernel_weight(step, launch.plan.lowering, weight)
         else:  # read in place
-            weight = weight.contiguous(memory_format=torch.channels_last)
+            weight = weight.contiguous(memory_format=last)
         if residual is not None:
             residual = aligned(to_format(residual, channels_last))
         vectors = [

@@ -125,7 +125,11 @@ def _input_gradient(
     of_input = input_gradient_step if type(size[0]) is int else input_gradient_step.__wrapped__
     dx = by.convolution(grad, weight, None, of_input(step, size), channels_last, required)
     # An output padding that reaches the stride gives the adjoint positions that x does not have.
-    return to_format(dx[:, :, : size[0], : size[1]], channels_last) if dx.shape[2:] != size else dx
+    if dx.shape[2:] == size:
+        return dx
+    for dim, n in enumerate(size, 2):
+        dx = dx.narrow(dim, 0, n)
+    return to_format(dx, channels_last)
 
 
 def input_format(
@@ -183,7 +187,7 @@ def conv_backward(
         by = EAGER
         if y is not None:
             grad = grad * activation_derivative(step.activation, y).to(grad.dtype)
-        db = None if bias_dtype is None else grad.sum((0, 2, 3))
+        db = None if bias_dtype is None else grad.sum((0, *range(2, grad.dim())))
     else:
         backward = (by or EAGER).activation_backward
         grad, db = backward(grad, y, step.activation, bias=bias_dtype is not None, required=required)
@@ -257,7 +261,7 @@ def convolution(
 ) -> Tensor:
     """``act(conv(x) + bias)``, a step that folds (`Step.folds`) and pads by zeros, differentiable any number of times.
 
-    x (N, C_in, H, W), weight as ``step.spec`` has it. ``required``: the kernels run or raise, otherwise PyTorch's
+    x (N, C_in, *size), weight as ``step.spec`` has it. ``required``: the kernels run or raise, otherwise PyTorch's
     operators stand in for them where they cannot.
     """
     if dispatch.is_batched(x) or dispatch.is_batched(weight):  # of gradients: PyTorch's operators take them

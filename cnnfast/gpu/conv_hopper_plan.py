@@ -116,6 +116,8 @@ def why_not(
         # A descriptor may round to TF32 (triton 3.7), but TF32 products take both operands with K contiguous, which a
         # transposed convolution's weight has not.
         return f"dtype {precision.dtype}, and its tensor-core products take 16 bits"
+    if s.ndim != 2:
+        return f"{s.ndim} dimensions, and its boxes are of two"
     if low.regime != "phases":
         return f"the regime is {low.regime}, and it runs phases"
     if not channels_last:

@@ -6,6 +6,7 @@ Everything here is pure: no tensor, no GPU, no Triton.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Protocol
@@ -15,7 +16,19 @@ import torch
 from ..spec import ConvSpec, Phase, Precision, tap_inverse
 from .devices import Device
 
-__all__ = ["Lowering", "Plan", "Tile", "is_exact", "is_valid", "lower", "takes_three", "tap_map", "uses_wgmma"]
+__all__ = [
+    "Lowering",
+    "Plan",
+    "Tile",
+    "by_axis",
+    "in_three",
+    "is_exact",
+    "is_valid",
+    "lower",
+    "takes_three",
+    "tap_map",
+    "uses_wgmma",
+]
 
 
 # --- lowering: which gather the kernel runs ---------------------------------------------------------------------------
@@ -23,7 +36,7 @@ __all__ = ["Lowering", "Plan", "Tile", "is_exact", "is_valid", "lower", "takes_t
 
 @dataclass(frozen=True)
 class Lowering:
-    """A 2-D convolution as `kernels/conv_transpose.py` runs it.
+    """A 2-D or 3-D convolution as `kernels/conv_transpose.py` runs it.
 
     ``regime`` "phases": every phase of ``spec`` on the grid. "merged": one gather over the union of the phases' input
     neighbourhoods, columns (a, b, channel). "latent": the same for a 1x1 input, every output position a column block.
@@ -31,9 +44,9 @@ class Lowering:
 
     regime: str
     spec: ConvSpec
-    merge: tuple[int, int]
-    kernel: tuple[int, int]  # taps of the gather: spec's own, or the union neighbourhood's
-    padding: tuple[int, int]
+    merge: tuple[int, ...]
+    kernel: tuple[int, ...]  # taps of the gather: spec's own, or the union neighbourhood's
+    padding: tuple[int, ...]
     channels_last: bool = True  # the layout of the result
 
     @property
@@ -45,13 +58,13 @@ class Lowering:
         return self.spec.transposed and not self.merged
 
     @property
-    def phases(self) -> tuple[int, int]:
+    def phases(self) -> tuple[int, ...]:
         """Phases on the grid per dimension."""
-        return (self.spec.stride[0], self.spec.stride[1]) if self.transposed else (1, 1)
+        return self.spec.stride if self.transposed else (1,) * self.spec.ndim
 
     @property
     def columns(self) -> int:
-        return self.merge[0] * self.merge[1] * (self.spec.out_channels // self.spec.groups)
+        return math.prod(self.merge) * (self.spec.out_channels // self.spec.groups)
 
     @property
     def channels_in(self) -> int:
@@ -69,21 +82,22 @@ class Lowering:
         return counts.pop() if len(counts) == 1 else 0
 
     @property
-    def read_stride(self) -> tuple[int, int]:
+    def read_stride(self) -> tuple[int, ...]:
         """Input positions from one row of a phase to the next: a plain convolution's stride."""
-        return (1, 1) if self.spec.transposed else (self.spec.stride[0], self.spec.stride[1])
+        return (1,) * self.spec.ndim if self.spec.transposed else self.spec.stride
 
     def constants(self) -> dict[str, int]:
         """The geometry as the kernels' compile-time arguments."""
-        s, read = self.spec, self.read_stride
+        s = self.spec
         gcd = [math.gcd(st, d) if self.transposed else 1 for st, d in zip(s.stride, s.dilation, strict=True)]
         inverse = [tap_inverse(st, d) if self.transposed else 0 for st, d in zip(s.stride, s.dilation, strict=True)]
-        dilation = (1, 1) if self.merged else s.dilation
+        dilation = (1,) * s.ndim if self.merged else s.dilation
         return dict(
-            GROUPS=s.groups, CIN=self.channels_in, COUT=s.out_channels, COLS=self.columns,
-            KH=self.kernel[0], KW=self.kernel[1], SH=self.phases[0], SW=self.phases[1], IN_H=read[0], IN_W=read[1],
-            PAD_H=self.padding[0], PAD_W=self.padding[1], DH=dilation[0], DW=dilation[1], GH=gcd[0], GW=gcd[1],
-            INV_H=inverse[0], INV_W=inverse[1], TRANSPOSED=self.transposed,
+            GROUPS=s.groups, CIN=self.channels_in, COUT=s.out_channels, COLS=self.columns, TRANSPOSED=self.transposed,
+            **by_axis("K", self.kernel), **by_axis("S", self.phases), **by_axis("IN_", self.read_stride),
+            **by_axis("PAD_", self.padding, 0), **by_axis("D", dilation), **by_axis("G", gcd),
+            **by_axis("INV_", inverse, 0), **by_axis("MERGE_", self.merge), MAX_TAPS=self.max_taps,
+            **by_axis("TAPS_", [self.uniform_taps(dim) for dim in range(s.ndim)]),
         )  # fmt: skip
 
     def rows(self, batch: int, output_size: tuple[int, ...]) -> int:
@@ -92,18 +106,28 @@ class Lowering:
         return batch * math.prod(-(-o // s) for o, s in zip(output_size, step, strict=True))
 
 
+def by_axis(name: str, values: Sequence[int], flat: int = 1) -> dict[str, int]:
+    """A value of each dimension as the kernels name them, by D, H and W; ``flat``: D's in two dimensions."""
+    return {f"{name}{axis}": v for axis, v in zip("DHW", (flat, *values)[-3:], strict=True)}
+
+
+def in_three(size: Sequence[int]) -> tuple[int | None, ...]:
+    """A spatial size as the kernels take it: (D, H, W), D None where there is none."""
+    return (None, *size)[-3:]
+
+
 def _reach(phases: tuple[Phase, ...]) -> tuple[int, int]:
     """Smallest and largest input offset of a dimension's phases (0, 0 if no phase has a tap)."""
     offsets = [off for ph in phases for _, off in ph.pairs()] or [0]
     return min(offsets), max(offsets)
 
 
-def tap_map(low: Lowering) -> tuple[list[list[int]], list[list[int]]]:
+def tap_map(low: Lowering) -> list[list[list[int]]]:
     """For a merged lowering, per dimension ``map[a][u]``: the tap of ``spec`` that column block ``a`` applies at union
     tap ``u``, or -1 where it has none."""
     s = low.spec
     out = []
-    for dim in (0, 1):
+    for dim in range(s.ndim):
         if low.regime == "latent":
             # The one input position 0: output a takes the tap t with a + p = d*t.
             p, d, k = s.padding[dim], s.dilation[dim], s.kernel_size[dim]
@@ -117,17 +141,17 @@ def tap_map(low: Lowering) -> tuple[list[list[int]], list[list[int]]]:
                 for tap, off in ph.pairs():
                     rows[a][off - lo] = tap
         out.append(rows)
-    return out[0], out[1]
+    return out
 
 
 def _phases(spec: ConvSpec) -> Lowering:
-    return Lowering("phases", spec, (1, 1), spec.kernel_size, spec.padding)  # type: ignore[arg-type]
+    return Lowering("phases", spec, (1,) * spec.ndim, spec.kernel_size, spec.padding)
 
 
 def _merged(spec: ConvSpec) -> Lowering:
     reach = [_reach(dim) for dim in spec.phases]
     kernel = tuple(hi - lo + 1 for lo, hi in reach)
-    return Lowering("merged", spec, spec.stride, kernel, tuple(-lo for lo, _ in reach))  # type: ignore[arg-type]
+    return Lowering("merged", spec, spec.stride, kernel, tuple(-lo for lo, _ in reach))
 
 
 FEW_COLUMNS = 16  # output channels below which phases share a tile
@@ -135,16 +159,17 @@ FEW_COLUMNS = 16  # output channels below which phases share a tile
 
 @lru_cache(maxsize=4096)
 def lower(spec: ConvSpec, input_size: tuple[int, ...], channels_last: bool = True) -> Lowering:
-    """The form of ``spec`` (2-D) for an input of this size and a result in this layout."""
+    """The form of ``spec`` (2-D or 3-D) for an input of this size and a result in this layout."""
     return replace(_lower(spec, input_size), channels_last=channels_last)
 
 
 def _lower(spec: ConvSpec, input_size: tuple[int, ...]) -> Lowering:
     if not spec.transposed:
         return _phases(spec)
-    if tuple(input_size) == (1, 1):
-        return Lowering("latent", spec, spec.output_size(input_size), (1, 1), (0, 0))  # type: ignore[arg-type]
-    if spec.stride != (1, 1):
+    ones = (1,) * spec.ndim
+    if tuple(input_size) == ones:
+        return Lowering("latent", spec, spec.output_size(input_size), ones, (0,) * spec.ndim)
+    if spec.stride != ones:
         merged = _merged(spec)
         wasted = math.prod(merged.kernel) * math.prod(spec.stride) > math.prod(spec.kernel_size)
         if spec.out_channels // spec.groups < FEW_COLUMNS or not wasted:
@@ -275,6 +300,11 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
     if device.arch == 89 and (m, n, k, plan.unroll) == (64, 64, 64, 2) and not plan.splits:
         return False
     low = plan.lowering
+    if low.spec.ndim == 3:  # more numbers to an address; the same
+        if m * n > threads * (16 if low.merged else 64) and (plan.splits or low.merged):
+            return False
+        if device.arch // 10 == 10 and (m, n) == (64, 64) and precision.itemsize == 2:
+            return False
     if device.arch == 80 and low.channels_in < 16 and not low.transposed and max(low.spec.stride) > 1:
         if m * n >= threads * 64 and not plan.splits:
             return False

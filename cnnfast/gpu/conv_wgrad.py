@@ -10,10 +10,12 @@ from functools import lru_cache, partial
 import torch
 
 from ..kernels import conv_wgrad as kernels
+from ..memory_format import format_of
 from ..spec import INT32, ConvSpec, Precision
 from ..step import Step
 from . import fence, guard, trial
 from .binary import MAX_REGISTERS, Binary, aligned, unused
+from .conv_plan import by_axis, in_three
 from .conv_wgrad_plan import WgradPlan, choose_wgrad_plan
 from .devices import Device, cuda_index, on_device, precision_of, target_device
 from .observers import OBSERVERS, of_launch
@@ -52,7 +54,7 @@ class WgradLaunch:
     plan: WgradPlan
     binary: Binary  # of `conv_wgrad_kernel`
     grid: tuple[int, int, int]
-    numbers: tuple[int, ...]  # images, rows and columns of A and of B, parts, and the plan's box
+    numbers: tuple[int | None, ...]  # A's images (or all planes); planes, rows, columns of A and B; parts; the box
     work: int  # float32 partial sums
     sums: Binary | None  # of `sum_splits_kernel` where the positions are split
     sums_grid: tuple[int, int, int]
@@ -64,8 +66,8 @@ class WgradLaunch:
 def prepare(
     spec: ConvSpec,
     batch: int,
-    grid: tuple[int, int],
-    other: tuple[int, int],
+    grid: tuple[int, ...],
+    other: tuple[int, ...],
     strides: tuple[int, ...],
     precision: Precision,
     device: Device,
@@ -77,13 +79,15 @@ def prepare(
     strides; ``types``: dtypes of the result's gradient and of the weight. A given ``plan`` replaces the heuristic's
     (tests). ``index``: of the CUDA device, None where there is none: nothing is guarded then."""
     s = spec
-    plan = plan or choose_wgrad_plan(s, batch, grid, precision, device)
-    (ca, cb), (kh, kw) = plan.channels, s.kernel_size
+    images = batch * math.prod(grid[:-2])  # planes count as such
+    plan = plan or choose_wgrad_plan(s, images, (grid[-2], grid[-1]), precision, device)
+    ca, cb = plan.channels
     big = batch * s.groups * max(ca * math.prod(grid), cb * math.prod(other)) >= INT32
-    out = dict(OUT_A=strides[0], OUT_B=strides[1], OUT_H=strides[2], OUT_W=strides[3])
+    out = dict(OUT_A=strides[0], OUT_B=strides[1], **by_axis("OUT_", strides[2:], 0))
     consts = dict(
-        GROUPS=s.groups, CA=ca, CB=cb, KH=kh, KW=kw, SH=s.stride[0], SW=s.stride[1], PAD_H=s.padding[0],
-        PAD_W=s.padding[1], DH=s.dilation[0], DW=s.dilation[1], **out, TF32=3 if plan.three else int(precision.tf32),
+        GROUPS=s.groups, CA=ca, CB=cb, **by_axis("K", s.kernel_size), **by_axis("S", s.stride),
+        **by_axis("PAD_", s.padding, 0), **by_axis("D", s.dilation), **out,
+        TF32=3 if plan.three else int(precision.tf32),
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, BLOCK_K=plan.block_k, EVEN=plan.even, BIG=big,
         FENCE=fence.needed(device.arch),
         A=s.groups * ca, BLOCK=SUM_BLOCK,
@@ -98,7 +102,7 @@ def prepare(
         plan,
         Binary(kernels.conv_wgrad_kernel, consts, **options),
         plan.grid(),
-        (batch, *grid, *other, plan.splits, *plan.box),
+        (images, *in_three(grid), *in_three(other), plan.splits, *plan.box),
         plan.workspace(),
         Binary(kernels.sum_splits_kernel, consts) if plan.splits > 1 else None,
         (-(-math.prod(s.weight_shape) // SUM_BLOCK), 1, 1),
@@ -115,8 +119,8 @@ def lookup(
     return prepare(
         spec,
         x.shape[0],
-        (a.shape[2], a.shape[3]),
-        (b.shape[2], b.shape[3]),
+        tuple(a.shape[2:]),
+        tuple(b.shape[2:]),
         out.stride(),
         precision_of(x.dtype),
         target_device(x),
@@ -135,9 +139,9 @@ def run(
     required: bool = True,
     launch: WgradLaunch | None = None,
 ) -> torch.Tensor | None:
-    """Gradient of the weight of ``spec`` (2-D), with the strides of ``like``: from x (N, C_in, H, W), the convolution's
-    input, and ``grad`` (N, C_out, OH, OW), its result's gradient, of one dtype and in any layout. ``launch``: `lookup`
-    of these, where it is at hand."""
+    """Gradient of the weight of ``spec`` (2-D or 3-D), with the strides of ``like``: from x (N, C_in, *size), the
+    convolution's input, and ``grad`` (N, C_out, *output_size), its result's gradient, of one dtype and in any layout.
+    ``launch``: `lookup` of these, where it is at hand."""
     a, b = (x, grad) if spec.transposed else (grad, x)
     out = torch.empty_like(like)
     if out.numel() == 0:
@@ -160,7 +164,8 @@ def _start(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, launch: WgradLau
     """The launch, on the device of the tensors, with operands in the kernel's layout and at addresses that 16
     divides: anything else would be another binary."""
     with on_device(a):
-        a, b = a.contiguous(memory_format=torch.channels_last), b.contiguous(memory_format=torch.channels_last)
+        last = format_of(a.dim(), True)
+        a, b = a.contiguous(memory_format=last), b.contiguous(memory_format=last)
         _launch(aligned(a), aligned(b), out, launch)
     return out
 
@@ -183,13 +188,16 @@ right kernel could look wrong."""
 def _problem(x: torch.Tensor, grad: torch.Tensor, out: torch.Tensor, launch: WgradLaunch) -> str | None:
     """What is wrong with a launch like this one. Its noise is at positions scattered over a few images; a position that
     is missed or read twice changes the sums by a sixteenth."""
-    spec, n, (h, w) = launch.plan.spec, x.shape[0], grad.shape[2:]
+    spec, n, size = launch.plan.spec, x.shape[0], grad.shape[2:]
     images = sorted({k * (n - 1) // (IMAGES - 1) for k in range(IMAGES)})
 
     def scatter(operands: Mapping[str, torch.Tensor]) -> None:
         g = torch.Generator("cpu").manual_seed(0)
-        keep = torch.rand(n, 1, h, w, generator=g, device="cpu") * len(images) * h * w < POSITIONS
-        keep[:, :, :: max(1, h - 1), :: max(1, w - 1)] = True  # corners
+        keep = torch.rand(n, 1, *size, generator=g, device="cpu") * len(images) * size.numel() < POSITIONS
+        corner = torch.ones((), dtype=torch.bool, device="cpu")
+        for s in size:
+            corner = corner[..., None] & (torch.arange(s, device="cpu") % max(1, s - 1) == 0)
+        keep |= corner
         keep[[k for k in range(n) if k not in images]] = False
         operands["grad"].mul_(keep.to(grad.device))
 

@@ -214,7 +214,8 @@ def _split(plan: WgradPlan, trips: int, device: Device) -> list[WgradPlan]:
 def choose_wgrad_plan(
     spec: ConvSpec, batch: int, grid: tuple[int, int], precision: Precision, device: Device
 ) -> WgradPlan:
-    """The plan for the weight gradient of ``spec`` (2-D) where A has ``batch`` images of size ``grid``. Deterministic.
+    """The plan for the weight gradient of ``spec`` where A has ``batch`` images (in three dimensions: planes) of size
+    ``grid``. Deterministic.
 
     RuntimeError where no plan is valid.
     """

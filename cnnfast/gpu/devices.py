@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..memory_format import format_of
 from ..spec import Precision
 
 __all__ = [
@@ -197,5 +198,5 @@ def allocate(
     like: torch.Tensor, shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """The one allocator of outputs: uninitialised, on ``like``'s device, in the memory format asked for."""
-    fmt = torch.channels_last if channels_last else torch.contiguous_format
+    fmt = format_of(len(shape), channels_last)
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=fmt)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .. import norm_sync
 from ..kernels import norm_act as forward_kernels
-from ..memory_format import new_strides
+from ..memory_format import has_both, new_strides
 from ..norms import Partials
 from ..step import Operands, Step
 from . import guard
@@ -64,7 +64,7 @@ class Statistics:
 
 @lru_cache(maxsize=4096)
 def statistics_of(shape: torch.Size, each: bool, last: bool, dtype: torch.dtype, sms: int) -> Statistics:
-    """Of a tensor (N, C, H, W): of each image, or of the batch."""
+    """Of a tensor (N, C, *size): of each image, or of the batch."""
     t, start = _tiles(forward_kernels.partial_stats_kernel, shape, each, sms, (last,), {})
     segments = shape[0] if each else 1
     return Statistics(start, (segments, t.segments * t.parts // segments, shape[1]), t)
@@ -145,8 +145,8 @@ def _forward(
     sms: int,
     index: int | None,
 ) -> ForwardPlan:
-    (n, c, h, w), norm = shape, step.norm
-    last = (x_last, channels_last or c == 1 or h * w == 1)
+    n, c, norm = shape[0], shape[1], step.norm
+    last = (x_last, channels_last or has_both(c, shape[2:]))
     kernel = forward_kernels.norm_act_kernel
     t, apply = _tiles(kernel, shape, each(norm), sms, last, _common(step, c, slopes), eps_of(norm))
     constants: dict[str, Any] = {"slopes": slopes, **_told("apply", t, last)}
@@ -171,7 +171,7 @@ def _forward(
 
 
 def partials(x: Tensor, each: bool, s: Statistics | None = None) -> Partials:
-    """The statistics of x (N, C, H, W) by parts: of each image, or of the batch. ``s``: their plan, where it is at
+    """The statistics of x (N, C, *size) by parts: of each image, or of the batch. ``s``: their plan, where it is at
     hand."""
     x = laid_out(x)
     s = s or statistics_of(x.shape, each, is_last(x), x.dtype, target_device(x).multiprocessors)

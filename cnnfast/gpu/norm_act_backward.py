@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..activations import Activation
 from ..kernels import norm_act_backward as backward_kernels
+from ..memory_format import has_both
 from ..reference import Grads, Saved
 from ..step import Step, norm_step
 from . import guard
@@ -224,15 +225,15 @@ def _backward(
     sms: int,
     index: int | None,
 ) -> BackwardPlan:
-    (n, c, h, w), norm = shape, step.norm
-    last = (x_last, grad_last or c == 1 or h * w == 1)
+    n, c, norm = shape[0], shape[1], step.norm
+    last = (x_last, grad_last or has_both(c, shape[2:]))
     join, segments = 1 if norm is None else norm.join(c), n if each(norm) else 1
     means = step.measured and need[0] and not shared
     common = {**_common(step, c, slopes), "SLOPE_SUM": need[4]}
     t, sums = _tiles(backward_kernels.grad_sums_kernel, shape, each(norm), sms, last, common, eps_of(norm))
     _, apply = _tiles(backward_kernels.grad_apply_kernel, shape, each(norm), sms, last, common, eps_of(norm))
     parts = t.segments * t.parts // segments
-    finish = _finish(segments, parts, c, join, means, float(n * h * w // segments * join))
+    finish = _finish(segments, parts, c, join, means, float(shape.numel() // c // segments * join))
     constants = {"slopes": slopes, "need": need, "shared": shared, **_told("tiles", t, last), "finish": finish.blocks}
     return BackwardPlan(
         sums,
@@ -266,8 +267,8 @@ def activation_plan(
 def _activation(
     activation: Activation, shape: torch.Size, last: bool, types: _Types, bias: bool, sms: int, index: int | None
 ) -> ActivationPlan:
-    _, c, h, w = shape
-    last = last or c == 1 or h * w == 1
+    c = shape[1]
+    last = last or has_both(c, shape[2:])
     consts = {**_params(activation), "OF": activation.saves() if types[1] is not None else ""}
     t, apply = _tiles(backward_kernels.act_backward_kernel, shape, False, sms, (last,), consts)
     finish = _finish(1, t.segments * t.parts, c, 1, False, 1.0)

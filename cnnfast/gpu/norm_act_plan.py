@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation
+from ..memory_format import format_of
 from ..norms import Norm
 from ..step import Step
 from . import guard
@@ -80,12 +82,12 @@ def tiling(batch: int, channels: int, size: int, images: bool, rows_inside: bool
 def laid_out(t: Tensor) -> Tensor:
     """``t`` channels-last or, where it is that already, contiguous; at an address that 16 divides."""
     if not is_last(t) and not t.is_contiguous():
-        t = t.contiguous(memory_format=torch.channels_last)
+        t = t.contiguous(memory_format=format_of(t.dim(), True))
     return aligned(t)
 
 
 def _as(t: Tensor, last: bool) -> Tensor:
-    return aligned(t.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format))
+    return aligned(t.contiguous(memory_format=format_of(t.dim(), last)))
 
 
 def _vectors(*vectors: Tensor | None) -> list[Tensor | None]:
@@ -115,8 +117,8 @@ def _binary(kernel: Any, constants: dict[str, Any], num_warps: int = 4) -> Binar
 
 
 def is_last(t: Tensor) -> bool:
-    """Whether t (N, C, H, W) lies as (N, H, W, C)."""
-    return t.is_contiguous(memory_format=torch.channels_last)
+    """Whether t (N, C, *size) lies as (N, *size, C)."""
+    return t.is_contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
 
 
 def will_be_last(t: Tensor) -> bool:
@@ -144,9 +146,9 @@ def _tiles(
 ) -> tuple[Tiling, Start]:
     """The launch of a kernel over tensors of this shape, of which ``last`` says whether they are channels-last: its
     input, and its result."""
-    n, c, h, w = shape
+    n, c, *size = shape
     inside = not all(last)
-    t = tiling(n, c, h * w, each or inside, inside, sms)
+    t = tiling(n, c, math.prod(size), each or inside, inside, sms)
     consts = {**consts, **t.constants, "C": c, "X_LAST": last[0], "Y_LAST": last[-1]}
     return t, Start(_binary(kernel, consts, t.num_warps), t.grid, (t.rows, t.parts, t.tiles, *numbers))
 

@@ -49,7 +49,7 @@ class _Few:
         return cls([g * join + k for g in groups for k in range(join)], groups, norm)
 
     def __call__(self, name: str, t: Tensor) -> Tensor:
-        if t.dim() == 4:
+        if t.dim() > 3:
             return t[:, self.channels]
         if t.dim() == 3:  # (segments, 2, groups)
             return t[:, :, self.groups]
@@ -120,7 +120,7 @@ def _split(x: Tensor, each: bool, most: int) -> Partials:
     """Statistics of x by a few parts, by PyTorch's operators."""
     wide = x.type(torch.float32)
     segments = x.shape[0] if each else 1
-    rows = wide.permute(0, 2, 3, 1).reshape(segments, -1, x.shape[1])
+    rows = wide.movedim(1, -1).reshape(segments, -1, x.shape[1])
     chunks = rows.chunk(min(PARTS, most), 1)
     moments = [torch.var_mean(rows, 1, correction=0) for rows in chunks]
     sizes = torch.tensor([float(rows.shape[1]) for rows in chunks], device=x.device)
@@ -138,6 +138,10 @@ def _spread(some: Partials, count: int) -> Partials:
     for whole, part in zip(spread.each, some.each, strict=True):
         whole[:, at] = part
     return spread
+
+
+def _by_channel(t: Tensor) -> Tensor:
+    return t.sum((0, *range(2, t.dim())))
 
 
 def backward_problem(
@@ -161,7 +165,7 @@ def backward_problem(
         terms: dict[str, Tensor] = {}
         some = norm_step(few.norm, step.residual, step.activation)
         found = backward_by_torch(grad, Saved(**saved), some, need, reduce if shared else None, terms)
-        return {**named(found), **{f"before {name}": t.abs().sum((0, 2, 3)) for name, t in terms.items()}}
+        return {**named(found), **{f"before {name}": _by_channel(t.abs()) for name, t in terms.items()}}
 
     def deviations(operands: Mapping[str, Tensor]) -> None:
         if step.measured:
@@ -184,6 +188,6 @@ def activation_problem(grad: Tensor, saved: Tensor | None, activation: Activatio
         dz = grad * activation_derivative(activation, saved) if of and saved is not None else grad
         # The sum is of the gradient as it is stored, as in torch: the yardstick's, too.
         kept = dz if dz.dtype == torch.float64 else dz.type(stored).type(dz.dtype)
-        return {"gradient": dz, "sum": kept.sum((0, 2, 3)), "before sum": dz.abs().sum((0, 2, 3))}
+        return {"gradient": dz, "sum": _by_channel(kept), "before sum": _by_channel(dz.abs())}
 
     return trial.problem_of(run, reference, {"grad": grad, "saved": saved}, some=few)

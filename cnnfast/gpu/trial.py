@@ -110,11 +110,11 @@ def problem(
 
 
 def _statistics_problem(y: Tensor, partials: Partials) -> str | None:
-    """What is wrong with ``partials`` as statistics of y (N, C, H, W) as it is stored: of all images together, or of
+    """What is wrong with ``partials`` as statistics of y (N, C, *size) as it is stored: of all images together, or of
     each."""
     count, mean, m2 = (t.type(torch.float64) for t in partials.each)
     segments = count.shape[0]
-    rows = y.shape[0] // segments * y.shape[2] * y.shape[3]
+    rows = y.shape[0] // segments * y.shape[2:].numel()
     if not bool((count.sum(1) == rows).all()):
         return f"statistics of {count.sum(1).tolist()} values a channel, expected {rows}"
     whole = (count[..., None] * mean).sum(1) / rows
@@ -132,13 +132,13 @@ def _statistics_problem(y: Tensor, partials: Partials) -> str | None:
 
 def _moments(y: Tensor, segments: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(mean, centred sum of squares), each (segments, C), computed in ``dtype`` one image at a time."""
-    rows = y.shape[0] // segments * y.shape[2] * y.shape[3]
+    rows = y.shape[0] // segments * y.shape[2:].numel()
     mean = y.new_zeros((segments, y.shape[1]), dtype=dtype)
     m2 = torch.zeros_like(mean)
     for n, image in enumerate(y):
-        mean[n % segments] += image.type(dtype).sum((1, 2)) / rows
+        mean[n % segments] += image.type(dtype).flatten(1).sum(1) / rows
     for n, image in enumerate(y):
-        m2[n % segments] += (image.type(dtype) - mean[n % segments, :, None, None]).square().sum((1, 2))
+        m2[n % segments] += (image.type(dtype).flatten(1) - mean[n % segments, :, None]).square().sum(1)
     return mean, m2
 
 
@@ -214,7 +214,7 @@ def fill_with_noise(step: Step, o: Operands) -> None:
     variance."""
     base = _base()
     s = step.spec
-    taps = max(1, math.prod(o.weight.shape[2:]) // math.prod(s.stride if s.transposed else (1, 1)))
+    taps = max(1, math.prod(o.weight.shape[2:]) // math.prod(s.stride if s.transposed else ()))
     gain = (s.in_channels // s.groups * taps) ** -0.5
     for i, (name, t) in enumerate(o._asdict().items()):
         if not isinstance(t, Tensor):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any
@@ -43,14 +46,19 @@ class WeightLayout:
     row: int = 0
 
 
-def _run_of_taps(low: Lowering) -> tuple[int, int] | None:
-    """For a merged lowering of one tap whose phases take consecutive taps, the first of them."""
-    if low.kernel != (1, 1):
+def _run_of_taps(low: Lowering) -> int | None:
+    """For a merged lowering of one tap whose phases take consecutive taps, the first of them, as the weight counts
+    them. In three dimensions only where those of a plane are all of them: the kernel steps over rows alone."""
+    kernel = low.spec.kernel_size
+    if max(low.kernel) > 1 or len(kernel) > 2 and low.merge[1:] != kernel[1:]:
         return None
     maps = [[row[0] for row in dim] for dim in tap_map(low)]
     if any(taps != list(range(taps[0], taps[0] + len(taps))) or taps[0] < 0 for taps in maps):
         return None
-    return maps[0][0], maps[1][0]
+    first = 0
+    for taps, size in zip(maps, kernel, strict=True):
+        first = first * size + taps[0]
+    return first
 
 
 @lru_cache(maxsize=4096)
@@ -64,9 +72,9 @@ def weight_layout(low: Lowering) -> WeightLayout:
         return WeightLayout(False, cin * taps * cout, cout, taps * cout, 1)
     run = _run_of_taps(low)
     if run is not None:
-        width = s.kernel_size[1] * cout
-        row = 0 if low.merge[1] == s.kernel_size[1] else width  # 0: the rows of taps are consecutive too
-        return WeightLayout(False, cin * taps * cout, 0, taps * cout, 1, run[0] * width + run[1] * cout, row)
+        # 0: the rows of taps are consecutive too
+        row = 0 if low.merge[1:] == s.kernel_size[1:] else s.kernel_size[-1] * cout
+        return WeightLayout(False, cin * taps * cout, 0, taps * cout, 1, run * cout, row)
     union, columns = math.prod(low.kernel), low.columns
     return WeightLayout(True, union * cin * columns, cin * columns, columns, 1)
 
@@ -95,36 +103,37 @@ def _table(slots: tuple[tuple[int, ...], ...], device: torch.device) -> torch.Te
     return torch.tensor([[*taps, *[-1] * (terms - len(taps))] for taps in slots], dtype=torch.int32).to(device)
 
 
-def _taps_of(step: Step) -> tuple[list[list[int]], list[list[int]]]:
+def _taps_of(step: Step) -> list[list[list[int]]]:
     """Per dimension, the taps of the layer's own weight that make each tap of ``step.spec``'s."""
-    kh, kw = step.spec.kernel_size
+    kernel = step.spec.kernel_size
     if step.upsample is None:
-        return [[t] for t in range(kh)], [[t] for t in range(kw)]
-    (rh, rw) = step.upsample.scale
-    return summed_taps(kh - rh + 1, rh), summed_taps(kw - rw + 1, rw)
+        return [[[t] for t in range(k)] for k in kernel]
+    return [summed_taps(k - r + 1, r) for k, r in zip(kernel, step.upsample.scale, strict=True)]
+
+
+def _offsets(taps: Sequence[Sequence[int]], strides: Sequence[int]) -> tuple[int, ...]:
+    """Of a weight's taps, given by those of each dimension, in its memory."""
+    return tuple(sum(map(operator.mul, tap, strides)) for tap in itertools.product(*taps))
 
 
 @lru_cache(maxsize=256)
-def _gather(
-    step: Step, low: Lowering, strides: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
-) -> _Gather:
+def _gather(step: Step, low: Lowering, strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Gather:
     """How to bring a weight with these strides into the kernel's order."""
     s, layout = step.spec, weight_layout(low)
     cin, cout = low.channels_in, s.out_channels // s.groups
-    taps_h, taps_w = _taps_of(step)
+    taps = _taps_of(step)
     if layout.packed:
-        map_h, map_w = tap_map(low)
-        phases = low.merge[0] * low.merge[1]
-        union = [(u, v) for u in range(low.kernel[0]) for v in range(low.kernel[1])]
-        slots = [(map_h[a][u], map_w[b][v]) for u, v in union for a in range(low.merge[0]) for b in range(low.merge[1])]
+        phases, maps = math.prod(low.merge), tap_map(low)
+        union, merged = (list(itertools.product(*map(range, sizes))) for sizes in (low.kernel, low.merge))
+        slots = [tuple(m[a][u] for m, a, u in zip(maps, b, v, strict=True)) for v in union for b in merged]
     else:
         phases = 1
-        slots = [(h, w) for h in range(s.kernel_size[0]) for w in range(s.kernel_size[1])]
+        slots = list(itertools.product(*map(range, s.kernel_size)))
     summed = [
-        [] if h < 0 or w < 0 else [y * strides[2] + x * strides[3] for y in taps_h[h] for x in taps_w[w]]
-        for h, w in slots
+        () if min(slot) < 0 else _offsets([of[t] for of, t in zip(taps, slot, strict=True)], strides[2:])
+        for slot in slots
     ]
-    table = _table(tuple(map(tuple, summed)), device)
+    table = _table(tuple(summed), device)
     # Transposed: (C_in, C_out/g); the convolution after an upsampling: (C_out, C_in/g).
     of_in, of_out = strides[:2] if step.upsample is None else (strides[1], strides[0])
     of_group = cin * strides[0] if step.upsample is None else cout * strides[0]
@@ -173,26 +182,26 @@ class WeightSum:
 @lru_cache(maxsize=256)
 def _sum(
     step: Step,
-    strides: tuple[int, int, int, int],
+    strides: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
     index: int | None,
     back: bool,
 ) -> _Gather:
-    """How to sum the taps of a weight (C_out, C_in/g, kh, kw) with these strides to ``step.spec``'s, or, ``back``, the
-    taps of the latter's gradient (C_in, C_out/g, KH, KW) to the former's. Results are channels_last. ``index``: of the
+    """How to sum the taps of a weight (C_out, C_in/g, *kernel) with these strides to ``step.spec``'s, or, ``back``, the
+    taps of the latter's gradient (C_in, C_out/g, *KERNEL) to the former's. Results are channels_last. ``index``: of the
     CUDA device, None where there is none."""
     s = step.spec
-    sums_h, sums_w = _taps_of(step)
+    sums = _taps_of(step)
     outer, inner = s.in_channels // s.groups, s.out_channels // s.groups
     if back:
         outer, inner = inner, outer
-        sums_h, sums_w = (
-            [[j for j, taps in enumerate(sums) if t in taps] for t in range(len(sums) - r + 1)]
-            for sums, r in zip((sums_h, sums_w), step.upsample.scale, strict=True)  # type: ignore[union-attr]
-        )
-    slots = [[y * strides[2] + x * strides[3] for y in h for x in w] for h in sums_h for w in sums_w]
-    table, taps = _table(tuple(map(tuple, slots)), device), len(slots)
+        sums = [
+            [[j for j, taps in enumerate(of) if t in taps] for t in range(len(of) - r + 1)]
+            for of, r in zip(sums, step.upsample.scale, strict=True)  # type: ignore[union-attr]
+        ]
+    slots = tuple(_offsets(terms, strides[2:]) for terms in itertools.product(*sums))
+    table, taps = _table(slots, device), len(slots)
     consts = dict(
         CIN=outer, COUT=inner, W_GROUP=inner * strides[0], W_IN=strides[1], W_OUT=strides[0],
         OUT_GROUP=outer * taps * inner, OUT_TAP=inner, OUT_IN=taps * inner, PHASES=1, TERMS=table.shape[1],
@@ -226,22 +235,15 @@ def _summed(weight: torch.Tensor, step: Step, back: bool, required: bool) -> tor
 def _sum_by_torch(weight: torch.Tensor, step: Step, back: bool) -> torch.Tensor:
     if not back:
         return conv_weight(step, weight)
-    s, (rh, rw) = step.spec, step.upsample.scale  # type: ignore[union-attr]
-    kernel = (s.kernel_size[0] - rh + 1, s.kernel_size[1] - rw + 1)
-    shape = (s.out_channels, s.in_channels // s.groups, *kernel)
     # Not like ``weight``, which may be a batch.
-    like = torch.zeros(shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
+    like = torch.zeros(step.weight_shape, dtype=weight.dtype, device=weight.device, requires_grad=True)
     with torch.enable_grad():
         (dw,) = torch.autograd.grad(conv_weight(step, like), like, weight)
     return dw
 
 
 def _launch_sum(weight: torch.Tensor, step: Step, back: bool, g: _Gather) -> torch.Tensor:
-    first = weight.shape[1] * step.spec.groups
-    (kh, kw), (rh, rw) = weight.shape[2:], step.upsample.scale  # type: ignore[union-attr]
-    size = (kh - rh + 1, kw - rw + 1) if back else (kh + rh - 1, kw + rw - 1)
-    shape = (first, weight.shape[0] // step.spec.groups, *size)
-    out = allocate(weight, shape, channels_last=True)
+    out = allocate(weight, step.weight_shape if back else step.spec.weight_shape, channels_last=True)
     source = weight.clone() if weight.data_ptr() & 15 else weight  # another alignment would be another binary
     g.binary(g.grid, source, g.table, out)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..step import Operands, Step
 from .conv_plan import lower
 from .devices import cuda_index, triton_driver
 
-__all__ = ["NOT_ON_TRITON", "NO_DEVICE", "cuda_why_not", "launch_why_not", "spec_why_not", "triton_why_not", "why_not"]
+__all__ = ["NO_DEVICE", "cuda_why_not", "launch_why_not", "spec_why_not", "triton_why_not", "why_not"]
 
 
 # --- why not Triton ---------------------------------------------------------------------------------------------------
@@ -68,15 +69,12 @@ def _takes(active: Any) -> str:
     return str(active.get_active_torch_device().type)
 
 
-NOT_ON_TRITON = "three dimensions: not on Triton yet"
 MIN_CHANNELS = 16  # of a group: one tensor-core fragment
 
 
 def spec_why_not(spec: ConvSpec) -> str | None:
     """Why no kernel runs this convolution, whatever its input."""
     s = spec
-    if s.ndim == 3:
-        return NOT_ON_TRITON
     channels_in, channels_out = s.in_channels // s.groups, s.out_channels // s.groups
     if channels_in < MIN_CHANNELS:
         return f"{channels_in} input channels per group are fewer than {MIN_CHANNELS}"
@@ -89,7 +87,7 @@ def spec_why_not(spec: ConvSpec) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _step_why_not(
-    step: Step, batch: int, input_size: tuple[int, int], dtype: torch.dtype, few_channels: bool, tail: bool
+    step: Step, batch: int, input_size: tuple[int, ...], dtype: torch.dtype, few_channels: bool, tail: bool
 ) -> str | None:
     s = step.spec
     if dtype not in DTYPES:
@@ -100,12 +98,12 @@ def _step_why_not(
     padded = [n + 2 * p for n, p in zip(input_size, step.pad, strict=True)]
     out = s.output_size(padded)
     for what, channels, size in (("input", s.in_channels, padded), ("output", s.out_channels, out)):
-        if channels * size[0] * size[1] >= INT32:
+        if channels * math.prod(size) >= INT32:
             return f"one {what} image has 2^31 elements or more"
     low = lower(s, tuple(padded))
     if low.rows(batch, out) >= INT32 - 1024:
         return "2^31 output positions or more in a phase"
-    return "2^31 positions or more" if tail and batch * out[0] * out[1] >= INT32 - 1024 else None
+    return "2^31 positions or more" if tail and batch * math.prod(out) >= INT32 - 1024 else None
 
 
 def why_not(step: Step, o: Operands, few_channels: bool = False, training: bool = False) -> str | None:
@@ -121,12 +119,10 @@ def why_not(step: Step, o: Operands, few_channels: bool = False, training: bool 
     if reason is not None:
         return reason
     apart = step.spec is None or training and (step.norm is not None or step.residual)
-    if x.dim() == 5:
-        return NOT_ON_TRITON
     if step.spec is None:
         reason = _norm_why_not(x.shape, x.dtype) if x.numel() else None
     else:
-        reason = _step_why_not(step, x.shape[0], (x.shape[2], x.shape[3]), x.dtype, few_channels, apart)
+        reason = _step_why_not(step, x.shape[0], tuple(x.shape[2:]), x.dtype, few_channels, apart)
     if reason is not None or not apart:
         return reason
     for v in (o.scale, o.shift, o.mean, o.var, o.residual, o.slope):
@@ -136,10 +132,10 @@ def why_not(step: Step, o: Operands, few_channels: bool = False, training: bool 
 
 
 def _norm_why_not(shape: torch.Size, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot take an x (N, C, H, W)."""
-    n, c, h, w = shape
+    """Why the kernels cannot take an x (N, C, *size)."""
+    image = shape[1:].numel()
     if dtype not in DTYPES:
         return f"dtype {dtype} is not one of {', '.join(str(d) for d in DTYPES)}"
-    if c * h * w >= INT32:
+    if image >= INT32:
         return "one image has 2^31 elements or more"
-    return "2^31 positions or more" if n * h * w >= INT32 - 1024 else None
+    return "2^31 positions or more" if shape[0] * shape[2:].numel() >= INT32 - 1024 else None

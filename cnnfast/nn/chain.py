@@ -153,7 +153,7 @@ class Chain:
             except ValueError as error:
                 return str(error)
             conv, entering = s.step.unfused(size)
-            loops = by_loops(conv, (n, channels, *entering), low or s.dtype)
+            loops = on_cpu(x) and by_loops(conv, (n, channels, *entering), low or s.dtype)
             eager.append(eager_layout(s, eager[-1], size, out, loops))
             shapes.append(torch.Size((n, s.step.spec.out_channels, *out)))
             if s.modulation.samples not in (1, n):
@@ -187,7 +187,9 @@ class Chain:
             runs[i] = run._replace(ready=ready[i]) if simple and ready else run
         padded = any(pads(reading.modules[k]) for k in first.slots)
         formats = eager[0], first.weight_channels_last
-        of_gradient = gradient_channels_last(first.step, shapes[0], low or first.dtype, *formats, padded=padded)
+        of_gradient = gradient_channels_last(
+            first.step, shapes[0], low or first.dtype, *formats, padded=padded, cpu=on_cpu(x)
+        )
         entered = x.unsqueeze(2) if first.ndim == 1 else x
         as_is = not convert and is_channels_last(entered) == of_gradient and not has_both(shapes[0][1], shapes[0][2:])
         both = has_both(shapes[-1][1], shapes[-1][2:])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..activations import Activation
 from ..dispatch import choose, on_cpu
-from ..gpu.why_not import NOT_ON_TRITON, spec_why_not
+from ..gpu.why_not import spec_why_not
 from ..spec import DTYPES, MAX_SCALE, ConvSpec
 from ..step import PADDING_MODES, Step, Upsample, plain_step, upsample_step
 from .modules import NotFused
@@ -81,8 +81,6 @@ def _conv_weight(part: Part) -> Tensor:
     weight = dense(part.tensors[0])
     if weight.dtype not in DTYPES or not choose(weight, "auto"):
         raise NotFused(f"{weight.dtype} on {weight.device} has no fused path")
-    if part.ndim == 3 and not on_cpu(weight):
-        raise NotFused(NOT_ON_TRITON)
     if weight.dim() != part.ndim + 2 or weight.numel() == 0:
         raise NotFused(f"a weight of shape {tuple(weight.shape)} is no {part.ndim}-D convolution's")
     return weight

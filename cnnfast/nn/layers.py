@@ -79,14 +79,14 @@ def _only_device_contexts() -> bool:
 class Sequential(nn.Sequential):
     """`torch.nn.Sequential` whose forward runs blocks of modules as one fused step, in inference and in training.
 
-    ``ConvTranspose1d/2d``, ``Conv1d/2d`` or ``Upsample(nearest, integer factor) + Conv2d`` (those of three dimensions
-    on a CPU), with the norm (Batch-, SyncBatch-, Instance- or GroupNorm) and the activation that follow, become one
-    step; every other module runs as it stands, a dropout in training mode among them, and so does everything under
-    tracing, forward-mode differentiation or a functorch transform, and a module that has hooks. Constructor, children,
-    ``state_dict``, indexing and hooks are those of `torch.nn.Sequential`, and so are results, gradients of any order
-    and running statistics (within rounding), dtypes (of autocast too), memory formats and errors. Modules may be
-    changed, replaced, frozen and switched between training and eval mode at any time. `explain` says what is fused, and
-    why the rest is not.
+    ``ConvTranspose1d/2d/3d``, ``Conv1d/2d/3d`` or ``Upsample(nearest, integer factor) + Conv2d/3d``, with the norm
+    (Batch-, SyncBatch-, Instance- or GroupNorm) and the activation that follow, become one step; every other module
+    runs as it stands, a dropout in training mode among them, and so does everything under tracing, forward-mode
+    differentiation or a functorch transform, and a module that has hooks. Constructor, children, ``state_dict``,
+    indexing and hooks are those of `torch.nn.Sequential`, and so are results, gradients of any order and running
+    statistics (within rounding), dtypes (of autocast too), memory formats and errors. Modules may be changed, replaced,
+    frozen and switched between training and eval mode at any time. `explain` says what is fused, and why the rest is
+    not.
 
     `torch.compile` sees fused steps as operators, on a CPU in inference and on a GPU in training too, and compiles anew
     after a change, but for hooks added to the modules inside (`torch.compile`'s own limit). Where more than 8 instances

@@ -13,7 +13,7 @@ from .. import dispatch
 from ..activations import Activation
 from ..dispatch import watched
 from ..gradients import enter, restrided
-from ..memory_format import is_channels_last, new_strides
+from ..memory_format import in_format, is_channels_last, new_strides
 from ..norms import Norm, check_values
 from ..reference import finish
 from ..step import Operands, norm_step
@@ -29,8 +29,6 @@ from .arguments import (
     parse_activation,
 )
 from .convolution import run
-
-CL = torch.channels_last
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "norm_act"]
 
@@ -58,7 +56,7 @@ def norm_act(
     does not run.
 
     Args:
-        input: (N, C), (N, C, L) or (N, C, H, W); float32, float16 or bfloat16 for the kernels.
+        input: (N, C), (N, C, L), (N, C, H, W) or (N, C, D, H, W); float32, float16 or bfloat16 for the kernels.
         norm: what is normalised over what (`cnnfast.norms.Norm`).
         weight, bias: (C,), any floating dtype, or None.
         running_mean, running_var: (C,) or None. With ``use_input_stats`` they move by ``momentum`` in place as those of
@@ -103,11 +101,13 @@ def norm_act(
     bare = (kind, False, Activation()) if mixed else (kind, residual is not None, act)
     step = norm_step(*bare) if torch.compiler.is_compiling() else _known_step(*bare)
     if input.dim() > 4:
-        if dispatch.resolve_backend(backend) == "triton":
-            raise dispatch.refusal(f"the input has shape {tuple(input.shape)}")
-        y = finish(step, o._replace(residual=None if mixed else residual, slope=None if mixed else slope))
-        return epilogue(y, None, None, residual, act, slope) if mixed else y
-    missing = 4 - input.dim()
+        name = dispatch.resolve_backend(backend)
+        if input.dim() > 5 or not dispatch.by_kernels(input, name):
+            if name == "triton":
+                raise dispatch.refusal(f"the input has shape {tuple(input.shape)}")
+            y = finish(step, o._replace(residual=None if mixed else residual, slope=None if mixed else slope))
+            return epilogue(y, None, None, residual, act, slope) if mixed else y
+    missing = max(0, 4 - input.dim())
     x, res = (_as_4d(t) for t in (input, residual))
     assert x is not None
     last = not missing and _is_last(x, norm)  # torch gives three dimensions contiguous
@@ -125,7 +125,7 @@ _known_step = lru_cache(maxsize=4096)(norm_step)
 
 def _as_4d(t: Tensor | None) -> Tensor | None:
     """(N, C) or (N, C, L) as (N, C, 1, L)."""
-    if t is None or t.dim() == 4:
+    if t is None or t.dim() > 3:
         return t
     return t.unsqueeze(2) if t.dim() == 3 else t[:, :, None, None]
 
@@ -137,7 +137,7 @@ def _entered(t: Tensor, last: bool) -> Tensor:
 def _arranged(x: Tensor, last: bool, norm: Norm) -> Tensor:
     """x as PyTorch's operators bear it, its gradient channels-last if ``last``."""
     # Where sizes of one have strides that say otherwise, the gradient of ATen's batch norm is wrong.
-    odd = not x.is_contiguous() and x.is_contiguous(memory_format=CL) and x.stride() != new_strides(x.shape, True)
+    odd = not x.is_contiguous() and in_format(x, True) and x.stride() != new_strides(x.shape, True)
     # Gradients inside may come in the other format: those of group and instance norms on a CPU are contiguous.
     if odd or is_channels_last(x) != last or last and norm.kind in ("group", "instance"):
         x = _entered(x, last)
@@ -146,7 +146,7 @@ def _arranged(x: Tensor, last: bool, norm: Norm) -> Tensor:
 
 def _is_last(x: Tensor, norm: Norm) -> bool:
     """Whether torch's result is channels-last: its batch norm looks at the memory alone."""
-    looks = norm.kind == "batch" and not x.is_contiguous() and x.is_contiguous(memory_format=CL)
+    looks = norm.kind == "batch" and not x.is_contiguous() and in_format(x, True)
     return looks or is_channels_last(x)
 
 

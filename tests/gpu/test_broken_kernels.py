@@ -28,8 +28,9 @@ from benchmarks.rehearse.__main__ import rehearse  # noqa: E402
 from benchmarks.rehearse.analysis import Row  # noqa: E402
 from benchmarks.rehearse.inspections import Inspections  # noqa: E402
 from cnnfast.gpu import conv as launch  # noqa: E402
-from cnnfast.gpu import trial  # noqa: E402
+from cnnfast.gpu import conv_wgrad, trial  # noqa: E402
 from cnnfast.gpu.devices import precision_of, tf32_convolutions  # noqa: E402
+from cnnfast.memory_format import format_of  # noqa: E402
 from cnnfast.spec import ConvSpec  # noqa: E402
 from cnnfast.step import Operands, Step  # noqa: E402
 
@@ -60,11 +61,16 @@ def replace_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         imported.append(package.name)
         module = importlib.import_module(f"{package.name}.conv_transpose")
         monkeypatch.setattr(launch, "kernels", module)
-        launch.prepare.cache_clear()  # launches prepared for the real kernels
+        monkeypatch.setattr(conv_wgrad, "kernels", importlib.import_module(f"{package.name}.conv_wgrad"))
+        forget()  # launches prepared for the real kernels
         return module
 
+    def forget() -> None:
+        launch.prepare.cache_clear()
+        conv_wgrad.prepare.cache_clear()
+
     yield put
-    launch.prepare.cache_clear()
+    forget()
     for name in [n for n in sys.modules if n.split(".")[0] in imported]:
         del sys.modules[name]
 
@@ -87,8 +93,8 @@ def test_dropped_divisibility_hint(tmp_path: Path, replace_kernels: Any) -> None
     """Without the pointers' alignment, every element is loaded alone."""
     replace_kernels(
         "conv_transpose.py",
-        '@triton.jit(do_not_specialize=["N", "H", "W", "OH", "OW", "SPLITS"])',
-        '@triton.jit(do_not_specialize=["x_ptr", "w_ptr", "N", "H", "W", "OH", "OW", "SPLITS"])',
+        '@triton.jit(do_not_specialize=["N", "D",',
+        '@triton.jit(do_not_specialize=["x_ptr", "w_ptr", "N", "D",',
     )
     failures = rehearsed(tmp_path).failures
     assert any("loads of 2 bytes or less" in f for f in failures), failures
@@ -193,31 +199,68 @@ THREE = {  # of the products of float32 by TF32
 }
 
 
-def tried(device: torch.device, splits: int, three: bool = False) -> str | None:
+VOLUME = {  # of what three dimensions add
+    "tap-of-another-plane": (
+        "conv_transpose.py",
+        "w_off += jd * (TAP_STEP_D * KH * KW * W_TAP)",
+        "w_off += jh * (TAP_STEP_D * KH * KW * W_TAP)",
+    ),
+    "wrong-tap-of-the-depth": ("conv_transpose.py", "w_tap += td0 * (KH * KW * W_TAP)", "w_tap += td0 * (KW * W_TAP)"),
+    "mask-too-small": ("conv_transpose.py", "PADDED_D = D + 2 * EDGE_D", "PADDED_D = D - 1 + 2 * EDGE_D"),
+    "phase-in-the-wrong-plane": ("conv_transpose.py", "od = qd * (SD * MERGE_D) + rd", "od = qd * SD + 1 - rd"),
+}
+
+
+def tried(device: torch.device, splits: int, three: bool = False, ndim: int = 2) -> str | None:
     """What the trial at a kernel's first use says of a launch, two channel blocks a trip: in float16, or in float32
     by three products."""
-    step = Step(ConvSpec.make(64, 32, 4, 2, 1))
+    step, size = Step(ConvSpec.make(64, 32, 4, 2, 1, ndim=ndim)), (3, 4, 5)[-ndim:]
     dtype = torch.float32 if three else torch.float16
     x, weight = (
-        torch.empty(shape, dtype=dtype, memory_format=torch.channels_last).to(device)
-        for shape in ((2, 64, 4, 5), step.spec.weight_shape)
+        torch.empty(shape, dtype=dtype, memory_format=format_of(ndim + 2, True)).to(device)
+        for shape in ((2, 64, *size), step.spec.weight_shape)
     )
     with tf32_convolutions(False):
         o, precision = Operands(x, weight), precision_of(x.dtype)
-        plan = launch.choose_plan(step.spec, 2, (4, 5), precision, launch.target_device(x), True)
+        plan = launch.choose_plan(step.spec, 2, size, precision, launch.target_device(x), True)
         plan = dataclasses.replace(plan, block_k=32, unroll=2, splits=splits > 1, split_k=splits, three=three)
         found = launch.lookup(step, o, True, plan)
         return trial.problem(lambda some: launch._start(step, some, True, found), step, o, False)
 
 
-@pytest.mark.parametrize("fault", FAULTS | THREE)
+@pytest.mark.parametrize("fault", FAULTS | THREE | VOLUME)
 def test_the_trial_at_first_use_catches(fault: str, device: torch.device, replace_kernels: Any) -> None:
     """An error of the order of one, however wide the limit of a rounding error is; and of float32 that of TF32."""
-    splits, three = 2 if fault == "skipped-split" else 1, fault in THREE
-    assert tried(device, splits, three) is None
-    replace_kernels(*(FAULTS | THREE)[fault])
-    problem = tried(device, splits, three)
+    splits, three, ndim = 2 if fault == "skipped-split" else 1, fault in THREE, 3 if fault in VOLUME else 2
+    assert tried(device, splits, three, ndim) is None
+    replace_kernels(*(FAULTS | THREE | VOLUME)[fault])
+    problem = tried(device, splits, three, ndim)
     assert problem is not None and problem.startswith("max error")
+
+
+OF_WEIGHTS = {
+    "wrong-plane": ("(n0 + n - image * D) * SD", "(n0 + n - image * D)"),
+    "wrong-tap": ("(td * DD - PAD_D)[None, :]", "(th * DD - PAD_D)[None, :]"),
+    "mask-too-small": ("ok = ok & inside(bd, BD)", "ok = ok & inside(bd, BD - 1)"),
+}
+
+
+@pytest.mark.parametrize("fault", OF_WEIGHTS)
+def test_the_trial_of_a_weight_gradient_in_three_dimensions(
+    fault: str, device: torch.device, replace_kernels: Any
+) -> None:
+    def problem() -> str | None:
+        spec = ConvSpec.make(32, 32, 3, 2, 1, ndim=3)
+        x, grad, out = (
+            torch.empty(shape, dtype=torch.float16, memory_format=torch.channels_last_3d).to(device)
+            for shape in ((2, 32, 2, 3, 4), (2, 32, 3, 5, 7), spec.weight_shape)
+        )
+        return conv_wgrad._problem(x, grad, out, conv_wgrad.lookup(x, grad, spec, out))
+
+    assert problem() is None
+    replace_kernels("conv_wgrad.py", *OF_WEIGHTS[fault])
+    found = problem()
+    assert found is not None and "max error" in found
 
 
 # In a process of its own, which may crash; Triton's interpreter reads the very addresses, and touches no others.
@@ -259,8 +302,8 @@ def test_offset_that_overflows(tmp_path: Path, interpreter: None) -> None:
     package = broken(
         tmp_path,
         "conv_transpose.py",
-        "tl.where(row_mask, n, 0).to(tl.int64) * (H * W * CHANNELS)",
-        "tl.where(row_mask, n, 0) * (H * W * CHANNELS)",
+        "tl.where(row_mask, n, 0).to(tl.int64) * (volume(D, H, W) * CHANNELS)",
+        "tl.where(row_mask, n, 0) * (volume(D, H, W) * CHANNELS)",
     )
     wrong = last_of_huge(str(tmp_path), package.name)
     assert wrong.returncode != 0 and "right" not in wrong.stdout, "the fault was not seen"

@@ -13,6 +13,7 @@ import torch
 from cnnfast import reference
 from cnnfast.gpu.conv_wgrad_plan import SIZES, _tiles, choose_wgrad_plan, is_valid_wgrad
 from cnnfast.gpu.devices import DEVICES, device_for, target_device, tf32_convolutions
+from cnnfast.memory_format import to_format
 from cnnfast.spec import ConvSpec, Precision
 from cnnfast.tolerance import round_tf32
 
@@ -30,7 +31,7 @@ PRECISIONS = {
 class Case:
     name: str
     spec: ConvSpec
-    size: tuple[int, int] = (4, 5)
+    size: tuple[int, ...] = (4, 5)
     batch: int = 2
     channels_last: bool = True  # of the weight
     plan: tuple[tuple[str, Any], ...] = ()
@@ -38,7 +39,7 @@ class Case:
 
 def case(name: str, c_in: int, c_out: int, k: Any, s: Any = 1, p: Any = 0, **more: Any) -> Case:
     own = {f: more.pop(f) for f in ("size", "batch", "channels_last", "plan") if f in more}
-    return Case(name, ConvSpec.make(c_in, c_out, k, s, p, **more), **own)
+    return Case(name, ConvSpec.make(c_in, c_out, k, s, p, ndim=len(own.get("size", (4, 5))), **more), **own)
 
 
 REGIMES = (
@@ -105,13 +106,13 @@ def run(c: Case, precision: Precision, device: torch.device) -> torch.Tensor:
     from cnnfast.gpu import conv_wgrad
 
     x, dy = (t.to(device) for t in operands(c, precision))
-    layout = torch.channels_last if c.channels_last else torch.contiguous_format
-    like = torch.empty(c.spec.weight_shape, dtype=x.dtype, device=device).contiguous(memory_format=layout)
+    like = to_format(torch.empty(c.spec.weight_shape, dtype=x.dtype, device=device), c.channels_last)
     plan = None
     if c.plan:
-        grid = (x if c.spec.transposed else dy).shape[2:]
+        *planes, h, w = (x if c.spec.transposed else dy).shape[2:]
         target = target_device(x)
-        plan = replace(choose_wgrad_plan(c.spec, c.batch, tuple(grid), precision, target), **dict(c.plan))
+        chosen = choose_wgrad_plan(c.spec, c.batch * math.prod(planes), (h, w), precision, target)
+        plan = replace(chosen, **dict(c.plan))
         assert is_valid_wgrad(plan, precision, target)
     with tf32_convolutions(precision.tf32):
         dw = conv_wgrad.run(x, dy, c.spec, like, plan)

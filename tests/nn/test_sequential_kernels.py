@@ -19,7 +19,8 @@ from ..tolerance import assert_close
 from .test_sequential_training import loss_of, randomized
 
 CL = torch.channels_last
-FUNCTIONS = ("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d", "batch_norm", "instance_norm", "group_norm")
+FUNCTIONS = ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "batch_norm",
+             "instance_norm", "group_norm")  # fmt: skip
 OPERATORS = ("convolution", "_convolution", "convolution_backward", "native_batch_norm", "native_batch_norm_backward",
              "native_group_norm", "native_group_norm_backward", "cudnn_batch_norm", "mkldnn_convolution",
              "conv2d", "conv_transpose2d", "batch_norm", "group_norm")  # fmt: skip
@@ -183,6 +184,41 @@ def test_without_a_gradient_statistics_move(device: torch.device, launches: list
         for a, b, c in zip(ours[1].buffers(), exact[1].buffers(), plain[1].buffers(), strict=True):
             assert torch.equal(a.cpu(), b) if not a.is_floating_point() else assert_close(a, b, c) is None
     assert [name.split()[0] for name in launches].count("norm-apply") == 2
+
+
+VOLUMES: dict[str, Callable[[], list[nn.Module]]] = {
+    "batch": lambda: [
+        nn.ConvTranspose3d(32, 32, (2, 3, 2), bias=False), nn.BatchNorm3d(32), nn.ReLU(),
+        nn.ConvTranspose3d(32, 16, 4, 2, 1), nn.Sigmoid(),
+    ],
+    "instance": lambda: [
+        nn.Conv3d(32, 16, 3, 2, 1), nn.InstanceNorm3d(16, affine=True), nn.PReLU(16), nn.ConvTranspose3d(16, 16, 2, 2),
+    ],
+    "group": lambda: [
+        nn.Upsample(scale_factor=2), nn.Conv3d(32, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.SiLU(),
+        nn.ReplicationPad3d(1), nn.Conv3d(16, 16, 3),
+    ],
+}  # fmt: skip
+SIZES = {"batch": (1, 1, 1), "instance": (3, 4, 3), "group": (2, 1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("name", "cl"),
+    [
+        *(("batch", True), ("group", True)),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in (("batch", False), ("instance", True), ("group", False))),
+    ],
+)
+def test_three_dimensions(
+    name: str, cl: bool, device: torch.device, launches: list[str], request: pytest.FixtureRequest
+) -> None:
+    torch.manual_seed(0)
+    plain = randomized(nn.Sequential(*VOLUMES[name]()))
+    plain = cnnfast.channels_last(plain) if cl else plain
+    names = check(plain, torch.randn(2, 32, *SIZES[name]), device, request)
+    assert not [n for n in names if n.startswith(ATEN)], names
+    ran = Counter(name.split()[0] for name in launches)
+    assert ran["wgrad"] == 2 and ran["norm-apply"] == ran["norm-grad-apply"] == 1, ran
 
 
 def test_one_dimension(device: torch.device, launches: list[str], request: pytest.FixtureRequest) -> None:
