@@ -11,14 +11,14 @@ from torch import nn
 
 from cnnfast.spec import ConvSpec, collapse_upsample
 
-__all__ = ["CONVOLUTIONS", "Block", "Case"]
+__all__ = ["BATCH_NORMS", "CONVOLUTIONS", "LIVE_NORMS", "TRANSPOSED", "Block", "Case"]
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Norms whose statistics are of the map that they normalise, which has to be there as a whole first.
-_LIVE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_NORMS = (*_BATCH_NORMS, *_LIVE_NORMS)
+LIVE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_NORMS = (*BATCH_NORMS, *LIVE_NORMS)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Case:
             with torch.no_grad():
                 for m in modules:
                     _initialise(m)
-                norms = [m for m in modules if isinstance(m, _BATCH_NORMS)]
+                norms = [m for m in modules if isinstance(m, BATCH_NORMS)]
                 if norms:
                     momenta = [m.momentum for m in norms]
                     for m in norms:
@@ -137,7 +137,7 @@ class Case:
 
 def _initialise(m: nn.Module) -> None:
     if isinstance(m, CONVOLUTIONS):
-        spread = math.prod(m.stride) if isinstance(m, _TRANSPOSED) else 1
+        spread = math.prod(m.stride) if isinstance(m, TRANSPOSED) else 1
         fan = m.in_channels // m.groups * math.prod(m.kernel_size) / spread
         m.weight.normal_(0, math.sqrt(2 / max(fan, 1)))
     elif isinstance(m, _NORMS) and m.weight is not None:
@@ -160,14 +160,14 @@ def _block(modules: list[nn.Module], input_shape: tuple[int, ...]) -> Block:
     else:
         spec = ConvSpec.make(
             conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.output_padding,
-            conv.groups, conv.dilation, transposed=isinstance(conv, _TRANSPOSED), ndim=len(conv.kernel_size),
+            conv.groups, conv.dilation, transposed=isinstance(conv, TRANSPOSED), ndim=len(conv.kernel_size),
         )  # fmt: skip
     channels, size = spec.out_channels, spec.output_size(input_shape[1:])
     for m in modules:
         if isinstance(m, nn.PixelShuffle):
             channels, size = channels // m.upscale_factor**2, tuple(m.upscale_factor * n for n in size)
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers()) if t.dim() > 0]
-    live = any(isinstance(m, _LIVE_NORMS) for m in modules)
+    live = any(isinstance(m, LIVE_NORMS) for m in modules)
     return Block(spec, input_shape, (channels, *size), sum(t.numel() for t in tensors), live)
 
 

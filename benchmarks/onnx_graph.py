@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
-from .case import CONVOLUTIONS
+from .case import BATCH_NORMS, CONVOLUTIONS, LIVE_NORMS, TRANSPOSED
 
 __all__ = ["to_onnx"]
 
@@ -32,7 +32,7 @@ def to_onnx(modules: nn.Sequential, input_shape: tuple[int, ...]) -> bytes:
         attributes: dict[str, object] = {}
         inputs = [current]
         if isinstance(m, CONVOLUTIONS):
-            transposed = isinstance(m, nn.ConvTranspose1d | nn.ConvTranspose2d)
+            transposed = isinstance(m, TRANSPOSED)
             if m.padding_mode not in ("zeros", "reflect") or isinstance(m.padding, str):
                 raise ValueError(f"padding {m.padding!r} in mode {m.padding_mode!r} has no translation to ONNX")
             padding = list(m.padding)
@@ -54,14 +54,14 @@ def to_onnx(modules: nn.Sequential, input_shape: tuple[int, ...]) -> bytes:
             inputs.append(constant(f"weight{i}", m.weight))
             if m.bias is not None:
                 inputs.append(constant(f"bias{i}", m.bias))
-        elif isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+        elif isinstance(m, BATCH_NORMS):
             op, attributes = "BatchNormalization", {"epsilon": m.eps}
             vectors = {"scale": m.weight, "shift": m.bias, "mean": m.running_mean, "var": m.running_var}
             for name, v in vectors.items():
                 if v is None:
                     raise ValueError(f"a {type(m).__name__} without {name} has no translation to ONNX")
                 inputs.append(constant(f"{name}{i}", v))
-        elif isinstance(m, nn.InstanceNorm1d | nn.InstanceNorm2d) and m.running_mean is None:
+        elif isinstance(m, LIVE_NORMS) and m.running_mean is None:
             op, attributes = "InstanceNormalization", {"epsilon": m.eps}
             inputs.append(constant(f"scale{i}", torch.ones(m.num_features) if m.weight is None else m.weight))
             inputs.append(constant(f"shift{i}", torch.zeros(m.num_features) if m.bias is None else m.bias))
