@@ -305,6 +305,8 @@ def is_valid(plan: Plan, precision: Precision, device: Device) -> bool:
             return False
         if device.arch // 10 == 10 and (m, n) == (64, 64) and precision.itemsize == 2:
             return False
+        if low.max_taps > 32 and (m, n, k, plan.unroll) == (64, 64, 64, 2):  # a tap's mask is made anew in each trip
+            return False
     if device.arch == 80 and low.channels_in < 16 and not low.transposed and max(low.spec.stride) > 1:
         if m * n >= threads * 64 and not plan.splits:
             return False
