@@ -255,6 +255,39 @@ def test_triton_declines_with_a_reason() -> None:
             ours(torch.ones(1, 8, 8, 8, 8))
 
 
+class Residual(nn.Module):
+    """As of SegResNet (Myronenko 2018), with a transposed convolution behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(4, 16), nn.GroupNorm(4, 16)
+        self.conv1, self.conv2 = (nn.Conv3d(16, 16, 3, padding=1, bias=False) for _ in range(2))
+        self.up, self.bn = nn.ConvTranspose3d(16, 16, 2, 2), nn.BatchNorm3d(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.relu(self.norm1(x)))
+        return torch.relu(self.bn(self.up(self.conv2(F.relu(self.norm2(y))) + x)))
+
+
+def test_an_accelerated_model_launches_kernels() -> None:
+    """On a GPU that is not there: what would be launched. (That the kernels are right, tests/gpu shows.)"""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from benchmarks.rehearse.inspector import recording
+
+    model = cnnfast.accelerate(randomized(Residual()).eval())
+    x = torch.randn(1, 16, 4, 6, 4)
+    with torch.no_grad(), cnnfast.backend("triton"), recording(90) as calls:
+        model(x)
+        calls.clear()
+        y = model(x)
+    functions = [c.job.function for c in calls]
+    assert functions.count("conv_transpose_kernel") == 3 and functions.count("norm_act_kernel") == 1, functions
+    assert y.shape == (1, 16, 8, 12, 8)
+    sums = [c for c in calls if c.job.function in ("conv_transpose_kernel", "split_k_epilogue_kernel")]
+    assert any(c.arguments.get("residual_ptr") is not None for c in sums)  # the sum is in an epilogue
+    assert cnnfast.explain(model).fused == 3
+
+
 def random_modules(r: random.Random) -> tuple[int, list[nn.Module]]:
     """Channels of the input, and modules."""
     modules: list[nn.Module] = []
