@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..kernels import conv_transpose as kernels
-from ..memory_format import format_of, new_strides, to_format
+from ..memory_format import new_strides, to_format
 from ..norms import Partials
 from ..spec import INT32, Precision
 from ..step import Operands, Step
@@ -214,11 +214,14 @@ def lookup(
 ) -> Launch:
     """The launch of ``step`` on these operands, a dictionary's look-up after the first time."""
     x, weight, bias, mean, var, scale, shift, residual, slope, *_ = o
-    n, _, *size = x.shape
+    shape = x.shape
+    size: tuple[int, ...] = shape[2:]
+    if any(step.pad):
+        size = tuple([n + 2 * p for n, p in zip(size, step.pad, strict=True)])
     return prepare(
         step,
-        n,
-        tuple([n + 2 * p for n, p in zip(size, step.pad, strict=True)]) if any(step.pad) else tuple(size),
+        shape[0],
+        size,
         precision_of(x.dtype),
         target_device(x),
         channels_last,
@@ -299,7 +302,7 @@ def _start(step: Step, o: Operands, channels_last: bool, launch: Launch) -> Resu
     anything else would be another binary, with narrow loads, and unproven."""
     x, weight, bias, mean, var, scale, shift, residual, slope, *_ = o
     with on_device(x):
-        last = format_of(x.dim(), True)
+        last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
         x, weight = aligned(x.contiguous(memory_format=last)), aligned(weight)
         if launch.gathers:
             weight = kernel_weight(step, launch.plan.lowering, weight)
