@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import dispatch, reference
 from ..activations import Activation
 from ..dispatch import by_kernels, watched
-from ..memory_format import to_format
+from ..memory_format import format_of, to_format
 from ..norms import check_values
 from ..reference import Grads, Saved, backward_by_torch
 from ..spec import DTYPES
@@ -41,7 +41,7 @@ def _required(backend: str | None) -> bool:
 
 
 def _empty(x: Tensor, shape: Sequence[int], channels_last: bool) -> Tensor:
-    fmt = torch.channels_last if channels_last else torch.contiguous_format
+    fmt = format_of(len(shape), channels_last)
     return torch.empty(tuple(shape), dtype=x.dtype, device=x.device, memory_format=fmt)
 
 
@@ -280,7 +280,7 @@ def norm_act_backward(
         found = backward_by_torch(grad, saved, s, wanted, None)
     like = (x, weight, bias, grad, slope)
     out = [_nothing(grad) if not n or g is None else g for g, n in zip(found, need, strict=True)]
-    out = [to_format(g, channels_last if k == 3 else True) if g.dim() == 4 else g.clone() for k, g in enumerate(out)]
+    out = [to_format(g, channels_last if k == 3 else True) if g.dim() > 3 else g.clone() for k, g in enumerate(out)]
     out[3] = _own(out[3], out[0], grad)
     out[0] = _own(out[0], grad)
     out = [g if t is None or not g.numel() else g.to(t.dtype) for g, t in zip(out, like, strict=True)]

@@ -7,8 +7,8 @@ that are added to a compiled module's children.
 
 Which steps are operators: on a CPU, in inference, transposed convolutions and upsamplings, whose packed form beats what
 Inductor makes of the modules; on a GPU, whatever has a kernel, in training too. The rest is traced as it stands, for
-Inductor to fuse, steps of three dimensions too. `torch.export` always gets PyTorch's own operators: an exported
-program does not need cnnfast.
+Inductor to fuse, on a CPU steps of three dimensions too. `torch.export` always gets PyTorch's own operators: an
+exported program does not need cnnfast.
 
 The plan ties traced code to one Sequential, as Dynamo guards its identity: of models that are compiled each by itself,
 more than ``torch._dynamo.config.recompile_limit`` (8) need a higher limit. Beyond it they run as in eager mode, fused.
@@ -124,9 +124,9 @@ def _walk(
 
 def _worth(s: FusedStep, backend: str | None) -> bool:
     """Whether the step is for the operator; see the head of this file."""
-    if backend == "aten" or s.ndim == 3:
-        return False
     cuda = s.device.index is not None  # of a CPU there is one, without a number
+    if backend == "aten" or s.ndim == 3 and not (cuda or backend == "triton"):
+        return False
     if cuda or backend == "triton":
         rule = s.rule
         # Eager mode's own graph break (a momentum that is read from the device), and collectives, stay theirs.
@@ -267,11 +267,11 @@ def _run(seq: nn.Sequential, steps: tuple[FusedStep, ...], plan: Traced, x: Any,
         return _modules(seq, slots, plan, x)
     low = autocast_dtype(x)
     ndim = steps[0].ndim
-    channels_last = is_channels_last(x if ndim == 2 else x.contiguous().unsqueeze(2))
+    channels_last = is_channels_last(x if ndim > 1 else x.contiguous().unsqueeze(2))
     for i, planned in enumerate(steps):
         s = _rebuilt(planned)
         own_slots = range(s.slots[0], s.slots[-1] + 1)
-        size = x.shape[2:] if ndim == 2 else (1, *x.shape[2:])
+        size = x.shape[2:] if ndim > 1 else (1, *x.shape[2:])
         if x.shape[1] != s.step.spec.in_channels or not _reaches(s.step, size):
             return _modules(seq, range(s.slots[0], slots.stop), plan, x)  # which raise PyTorch's own errors
         out = s.step.output_size(size)
@@ -284,17 +284,17 @@ def _run(seq: nn.Sequential, steps: tuple[FusedStep, ...], plan: Traced, x: Any,
             bare = replace(s, step=convolution_of(s.step), rule=None, norm=None, slope=None)
             x = _step(seq, bare, plan, x, tensors, s.rule.kind in ("batch", "sync"), low)
             x = _modules(seq, range(s.conv + 1, s.slots[-1] + 1), plan, x)
-            if last and ndim == 2:
+            if last and ndim > 1:
                 x = to_format(x, channels_last)
         elif plan.kernel[s.slots[0]] and not (low is not None and s.rule is not None and s.rule.kind == "group"):
             x = _step(seq, s, plan, x, tensors, channels_last or not last, low)
         else:
             x = _modules(seq, own_slots, plan, x)
-            if last and ndim == 2:
+            if last and ndim > 1:
                 x = to_format(x, channels_last)
         if last and has_both(s.step.spec.out_channels, out):
             strides = new_strides((x.shape[0], s.step.spec.out_channels, *out), channels_last)
-            x = x.as_strided(x.shape, strides if ndim == 2 else (*strides[:2], strides[3]))
+            x = x.as_strided(x.shape, strides if ndim > 1 else (*strides[:2], strides[3]))
     return x
 
 
@@ -327,7 +327,7 @@ def _step(
 ) -> Tensor:
     """One step by its operator, (N, C, L) as (N, C, 1, L)."""
     measured = s.rule is not None and s.rule.norm.measured
-    o = _operands(s, x if s.ndim == 2 else x.unsqueeze(2), tensors, measured)
+    o = _operands(s, x if s.ndim > 1 else x.unsqueeze(2), tensors, measured)
     if measured:
         assert s.norm is not None
         o = _with_running(s, o, _at(seq, plan.leaves[s.norm].path), tensors[s.norm])
@@ -339,4 +339,4 @@ def _step(
         o = o._replace(x=o.x.to(low), weight=o.weight.to(low), bias=None if o.bias is None else o.bias.to(low))
         o = o._replace(slope=None if o.slope is None else o.slope.to(low))
     y = traced.traced_step(s.step, o, channels_last, None)
-    return y if s.ndim == 2 else y.squeeze(2)
+    return y if s.ndim > 1 else y.squeeze(2)

@@ -73,8 +73,8 @@ def conv3d(
 
 _NOTE_3D = """
     In three dimensions, packed operators run on a CPU in inference, and with gradients one float32 sample as two halves
-    by oneDNN where PyTorch loops; a GPU's kernels take them as they take two dimensions, but for traced code, which
-    gets PyTorch's own operators.
+    by oneDNN where PyTorch loops; a GPU's kernels take them as they take two dimensions. On a CPU, traced code gets
+    PyTorch's own operators.
     """
 _PLAIN = dict(
     kind="convolution",

@@ -48,7 +48,7 @@ _TORCH: dict[tuple[int, bool], Callable[..., Tensor]] = {
 }
 
 
-_NOT_TRACED_3D = "in three dimensions, traced code and modes see PyTorch's operators"
+_NOT_TRACED_3D = "in three dimensions, modes and, on a CPU, traced code see PyTorch's operators"
 
 
 DOC = """{ndim}-D {kind}, then ``act(scale * (conv + bias) + shift + residual)``.
@@ -162,7 +162,9 @@ def _named_padding(name: str, kernel: Sequence[int], stride: Ints, dilation: Int
 
 def why_unseen(ndim: int, x: Tensor) -> str | None:
     """Why traced code and modes see torch's own functions, or None."""
-    return _NOT_TRACED_3D if ndim == 3 and (torch.compiler.is_compiling() or watched(x)) else None
+    if ndim < 3 or not (on_cpu(x) if torch.compiler.is_compiling() else watched(x)):
+        return None
+    return _NOT_TRACED_3D
 
 
 def takes(x: Tensor, w: Tensor, b: Tensor | None, channels: int | None) -> str | None:

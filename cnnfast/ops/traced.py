@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..dispatch import by_kernels, on_cpu
-from ..memory_format import to_format
+from ..memory_format import format_of, to_format
 from ..reference import run_reference
 from ..step import Operands, Step, output_padding_of, step_key, step_of
 from .run import run_step
@@ -57,9 +57,9 @@ def conv_block_op(
 def _(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
     key, output_padding, channels_last, _ = args[-4:]
     step = step_of(key, _as_4d(weight).shape, output_padding)
-    size = step.output_size((x.shape[2], x.shape[3]))
-    fmt = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty((x.shape[0], step.spec.out_channels, *size), dtype=x.dtype, device=x.device, memory_format=fmt)
+    shape = (x.shape[0], step.spec.out_channels, *step.output_size(x.shape[2:]))
+    fmt = format_of(len(shape), channels_last)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=fmt)
 
 
 def conv_block(step: Step, o: Operands, channels_last: bool, backend: str | None) -> Tensor:
@@ -97,25 +97,23 @@ def pays_on_cpu(step: Step) -> bool:
     return step.spec.groups == 1 and (step.spec.transposed or step.upsample is not None)
 
 
-def takes(step: Step) -> bool:
-    """Whether there may be an operator for the step: not in three dimensions, nor without a convolution."""
-    return step.spec is not None and len(step.spec.kernel_size) < 3
+def takes(step: Step, kernels: bool) -> bool:
+    """Whether there may be an operator for the step: not without a convolution, and in three dimensions for the GPU's
+    ``kernels`` alone."""
+    return step.spec is not None and (kernels or len(step.spec.kernel_size) < 3)
 
 
 def traced_step(step: Step, o: Operands, channels_last: bool, backend: str | None) -> Tensor:
     """`run.run_step` in traced code: an operator, or PyTorch's own operators where there is none (a gradient on a CPU,
     a functorch transform), where it does not pay, or where none is wanted: an exported program is to run without
     cnnfast."""
-    if torch.compiler.is_dynamo_compiling() and not exporting() and not transformed() and takes(step):
+    if torch.compiler.is_dynamo_compiling() and not exporting() and not transformed():
         backend = chosen_backend() if backend is None else backend
-        measured = step.norm is not None and step.norm.measured
-        if (
-            not measured
-            and not dispatch.needs_gradient(o)
-            and (backend == "triton" or not on_cpu(o.x) or pays_on_cpu(step))
-        ):
+        kernels = backend == "triton" or not on_cpu(o.x)
+        measured, may = step.norm is not None and step.norm.measured, takes(step, kernels)
+        if may and not measured and not dispatch.needs_gradient(o) and (kernels or pays_on_cpu(step)):
             return conv_block(step, o, channels_last, backend)
-        if by_kernels(o.x, backend):
+        if may and by_kernels(o.x, backend):
             from ..gpu import traced  # imports triton
 
             if traced.takes(o):

@@ -19,7 +19,8 @@ from cnnfast.step import Operands, Step
 UP = ConvSpec.make(16, 8, 4, 2, 1)
 ODD = ConvSpec.make(8, 6, (3, 2), (2, 1), 1, (1, 0), 2, 1)
 PLAIN = ConvSpec.make(8, 16, 4, 2, 1, transposed=False)
-SIZES = {UP: (3, 4), ODD: (4, 5), PLAIN: (7, 6)}
+VOLUME = ConvSpec.make(16, 16, (2, 3, 4), (2, 1, 2), 1, (1, 0, 0), ndim=3)
+SIZES = {UP: (3, 4), ODD: (4, 5), PLAIN: (7, 6), VOLUME: (2, 3, 2)}
 
 STEPS: dict[str, Step] = {
     "conv": Step(UP, Activation("tanh")),
@@ -34,6 +35,9 @@ STEPS: dict[str, Step] = {
     "group": Step(ODD, Activation("gelu"), norm=Norm("group", 3)),
     "eval": Step(UP, Activation("relu"), norm=Norm("running")),
     "affine": Step(UP, Activation("elu"), norm=Norm("affine")),
+    "conv volume": Step(VOLUME, Activation("tanh")),
+    "volume": Step(VOLUME, Activation("relu"), norm=Norm("batch"), residual=True),
+    "volume group": Step(VOLUME, Activation("silu"), norm=Norm("group", 4)),
     "prelu": Step(UP, Activation("prelu"), norm=Norm("batch"), residual=True),
 }
 

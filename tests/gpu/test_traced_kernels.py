@@ -116,6 +116,34 @@ def test_training_step(compiler: torch.device, launches: list[str]) -> None:
             assert torch.equal(buffers[0], buffers[2])
 
 
+def test_three_dimensions(compiler: torch.device, launches: list[str]) -> None:
+    """A training step and inference of a model of three dimensions."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.ConvTranspose3d(16, 16, 2, 2, bias=False), nn.BatchNorm3d(16), nn.ReLU(), nn.Conv3d(16, 16, (1, 2, 1)),
+        nn.GroupNorm(4, 16), nn.SiLU(),
+    ).to(compiler)  # fmt: skip
+    ours, wide = cnnfast.Sequential(*deepcopy(list(plain))), deepcopy(plain).double()
+    x = torch.randn(2, 16, 1, 2, 1, device=compiler)
+    backend = Backend()
+    with cnnfast.backend("triton"):
+        ys = [torch.compile(ours, backend=backend, fullgraph=True)(x), wide(x.double()), plain(x)]
+        grad = torch.randn(ys[0].shape, device=compiler)
+        for y in ys:
+            y.backward(grad.to(y.dtype))
+        assert len(launches) > 4 and "cnnfast.conv_weight_grad.default" in backend.backward
+        assert not any("aten.convolution" in n or "aten.native" in n for n in backend.forward + backend.backward)
+        close(*ys, "result")
+        assert ys[0].stride() == ys[2].stride()
+        close(*(m[0].weight.grad for m in (ours, wide, plain)), "weight")  # type: ignore[arg-type]
+        for m in (ours, wide, plain):
+            m.eval()
+        launches.clear()
+        with torch.no_grad():
+            close(torch.compile(ours, backend=backend, fullgraph=True)(x), wide(x.double()), plain(x), "inference")
+        assert launches
+
+
 def test_inference(compiler: torch.device, launches: list[str]) -> None:
     plain = generator(compiler).eval()
     ours = cnnfast.Sequential(*deepcopy(list(plain)))
@@ -191,7 +219,7 @@ def test_gradients_on_the_kernels(device: torch.device, launches: list[str], nam
 
 @pytest.mark.slow
 def test_on_the_interpreter(interpreter: None) -> None:
-    names = ("test_training_step", "test_inference", "test_functions_with_gradients")
+    names = ("test_training_step", "test_three_dimensions", "test_inference", "test_functions_with_gradients")
     here = Path(__file__)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"{here}::{n}" for n in names)],
