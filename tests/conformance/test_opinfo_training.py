@@ -68,9 +68,13 @@ def test_samples_on_the_cpu(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=["fp32", "bf16"]
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[pytest.mark.slow] * ((name, dtype) != ("conv_transpose2d", torch.float32)))
+        for name in NAMES
+        for dtype in (torch.float32, torch.bfloat16)
+    ],
 )
-@pytest.mark.parametrize("name", NAMES)
 def test_samples_on_the_device(name: str, dtype: torch.dtype, device: torch.device, launches: list[str]) -> None:
     """All that have even padding and an image run on the kernels, few channels or not."""
     on_kernels = 0

@@ -44,7 +44,7 @@ def of_three(launches: list[str]) -> bool:
 # --- the same cases as every other precision's ------------------------------------------------------------------------
 
 
-SHORT = ("phases", "latent", "masked-merged", "split-over-uneven-phases", "masked-channels", "transposed")
+SHORT = ("phases", "masked-merged", "split-over-uneven-phases", "transposed")
 
 
 def marked(cases: Iterable[Any], short: Collection[str] = SHORT) -> list[Any]:
@@ -84,6 +84,7 @@ def test_weight_gradient(c: test_conv_wgrad.Case, three: None, device: torch.dev
     assert of_three(launches)
 
 
+@pytest.mark.slow
 def test_gradients(three: None, device: torch.device, launches: list[str]) -> None:
     """A layer's training step: forward, and the gradients of its input and weight."""
     import cnnfast

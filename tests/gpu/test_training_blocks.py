@@ -191,7 +191,12 @@ def test_precisions(name: str, precision: str, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    "b", [b for b in BLOCKS if b.name in ("batch", "group", "upsample-batch")], ids=lambda b: b.name
+    "b",
+    [
+        pytest.param(b, id=b.name, marks=[pytest.mark.slow] * (b.name == "group"))
+        for b in BLOCKS
+        if b.name in ("batch", "group", "upsample-batch")
+    ],
 )
 def test_second_gradients(b: Block, device: torch.device) -> None:
     check(b, "fp32", device, twice=True)

@@ -133,7 +133,12 @@ ATEN = ("Conv", "Norm", "Slow", "Thnn", "Mkldnn")
 
 
 @pytest.mark.parametrize(
-    ("norm", "cl"), [*((norm, False) for norm in NORMS), ("batch", True)], ids=[*NORMS, "batch-channels-last"]
+    ("norm", "cl"),
+    [
+        *(pytest.param(n, False, marks=[pytest.mark.slow] * (n not in ("batch", "group"))) for n in NORMS),
+        ("batch", True),
+    ],
+    ids=[*NORMS, "batch-channels-last"],
 )
 def test_a_training_step_without_pytorchs_operators(
     norm: str, cl: bool, device: torch.device, launches: list[str], request: pytest.FixtureRequest

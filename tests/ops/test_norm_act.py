@@ -274,7 +274,7 @@ def test_triton_says_why_not(device: torch.device) -> None:
     with pytest.raises(RuntimeError, match="cannot run this: dtype torch.float64"):
         ops.batch_norm(torch.randn(2, 4, 3, 3, dtype=torch.float64), None, None, training=True, backend="triton")
     with pytest.raises(RuntimeError, match="cannot run this: the input has shape"):
-        ops.batch_norm(torch.randn(2, 4, 3, 3, 3), None, None, training=True, backend="triton")
+        ops.batch_norm(torch.randn(2, 4, 3, 3, 3, 1), None, None, training=True, backend="triton")
 
 
 @pytest.mark.parametrize("kind", ["batch", "instance", "group"])
