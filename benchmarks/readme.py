@@ -31,6 +31,8 @@ NAMES = {
     "rrdb.up2": "the same, RRDB, 64 at 128x128",
     "style.up1": "the same, InstanceNorm, 128 to 64 at 64x64",
     "style.up2": "the same, InstanceNorm, 64 to 32 at 128x128",
+    "gan3d": "3D-GAN 64x64x64",
+    "unet3d.nearest": "upsample x2 + 3x3x3, InstanceNorm, 64 to 32 at 32x32x32",
 }
 COLUMNS = {
     "eager": "eager",

@@ -12,6 +12,7 @@ from .test_conv import ONE, SEVEN, SPLIT, UNSPLIT, ids
 pytestmark = pytest.mark.usefixtures("poison")
 
 CUBE = (2, 2, 2)
+SOME = [pytest.param(p, marks=[pytest.mark.slow] * (p not in ("fp16", "fp32"))) for p in PRECISIONS]
 
 # Every regime in every precision.
 REGIMES = (
@@ -66,7 +67,7 @@ SCHEDULES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", SOME)
 @pytest.mark.parametrize("case", REGIMES, ids=ids(REGIMES))
 def test_regime(case: Case, precision: str, device: torch.device, launches: list[str]) -> None:
     check(case, precision, device, launches)
@@ -115,10 +116,10 @@ GEOMETRY_OF_WEIGHTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", wgrad.PRECISIONS.values(), ids=wgrad.PRECISIONS)
+@pytest.mark.parametrize("precision", SOME)
 @pytest.mark.parametrize("c", OF_WEIGHTS, ids=lambda c: c.name)
-def test_weight_gradient(c: wgrad.Case, precision: wgrad.Precision, device: torch.device) -> None:
-    wgrad.check(c, precision, device)
+def test_weight_gradient(c: wgrad.Case, precision: str, device: torch.device) -> None:
+    wgrad.check(c, wgrad.PRECISIONS[precision], device)
 
 
 @pytest.mark.parametrize("c", GEOMETRY_OF_WEIGHTS, ids=lambda c: c.name)
