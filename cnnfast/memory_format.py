@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 __all__ = [
+    "LAST",
     "channels_last",
     "convert",
     "format_of",
@@ -30,11 +31,13 @@ M = TypeVar("M", bound=nn.Module)
 _ORDERS = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}
 
 
+LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""The channels-last format by the number of dimensions."""
+
+
 def format_of(dims: int, channels_last: bool) -> torch.memory_format:
     """The memory format of a tensor of so many dimensions: channels_last, of five channels_last_3d."""
-    if not channels_last:
-        return torch.contiguous_format
-    return torch.channels_last_3d if dims == 5 else torch.channels_last
+    return LAST.get(dims, torch.channels_last) if channels_last else torch.contiguous_format
 
 
 def is_channels_last(t: torch.Tensor) -> bool:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import is_batched
+from ..memory_format import LAST
 from ..norms import Partials, check_values
 from ..reference import Grads, Saved
 from ..step import Operands, Step
@@ -144,13 +145,10 @@ def _kind(how: How, scale: Tensor | None, shift: Tensor | None, o: Operands) -> 
     )
 
 
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
 def _odd(*tensors: Tensor | None) -> bool:
     """Whether a tensor is not channels-last at an address that 16 divides."""
     for t in tensors:
-        if t is not None and (t.data_ptr() & 15 or not t.is_contiguous(memory_format=_LAST[t.dim()])):
+        if t is not None and (t.data_ptr() & 15 or not t.is_contiguous(memory_format=LAST[t.dim()])):
             return True
     return False
 

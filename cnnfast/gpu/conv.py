@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..kernels import conv_transpose as kernels
-from ..memory_format import new_strides, to_format
+from ..memory_format import LAST, new_strides, to_format
 from ..norms import Partials
 from ..spec import INT32, Precision
 from ..step import Operands, Step
@@ -302,7 +302,7 @@ def _start(step: Step, o: Operands, channels_last: bool, launch: Launch) -> Resu
     anything else would be another binary, with narrow loads, and unproven."""
     x, weight, bias, mean, var, scale, shift, residual, slope, *_ = o
     with on_device(x):
-        last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        last = LAST[x.dim()]
         x, weight = aligned(x.contiguous(memory_format=last)), aligned(weight)
         if launch.gathers:
             weight = kernel_weight(step, launch.plan.lowering, weight)

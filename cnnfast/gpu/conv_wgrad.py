@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 import torch
 
 from ..kernels import conv_wgrad as kernels
+from ..memory_format import LAST
 from ..spec import INT32, ConvSpec, Precision
 from ..step import Step
 from . import fence, guard, trial
@@ -163,7 +164,7 @@ def _start(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, launch: WgradLau
     """The launch, on the device of the tensors, with operands in the kernel's layout and at addresses that 16
     divides: anything else would be another binary."""
     with on_device(a):
-        last = torch.channels_last if a.dim() == 4 else torch.channels_last_3d
+        last = LAST[a.dim()]
         a, b = a.contiguous(memory_format=last), b.contiguous(memory_format=last)
         _launch(aligned(a), aligned(b), out, launch)
     return out

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation
-from ..memory_format import format_of
+from ..memory_format import LAST, format_of
 from ..norms import Norm
 from ..step import Step
 from . import guard
@@ -118,7 +118,7 @@ def _binary(kernel: Any, constants: dict[str, Any], num_warps: int = 4) -> Binar
 
 def is_last(t: Tensor) -> bool:
     """Whether t (N, C, *size) lies as (N, *size, C)."""
-    return t.is_contiguous(memory_format=torch.channels_last if t.dim() == 4 else torch.channels_last_3d)
+    return t.is_contiguous(memory_format=LAST[t.dim()])
 
 
 def will_be_last(t: Tensor) -> bool:

@@ -74,6 +74,7 @@ def test_samples_on_the_cpu(name: str, dtype: torch.dtype) -> None:
         for name in NAMES
         for dtype in (torch.float32, torch.bfloat16)
     ],
+    ids=str,
 )
 def test_samples_on_the_device(name: str, dtype: torch.dtype, device: torch.device, launches: list[str]) -> None:
     """All that have even padding and an image run on the kernels, few channels or not."""

@@ -201,6 +201,10 @@ def test_split_k_is_deterministic(device: torch.device, launches: list[str]) -> 
 def test_addresses_beyond_2_31(
     case: Case, device: torch.device, launches: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    check_64_bits(case, device, launches, monkeypatch)
+
+
+def check_64_bits(case: Case, device: torch.device, launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The int64 image base of huge tensors, forced: the result must be the same to the bit."""
     from cnnfast.gpu import conv as launch
 

@@ -147,6 +147,10 @@ def test_runs_are_equal_to_the_bit(name: str, device: torch.device) -> None:
 
 @pytest.mark.parametrize("name", ["transposed", "box-beyond-every-edge"])
 def test_offsets_of_64_bits(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
+    check_64_bits(of(name), device, monkeypatch)
+
+
+def check_64_bits(c: Case, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """The binary for tensors of 2^31 elements and more, on smaller ones."""
     from cnnfast.gpu import conv_wgrad
     from cnnfast.gpu.binary import Binary
@@ -160,7 +164,7 @@ def test_offsets_of_64_bits(name: str, device: torch.device, monkeypatch: pytest
 
     real = conv_wgrad.prepare
     monkeypatch.setattr(conv_wgrad, "prepare", prepare)
-    check(of(name), PRECISIONS["fp16"], device)
+    check(c, PRECISIONS["fp16"], device)
 
 
 def test_empty(device: torch.device) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from ..cases import CONTIGUOUS, PRECISIONS, Case, check, conv, upsample
 from . import test_conv_wgrad as wgrad
-from .test_conv import ONE, SEVEN, SPLIT, UNSPLIT, ids
+from .test_conv import ONE, SEVEN, SPLIT, UNSPLIT, check_64_bits, ids
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -125,3 +125,19 @@ def test_weight_gradient(c: wgrad.Case, precision: str, device: torch.device) ->
 @pytest.mark.parametrize("c", GEOMETRY_OF_WEIGHTS, ids=lambda c: c.name)
 def test_geometry_of_weight_gradients(c: wgrad.Case, device: torch.device) -> None:
     wgrad.check(c, wgrad.PRECISIONS["fp16"], device)
+
+
+# --- offsets of 64 bits -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [REGIMES[0], REGIMES[2], REGIMES[4]], ids=lambda c: c.id)
+def test_addresses_beyond_2_31(
+    case: Case, device: torch.device, launches: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_64_bits(case, device, launches, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["strided", "box-beyond-every-edge"])
+def test_weight_gradients_beyond_2_31(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    (c,) = (c for c in GEOMETRY_OF_WEIGHTS if c.name == name)
+    wgrad.check_64_bits(c, device, monkeypatch)
