@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 
 from ..cases import CONTIGUOUS, PRECISIONS, Case, check, conv, upsample
 from . import test_conv_wgrad as wgrad
-from .test_conv import ONE, SEVEN, SPLIT, UNSPLIT, check_64_bits, ids
+from .test_conv import ONE, SEVEN, SPLIT, UNSPLIT, check_64_bits
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 CUBE = (2, 2, 2)
-SOME = [pytest.param(p, marks=[pytest.mark.slow] * (p not in ("fp16", "fp32"))) for p in PRECISIONS]
 
 # Every regime in every precision.
 REGIMES = (
@@ -67,26 +69,22 @@ SCHEDULES = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", SOME)
-@pytest.mark.parametrize("case", REGIMES, ids=ids(REGIMES))
-def test_regime(case: Case, precision: str, device: torch.device, launches: list[str]) -> None:
-    check(case, precision, device, launches)
+def runs(*short: tuple[Sequence[Any], tuple[str, ...]]) -> list[Any]:
+    """Each case in every precision; the long run's but for those that are named beside the cases."""
+    found = []
+    for cases, precisions in short:
+        for c in cases:
+            for precision in PRECISIONS:
+                name = c.name if isinstance(c, wgrad.Case) else c.id
+                slow = [pytest.mark.slow] * (precision not in precisions)
+                found.append(pytest.param(c, precision, id=f"{name}-{precision}", marks=slow))
+    return found
 
 
-@pytest.mark.parametrize("case", GEOMETRY, ids=ids(GEOMETRY))
-def test_geometry(case: Case, device: torch.device, launches: list[str]) -> None:
-    check(case, "fp16", device, launches)
-
-
-@pytest.mark.parametrize("case", SCHEDULES, ids=ids(SCHEDULES))
-def test_schedule(case: Case, device: torch.device, launches: list[str]) -> None:
-    check(case, "bf16", device, launches)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "tf32", "fp32"])
-@pytest.mark.parametrize("case", GEOMETRY + SCHEDULES, ids=ids(GEOMETRY + SCHEDULES))
-def test_everything_in_every_precision(case: Case, precision: str, device: torch.device, launches: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("case", "precision"), runs((REGIMES, ("fp16", "fp32")), (GEOMETRY, ("fp16",)), (SCHEDULES, ("bf16",)))
+)
+def test_forward(case: Case, precision: str, device: torch.device, launches: list[str]) -> None:
     check(case, precision, device, launches)
 
 
@@ -116,15 +114,9 @@ GEOMETRY_OF_WEIGHTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("precision", SOME)
-@pytest.mark.parametrize("c", OF_WEIGHTS, ids=lambda c: c.name)
+@pytest.mark.parametrize(("c", "precision"), runs((OF_WEIGHTS, ("fp16", "fp32")), (GEOMETRY_OF_WEIGHTS, ("fp16",))))
 def test_weight_gradient(c: wgrad.Case, precision: str, device: torch.device) -> None:
     wgrad.check(c, wgrad.PRECISIONS[precision], device)
-
-
-@pytest.mark.parametrize("c", GEOMETRY_OF_WEIGHTS, ids=lambda c: c.name)
-def test_geometry_of_weight_gradients(c: wgrad.Case, device: torch.device) -> None:
-    wgrad.check(c, wgrad.PRECISIONS["fp16"], device)
 
 
 # --- offsets of 64 bits -----------------------------------------------------------------------------------------------
