@@ -26,7 +26,8 @@ from ..memory_format import convert, is_channels_last, new_strides
 from ..spec import DTYPES, ConvSpec
 from . import halves
 from .isa import InstructionSet, instruction_set, lowered_products, products_dtype
-from .methods import Deconvolution, Gathered, Merged, PostOp, gathers, why_missing
+from .methods import gathers
+from .onednn import Deconvolution, Gathered, Merged, PostOp, why_missing
 
 __all__ = ["Ways", "by_aten", "convolution", "suited", "volume_convolution", "ways"]
 

@@ -12,7 +12,7 @@ tells, at the price of reading it once: under 1 % of the step) is not finite, th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -25,24 +25,12 @@ from ..spec import DTYPES, ConvSpec
 from ..step import Operands, Step
 from . import tuned
 from .finish import activated
-from .isa import InstructionSet, instruction_set, lowered_products, products_dtype
-from .methods import (
-    METHODS,
-    Convolution,
-    Deconvolution,
-    Gathered,
-    Merged,
-    Method,
-    PostOp,
-    Projection,
-    applicable,
-    gathers,
-    layout,
-    post_op,
-    why_missing,
-)
+from .isa import InstructionSet, Process, instruction_set, lowered_products, process, products_dtype
+from .methods import METHODS, applicable, by_rule, winograd_gain
+from .onednn import Convolution, Deconvolution, Method, PostOp, Projection, layout, passed_over, post_op, why_missing
 from .packing import PACKS, why_not_cacheable
 from .weight import summed_weight
+from .winograd import Winograd
 
 __all__ = ["Ready", "method_name", "methods_of", "run", "why_not", "why_slower_plain", "why_slower_transposed"]
 
@@ -50,39 +38,23 @@ __all__ = ["Ready", "method_name", "methods_of", "run", "why_not", "why_slower_p
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 
-def methods_of(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool) -> list[str]:
-    """The names of the methods that are right for an x of this shape and dtype; ``lowered``: what `lowered_products`
+def methods_of(step: Step, shape: tuple[int, ...], dtype: torch.dtype, now: Process) -> list[str]:
+    """The names of the methods that are right for an x of this shape and dtype; ``now``: what `process`
     says."""
-    matmul = not lowered or products_dtype(dtype, instruction_set()) != torch.float32
-    return applicable(step.spec, _padded(step, shape), matmul)
+    compute = products_dtype(dtype, instruction_set())
+    return applicable(step.spec, _padded(step, shape), compute, not now.lowered or compute != torch.float32)
 
 
-def _method(
-    spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet, right: list[str]
-) -> type[Method]:
-    """The method for products in ``dtype`` on an input (N, C_in, *size) whose border is already repeated; ``right``:
-    of `methods_of`."""
-    if not spec.transposed:
-        return Convolution
-    if "Projection" in right:
-        return Projection
-    if "Merged" in right and Merged.padded_macs(spec) < Deconvolution.padded_macs(spec):
-        return Merged
-    if "Gathered" in right and gathers(spec, shape, dtype, isa):
-        return Gathered
-    return Deconvolution
-
-
+_CONVERSION = 150  # multiply-adds in the time that ATen takes to bring a number into or out of channels-last
 # Multiply-adds from which packed operators beat ATen's own loops in three dimensions: plain, transposed, upsampled.
 _LEAST_3D, _LEAST_3D_TRANSPOSED, _LEAST_3D_UPSAMPLED = 2e6, 2e7, 2e5
 
 
 def _too_few(s: ConvSpec, shape: tuple[int, ...], least: float) -> str | None:
     """Whether the step is too little work for packed operators; ``least`` where ATen leaves oneDNN for a matrix product
-    and col2im (or im2col) with little overhead. The condition is ATen's own (``use_mkldnn``)."""
+    and col2im (or im2col) with little overhead."""
     macs = s.macs(shape[0], shape[2:])
-    small = s.ndim == 3 or shape[0] == 1 and math.prod(shape) <= 20480 and min(s.kernel_size) <= 3
-    few = macs < (least if small else 2e6)
+    few = macs < (least if s.ndim == 3 or passed_over(s, shape) else 2e6)
     return f"{macs} multiply-adds are too few to gain from packed operators" if few else None
 
 
@@ -131,9 +103,8 @@ def _check_pays(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
     return before * dtype.itemsize < after * 4
 
 
-@lru_cache(maxsize=4096)
 def why_slower_plain(
-    step: Step, shape: tuple[int, ...], dtype: torch.dtype, *, norm: bool, slopes: int, nchw: bool
+    step: Step, shape: Sequence[int], dtype: torch.dtype, *, norm: bool, slopes: int, nchw: bool
 ) -> str | None:
     """Why PyTorch's own plain convolution of an x of ``shape`` is expected to be as fast, passes over memory included.
 
@@ -141,9 +112,16 @@ def why_slower_plain(
     channels-last, so that both would be converted (oneDNN itself, called from ATen, converts faster than ATen's
     copies). None for other steps.
     """
-    s = step.spec
-    if s.transposed or step.upsample is not None:
+    if step.spec.transposed or step.upsample is not None:
         return None
+    return _why_slower_plain(step, tuple(shape), dtype, process(), norm, slopes, nchw)
+
+
+@lru_cache(maxsize=4096)
+def _why_slower_plain(
+    step: Step, shape: tuple[int, ...], dtype: torch.dtype, now: Process, norm: bool, slopes: int, nchw: bool
+) -> str | None:
+    s = step.spec
     isa, padded = instruction_set(), _padded(step, shape)
     if by_loops(s, padded, dtype):
         if max(s.kernel_size) == 1 and nchw:
@@ -151,6 +129,11 @@ def why_slower_plain(
         return _too_few(s, padded, _LEAST_3D)
     before, after = _elements(step, shape)
     elements = before + after
+    way = _way(step, shape, dtype, now)
+    if isinstance(way, Way) and isinstance(way.method, Winograd):
+        saved = 1 - 1 / winograd_gain(s, padded, now.threads)
+        if not nchw or saved * s.macs(shape[0], padded[2:]) > _CONVERSION * elements:
+            return None
     if shape[2] == s.kernel_size[0] == 1 and not nchw:
         return _too_few(s, padded, 2e6)  # one dimension: ATen would copy a channels-last map, or the weight
     # In 16 bits ATen takes oneDNN for small inputs, too; few input channels it gathers slowly.
@@ -193,8 +176,8 @@ class Way(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool, chosen: str | None = None) -> Way | str:
-    """How to run ``step`` on an x of this shape and dtype, or why not; ``lowered``: what `lowered_products` says;
+def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, now: Process, chosen: str | None = None) -> Way | str:
+    """How to run ``step`` on an x of this shape and dtype, or why not; ``now``: what `process` says;
     ``chosen``: the method that `tuned.choice` named."""
     if dtype not in DTYPES:
         return f"{dtype} has no packed operators"
@@ -205,11 +188,11 @@ def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool, 
     except ValueError as error:
         return str(error)
     isa, padded = instruction_set(), _padded(step, shape)
-    compute, right = products_dtype(dtype, isa), methods_of(step, shape, dtype, lowered)
+    compute, right = products_dtype(dtype, isa), methods_of(step, shape, dtype, now)
     if chosen is not None and chosen in right:
         known: Method = METHODS[chosen](step.spec, padded, compute)  # type: ignore[call-arg]
         return Way(known, post_op(step.activation), None, _check_pays(step, shape, dtype), chosen)
-    kind = _method(step.spec, padded, compute, isa, right)
+    kind = by_rule(step.spec, padded, compute, isa, now.threads, right)
     if kind.__name__ not in right:
         return "oneDNN has no deconvolution whose output padding reaches the stride"
     method = kind(step.spec, padded, compute)  # type: ignore[call-arg]
@@ -219,10 +202,10 @@ def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool, 
 
 @lru_cache(maxsize=4096)
 def _key(
-    step: Step, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool, chosen: str | None = None
+    step: Step, shape: tuple[int, ...], dtype: torch.dtype, now: Process, chosen: str | None = None
 ) -> tuple[Any, ...]:
     """What a packed weight depends on beside the tensors. (Knowing costs a packing: not asked ahead of the first.)"""
-    plan = _way(step, shape, dtype, lowered, chosen)
+    plan = _way(step, shape, dtype, now, chosen)
     assert isinstance(plan, Way)
     # Device and dtype are named: a default may be set (`torch.set_default_device`).
     sample = plan.method.pack(torch.zeros(step.spec.weight_shape, dtype=torch.float32, device="cpu"), None)
@@ -231,7 +214,7 @@ def _key(
 
 def why_slower_transposed(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
     """`why_slower_plain` of a transposed convolution."""
-    plan = _way(step, shape, dtype, lowered_products())
+    plan = _way(step, shape, dtype, process())
     return plan if isinstance(plan, str) else plan.slower
 
 
@@ -252,7 +235,7 @@ def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str |
     if not torch._C._get_mkldnn_enabled():
         return "oneDNN is switched off (torch.backends.mkldnn)"
     chosen = _chosen(step, operands, channels_last)
-    plan = _way(step, x.shape, x.dtype, lowered_products(), chosen)
+    plan = _way(step, x.shape, x.dtype, process(), chosen)
     if isinstance(plan, str):
         return plan
     if tuned.RECORDERS:
@@ -281,7 +264,7 @@ def _chosen(step: Step, o: Operands, channels_last: bool) -> str | None:
 
 def method_name(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> str:
     """Which method `run` takes for an x of this shape and dtype, for reports and tests."""
-    plan = _way(step, shape, dtype, lowered_products())
+    plan = _way(step, shape, dtype, process())
     return plan if isinstance(plan, str) else f"{type(plan.method).__name__} in {plan.method.dtype}"
 
 
@@ -331,11 +314,11 @@ def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor | N
     ValueError where there is no way to run it here (what `why_not` says beyond that is about speed, and is not asked
     again).
     """
-    shape, dtype, lowered = operands.x.shape, operands.x.dtype, lowered_products()
-    plan = _way(step, shape, dtype, lowered, _chosen(step, operands, channels_last))
+    shape, dtype, now = operands.x.shape, operands.x.dtype, process()
+    plan = _way(step, shape, dtype, now, _chosen(step, operands, channels_last))
     if isinstance(plan, str):
         raise ValueError(f"the packed CPU path cannot take this step: {plan}")
-    return _run(step, plan, lambda: _key(step, shape, dtype, lowered, plan.chosen), operands, channels_last)
+    return _run(step, plan, lambda: _key(step, shape, dtype, now, plan.chosen), operands, channels_last)
 
 
 class Ready:
@@ -343,7 +326,7 @@ class Ready:
     and dtype, and `why_not` has nothing to say but of the weight and of PyTorch's switches (`holds`)."""
 
     def __init__(self, step: Step, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, way: Way) -> None:
-        self.step, self.channels_last, self.way, self.lowered = step, channels_last, way, lowered_products()
+        self.step, self.channels_last, self.way, self.now = step, channels_last, way, process()
         self._key: tuple[Any, ...] | None = None
         self._of = shape, dtype
 
@@ -355,16 +338,16 @@ class Ready:
         what `tuned.choice` said."""
         if step.measured or step.residual or step.spec.ndim == 3 or why_missing() is not None:
             return None
-        way = _way(step, shape, dtype, lowered_products(), chosen)
+        way = _way(step, shape, dtype, process(), chosen)
         return None if isinstance(way, str) or way.slower is not None else cls(step, shape, dtype, channels_last, way)
 
     def holds(self, o: Operands) -> bool:
-        switches = torch._C._get_mkldnn_enabled() and lowered_products() == self.lowered
+        switches = torch._C._get_mkldnn_enabled() and process() == self.now
         return switches and why_not_cacheable(o.weight) is None
 
     def key(self) -> tuple[Any, ...]:
         if self._key is None:
-            self._key = _key(self.step, *self._of, self.lowered, self.way.chosen)
+            self._key = _key(self.step, *self._of, self.now, self.way.chosen)
         return self._key
 
     def run(self, o: Operands) -> torch.Tensor | None:
@@ -381,7 +364,7 @@ def _run(
     packed, finite = found
     x = convert(step.pad_input(x), method.dtype, True)
     post = _post(step, way.post, o)
-    fused = post.fused
+    fused = post.fused and method.takes_post
     if fused and (step.activation.row.loses_nan or post.scalars == (0.0,)):  # leaky_relu's slope, which then does, too
         fused = (
             way.check_pays
@@ -393,6 +376,8 @@ def _run(
         y = method.run_adding(x, packed, o.residual)
     if y is None:
         y = method.run(x, packed, post if fused else PostOp(), channels_last)
+        if y is None:
+            return None
     else:
         o = o._replace(residual=None)
     if not fused:

@@ -9,11 +9,20 @@ from collections.abc import Mapping
 from enum import IntEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["InstructionSet", "cpu_model", "cpu_name", "instruction_set", "lowered_products", "products_dtype"]
+__all__ = [
+    "InstructionSet",
+    "Process",
+    "cpu_model",
+    "cpu_name",
+    "instruction_set",
+    "lowered_products",
+    "process",
+    "products_dtype",
+]
 
 
 # --- what the processor has -------------------------------------------------------------------------------------------
@@ -106,6 +115,19 @@ def lowered_products() -> bool:
     if matmul == "bf16" or matmul == "tf32" and instruction_set() >= InstructionSet.AMX_FP16:
         return bool(matmul != precision("mkldnn", "conv"))
     return False
+
+
+class Process(NamedTuple):
+    """What else than the processor decides which method is right and fast: what `lowered_products` says, and PyTorch's
+    threads."""
+
+    lowered: bool
+    threads: int
+
+
+def process() -> Process:
+    """As it is now."""
+    return Process(lowered_products(), torch.get_num_threads())
 
 
 def products_dtype(dtype: torch.dtype, isa: InstructionSet) -> torch.dtype:

@@ -23,8 +23,8 @@ from ..step import Operands, Step
 from ..timing import Timing, measure
 from ..tolerance import expected, verdict
 from . import inference, tuned
-from .isa import lowered_products
-from .methods import why_missing
+from .isa import process
+from .onednn import why_missing
 from .tuned import MODULES, Seen, Size
 
 __all__ = ["GAIN", "Result", "Timer", "clearly", "timer", "tune_steps"]
@@ -103,7 +103,7 @@ def clearly(rule: Timing, other: Timing) -> bool:
 def _tune(seen: Seen, timer: Timer) -> Result | None:
     """None where the step has no method but PyTorch's operators."""
     step, size = seen.step, seen.size
-    rule, names = _by_rule(seen), inference.methods_of(step, size.shape, size.dtype, lowered_products())
+    rule, names = _by_rule(seen), inference.methods_of(step, size.shape, size.dtype, process())
     if rule is None or not names:
         return None
     o = _noise(seen)
@@ -129,7 +129,7 @@ def _tune(seen: Seen, timer: Timer) -> Result | None:
 def _by_rule(seen: Seen) -> str | None:
     """The method that the rules choose; None where the step cannot run here at all but by PyTorch's operators."""
     step, (shape, dtype, before, after) = seen.step, seen.size
-    way = inference._way(step, shape, dtype, lowered_products())
+    way = inference._way(step, shape, dtype, process())
     if why_missing() is not None or isinstance(way, str):
         return None
     norm, nchw = not step.residual and step.norm is not None, not (before or after)
@@ -139,7 +139,7 @@ def _by_rule(seen: Seen) -> str | None:
 
 def _by(name: str, step: Step, o: Operands, size: Size) -> Callable[[], torch.Tensor | None]:
     """The step by a method."""
-    way = inference._way(step, size.shape, size.dtype, lowered_products(), name)
+    way = inference._way(step, size.shape, size.dtype, process(), name)
     assert not isinstance(way, str)
     ready = inference.Ready(step, size.shape, size.dtype, size.after, way)
     return lambda: ready.run(o)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__, store
-from ..cpu import methods
+from ..cpu import onednn
 from ..cpu import tuned as of_cpu
 from ..cpu.isa import cpu_name, instruction_set
 from ..gpu import guard
@@ -149,7 +149,7 @@ def backends() -> list[Backend]:
     detail = f"{instruction_set().name}, {torch.get_num_threads()} threads"
     return [
         Backend("triton", triton_off(), f"triton {package_version('triton')}"),
-        Backend("aten, oneDNN packed", methods.why_missing(), detail),
+        Backend("aten, oneDNN packed", onednn.why_missing(), detail),
         Backend("aten", None, "PyTorch's own operators"),
     ]
 

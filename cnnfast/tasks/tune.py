@@ -10,7 +10,7 @@ import torch
 
 from .. import store
 from ..cpu import tuned as methods
-from ..cpu.methods import why_missing
+from ..cpu.onednn import why_missing
 from ..generators import create_model, list_models
 from ..gpu import guard, tuned
 from ..gpu.tuning import UNCHECKED

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 import cnnfast
 from cnnfast.activations import ACTIVATIONS, Activation
 from cnnfast.cpu import inference as cpu_inference
-from cnnfast.cpu import methods
+from cnnfast.cpu import onednn
 from cnnfast.cpu import training as cpu_training
+from cnnfast.cpu.isa import instruction_set, products_dtype
+from cnnfast.cpu.winograd import Winograd
 from cnnfast.norms import Norm
 from cnnfast.spec import ConvSpec
 from cnnfast.step import Operands, Step, Upsample, norm_step, plain_step, upsample_step
@@ -30,7 +32,7 @@ from cnnfast.tolerance import expected, limits, verdict
 
 from ..cases import fitted
 
-pytestmark = pytest.mark.skipif(methods.why_missing() is not None, reason=str(methods.why_missing()))
+pytestmark = pytest.mark.skipif(onednn.why_missing() is not None, reason=str(onednn.why_missing()))
 
 SEED = int(os.environ.get("CNNFAST_SEED", "10"))
 FEW, MANY = 150, 2000
@@ -143,7 +145,7 @@ def operands(
     return o._replace(x=o.x.contiguous(memory_format=CL), weight=nn.Parameter(o.weight.contiguous(memory_format=CL)))
 
 
-def inference(r: Random, force: Callable[[type[methods.Method]], None]) -> Iterator[Result]:
+def inference(r: Random, force: Callable[[type[onednn.Method]], None]) -> Iterator[Result]:
     while True:  # what is run packed: little work is ATen's
         step, shape, weight_shape = random_step(r)
         dtype = r.dtype()
@@ -152,12 +154,14 @@ def inference(r: Random, force: Callable[[type[methods.Method]], None]) -> Itera
         if cpu_inference.why_not(step, o) is None:
             break
     spec = step.spec
-    if spec.transposed and shape[2:] != (1, 1):
-        force(
-            r.choose.choice(
-                [methods.Deconvolution, *(m for m in (methods.Gathered, methods.Merged) if m.applies(spec))]
-            )
-        )
+    kinds: list[type[onednn.Method]] = [onednn.Convolution]
+    if spec.transposed:
+        kinds = [onednn.Deconvolution, *(m for m in (onednn.Gathered, onednn.Merged) if m.applies(spec))]
+    padded = (*shape[:2], *(n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)))
+    if products_dtype(dtype, instruction_set()) == torch.float32 and Winograd.applies(spec, padded):
+        kinds.append(Winograd)
+    if shape[2:] != (1, 1):
+        force(r.choose.choice(kinds))
     with torch.no_grad():
         found = (cpu_inference.run(step, o, True) for _ in range(3))  # packed when it is met again
         y = next(y for y in found if y is not None)
@@ -277,7 +281,7 @@ def norms(r: Random) -> Iterator[Result]:
 # --- the study --------------------------------------------------------------------------------------------------------
 
 
-def results(index: int, force: Callable[[type[methods.Method]], None]) -> Iterator[Result]:
+def results(index: int, force: Callable[[type[onednn.Method]], None]) -> Iterator[Result]:
     r = Random(index)
     kind = r.choose.choices((inference, training, norms), (70, 20, 10))[0]
     return inference(r, force) if kind is inference else kind(r)  # type: ignore[operator]
@@ -290,8 +294,8 @@ def test_nothing_right_is_refused(count: int, monkeypatch: pytest.MonkeyPatch, s
         with monkeypatch.context() as patch:
             cpu_inference._way.cache_clear()
 
-            def force(method: type[methods.Method], patch: pytest.MonkeyPatch = patch) -> None:
-                patch.setattr(cpu_inference, "_method", lambda *_: method)
+            def force(method: type[onednn.Method], patch: pytest.MonkeyPatch = patch) -> None:
+                patch.setattr(cpu_inference, "by_rule", lambda *_: method)
                 cpu_inference._way.cache_clear()
 
             found = list(results(index, force))

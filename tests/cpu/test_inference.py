@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from cnnfast.activations import ACTIVATIONS, Activation
-from cnnfast.cpu import inference
-from cnnfast.cpu import methods as onednn
+from cnnfast.cpu import inference, onednn
 from cnnfast.cpu.isa import InstructionSet, instruction_set
+from cnnfast.cpu.methods import applicable, by_rule
 from cnnfast.cpu.packing import PACKS
+from cnnfast.cpu.winograd import Winograd
 from cnnfast.norms import Norm
 from cnnfast.reference import run_reference
 from cnnfast.spec import ConvSpec
@@ -323,10 +324,11 @@ def test_large_images_to_nchw(dtype: torch.dtype) -> None:
 def methods(case: Case) -> list[type[onednn.Method]]:
     spec = case.step.spec
     if not spec.transposed:
-        return [onednn.Convolution]
-    found: list[type[onednn.Method]] = [onednn.Deconvolution]
-    found += [m for m in (onednn.Gathered, onednn.Merged) if m.applies(spec)]
-    return found
+        found: list[type[onednn.Method]] = [onednn.Convolution]
+    else:
+        found = [onednn.Deconvolution, *(m for m in (onednn.Gathered, onednn.Merged) if m.applies(spec))]
+    size = [n + 2 * p for n, p in zip(case.size, case.step.pad, strict=True)]
+    return [*found, Winograd] if Winograd.applies(spec, (4, spec.in_channels, *size)) else found
 
 
 @pytest.mark.parametrize(
@@ -335,10 +337,10 @@ def methods(case: Case) -> list[type[onednn.Method]]:
 )
 def test_every_method_that_applies(case: Case, method: type[onednn.Method], monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule that chooses is about speed: any method that applies must be right, for any shape."""
-    monkeypatch.setattr(inference, "_method", lambda *_: method)
+    monkeypatch.setattr(inference, "by_rule", lambda *_: method)
     inference._way.cache_clear()
     try:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16)[: 1 if method is Winograd else 2]:
             o = operands(case, dtype, batch=4)
             compare(case, o, run(case, o))
             assert inference.method_name(case.step, o.x.shape, dtype).split()[0] == method.__name__
@@ -351,7 +353,8 @@ def test_the_rule_of_small_maps() -> None:
     spec = ConvSpec.make(512, 4 * 256, 4, 2, 1)
 
     def rule(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> Any:
-        return inference._method(spec, shape, dtype, isa, onednn.applicable(spec, shape, True))
+        right = [name for name in applicable(spec, shape, dtype, True) if name != "Winograd"]
+        return by_rule(spec, shape, dtype, isa, 1, right)
 
     assert rule(spec, (16, 512, 4, 4), torch.bfloat16, InstructionSet.AMX) is onednn.Gathered
     assert rule(spec, (1, 512, 4, 4), torch.bfloat16, InstructionSet.AMX) is onednn.Deconvolution
@@ -501,12 +504,15 @@ def test_the_rule_of_plain_convolutions(
     case: Case, dtype: torch.dtype, isa: str, nchw: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inference, "instruction_set", lambda: InstructionSet[isa])
-    inference.why_slower_plain.cache_clear()
+    clear = (inference._why_slower_plain.cache_clear, inference._way.cache_clear)
+    for cleared in clear:
+        cleared()
     shape = torch.Size((case.batch, case.step.spec.in_channels, *case.size))
     try:
         found = inference.why_slower_plain(case.step, shape, dtype, norm=case.norm, slopes=case.slopes, nchw=nchw)
     finally:
-        inference.why_slower_plain.cache_clear()
+        for cleared in clear:
+            cleared()
     assert found is None if reason is None else reason in str(found)
 
 

@@ -19,7 +19,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from cnnfast import norms, reference
 from cnnfast.activations import Activation
-from cnnfast.cpu import conv_autograd, inference, methods, training
+from cnnfast.cpu import conv_autograd, inference, methods, onednn, training
 from cnnfast.cpu import norm as cpu_norm
 from cnnfast.cpu.conv_autograd import Ways, ways
 from cnnfast.cpu.isa import InstructionSet
@@ -35,7 +35,7 @@ CL = torch.channels_last
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 BATCH = 8  # enough values for a maximum of errors to say something
-packed = pytest.mark.skipif(methods.why_missing() is not None, reason=str(methods.why_missing()))
+packed = pytest.mark.skipif(onednn.why_missing() is not None, reason=str(onednn.why_missing()))
 
 
 @pytest.fixture(autouse=True, params=[1, 2], ids=["1thread", "2threads"])
@@ -216,8 +216,8 @@ def test_a_result_may_be_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["product", "phases", "merged"])
 def test_repeats_are_bit_identical(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     geometry, size, forward, backward = METHODS[name]
-    if methods.why_missing() is not None and forward == "merged":
-        pytest.skip(str(methods.why_missing()))
+    if onednn.why_missing() is not None and forward == "merged":
+        pytest.skip(str(onednn.why_missing()))
     spec = ConvSpec.make(*geometry)
     force(monkeypatch, Ways(forward, backward, torch.float32))
     tensors = operands(spec, size, torch.float32, True)

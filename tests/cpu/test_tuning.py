@@ -16,8 +16,9 @@ from torch import nn
 import cnnfast
 from cnnfast import store
 from cnnfast.__main__ import main
-from cnnfast.cpu import inference, methods, tuned, tuning
-from cnnfast.cpu.methods import why_missing
+from cnnfast.cpu import inference, methods, onednn, tuned, tuning
+from cnnfast.cpu.isa import instruction_set, products_dtype
+from cnnfast.cpu.onednn import why_missing
 from cnnfast.timing import Timing
 
 pytestmark = pytest.mark.skipif(why_missing() is not None, reason=str(why_missing()))
@@ -103,11 +104,11 @@ def test_every_method_that_applies_is_timed_and_the_fastest_is_used(ran: list[st
     timer = StubbedTimer(Gathered=0.5)
     said: list[str] = []
     first, second = tuning.tune_steps(seen(model, x), timer, tell=said.append)
-    assert timer.asked == [["modules", "Deconvolution", "Merged", "Gathered"], ["modules", "Convolution"]]
+    assert timer.asked == [["modules", "Winograd", "Deconvolution", "Merged", "Gathered"], ["modules", "Convolution"]]
     assert (first.rule, first.best, first.gain, first.kept) == ("Deconvolution", "Gathered", 2.0, True)
     assert (second.rule, second.best, second.gain) == ("modules", "modules", 1.0)
     title = "conv_transpose 64 -> 64, kernel 4x4, float32, input 2x64x8x8"
-    assert said[0] == f"{title}: 500000.0 us by Gathered, 2.00x the rule's (4 methods timed)"
+    assert said[0] == f"{title}: 500000.0 us by Gathered, 2.00x the rule's (5 methods timed)"
     assert len(record_files(cache)) == 2
     for fresh in (False, True):
         if fresh:  # as a new process starts
@@ -212,6 +213,7 @@ def test_every_kind_of_step(name: str, dtype: torch.dtype) -> None:
     modules, count = STEPS[name]
     model = cnnfast.Sequential(*modules()).eval().to(dtype)
     size = {"one-dimension": (6,), "projection": (1, 1)}.get(name, (6, 5))
+    count += products_dtype(dtype, instruction_set()) == torch.float32  # Winograd's
     (result,) = tune(model, torch.randn(2, 16, *size).to(dtype))
     assert not result.refused and len(result.seconds) == count and result.best == result.rule
 
@@ -232,12 +234,12 @@ def test_most_turns_must_say_so(turns: tuple[float, ...], clear: bool) -> None:
 
 
 def test_a_wrong_method_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = methods.Gathered.run
-    monkeypatch.setattr(methods.Gathered, "run", lambda self, *rest: real(self, *rest) * 1.001)
+    real = onednn.Gathered.run
+    monkeypatch.setattr(onednn.Gathered, "run", lambda self, *rest: real(self, *rest) * 1.001)
     timer = StubbedTimer(Gathered=0.1)
     first = tuning.tune_steps(seen(network(), image()), timer, tell=lambda line: None)[0]
     assert "Gathered" not in timer.asked[0] and first.best == "Deconvolution"
-    assert "max error" in first.refused["Gathered"] and str(first).endswith("(3 methods timed, 1 refused)")
+    assert "max error" in first.refused["Gathered"] and str(first).endswith("(4 methods timed, 1 refused)")
 
 
 def test_out_of_time() -> None:
@@ -296,7 +298,7 @@ def test_a_damaged_file_is_ignored_and_replaced(
     assert used(model, ran) == "Gathered"
 
 
-@pytest.mark.parametrize("method", ["Winograd", 3, None])
+@pytest.mark.parametrize("method", ["Strassen", 3, None])
 def test_a_method_that_is_none(method: object, ran: list[str], cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = network()
     tune(model, image(), Gathered=0.5)
@@ -356,5 +358,5 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 def test_the_timer() -> None:
     (first, _) = tuning.tune_steps(seen(network(), image()), tell=lambda line: None)
-    assert set(first.seconds) == {"modules", "Deconvolution", "Merged", "Gathered"}
+    assert set(first.seconds) == {"modules", "Winograd", "Deconvolution", "Merged", "Gathered"}
     assert all(0 < s < 60 for s in first.seconds.values())

@@ -10,7 +10,7 @@ from torch import nn
 
 import cnnfast
 from cnnfast import ConvTranspose2dNormActivation, Sequential
-from cnnfast.cpu import methods
+from cnnfast.cpu import onednn
 from cnnfast.nn.chain import Chain
 from cnnfast.nn.layers import Program
 from cnnfast.nn.modules import read
@@ -137,7 +137,7 @@ RUNS: dict[str, tuple[list[nn.Module], tuple[int, ...], list[tuple[bool, bool]] 
 }
 
 
-@pytest.mark.skipif(methods.why_missing() is not None, reason=str(methods.why_missing()))
+@pytest.mark.skipif(onednn.why_missing() is not None, reason=str(onednn.why_missing()))
 @pytest.mark.parametrize("name", RUNS)
 def test_how_a_chain_of_nchw_runs(name: str) -> None:
     """Conversions are made where they save some, and a step that gains nothing runs as its modules."""
@@ -162,7 +162,7 @@ def test_how_a_chain_of_nchw_runs(name: str) -> None:
             assert [r.channels_last for r in runs] == [True] * (len(chain.steps) - 1) + [False]
 
 
-@pytest.mark.skipif(methods.why_missing() is not None, reason=str(methods.why_missing()))
+@pytest.mark.skipif(onednn.why_missing() is not None, reason=str(onednn.why_missing()))
 @pytest.mark.parametrize(
     ("batch", "dtype", "fused"), [(1, "float32", False), (2, "float32", True), (1, "bfloat16", True)]
 )

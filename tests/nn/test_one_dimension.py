@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.cpu import inference
-from cnnfast.cpu import methods as onednn
+from cnnfast.cpu import inference, onednn
 from cnnfast.memory_format import in_format, to_format
 from cnnfast.nn.accelerate_call import plain_call, record_of
 

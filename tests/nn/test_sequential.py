@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import cnnfast
-from cnnfast.cpu import backend, inference, methods
+from cnnfast.cpu import backend, inference, onednn
 from cnnfast.dispatch import Planned
 from cnnfast.nn import chain
 from cnnfast.step import Operands
@@ -1073,7 +1073,7 @@ def test_a_chain_that_is_too_small_runs_as_its_modules(
         assert not train or "too small" not in model.explain(cl), "the caller asks for channels-last"
 
 
-@pytest.mark.skipif(methods.why_missing() is not None, reason=str(methods.why_missing()))
+@pytest.mark.skipif(onednn.why_missing() is not None, reason=str(onednn.why_missing()))
 @pytest.mark.parametrize(
     ("layers", "size", "small"),
     [

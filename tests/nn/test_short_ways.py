@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.cpu import inference
-from cnnfast.cpu import methods as onednn
+from cnnfast.cpu import inference, onednn
 from cnnfast.cpu.packing import PACKS
 from cnnfast.nn import chain, layers
 

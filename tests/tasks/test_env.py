@@ -12,7 +12,7 @@ import torch
 
 import cnnfast
 from cnnfast import store
-from cnnfast.cpu import methods
+from cnnfast.cpu import onednn
 from cnnfast.gpu import guard
 from cnnfast.tasks import env
 
@@ -129,7 +129,7 @@ def test_triton_on_an_old_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_onednn_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods, "why_missing", lambda: "no oneDNN here")
+    monkeypatch.setattr(onednn, "why_missing", lambda: "no oneDNN here")
     assert backend_off("aten, oneDNN packed") == "no oneDNN here"
     assert backend_off("aten") is None
 
