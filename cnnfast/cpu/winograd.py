@@ -206,17 +206,19 @@ class Winograd:
         return all(o % s == 0 and d == 1 and more < s for o, s, d, more in each)
 
     def gain(self, shape: tuple[int, ...], threads: int) -> float:
-        """What it is expected to be faster by than the same arithmetic at the rate of oneDNN's own operators. What it
-        costs beside products, in multiply-adds: docs/facts.md."""
-        macs, taps = self.spec.macs(shape[0], shape[2:]), len(self.windows[0].taps[0][0])
+        """What it is expected to be faster by than the same arithmetic at the rate of oneDNN's own operators. In
+        multiply-adds at that rate, it costs its products, two transforms of numbers, a number of calls (threads wait
+        for each other in each) and the reading of a larger weight: docs/facts.md, fitted for one thread and two."""
+        t, macs = self.transform, self.spec.macs(shape[0], shape[2:])
+        share = self.parts * t.points / (self.tile * len(self.windows[0].taps[0][0]))
         blocks = shape[0] // self.images * -(-self.rows // (self.tiles * self.tile))
-        products = blocks * len(self.windows) * self.transform.points
         positions = blocks * self.images * self.read
         read = len(self.windows) * positions * self.plane_in * self.channels
         written = positions * self.plane_out * self.phases * self.spec.out_channels
-        weights = math.prod(self.spec.weight_shape) * self.parts * self.transform.points / taps
-        cost = 1.15 * macs * self.parts * self.transform.points / (self.tile * taps)
-        cost += 50 * threads**0.3 * self.transform.points * (read + written) + 5e6 * threads * products + 12 * weights
+        cost = 1.15 * share * macs
+        cost += 46 * threads**0.15 * t.points * (read + written)
+        cost += 3e6 * threads**1.5 * blocks * len(self.windows) * t.points
+        cost += 8 * threads**0.75 * share * self.tile * math.prod(self.spec.weight_shape)
         return macs / cost
 
     # --- the weight ---------------------------------------------------------------------------------------------------
