@@ -50,12 +50,12 @@ def by_rule(
         return Merged
     if "Gathered" in right and gathers(spec, shape, dtype, isa):
         return Gathered
-    if "Winograd" in right and winograd_gain(spec, shape, threads) > _LEAST_GAIN:
+    if "Winograd" in right and winograd_gain(spec, shape, threads) > LEAST_GAIN:
         return Winograd
     return Deconvolution if spec.transposed else Convolution
 
 
-_LEAST_GAIN = 1.05  # of what is computed, not measured: less may be a loss
+LEAST_GAIN = 1.08  # of what is computed, not measured: less may be a loss
 
 
 @lru_cache(maxsize=4096)

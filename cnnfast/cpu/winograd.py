@@ -214,6 +214,7 @@ class Winograd:
         blocks = shape[0] // self.images * -(-self.rows // (self.tiles * self.tile))
         positions = blocks * self.images * self.read
         read = len(self.windows) * positions * self.plane_in * self.channels
+        read *= 1.5 if len(self.windows[0].starts) > 1 else 1  # in shorter runs
         written = positions * self.plane_out * self.phases * self.spec.out_channels
         cost = 1.15 * share * macs
         cost += 46 * threads**0.15 * t.points * (read + written)
