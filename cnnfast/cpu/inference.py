@@ -2,7 +2,7 @@
 
 PyTorch's own convolution repacks the weight on every call and makes a pass over memory for BatchNorm and one for the
 activation. Here the weight is packed once, BatchNorm's scale folded into it and its shift into the bias, and the
-activation runs on the accumulator. The rules that choose the method (`_method`) and the dtype of the products
+activation runs on the accumulator. The rules that choose the method (`by_rule`) and the dtype of the products
 (`products_dtype`) were measured; docs/facts.md says where.
 
 oneDNN's relu and hardtanh turn NaN into a number, torch's do not. Where the weight, the shift or the input (its sum
@@ -30,7 +30,7 @@ from .methods import METHODS, applicable, by_rule, winograd_gain
 from .onednn import Convolution, Deconvolution, Method, PostOp, Projection, layout, passed_over, post_op, why_missing
 from .packing import PACKS, why_not_cacheable
 from .weight import summed_weight
-from .winograd import Winograd
+from .winograd import Filters
 
 __all__ = ["Ready", "method_name", "methods_of", "run", "why_not", "why_slower_plain", "why_slower_transposed"]
 
@@ -130,7 +130,7 @@ def _why_slower_plain(
     before, after = _elements(step, shape)
     elements = before + after
     way = _way(step, shape, dtype, now)
-    if isinstance(way, Way) and isinstance(way.method, Winograd):
+    if isinstance(way, Way) and isinstance(way.method, Filters):
         saved = 1 - 1 / winograd_gain(s, padded, now.threads)
         if not nchw or saved * s.macs(shape[0], padded[2:]) > _CONVERSION * elements:
             return None

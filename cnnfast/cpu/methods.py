@@ -1,4 +1,5 @@
-"""The methods to run a convolution on a CPU: those of `onednn`, and `winograd`. `inference` chooses between them."""
+"""The methods to run a convolution on a CPU: those of `onednn`, `winograd` and `winograd_signal`. `inference` chooses
+between them."""
 
 from __future__ import annotations
 
@@ -11,18 +12,21 @@ from ..spec import ConvSpec
 from .isa import InstructionSet, cache_bytes
 from .onednn import Convolution, Deconvolution, Gathered, Merged, Method, Projection
 from .winograd import Winograd
+from .winograd_signal import WinogradSignal
 
-__all__ = ["METHODS", "applicable", "by_rule", "gathers", "winograd_gain"]
+__all__ = ["METHODS", "applicable", "by_rule", "filters", "gathers", "winograd_gain"]
 
 METHODS: dict[str, type[Method]] = {
-    kind.__name__: kind for kind in (Convolution, Deconvolution, Gathered, Merged, Projection, Winograd)
+    kind.__name__: kind for kind in (Convolution, Deconvolution, Gathered, Merged, Projection, Winograd, WinogradSignal)
 }
 
 
 def applicable(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, matmul: bool) -> list[str]:
     """The names of the methods that are right for an input (N, C_in, *size) whose border is already repeated;
     ``dtype``: of the products; ``matmul``: they may be matrix products."""
-    found = ["Winograd"] if dtype == torch.float32 and Winograd.applies(spec, shape) else []
+    found = []
+    if dtype == torch.float32 and (kind := filters(spec, shape)) and (matmul or kind is Winograd):
+        found.append(kind.__name__)
     if not spec.transposed:
         return ["Convolution", *found]
     # oneDNN has no deconvolution whose output padding reaches the stride.
@@ -39,6 +43,11 @@ def applicable(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, matmu
     return found
 
 
+def filters(spec: ConvSpec, shape: tuple[int, ...]) -> type[Winograd | WinogradSignal] | None:
+    """The one of the two that applies."""
+    return next((kind for kind in (Winograd, WinogradSignal) if kind.applies(spec, shape)), None)
+
+
 def by_rule(
     spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet, threads: int, right: list[str]
 ) -> type[Method]:
@@ -50,8 +59,9 @@ def by_rule(
         return Merged
     if "Gathered" in right and gathers(spec, shape, dtype, isa):
         return Gathered
-    if "Winograd" in right and winograd_gain(spec, shape, threads) > LEAST_GAIN:
-        return Winograd
+    kind = filters(spec, shape)
+    if kind is not None and kind.__name__ in right and winograd_gain(spec, shape, threads) > LEAST_GAIN:
+        return kind
     return Deconvolution if spec.transposed else Convolution
 
 
@@ -60,10 +70,9 @@ LEAST_GAIN = 1.08  # of what is computed, not measured: less may be a loss
 
 @lru_cache(maxsize=4096)
 def winograd_gain(spec: ConvSpec, shape: tuple[int, ...], threads: int) -> float:
-    """What `Winograd` is expected to be faster by than `Convolution` or `Deconvolution`; 1 where it does not apply."""
-    if not Winograd.applies(spec, shape):
-        return 1.0
-    return Winograd(spec, shape, torch.float32).gain(shape, threads)
+    """What `filters` are expected to be faster by than `Convolution` or `Deconvolution`; 1 where there are none."""
+    kind = filters(spec, shape)
+    return 1.0 if kind is None else kind(spec, shape, torch.float32).gain(shape, threads)
 
 
 def gathers(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> bool:

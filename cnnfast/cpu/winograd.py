@@ -1,197 +1,59 @@
-"""Winograd's minimal filtering along one dimension: a method of `methods`, in float32.
+"""Winograd's minimal filtering along the rows of a plane or the planes of a volume: a method of `methods`, in float32.
 
-A tile of m outputs in a row of a convolution with r taps takes m r products, or m + r - 1 by Toom and Cook: ``A^T ((G
-g) (B^T d))``, with matrices of constants. One dimension of a convolution is taken so (rows of a plane, planes of a
-volume, positions of a signal); in the others each of the m + r - 1 products is an ordinary convolution by oneDNN. The
-transforms A and B are sums of whole rows: long runs of memory, by PyTorch's own operators, in blocks that stay in a
-cache. (Two dimensions at once save more products and lose that in transforms; docs/facts.md has both.)
-
-More taps than four are taken three or four at a time, as a convolution along the tiles. A transposed convolution has
-such filters in each of its phases, and phases that read the same rows share a transform; a strided convolution is a sum
-of such filters over every stride-th row.
-
-Points. B, G and A evaluate and interpolate polynomials at pairs +-p, at 0 where a point is left over, and at infinity.
-The error grows with their spread; with the pairs of this file it is about that of oneDNN's own sums.
+The filters of `toom_cook`, along the first dimension; in the others each of their products is an ordinary convolution
+by oneDNN. The transforms A and B are sums of whole rows: long runs of memory, by PyTorch's own operators, in blocks
+that stay in a cache. (Two dimensions at once save more products and lose that in transforms; docs/facts.md has both.)
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import threading
 from collections.abc import Sequence
-from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..spec import ConvSpec
 from .onednn import Convolution, Deconvolution, PostOp, passed_over
+from .toom_cook import Sum, Window, blocks_of, cheapest, windows_of, workspace
 
-__all__ = ["Winograd"]
-
-_PAIRS = {5: (0.4, 1.2), 6: (0.625, 1.5), 7: (0.4, 0.9, 1.8)}  # by the number of points; found by a search
-_BLOCK = 2**22  # bytes of transformed input at a time
+__all__ = ["Filters", "Winograd", "is_signal"]
 
 
-Sum = tuple[tuple[int, float], ...]  # of rows: (row, factor), the first factor 1
+def is_signal(spec: ConvSpec, shape: Sequence[int]) -> bool:
+    """Whether it is of one dimension: a plane of height 1."""
+    return spec.ndim == 2 and shape[2] == 1 and spec.kernel_size[0] == 1
 
 
-class Transform(NamedTuple):
-    """Of ``taps`` and a ``tile`` of outputs. The points are all +p, then all -p, 0 where a point is left, and infinity.
-
-    ``weight``: G (points, taps), float64; ``ones``: what added to the product of each point adds 1 to every output. B:
-    +p takes ``even + ratio * odd``, -p ``even - ratio * odd``, of each pair; infinity, and 0 a row before it, ``end``.
-    ``powers``: A of each pair, (pairs, tile).
-    """
-
-    taps: int
-    tile: int
-    points: int
-    pairs: int
-    zero: bool
-    weight: torch.Tensor
-    ones: torch.Tensor
-    even: tuple[Sum, ...]
-    odd: tuple[Sum, ...]
-    ratio: tuple[float, ...]
-    end: Sum
-    powers: tuple[tuple[float, ...], ...]
-
-
-def _sum(row: torch.Tensor) -> Sum:
-    """A row of B over its leading coefficient."""
-    values = row.tolist()
-    used = [j for j in reversed(range(len(values))) if values[j]]
-    return tuple((j, values[j] / values[used[0]]) for j in used)
-
-
-@cache
-def transform(taps: int, tile: int) -> Transform:
-    """Everything is in float64 until it is a constant."""
-    size = taps + tile - 1
-    pairs = len(_PAIRS[size])
-    zero = size % 2 == 0
-    p = torch.tensor(_PAIRS[size], dtype=torch.float64, device="cpu")
-    points = torch.cat([p, -p, p.new_zeros(int(zero))])
-
-    def evaluation(n: int) -> torch.Tensor:
-        infinity = points.new_tensor([[0.0] * (n - 1) + [1.0]])
-        return torch.cat([points[:, None] ** torch.arange(n, device="cpu"), infinity])
-
-    rows, weight, outputs = torch.linalg.inv(evaluation(size)).T, evaluation(taps), evaluation(tile)
-    rows = rows.where(rows.abs() > 1e-9 * rows.abs().max(), 0.0)
-    plus, minus = rows[:pairs], rows[pairs : 2 * pairs]
-    even, odd = (plus + minus) / 2, (plus - minus) / 2
-    leading = [max(j for j in range(size) if half[0, j]) for half in (even, odd)]
-    first, second = even[:, leading[0]], odd[:, leading[1]]
-    # Each row is divided by its leading coefficient, and the weight multiplied by it.
-    scale = torch.cat([first, first, *([rows[-2, -2:-1]] if zero else []), rows[-1, -1:]])
-    if zero:  # the first output starts from the product at 0; so the second may start from the first pair's
-        outputs[[0, pairs]] /= p[0]
-        scale[[0, pairs]] *= p[0]
-
-    return Transform(
-        taps,
-        tile,
-        size,
-        pairs,
-        zero,
-        weight * scale[:, None],
-        torch.linalg.pinv(outputs.T) @ outputs.new_ones(tile),
-        tuple(map(_sum, even)),
-        tuple(map(_sum, odd)),
-        tuple((second / first).tolist()),
-        _sum(rows[-1]),
-        tuple(map(tuple, outputs[:pairs].tolist())),
-    )
-
-
-def _cheapest(taps: int, *, exact: bool) -> Transform:
-    """The transform with which ``taps`` take the fewest products; parts of them are whole tiles apart. ``exact``: of
-    those that err least."""
-    choice = [(taps, 4)] if taps == 2 or taps in (3, 4) and not exact else []
-    choice += [(3, 3)] if taps > 2 else []
-    choice += [(4, 4)] if taps > 4 and not exact else []
-    return min((transform(*c) for c in choice), key=lambda t: t.points * -(-taps // t.taps) / t.tile)
-
-
-class Window(NamedTuple):
-    """Outputs ``stride * q + residue`` for a run of ``residues`` that read the same rows: for each of ``starts``, rows
-    ``start + q, start + q + step, ...``; ``taps``: for each residue and start, the weight's taps in rising rows."""
-
-    residues: range
-    starts: tuple[int, ...]
-    taps: tuple[tuple[tuple[int, ...], ...], ...]
-
-
-def _windows(spec: ConvSpec, axis: int) -> list[Window]:
-    """Empty where phases differ in their number of taps."""
-    stride, dilation, kernel = spec.stride[axis], spec.dilation[axis], spec.kernel_size[axis]
-    found: list[Window] = []
-    if spec.transposed:
-        for phase in spec.phases[axis]:
-            pairs = phase.pairs()[::-1]
-            starts, taps = tuple(offset for _, offset in pairs[:1]), (tuple(t for t, _ in pairs),)
-            last = found.pop() if found and found[-1].starts == starts else Window(range(phase.residue, 0), starts, ())
-            found.append(Window(range(last.residues.start, phase.residue + 1), starts, (*last.taps, taps)))
-    else:
-        each = tuple(tuple(range(first, kernel, stride)) for first in range(min(stride, kernel)))
-        found.append(Window(range(1), tuple(dilation * t[0] - spec.padding[axis] for t in each), (each,)))
-    sizes = {len(taps) for w in found for of in w.taps for taps in of}
-    return found if len(sizes) == 1 and 0 not in sizes else []
-
-
-def _axis(spec: ConvSpec, shape: Sequence[int]) -> int:
-    """The first dimension; of a signal, which comes as a plane of height 1, the second."""
-    return 1 if spec.ndim == 2 and shape[2] == 1 and spec.kernel_size[0] == 1 else 0
-
-
-class Winograd:
-    """See the head of this file."""
+class Filters:
+    """What is common to the methods that take one dimension, ``axis``, by these filters. Tensors are (N, length, plane,
+    C) for them, ``plane`` what the other dimensions have."""
 
     takes_post = False
 
-    def __init__(self, spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        self.dtype, self.spec, axis = dtype, spec, _axis(spec, shape)
-        self.windows = _windows(spec, axis)
+    def __init__(self, spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, axis: int, *, exact: bool) -> None:
+        self.dtype, self.spec = dtype, spec
+        self.windows = windows_of(spec, axis)
         self.out = spec.output_size(shape[2:])
-        self.signal = axis == 1
-        self.transposed = spec.transposed and not self.signal
-        rest_in, rest_out = shape[3 + axis :], self.out[1 + axis :]  # the tensors are (N, length, plane, C)
-        self.plane_in, self.plane_out = math.prod(rest_in), math.prod(rest_out)
+        self.rest_in, rest_out = shape[3 + axis :], self.out[1 + axis :]
+        self.plane_in, self.plane_out = math.prod(self.rest_in), math.prod(rest_out)
         self.length = shape[2 + axis]
         self.phases, self.step = (spec.stride[axis], 1) if spec.transposed else (1, spec.stride[axis])
         self.rows = self.out[axis] // self.phases
         taps = len(self.windows[0].taps[0][0])
-        # PyTorch's own sums in three dimensions err less than in two, and so do those of five points.
-        self.transform = _cheapest(taps, exact=spec.ndim == 3)
+        self.transform = cheapest(taps, exact=exact)
         self.tile, self.parts = self.transform.tile, -(-taps // self.transform.taps)
         self.channels = spec.in_channels * len(self.windows[0].starts)
-        # Blocks are whole images where these are small, else rows of one; all of one size, the last may overlap.
-        points = self.transform.points
-        tiles, each = -(-self.rows // self.tile), 4 * points * self.plane_in * self.channels
-        fitting = [i for i in range(1, shape[0] + 1) if shape[0] % i == 0 and i * each * tiles <= _BLOCK]
-        self.images = max(fitting, default=1)
-        self.tiles = -(-tiles // -(-tiles * self.images * each // _BLOCK))
+        each = 4 * self.transform.points * self.plane_in * self.channels
+        self.images, self.tiles = blocks_of(shape[0], -(-self.rows // self.tile), each)
         self.read = self.tiles + self.parts - 1
-        self.reach = self.step * (self.tile * (self.read - 1) + points - 1) + 1
-        geometry: list[tuple[int, ...]] = [(1, self.parts), (1, 1), (0, 0), (0, 0), (1, 1)]
-        size: tuple[int, ...] = (1, self.read)  # a signal is a row: as a column it is slower with AVX2
-        if not self.signal:
-            each_of = (spec.kernel_size, spec.stride, spec.padding, spec.output_padding, spec.dilation)
-            geometry = [(a, *of[1:]) for a, of in zip((self.parts, 1, 0, 0, 1), each_of, strict=True)]
-            size = (self.read, *rest_in)
-        self.kernel, self.inner = geometry[0], []
-        for w in self.windows:
-            kind: type[Convolution | Deconvolution] = Deconvolution if self.transposed else Convolution
-            inner = ConvSpec(self.transposed, self.channels, len(w.residues) * spec.out_channels, *geometry)  # type: ignore[arg-type]
-            self.inner.append(kind(inner, (self.images, self.channels, *size), dtype))
+        self.reach = self.step * (self.tile * (self.read - 1) + self.transform.points - 1) + 1
 
     @staticmethod
-    def applies(spec: ConvSpec, shape: tuple[int, ...]) -> bool:
-        axis = _axis(spec, shape)
-        windows = _windows(spec, axis)
+    def fit(spec: ConvSpec, shape: tuple[int, ...], axis: int) -> bool:
+        """Whether there are filters for ``axis``, and errors are within the tolerance rule."""
+        windows = windows_of(spec, axis)
         if spec.groups > 1 or not windows:
             return False
         taps, out = len(windows[0].taps[0][0]), spec.output_size(shape[2:])
@@ -205,50 +67,34 @@ class Winograd:
         each = zip(out, spec.stride, spec.dilation, spec.output_padding, strict=True)
         return all(o % s == 0 and d == 1 and more < s for o, s, d, more in each)
 
-    def gain(self, shape: tuple[int, ...], threads: int) -> float:
-        """What it is expected to be faster by than the same arithmetic at the rate of oneDNN's own operators. In
-        multiply-adds at that rate, it costs its products, two transforms of numbers, a number of calls (threads wait
-        for each other in each) and the reading of a larger weight: docs/facts.md, fitted for one thread and two."""
-        t, macs = self.transform, self.spec.macs(shape[0], shape[2:])
+    def work(self, shape: tuple[int, ...]) -> tuple[float, int, float, float]:
+        """Products that are left of a multiply-add; blocks; numbers that are transformed, on both sides; weights."""
+        t, windows = self.transform, len(self.windows)
         share = self.parts * t.points / (self.tile * len(self.windows[0].taps[0][0]))
         blocks = shape[0] // self.images * -(-self.rows // (self.tiles * self.tile))
-        positions = blocks * self.images * self.read
-        read = len(self.windows) * positions * self.plane_in * self.channels
-        read *= 1.5 if len(self.windows[0].starts) > 1 else 1  # in shorter runs
+        positions = blocks * self.images * self.read * t.points
+        shorter = 1.5 if len(self.windows[0].starts) > 1 else 1.0  # runs of memory
+        read = shorter * windows * positions * self.plane_in * self.channels
         written = positions * self.plane_out * self.phases * self.spec.out_channels
-        cost = 1.15 * share * macs
-        cost += 46 * threads**0.15 * t.points * (read + written)
-        cost += 3e6 * threads**1.5 * blocks * len(self.windows) * t.points
-        cost += 8 * threads**0.75 * share * self.tile * math.prod(self.spec.weight_shape)
-        return macs / cost
+        return share, blocks, read + written, share * self.tile * math.prod(self.spec.weight_shape)
 
-    # --- the weight ---------------------------------------------------------------------------------------------------
-
-    def pack(self, weight: torch.Tensor, shift: torch.Tensor | None) -> Any:
-        """For each window, a pack of `inner` for each point."""
-        t = self.transform
-        if self.spec.transposed:
-            weight = weight.transpose(0, 1)
-        weight = (weight.flatten(2)[..., None] if self.signal else weight).movedim(2, 0)  # (taps, C_out, C_in, *rest)
-        packs: list[list[Any]] = []
-        for w, inner in zip(self.windows, self.inner, strict=True):
-            # (taps of the transform, residues * C_out, starts * C_in, parts, *rest)
-            each = torch.cat([torch.cat([self._parts(weight, taps) for taps in of], 2) for of in w.taps], 1)
-            points = torch.tensordot(t.weight, each.double(), 1).float()
-            if self.transposed:
-                points = points.transpose(1, 2)
-            packs.append([])
-            for one, by in zip(points, t.ones.tolist(), strict=True):
-                raised = None if shift is None else (shift.double() * by).float().repeat(len(w.residues))
-                packs[-1].append(inner.pack(one.reshape(*one.shape[:2], *self.kernel), raised))
-        return packs
+    def filters(self, weight: torch.Tensor, w: Window) -> torch.Tensor:
+        """G g for a window, of a weight (taps, C_out, C_in, *rest): (points, residues * C_out, starts * C_in, parts,
+        *rest), float32."""
+        each = torch.cat([torch.cat([self._parts(weight, taps) for taps in of], 2) for of in w.taps], 1)
+        return torch.tensordot(self.transform.weight, each.double(), 1).float()
 
     def _parts(self, weight: torch.Tensor, taps: tuple[int, ...]) -> torch.Tensor:
         chosen, of = weight[list(taps)], self.transform.taps
         missing = chosen.new_zeros(self.parts * of - len(taps), *chosen.shape[1:])
         return torch.cat([chosen, missing]).unflatten(0, (self.parts, of)).movedim(0, 3)
 
-    # --- a call -------------------------------------------------------------------------------------------------------
+    def shifts(self, shift: torch.Tensor | None, w: Window) -> list[torch.Tensor | None]:
+        """What to add to the products of each point, so that ``shift`` (C_out) is added to the outputs."""
+        ones = self.transform.ones.tolist()
+        if shift is None:
+            return [None] * len(ones)
+        return [(shift.double() * by).float().repeat(len(w.residues)) for by in ones]
 
     def run(self, x: torch.Tensor, packed: Any, post: PostOp, channels_last: bool) -> torch.Tensor | None:
         """See `onednn.Method`. None where the result is not finite: an infinity meets its negative in a transform, and
@@ -259,14 +105,11 @@ class Winograd:
         y = torch.empty(size, dtype=torch.float32, device=x.device)
         count, total = min(self.tiles * self.tile, self.rows), 0.0
         starts = [*range(0, self.rows - count, count), self.rows - count]
-        v = _workspace((3, *self._order(self.images, self.read, self.plane_in, self.channels)))
         for i, first in itertools.product(range(0, n, self.images), starts):
             part = y[i : i + self.images, first : first + count]
             whole = count == self.tiles * self.tile
             into = part if whole else part.new_empty(self.images, self.tiles * self.tile, *size[2:])
-            for w, inner, packs in zip(self.windows, self.inner, packed, strict=True):
-                d = [self._input(x, i, start + self.step * first) for start in w.starts]
-                self._output(self._products(d, v, inner, packs), into, w)
+            self.block(x[i : i + self.images], first, packed, into)
             if not whole:
                 part.copy_(into[:, :count])
             total += part.sum().item()
@@ -274,25 +117,76 @@ class Winograd:
             return None
         return y.view(n, *self.out, size[-1]).movedim(-1, 1)
 
-    def _input(self, x: torch.Tensor, image: int, low: int) -> list[torch.Tensor]:
-        """The rows d: for each row of a tile, (images, tiles, plane, C). ``low``: the first."""
-        rows = x[image : image + self.images]
-        if low < 0 or low + self.reach > self.length:
-            padded = rows.new_empty(self.images, self.reach, *rows.shape[2:])
-            a, b = (min(max(at, 0), self.length) for at in (low, low + self.reach))
-            a, b = (a - low, b - low) if a < b else (0, 0)
-            padded[:, :a], padded[:, b:] = 0, 0
-            padded[:, a:b] = rows[:, low + a : low + b] if a < b else 0
-            rows, low = padded, 0
-        image_stride, row_stride, *strides = rows.stride()
-        size = self._order(self.images, self.read, *rows.shape[2:])
-        each = self._order(image_stride, self.tile * self.step * row_stride, *strides)
-        first, row_stride = rows.storage_offset() + low * row_stride, self.step * row_stride
-        return [rows.as_strided(size, each, first + j * row_stride) for j in range(self.transform.points)]
+    def block(self, x: torch.Tensor, first: int, packed: Any, y: torch.Tensor) -> None:
+        """The outputs from ``first`` on, of each residue, into y (N, tiles * tile, residues, plane, C_out)."""
+        raise NotImplementedError
 
-    def _order(self, image: int, row: int, plane: int, *rest: int) -> tuple[int, ...]:
-        """Sizes or strides of (N, rows, plane, ...) in the order of `inner`'s tensors."""
-        return (image, plane, row, *rest) if self.signal else (image, row, plane, *rest)
+    def around(self, x: torch.Tensor, low: int) -> tuple[torch.Tensor, int]:
+        """x, and where in it ``low`` is; a copy with zeros around it where ``reach`` of its rows are not all there."""
+        if low >= 0 and low + self.reach <= self.length:
+            return x, low
+        padded = x.new_empty(x.shape[0], self.reach, *x.shape[2:])
+        a, b = (min(max(at, 0), self.length) for at in (low, low + self.reach))
+        a, b = (a - low, b - low) if a < b else (0, 0)
+        padded[:, :a], padded[:, b:] = 0, 0
+        padded[:, a:b] = x[:, low + a : low + b] if a < b else 0
+        return padded, 0
+
+
+class Winograd(Filters):
+    """See the head of this file."""
+
+    def __init__(self, spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        # PyTorch's own sums in three dimensions err less than in two, and so do those of five points.
+        super().__init__(spec, shape, dtype, 0, exact=spec.ndim == 3)
+        each_of = (spec.kernel_size, spec.stride, spec.padding, spec.output_padding, spec.dilation)
+        geometry = [(a, *of[1:]) for a, of in zip((self.parts, 1, 0, 0, 1), each_of, strict=True)]
+        kind: type[Convolution | Deconvolution] = Deconvolution if spec.transposed else Convolution
+        size = (self.images, self.channels, self.read, *self.rest_in)
+        self.inner: list[Convolution | Deconvolution] = []
+        for w in self.windows:
+            inner = ConvSpec(spec.transposed, self.channels, len(w.residues) * spec.out_channels, *geometry)  # type: ignore[arg-type]
+            self.inner.append(kind(inner, size, dtype))
+
+    @staticmethod
+    def applies(spec: ConvSpec, shape: tuple[int, ...]) -> bool:
+        return not is_signal(spec, shape) and Filters.fit(spec, shape, 0)
+
+    def gain(self, shape: tuple[int, ...], threads: int) -> float:
+        """What it is expected to be faster by than the same arithmetic at the rate of oneDNN's own operators. In
+        multiply-adds at that rate, it costs its products, two transforms, a number of calls (threads wait for each
+        other in each) and the reading of a larger weight: docs/facts.md, fitted for one thread and two."""
+        macs, (share, blocks, numbers, weights) = self.spec.macs(shape[0], shape[2:]), self.work(shape)
+        calls = blocks * len(self.windows) * self.transform.points
+        cost = 1.15 * share * macs + 46 * threads**0.15 * numbers + 3e6 * threads**1.5 * calls
+        return macs / (cost + 8 * threads**0.75 * weights)
+
+    def pack(self, weight: torch.Tensor, shift: torch.Tensor | None) -> Any:
+        """For each window, a pack of ``inner`` for each point."""
+        transposed = self.spec.transposed
+        weight = (weight.transpose(0, 1) if transposed else weight).movedim(2, 0)
+        packs = []
+        for w, inner in zip(self.windows, self.inner, strict=True):
+            points = self.filters(weight, w)
+            points = points.transpose(1, 2) if transposed else points
+            packs.append(
+                [inner.pack(one.contiguous(), by) for one, by in zip(points, self.shifts(shift, w), strict=True)]
+            )
+        return packs
+
+    def block(self, x: torch.Tensor, first: int, packed: Any, y: torch.Tensor) -> None:
+        v = workspace((3, self.images, self.read, self.plane_in, self.channels))
+        for w, inner, packs in zip(self.windows, self.inner, packed, strict=True):
+            d = [self._input(x, start + self.step * first) for start in w.starts]
+            self._output(self._products(d, v, inner, packs), y, w)
+
+    def _input(self, x: torch.Tensor, low: int) -> list[torch.Tensor]:
+        """The rows d: for each row of a tile, (N, tiles, plane, C). ``low``: the first."""
+        x, low = self.around(x, low)
+        image, row, *strides = x.stride()
+        size, each = (self.images, self.read, *x.shape[2:]), [image, self.tile * self.step * row, *strides]
+        first = x.storage_offset() + low * row
+        return [x.as_strided(size, each, first + j * self.step * row) for j in range(self.transform.points)]
 
     def _products(
         self, d: list[list[torch.Tensor]], v: torch.Tensor, inner: Convolution | Deconvolution, packs: list[Any]
@@ -323,9 +217,9 @@ class Winograd:
     def _output(self, m: list[torch.Tensor], y: torch.Tensor, w: Window) -> None:
         """A^T m, m (N, residues * C_out, tiles, *rest) of each point, into y (N, rows, residues, plane, C_out)."""
         t, (n, rows, _, plane, c), several = self.transform, y.shape, len(w.residues)
-        size = self._order(n, rows // t.tile, plane, several, c)
+        size = (n, rows // t.tile, plane, several, c)
         m = [one.movedim(1, -1).reshape(size) for one in m]
-        strides = self._order(y.stride(0), t.tile * y.stride(1), c, y.stride(2), 1)
+        strides = (y.stride(0), t.tile * y.stride(1), c, y.stride(2), 1)
         start = y.storage_offset() + w.residues.start * y.stride(2)
         out = [y.as_strided(size, strides, start + j * y.stride(1)) for j in range(t.tile)]
         sums = [plus + minus for plus, minus in zip(m, m[t.pairs :], strict=False)][: t.pairs]
@@ -347,17 +241,3 @@ def _add(rows: list[torch.Tensor], terms: Sum, out: torch.Tensor, back: int = 0)
     torch.add(rows[a - back], rows[b - back], alpha=factor, out=out)
     for j, factor in more:
         out.add_(rows[j - back], alpha=factor)
-
-
-_local = threading.local()
-
-
-def _workspace(shape: tuple[int, ...]) -> torch.Tensor:
-    """Memory that the thread keeps: fresh pages cost as much as a transform."""
-    kept: torch.Tensor | None = getattr(_local, "kept", None)
-    size = math.prod(shape)
-    if kept is None or kept.numel() < size:
-        with torch.inference_mode(False):
-            kept = torch.empty(size, dtype=torch.float32, device="cpu")
-        _local.kept = kept
-    return kept[:size].view(shape)

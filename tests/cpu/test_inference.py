@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from cnnfast.activations import ACTIVATIONS, Activation
-from cnnfast.cpu import inference, onednn
+from cnnfast.cpu import inference, methods, onednn
 from cnnfast.cpu.isa import InstructionSet, instruction_set
-from cnnfast.cpu.methods import applicable, by_rule
+from cnnfast.cpu.methods import applicable, by_rule, filters
 from cnnfast.cpu.packing import PACKS
-from cnnfast.cpu.winograd import Winograd
+from cnnfast.cpu.winograd import Filters
 from cnnfast.norms import Norm
 from cnnfast.reference import run_reference
 from cnnfast.spec import ConvSpec
@@ -321,26 +321,27 @@ def test_large_images_to_nchw(dtype: torch.dtype) -> None:
 # --- each method by itself, wherever it applies -----------------------------------------------------------------------
 
 
-def methods(case: Case) -> list[type[onednn.Method]]:
+def methods_for(case: Case) -> list[type[onednn.Method]]:
     spec = case.step.spec
     if not spec.transposed:
         found: list[type[onednn.Method]] = [onednn.Convolution]
     else:
         found = [onednn.Deconvolution, *(m for m in (onednn.Gathered, onednn.Merged) if m.applies(spec))]
     size = [n + 2 * p for n, p in zip(case.size, case.step.pad, strict=True)]
-    return [*found, Winograd] if Winograd.applies(spec, (4, spec.in_channels, *size)) else found
+    filtered = filters(spec, (4, spec.in_channels, *size))
+    return found if filtered is None else [*found, filtered]
 
 
 @pytest.mark.parametrize(
     ("case", "method"),
-    [pytest.param(c, m, id=f"{c.id}-{m.__name__}") for c in GEOMETRY if c.size != (1, 1) for m in methods(c)],
+    [pytest.param(c, m, id=f"{c.id}-{m.__name__}") for c in GEOMETRY if c.size != (1, 1) for m in methods_for(c)],
 )
 def test_every_method_that_applies(case: Case, method: type[onednn.Method], monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule that chooses is about speed: any method that applies must be right, for any shape."""
     monkeypatch.setattr(inference, "by_rule", lambda *_: method)
     inference._way.cache_clear()
     try:
-        for dtype in (torch.float32, torch.bfloat16)[: 1 if method is Winograd else 2]:
+        for dtype in (torch.float32, torch.bfloat16)[: 1 if issubclass(method, Filters) else 2]:
             o = operands(case, dtype, batch=4)
             compare(case, o, run(case, o))
             assert inference.method_name(case.step, o.x.shape, dtype).split()[0] == method.__name__
@@ -353,7 +354,7 @@ def test_the_rule_of_small_maps() -> None:
     spec = ConvSpec.make(512, 4 * 256, 4, 2, 1)
 
     def rule(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> Any:
-        right = [name for name in applicable(spec, shape, dtype, True) if name != "Winograd"]
+        right = [name for name in applicable(spec, shape, dtype, True) if not name.startswith("Winograd")]
         return by_rule(spec, shape, dtype, isa, 1, right)
 
     assert rule(spec, (16, 512, 4, 4), torch.bfloat16, InstructionSet.AMX) is onednn.Gathered
@@ -504,6 +505,7 @@ def test_the_rule_of_plain_convolutions(
     case: Case, dtype: torch.dtype, isa: str, nchw: bool, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inference, "instruction_set", lambda: InstructionSet[isa])
+    monkeypatch.setattr(methods, "winograd_gain", lambda *_: 1.0)  # a rule of its own: test_winograd
     clear = (inference._why_slower_plain.cache_clear, inference._way.cache_clear)
     for cleared in clear:
         cleared()
@@ -516,7 +518,10 @@ def test_the_rule_of_plain_convolutions(
     assert found is None if reason is None else reason in str(found)
 
 
-def test_why_not_asks_the_rule_of_plain_convolutions() -> None:
+def test_why_not_asks_the_rule_of_plain_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "winograd_gain", lambda *_: 1.0)
+    inference._way.cache_clear()
+    inference._why_slower_plain.cache_clear()
     case = plain("facts", 64, 64, 3, 1, 1, size=(128, 128), activation="prelu")
     step, o = case.step, operands(replace(case, slopes=1), torch.float32)
     assert inference.why_not(step, o) is None

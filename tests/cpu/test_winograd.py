@@ -13,9 +13,9 @@ from torch import nn
 
 import cnnfast
 from cnnfast.activations import Activation
-from cnnfast.cpu import inference, onednn, winograd
-from cnnfast.cpu.methods import LEAST_GAIN, winograd_gain
-from cnnfast.cpu.winograd import Winograd
+from cnnfast.cpu import inference, onednn, toom_cook
+from cnnfast.cpu.methods import LEAST_GAIN, applicable, filters, winograd_gain
+from cnnfast.cpu.winograd import Filters, Winograd
 from cnnfast.memory_format import to_format
 from cnnfast.spec import ConvSpec
 from cnnfast.step import Operands, Step
@@ -97,7 +97,9 @@ def operands(spec: ConvSpec, size: tuple[int, ...], batch: int, mean: float = 0.
 
 
 def by_winograd(spec: ConvSpec, o: Operands) -> torch.Tensor | None:
-    method = Winograd(spec, tuple(o.x.shape), torch.float32)
+    kind = filters(spec, tuple(o.x.shape))
+    assert kind is not None
+    method = kind(spec, tuple(o.x.shape), torch.float32)
     return method.run(o.x, method.pack(o.weight.detach(), o.bias), onednn.PostOp(), True)
 
 
@@ -105,10 +107,9 @@ def by_winograd(spec: ConvSpec, o: Operands) -> torch.Tensor | None:
 @pytest.mark.parametrize("name", GEOMETRY)
 @pytest.mark.parametrize("block", [2**22, 2**14], ids=["one-block", "blocks"])
 def test_every_geometry(name: str, block: int, mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "_BLOCK", block)
+    monkeypatch.setattr(toom_cook, "_BLOCK", block)
     spec, size = GEOMETRY[name]
     for batch in (2, 3):
-        assert Winograd.applies(spec, (batch, spec.in_channels, *size))
         o = operands(spec, size, batch, mean)
         y = by_winograd(spec, o)
         assert y is not None and tuple(y.shape) == (batch, spec.out_channels, *spec.output_size(size))
@@ -126,12 +127,12 @@ def test_blocks_are_cut() -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_it_does_not_take(name: str) -> None:
     spec, size = OTHERS[name]
-    assert not Winograd.applies(spec, (2, spec.in_channels, *size))
+    assert filters(spec, (2, spec.in_channels, *size)) is None
 
 
 def test_what_pytorch_takes_as_a_matrix_product_it_does_not_take() -> None:
     spec, size = GEOMETRY["k3"]
-    assert not Winograd.applies(spec, (1, spec.in_channels, *size))
+    assert filters(spec, (1, spec.in_channels, *size)) is None
 
 
 # --- values that are not finite ---------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def cnnfast_conv(step: Step, o: Operands) -> torch.Tensor:
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever it takes, it runs."""
-    monkeypatch.setattr(inference, "by_rule", lambda *_: Winograd)
+    monkeypatch.setattr(inference, "by_rule", lambda spec, shape, *_: filters(spec, shape))
     monkeypatch.setattr(inference, "winograd_gain", lambda *_: 4.0)
     inference._way.cache_clear()
     inference._why_slower_plain.cache_clear()
@@ -201,8 +202,8 @@ def test_steps(name: str, forced: None, monkeypatch: pytest.MonkeyPatch) -> None
             module.running_var.uniform_(0.5, 2)
     x = torch.randn(shape)
     x = to_format(x, True) if x.dim() > 3 else x
-    ran, real = [], Winograd.run
-    monkeypatch.setattr(Winograd, "run", lambda self, *rest: ran.append(self) or real(self, *rest))
+    ran, real = [], Filters.run
+    monkeypatch.setattr(Filters, "run", lambda self, *rest: ran.append(self) or real(self, *rest))
     for _ in range(2):
         for _ in range(3):
             y = model(x)
@@ -251,7 +252,7 @@ def test_memory_is_the_threads_own() -> None:
         pytest.param(transposed(64, 32, 4, 2, 1), (1, 64, 64, 64), False, False, id="up_narrow"),
         pytest.param(plain(32, 32, 3, 1, 1, ndim=3), (1, 32, 64, 64, 64), True, True, id="volume"),
         pytest.param(plain(16, 16, 3, 1, 1, ndim=3), (1, 16, 64, 64, 64), False, False, id="volume_narrow"),
-        pytest.param(plain(256, 256, (1, 11), 1, (0, 5)), (1, 256, 1, 200), True, False, id="signal"),
+        pytest.param(plain(256, 256, (1, 11), 1, (0, 5)), (1, 256, 1, 200), True, True, id="signal"),
         pytest.param(plain(32, 32, (1, 11), 1, (0, 5)), (1, 32, 1, 12800), False, False, id="signal_narrow"),
     ],
 )
@@ -277,3 +278,18 @@ def test_only_float32() -> None:
         if inference.products_dtype(dtype, inference.instruction_set()) == dtype:
             found = inference.method_name(Step(plain(256, 256, 3, 1, 1)), (1, 256, 64, 64), dtype)
             assert found.split()[0] == name
+
+
+@pytest.mark.parametrize("name", ["one_k7", "one_t16s8", "k3"])
+def test_products_keep_their_precision(name: str) -> None:
+    """Autocast lowers matrix products; PyTorch's switches do, and then those of signals are not taken."""
+    spec, size = GEOMETRY[name]
+    o = operands(spec, size, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = by_winograd(spec, o)
+    assert y is not None
+    assert_close(y, *expected(Step(spec), o, False)[:2], name)
+    shape = tuple(o.x.shape)
+    assert [n for n in applicable(spec, shape, torch.float32, False) if n.startswith("Winograd")] == (
+        ["Winograd"] if name == "k3" else []
+    )
