@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU_TESTS = (
     "tests/cpu/test_inference.py",
     "tests/cpu/test_training.py",
+    "tests/cpu/test_winograd.py",
     "tests/generators/test_dcgan.py",
     "tests/nn/test_drop_in.py",
     "tests/nn/test_sequential.py",
