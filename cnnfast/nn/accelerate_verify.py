@@ -35,8 +35,8 @@ def verify(model: nn.Module, example_inputs: Any) -> None:
         if reason is not None:
             trial.record.notes.append(f"not verified{' with gradients' if gradients else ''}: {reason}")
             continue
-        for site in trial.culprits(trial.sites()):
-            site.off = site.verified = f"differs from PyTorch's: {trial.wrong([site])}"
+        for site, problem in trial.culprits(trial.sites()):
+            site.off = site.verified = f"differs from PyTorch's: {problem}"
             warnings.warn(
                 f"cnnfast: {', '.join(site.paths) or type(model).__name__}: fused, it {site.off}; PyTorch's operators "
                 "run instead",
@@ -145,15 +145,17 @@ class _Trial:
                 s.off = None
         return None
 
-    def culprits(self, sites: Sequence[Site]) -> list[Site]:
-        """Those of the sites that make a difference, by bisection."""
-        if not sites or self.wrong(sites) is None:
+    def culprits(self, sites: Sequence[Site]) -> list[tuple[Site, str]]:
+        """Those of the sites that make a difference, by bisection, and which."""
+        problem = self.wrong(sites) if sites else None
+        if problem is None:
             return []
         if len(sites) == 1:
-            return list(sites)
+            return [(sites[0], problem)]
         half = len(sites) // 2
         # What differs only together is switched off together.
-        return [*self.culprits(sites[:half]), *self.culprits(sites[half:])] or list(sites)
+        together = [(site, f"{problem} (by {len(sites)} sites together)") for site in sites]
+        return [*self.culprits(sites[:half]), *self.culprits(sites[half:])] or together
 
 
 def _near(t: Tensor, exact: Tensor) -> bool:

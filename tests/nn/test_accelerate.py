@@ -21,6 +21,7 @@ import cnnfast
 from cnnfast.cpu.packing import PACKS
 from cnnfast.messages import CnnfastWarning, UsageError
 from cnnfast.nn.accelerate_call import record_of
+from cnnfast.nn.accelerate_verify import _Trial
 from cnnfast.nn.rewrite import rewritten
 from cnnfast.nn.rewrite_site import Call
 from cnnfast.tolerance import model_verdict
@@ -911,6 +912,15 @@ def test_a_wrong_step_is_found_and_switched_off(monkeypatch: pytest.MonkeyPatch)
     assert [row.path for row in off] == ["encoder.0", "decoder.0"] and "differs" in off[0].verified
     assert sum(row.verified == "yes" for row in found.rows) == found.convolutions - 2 == 2
     same(ours, plain, images())
+
+
+def test_what_differs_only_together_says_so() -> None:
+    trial: Any = object.__new__(_Trial)
+    trial.wrong = lambda on: f"much of {len(on)}" if len(on) > 2 else None
+    each = [(site, "much of 4 (by 4 sites together)") for site in "abcd"]
+    assert trial.culprits("abcd") == each
+    trial.wrong = lambda on: "much" if "c" in on else None
+    assert trial.culprits("abcd") == [("c", "much")]
 
 
 def test_a_slower_model_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
