@@ -382,4 +382,5 @@ def _run(
         o = o._replace(residual=None)
     if not fused:
         y = _finish(y, step.activation, o)
-    return convert(y, o.x.dtype, channels_last)
+    y = convert(y, o.x.dtype, channels_last)
+    return y.detach() if y._is_view() else y  # autograd lets nobody write to a view that was made without gradients

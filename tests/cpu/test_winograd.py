@@ -14,7 +14,7 @@ from torch import nn
 import cnnfast
 from cnnfast.activations import Activation
 from cnnfast.cpu import inference, onednn, toom_cook
-from cnnfast.cpu.methods import LEAST_GAIN, applicable, filters, winograd_gain
+from cnnfast.cpu.methods import LEAST_GAIN, METHODS, applicable, filters, winograd_gain
 from cnnfast.cpu.winograd import Filters, Winograd
 from cnnfast.memory_format import to_format
 from cnnfast.spec import ConvSpec
@@ -292,3 +292,28 @@ def test_products_keep_their_precision(name: str) -> None:
     assert [n for n in applicable(spec, shape, torch.float32, False) if n.startswith("Winograd")] == (
         ["Winograd"] if name == "k3" else []
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec", "size"),
+    [
+        ("Winograd", plain(24, 20, 3, 1, 1), (12, 9)),
+        ("WinogradSignal", plain(64, 64, (1, 7), 1, (0, 3)), (1, 300)),
+        ("Gathered", transposed(64, 64, 4, 2, 1), (8, 8)),
+        ("Merged", transposed(64, 3, 4, 2, 1), (16, 16)),
+    ],
+)
+def test_results_can_be_written_to_with_gradients(
+    kind: str, spec: ConvSpec, size: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PyTorch's can: they are no views of something else."""
+    monkeypatch.setattr(inference, "by_rule", lambda *_: METHODS[kind])
+    inference._way.cache_clear()
+    try:
+        step, o = Step(spec), operands(spec, size, 2)
+        y = [inference.run(step, o, True) for _ in range(2)][1]
+        assert y is not None and inference.method_name(step, tuple(o.x.shape), torch.float32).split()[0] == kind
+    finally:
+        inference._way.cache_clear()
+    with torch.enable_grad():
+        assert y.add_(nn.Parameter(torch.ones(()))).grad_fn is not None
