@@ -39,8 +39,7 @@ __all__ = ["Ready", "method_name", "methods_of", "run", "why_not", "why_slower_p
 
 
 def methods_of(step: Step, shape: tuple[int, ...], dtype: torch.dtype, now: Process) -> list[str]:
-    """The names of the methods that are right for an x of this shape and dtype; ``now``: what `process`
-    says."""
+    """The names of the methods that are right for an x of this shape and dtype; ``now``: what `process` says."""
     compute = products_dtype(dtype, instruction_set())
     return applicable(step.spec, _padded(step, shape), compute, not now.lowered or compute != torch.float32)
 

@@ -124,7 +124,6 @@ class Window(NamedTuple):
 
 def windows_of(spec: ConvSpec, axis: int) -> list[Window]:
     """Empty where phases differ in their number of taps."""
-    stride, dilation, kernel = spec.stride[axis], spec.dilation[axis], spec.kernel_size[axis]
     found: list[Window] = []
     if spec.transposed:
         for phase in spec.phases[axis]:
@@ -133,8 +132,10 @@ def windows_of(spec: ConvSpec, axis: int) -> list[Window]:
             last = found.pop() if found and found[-1].starts == starts else Window(range(phase.residue, 0), starts, ())
             found.append(Window(range(last.residues.start, phase.residue + 1), starts, (*last.taps, taps)))
     else:
-        each = tuple(tuple(range(first, kernel, stride)) for first in range(min(stride, kernel)))
-        found.append(Window(range(1), tuple(dilation * t[0] - spec.padding[axis] for t in each), (each,)))
+        pairs, stride = spec.phases[axis][0].pairs(), spec.stride[axis]
+        each = [pairs[first::stride] for first in range(min(stride, len(pairs)))]
+        chosen = tuple(tuple(t for t, _ in of) for of in each)
+        found.append(Window(range(1), tuple(of[0][1] for of in each), (chosen,)))
     sizes = {len(taps) for w in found for of in w.taps for taps in of}
     return found if len(sizes) == 1 and 0 not in sizes else []
 
