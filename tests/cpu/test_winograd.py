@@ -167,11 +167,15 @@ def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever it takes, it runs."""
     monkeypatch.setattr(inference, "by_rule", lambda spec, shape, *_: filters(spec, shape))
     monkeypatch.setattr(inference, "winograd_gain", lambda *_: 4.0)
-    inference._way.cache_clear()
-    inference._why_slower_plain.cache_clear()
+    forget()
     yield
-    inference._way.cache_clear()
-    inference._why_slower_plain.cache_clear()
+    forget()
+
+
+def forget() -> None:
+    """What was chosen, and the keys of packs, which name the method."""
+    for cached in (inference._way, inference._key, inference._why_slower_plain):
+        cached.cache_clear()
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -308,12 +312,12 @@ def test_results_can_be_written_to_with_gradients(
 ) -> None:
     """As PyTorch's can: they are no views of something else."""
     monkeypatch.setattr(inference, "by_rule", lambda *_: METHODS[kind])
-    inference._way.cache_clear()
+    forget()
     try:
         step, o = Step(spec), operands(spec, size, 2)
         y = [inference.run(step, o, True) for _ in range(2)][1]
         assert y is not None and inference.method_name(step, tuple(o.x.shape), torch.float32).split()[0] == kind
     finally:
-        inference._way.cache_clear()
+        forget()
     with torch.enable_grad():
         assert y.add_(nn.Parameter(torch.ones(()))).grad_fn is not None
