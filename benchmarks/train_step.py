@@ -30,8 +30,9 @@ NOTES = (
     "None. In generators the input needs no gradient, in blocks (the middle of a network) it does. bfloat16 is "
     "autocast: float32 parameters and gradients.",
     "Every implementation has the same weights and input. It is timed if no gradient, nor the result, is off from "
-    "float64's by more than four times what eager NCHW's is, or a forward's tolerance if that is more (2-norm of the "
-    "difference over that of float64's, the worst of all tensors). Times are medians of interleaved repeats.",
+    "float64's by more than four times what eager NCHW's is, as it is or with parameters off by some roundings "
+    "(gradients jump at the kinks of activations), or a forward's tolerance if that is more (2-norm of the difference "
+    "over that of float64's, the worst of all tensors). Times are medians of interleaved repeats.",
     RATIOS,
 )
 

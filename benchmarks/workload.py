@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cnnfast.memory_format import format_of
+from cnnfast.nn.accelerate_verify import moved
 
 from .case import Case
 
@@ -176,7 +177,8 @@ class TrainingWorkload(Workload):
 
     In a generator the input needs no gradient, in a block (the middle of a network) it does. The error of a step is the
     worst of its tensors', each the 2-norm of the difference over that of float64's; four times that of PyTorch's own
-    modules in NCHW is allowed, or a forward's tolerance if that is more.
+    modules in NCHW is allowed, or a forward's tolerance if that is more. A gradient jumps at the kinks of activations,
+    so that the same modules with parameters off by some roundings are a measure, too.
     """
 
     slack = 4
@@ -185,6 +187,12 @@ class TrainingWorkload(Workload):
     @property
     def dtype_name(self) -> str:
         return super().dtype_name + ("" if self.dtype == torch.float32 else " autocast")
+
+    @cached_property
+    def tolerance(self) -> float:
+        """See the class."""
+        kinks = self._error(self.call(moved(self.modules(), 2**-20), False)())
+        return max(Workload.tolerance.func(self), self.slack * kinks)  # type: ignore[attr-defined]
 
     @property
     def macs(self) -> int:

@@ -45,14 +45,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session", autouse=True)
 def small_chains() -> Iterator[None]:
-    """Maps of tests are small and stand for larger ones: chains run fused whatever their size. (Tests of that rule set
-    `backend.SMALL` again.)"""
+    """Maps of tests are small and stand for larger ones, and layers for generators: chains run fused whatever their
+    size. (Tests of those rules set `backend.SMALL` and `backend._saves_conversions` again.)"""
     from cnnfast.cpu import backend
+
+    saves = backend._saves_conversions
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "SMALL", 0)
         patch.setattr(backend, "SMALL_IN_TRAINING", 0)
         patch.setattr(backend, "LEAST_SAVED", 0)
+        patch.setattr(backend, "_saves_conversions", lambda steps, elements, gradient: saves(steps, elements, False))
         yield
 
 

@@ -13,7 +13,7 @@ from ..memory_format import convert, has_both
 from ..step import Operands, Step
 from . import inference, norm_inference, tuned
 from .training import run as by_layers
-from .training import why_slower_3d
+from .training import stays_contiguous, why_slower_3d
 
 __all__ = ["arrange", "run", "why_not"]
 
@@ -50,7 +50,10 @@ def arrange(
     if steps[0].ndim == 1 and not (gradient or _gain_in_1d(steps, shapes, eager)):
         return "in one dimension, PyTorch's own convolutions of one sample are as fast on a CPU"
     inside, as_eager = channels_last_inside(eager).channels_last, tuple(eager[1:])
-    if not (three or any(eager)) and not _saves_conversions(steps, [shape.numel() for shape in shapes], gradient):
+    elements = [shape.numel() for shape in shapes]
+    contiguous = gradient and not any(eager) and any(map(_stays_contiguous, steps, shapes))
+    saves = not contiguous and (three or any(eager) or _saves_conversions(steps, elements, gradient))
+    if not saves:
         inside = as_eager
     # Whoever runs the chain converts the input where the first result is channels-last.
     reads = [inside[0] or eager[0], *inside]
@@ -60,10 +63,13 @@ def arrange(
         before, after = reads[i : i + 2]
         if s.step.measured and (before or after) and not eager[i + 1] and s.step.norm.kind != "instance":  # type: ignore[union-attr]
             continue  # ATen's statistics are less exact in channels-last, `norm`'s are not
-        why[i] = _no_gain_in_training(s, before) if gradient else _no_gain(s, shapes[i], before, after, chosen[i])
+        if gradient:
+            why[i] = _no_gain_in_training(s, shapes[i], before, saves)
+        else:
+            why[i] = _no_gain(s, shapes[i], before, after, chosen[i])
     if why[0] is not None and None not in why and (three or inside == as_eager or gradient and steps[0].ndim == 1):
         return why[0]
-    if small := _too_small(steps, shapes, eager, why, chosen, gradient):
+    if not contiguous and (small := _too_small(steps, shapes, eager, why, chosen, gradient)):
         return small
     ready: tuple[Ready | None, ...] = ()
     if not gradient:
@@ -72,7 +78,8 @@ def arrange(
     if steps[0].ndim == 1:  # modules would convert on the way in and out
         why = [None] * len(why)
     # Whatever runs the first step: its result is likely to be larger.
-    return Arrangement(inside, tuple(why), inside[0] or gradient and why[0] is None, ready, chosen)
+    converts = inside[0] or gradient and why[0] is None and not contiguous
+    return Arrangement(inside, tuple(why), converts, ready, chosen)
 
 
 # Elements of the results of a chain (with gradients and transposed convolutions or upsamplings: of a step, on average)
@@ -180,14 +187,24 @@ def _gain_in_1d(steps: Sequence[Planned], shapes: Sequence[torch.Size], eager: S
     return eager[-1] and max(works) >= _LEAST_1D
 
 
-def _no_gain_in_training(s: Planned, channels_last: bool) -> str | None:
-    """Why a step that needs a gradient gains nothing: a plain convolution is ATen's in any case. (An InstanceNorm
-    module would convert to NCHW, a SyncBatchNorm's wants a GPU. And of an input that is ``channels_last``, a module's
-    weight that is contiguous as well would get a gradient in other strides.)"""
+def _stays_contiguous(s: Planned, shape: Sequence[int]) -> bool:
+    """Whether a step gains by contiguous maps: where a weight that is so outweighs them."""
+    plain = s.ndim == 2 and not (s.weight_channels_last or s.synchronised)
+    return plain and stays_contiguous(s.step, shape, s.dtype) is not None
+
+
+def _no_gain_in_training(s: Planned, shape: Sequence[int], before: bool, saves: bool) -> str | None:
+    """Why a step that needs a gradient gains nothing: a plain convolution is ATen's in any case, and so is a transposed
+    one where channels-last inside ``saves`` no conversions, unless its weight outweighs its maps. (An InstanceNorm
+    module would convert to NCHW, a SyncBatchNorm's wants a GPU. And of an input that is channels-last (``before``), a
+    module's weight that is contiguous as well would get a gradient in other strides.)"""
     spec = s.step.spec
-    better = s.synchronised or s.instance_norm and s.ndim == 2
-    both = channels_last and has_both(spec.in_channels // spec.groups, spec.kernel_size)
-    if spec.transposed or s.step.upsample is not None or better or both and not s.weight_channels_last:
+    if s.step.upsample is not None or s.synchronised or s.instance_norm and s.ndim == 2:
+        return None
+    if s.ndim == 2 and not saves:
+        return None if _stays_contiguous(s, shape) else "in training, PyTorch's modules of contiguous maps are as fast"
+    both = before and has_both(spec.in_channels // spec.groups, spec.kernel_size)
+    if spec.transposed or both and not s.weight_channels_last:
         return None
     return "in training, PyTorch's modules of a plain convolution are as fast on a CPU"
 
@@ -211,11 +228,11 @@ def _no_gain(s: Planned, shape: torch.Size, before: bool, after: bool, chosen: s
 
 def _saves_conversions(steps: Sequence[Planned], elements: list[int], gradient: bool) -> bool:
     """Whether channels-last inside is worth the conversions at both ends: oneDNN, called from ATen, brings the input
-    and the result of every convolution into a layout of its own, unless the kernel is 1x1. (Transposed convolutions and
-    upsamplings were measured to gain.)"""
+    and the result of every convolution into a layout of its own, unless the kernel is 1x1. (Upsamplings, and transposed
+    convolutions but those of two dimensions with gradients, were measured to gain.)"""
     saved = 0
     for s, before, after in zip(steps, elements[:-1], elements[1:], strict=True):
-        if s.step.spec.transposed or s.step.upsample is not None:
+        if s.step.upsample is not None or s.step.spec.transposed and not (gradient and s.ndim == 2):
             return True
         if not gradient and s.step.measured and s.step.norm.kind == "instance":  # type: ignore[union-attr]
             continue  # its module returns NCHW

@@ -2,8 +2,9 @@
 
 Those are made for large maps: on maps of 4x4 and on 1x1 inputs they spend their time on the weight, bringing it into
 a layout of their own and back. There the gradients of a transposed convolution are two products with the patches of
-the incoming gradient, which are gathered once; the forward is one product for each phase. `ways` has the rules, which
-were measured (docs/facts.md). One sample of three dimensions, which ATen leaves to loops, runs as two (`halves`).
+the incoming gradient, which are gathered once; the forward is one product for each phase. Contiguous maps that a large
+contiguous weight outweighs stay so (`columns`). `ways` and `contiguous_ways` have the rules, which were measured
+(docs/facts.md). One sample of three dimensions, which ATen leaves to loops, runs as two (`halves`).
 Everything else is ATen's own convolution, channels-last.
 
 The backward under ``create_graph`` is ATen's own, which is differentiable.
@@ -24,21 +25,35 @@ from ..dispatch import is_batched
 from ..gradients import enter, keep_strides, restrided
 from ..memory_format import convert, is_channels_last, new_strides
 from ..spec import DTYPES, ConvSpec
-from . import halves
+from . import columns, halves
 from .isa import InstructionSet, instruction_set, lowered_products, products_dtype
 from .methods import gathers
 from .onednn import Deconvolution, Gathered, Merged, PostOp, why_missing
 
-__all__ = ["Ways", "by_aten", "convolution", "suited", "volume_convolution", "ways"]
+__all__ = [
+    "Ways",
+    "by_aten",
+    "contiguous_convolution",
+    "contiguous_ways",
+    "convolution",
+    "suited",
+    "volume_convolution",
+    "ways",
+]
 
 
 class Ways(NamedTuple):
-    """How one convolution runs. ``forward``: "aten", "product" (1x1 inputs), "phases", "merged" or "halves";
-    ``backward``: "aten", "product", "patches" or "halves"; both with products in ``dtype``."""
+    """How one convolution runs. ``forward``: "aten", "product" (1x1 inputs), "phases", "merged", "halves" or "columns";
+    ``backward``: "aten", "product", "patches", "halves" or "columns"; both with products in ``dtype``."""
 
     forward: str
     backward: str
     dtype: torch.dtype
+
+    @property
+    def contiguous(self) -> bool:
+        """Whether it is of contiguous maps, in two dimensions."""
+        return self.backward == "columns"
 
 
 # Multiply-adds of a forward below which ATen's convolution has the lesser fixed cost: packing for merged phases takes
@@ -85,6 +100,19 @@ def ways(
         forward = "phases"
     patches = matmul and macs >= _LEAST and _takes_patches(spec, shape, compute, isa)
     return Ways(forward, "patches" if patches else "aten", compute)
+
+
+@lru_cache(maxsize=4096)
+def contiguous_ways(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, lowered: bool = False) -> Ways | None:
+    """How to run ``spec`` on a contiguous x of this shape (N, C_in, H, W) and dtype, with a contiguous weight, better
+    than ATen does; None: it does not get better. ``lowered``: as of `ways`."""
+    if dtype not in DTYPES or not all(shape):
+        return None
+    compute = products_dtype(dtype, instruction_set())
+    forward, backward = columns.faster(spec, shape, compute)
+    if not backward or lowered and compute == torch.float32:
+        return None
+    return Ways("columns" if forward else "aten", "columns", compute)
 
 
 def _is_product(spec: ConvSpec, shape: tuple[int, ...]) -> bool:
@@ -140,6 +168,12 @@ def volume_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: Con
     return _Convolution.apply(convert(x, x.dtype, is_channels_last(x)), weight, bias, spec, how)
 
 
+def contiguous_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec, how: Ways) -> Tensor:
+    """x (N, C_in, H, W) -> (N, C_out, OH, OW), contiguous, as `contiguous_ways` says; x, weight and bias of one dtype,
+    the weight contiguous."""
+    return _Convolution.apply(convert(x, x.dtype, False), keep_strides(weight, False), bias, spec, how)
+
+
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -152,8 +186,9 @@ class _Convolution(torch.autograd.Function):
         dtype = how.dtype
         b = None if bias is None else bias.to(dtype)
         y = _FORWARD[how.forward](x.to(dtype), weight.to(dtype), b, spec)
+        last = _is_last(x, how)
         # No view in autograd's eyes: what follows may overwrite it.
-        return _plain(convert(y, x.dtype, _is_last(x)), _is_last(x)).data
+        return _plain(convert(y, x.dtype, last), last).data
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -164,7 +199,7 @@ class _Convolution(torch.autograd.Function):
         if torch.is_grad_enabled() or is_batched(grad) or not any(need):
             return *_by_aten(grad, x, weight, ctx.bias_size, spec, need), None, None
         dtype = how.dtype
-        last = _is_last(x)
+        last = _is_last(x, how)
         grad = convert(grad, dtype, last)
         with torch._C._DisableAutocast():  # which lowers matrix products, but no convolution's gradients
             dx, dw, db = _BACKWARD[how.backward](grad, x.to(dtype), weight.to(dtype), ctx.bias_size, spec, need)
@@ -174,9 +209,9 @@ class _Convolution(torch.autograd.Function):
         return dx, dw, db, None, None
 
 
-def _is_last(x: Tensor) -> bool:
-    """The format of a convolution: two dimensions are channels-last."""
-    return x.dim() == 4 or is_channels_last(x)
+def _is_last(x: Tensor, how: Ways) -> bool:
+    """The format of a convolution: two dimensions are channels-last, but for `contiguous_ways`."""
+    return not how.contiguous if x.dim() == 4 else is_channels_last(x)
 
 
 def _plain(y: Tensor, channels_last: bool) -> Tensor:
@@ -251,7 +286,7 @@ def _forward_merged(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSp
 
 _FORWARD = {
     **{"aten": _forward_aten, "product": _forward_product, "phases": _forward_phases, "merged": _forward_merged},
-    "halves": halves.forward,
+    **{"halves": halves.forward, "columns": columns.forward},
 }
 
 
@@ -325,4 +360,7 @@ def _by_patches(
     return dx, dw, _bias_gradient(grad, need)
 
 
-_BACKWARD = {"aten": _by_aten_apart, "product": _by_product, "patches": _by_patches, "halves": halves.backward}
+_BACKWARD = {
+    **{"aten": _by_aten_apart, "product": _by_product, "patches": _by_patches},
+    **{"halves": halves.backward, "columns": columns.backward},
+}

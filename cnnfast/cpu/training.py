@@ -1,7 +1,8 @@
 """Training steps on a CPU: a convolution (`conv_autograd`), a norm, a residual and an activation, with gradients.
 
-All channels-last: norms by ATen where its statistics bear that, activations in place, an upsampling collapsed into its
-convolution where the weight's sums cost less than the arithmetic they save (measured; docs/facts.md).
+All channels-last, but for volumes and for maps that a weight outweighs (`columns`): norms by ATen where its statistics
+bear that, activations in place, an upsampling collapsed into its convolution where the weight's sums cost less than the
+arithmetic they save (measured; docs/facts.md).
 """
 
 from __future__ import annotations
@@ -21,12 +22,21 @@ from ..reference import run_reference
 from ..spec import DTYPES
 from ..step import Operands, Step
 from . import inference, norm_inference
-from .conv_autograd import by_aten, convolution, suited, volume_convolution, ways
+from .conv_autograd import (
+    Ways,
+    by_aten,
+    contiguous_convolution,
+    contiguous_ways,
+    convolution,
+    suited,
+    volume_convolution,
+    ways,
+)
 from .isa import instruction_set, lowered_products, products_dtype
 from .norm import normalised
 from .weight import summed_weight
 
-__all__ = ["collapses", "packs", "run", "why_slower_3d"]
+__all__ = ["collapses", "packs", "run", "stays_contiguous", "why_slower_3d"]
 
 
 def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> Tensor:
@@ -41,6 +51,10 @@ def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> T
         return _volumes(step, o, channels_last)
     x = o.x
     of_gradient = _of_gradient(step, o)
+    if not (channels_last or of_gradient) and needs_gradient(o) and x.is_contiguous() and o.weight.is_contiguous():
+        how = stays_contiguous(step, x.shape, x.dtype)
+        if how is not None:
+            return _contiguous(step, o, how)
     if not step.measured and not (channels_last or of_gradient) and _gains_nothing(step, x):
         return run_reference(step, o._replace(weight=keep_strides(o.weight.to(x.dtype), False)))
     if torch.is_grad_enabled() and x.requires_grad and not (of_gradient and is_channels_last(x)):
@@ -53,6 +67,24 @@ def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> T
     y = _convolved(step, x, o) if packed is None else packed
     y = _finished(step, o._replace(x=y if step.norm is not None else plain(y, channels_last)))
     return convert(y, y.dtype, channels_last)
+
+
+def stays_contiguous(step: Step, shape: Sequence[int], dtype: torch.dtype) -> Ways | None:
+    """How the convolution of ``step`` runs on a contiguous x of this shape (N, C, *size) with gradients, where that is
+    faster than PyTorch's modules; None where it is not, and for what is more than a convolution. The weight is
+    contiguous."""
+    if step.upsample is not None or step.spec.ndim != 2:
+        return None
+    padded = (*shape[:2], *(n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)))
+    return contiguous_ways(step.spec, padded, dtype, lowered_products())
+
+
+def _contiguous(step: Step, o: Operands, how: Ways) -> Tensor:
+    """The step with gradients, in eager mode's format throughout."""
+    x = o.x
+    y = contiguous_convolution(step.pad_input(x), o.weight.to(x.dtype), o.bias, step.spec, how)
+    y = reference.finish(step, o._replace(x=y))
+    return convert(y, y.dtype, False)
 
 
 def _bare(o: Operands) -> Operands:

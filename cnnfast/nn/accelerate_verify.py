@@ -19,10 +19,11 @@ from .accelerate_call import plain_call, record_of, restore
 from .accelerate_report import arguments, copied, leaves, unchanged
 from .rewrite_site import Site
 
-__all__ = ["differs", "timed", "verify", "without_onednn"]
+__all__ = ["differs", "moved", "timed", "verify", "without_onednn"]
 
 _NOTHING = 1e-9  # what is smaller in float64 is rounding: the gradient of a bias ahead of a norm
 _MOVED = 2.0**-14  # of a parameter: a hundred times float32's errors, so that a hundred times as many kinks are crossed
+_NO_GRADIENT = "there is no gradient"
 Outcome = dict[str, Tensor]  # results, gradients and buffers by name
 
 
@@ -31,8 +32,10 @@ def verify(model: nn.Module, example_inputs: Any) -> None:
     args, kwargs = arguments(example_inputs)
     trial = _Trial(model, args, kwargs)
     modes = [False] + [True] * torch.is_grad_enabled()
-    for gradients in modes:
+    for gradients in list(modes):
         reason = trial.prepare(gradients)
+        if reason == _NO_GRADIENT:
+            modes.remove(gradients)
         if reason is not None:
             trial.record.notes.append(f"not verified{' with gradients' if gradients else ''}: {reason}")
             continue
@@ -46,7 +49,7 @@ def verify(model: nn.Module, example_inputs: Any) -> None:
             )
         for site in trial.sites():
             site.verified = "yes"
-    _veto(model, args, kwargs)
+    _veto(model, args, kwargs, modes)
 
 
 def differs(got: Outcome, exact: Outcome, yardsticks: Sequence[Outcome]) -> str | None:
@@ -97,7 +100,7 @@ class _Trial:
             with without_onednn():
                 other = self._run(self.model, self.args, self.kwargs)
         if gradients and not any(name.startswith("gradient") for name in plain):
-            return "there is no gradient"
+            return _NO_GRADIENT
         try:
             twin = copy.deepcopy(self.model).double()
             self.exact = self._run(twin, *tree_map(_double, (self.args, self.kwargs)))
@@ -111,8 +114,8 @@ class _Trial:
             if not all(_near(t, self.exact[name]) for name, t in other.items()):
                 return "the plain model itself gives something else at a second run"
         if gradients:
-            moved = self._run(_moved(self.model), self.args, self.kwargs)
-            self.yardsticks.append({name: t for name, t in moved.items() if name.startswith("gradient")})
+            found = self._run(moved(self.model), self.args, self.kwargs)
+            self.yardsticks.append({name: t for name, t in found.items() if name.startswith("gradient")})
         self._run(self.model, self.args, self.kwargs)
         return None
 
@@ -186,14 +189,14 @@ def without_onednn() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
-def _moved(model: nn.Module) -> nn.Module:
-    """A plain copy, whose floating-point parameters are off by `_MOVED` of their size."""
+def moved(model: nn.Module, by: float = _MOVED) -> nn.Module:
+    """A plain copy, whose floating-point parameters are off by this share of their size."""
     twin = copy.deepcopy(model)
     noise = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for p in twin.parameters():
             if p.is_floating_point():
-                p.mul_(1 + _MOVED * torch.randn(p.shape, generator=noise).to(p.device, p.dtype))
+                p.mul_(1 + by * torch.randn(p.shape, generator=noise).to(p.device, p.dtype))
     return twin
 
 
@@ -204,39 +207,63 @@ def _double(t: Any) -> Any:
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-def _veto(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Restore a model that is slower than the better of the plain one and its channels-last form."""
-    times = timed(model, args, kwargs)
-    ours = times.pop("cnnfast")
-    name, best = min(times.items(), key=lambda item: item[1].median)
-    if ours.low > best.median:  # on a busy machine, medians of the same code differ
+def _veto(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modes: Sequence[bool]) -> None:
+    """Restore a model that is slower than the better of the plain one and its channels-last form; where it is so in one
+    of the ``modes`` alone, with gradients or without, switch that mode's sites off."""
+    record = record_of(model)
+    assert record is not None
+    slower: dict[bool, str] = {}
+    for gradients in modes:
+        times = timed(model, args, kwargs, gradients=gradients)
+        ours = times.pop("cnnfast")
+        name, best = min(times.items(), key=lambda item: item[1].median)
+        if ours.low > best.median:  # on a busy machine, medians of the same code differ
+            slower[gradients] = f"{name} takes {best}, accelerated {ours}"
+    if not slower:
+        return
+    what = "is restored"
+    if len(slower) == len(modes):
         restore(model)
-        warnings.warn(
-            f"cnnfast: {type(model).__name__} is restored: on these inputs {name} takes {best}, accelerated {ours}",
-            CnnfastWarning,
-            stacklevel=4,
-        )
+    else:
+        what = f"runs as it stands with{'' if True in slower else 'out'} gradients"
+        for site in (site for graph in record.graphs if graph.gradients in slower for site in graph.sites):
+            site.off = site.off or f"slower in all: {slower[True in slower]}"
+    said = "; with gradients ".join(slower[gradients] for gradients in modes if gradients in slower)
+    warnings.warn(f"cnnfast: {type(model).__name__} {what}: on these inputs {said}", CnnfastWarning, stacklevel=4)
 
 
-def timed(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Timing]:
-    """Seconds of a call of the accelerated model, of the plain one, and of that in channels-last where it can be."""
+def timed(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, gradients: bool = False
+) -> dict[str, Timing]:
+    """Seconds of a call of the accelerated model and of the plain one, with ``gradients`` and its backward; without, of
+    its channels-last form, too, where there is one. (Some backwards of that crash in PyTorch 2.13.)"""
     device = next((t.device for t in (*model.parameters(), *leaves((args, kwargs)))), torch.device("cpu"))
+
+    def call(which: nn.Module, *given: Any) -> object:
+        with torch.set_grad_enabled(gradients):
+            results = which(*given[0], **given[1])
+            if not gradients:
+                return results
+            of = [t for t in leaves(results) if t.requires_grad]
+            to = [t for t in (*which.parameters(), *leaves(given)) if t.requires_grad]
+            return torch.autograd.grad(of, to, [torch.ones_like(t) for t in of], allow_unused=True)
 
     def plain() -> object:
         with plain_call(model):
-            return model(*args, **kwargs)
+            return call(model, args, kwargs)
 
-    candidates: dict[str, Callable[[], object]] = {"cnnfast": lambda: model(*args, **kwargs), "plain": plain}
-    try:
-        twin: Any = copy.deepcopy(model)
-        twin.to(memory_format=torch.channels_last)
-    except Exception as error:  # of whatever the model holds
-        record = record_of(model)
-        assert record is not None
-        record.notes.append(f"not timed in channels-last: {one_line(error)}")
-    else:
-        last_args, last_kwargs = tree_map(channels_last, (args, kwargs))
-        candidates["channels-last"] = lambda: twin(*last_args, **last_kwargs)
+    candidates: dict[str, Callable[[], object]] = {"cnnfast": lambda: call(model, args, kwargs), "plain": plain}
+    if not gradients:
+        try:
+            twin: Any = copy.deepcopy(model)
+            twin.to(memory_format=torch.channels_last)
+        except Exception as error:  # of whatever the model holds
+            record = record_of(model)
+            assert record is not None
+            record.notes.append(f"not timed in channels-last: {one_line(error)}")
+        else:
+            last = tree_map(channels_last, (args, kwargs))
+            candidates["channels-last"] = lambda: call(twin, *last)
     with unchanged(model):
         return measure(candidates, repeats=7, device=device)
 

@@ -38,8 +38,9 @@ class Apart:
 
 @dataclass
 class Graph:
-    """What became of one traced graph."""
+    """What became of one traced graph, which runs with ``gradients`` or without."""
 
+    gradients: bool
     sites: list[Site] = field(default_factory=list)
     apart: list[Apart] = field(default_factory=list)
     convolutions: int = 0
@@ -54,7 +55,7 @@ def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]
 
 def rewritten(gm: fx.GraphModule) -> tuple[Callable[..., Any], Graph]:
     """The graph as a function, and what became of it."""
-    found = Graph()
+    found = Graph(torch.is_grad_enabled())
     _rewrite(gm, found)
     forward = gm.forward
 

@@ -7,7 +7,9 @@ in each (`_Layout._keeps`); any other user gets a contiguous copy. What somebody
 and so is what is written to, unless by such an operator. A stretch starts with the first site in it, and in inference
 that site's input is converted.
 
-With gradients, norms by a map's own statistics end a stretch (of channels-last maps ATen takes them less exactly), and
+With gradients, ATen brings a contiguous weight into this format in every step, and its gradient back: there are
+stretches where the maps that sites take and give outweigh the weights (`_MAPS`; docs/facts.md). Norms by a map's own
+statistics end a stretch then (of channels-last maps ATen takes them less exactly), and
 so do operators that resize by other rules than the nearest value, maps of three dimensions or one, and all writes.
 
 Of one dimension, (N, C, L), convolutions and pointwise operators alone are in a stretch: ATen has no such format, and
@@ -16,6 +18,7 @@ its other operators return what is contiguous.
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any
 
@@ -40,6 +43,7 @@ _SUMS = frozenset(
 _POOLS = frozenset({torch.max_pool2d, F.max_pool2d, F.max_pool3d})
 _ONTO = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv, "add_", "sub_", "mul_", "div_"})
 _VIEWS = frozenset({"view", "reshape", "permute", "transpose", "unflatten"})
+_MAPS = 16  # numbers of maps for each of weights, from which on a graph with gradients has stretches
 _RUNNING = frozenset({F.batch_norm, torch.batch_norm})
 
 
@@ -78,6 +82,8 @@ class _Layout:
         kept &= useful
         while drop := {n for n in kept if self._ends(n)}:
             kept -= drop
+        if not (self.inference or self._outweigh(kept)):
+            return
         for node in nodes:
             if isinstance(node.target, Site):
                 if node in kept or any(n in kept and self._takes(node, n) for n in _taken(node)):
@@ -89,6 +95,18 @@ class _Layout:
         for node in nodes:
             if node in kept:
                 self._end(node)
+
+    @staticmethod
+    def _outweigh(kept: set[fx.Node]) -> bool:
+        """Whether the maps of these sites' convolutions do their weights."""
+        maps = weights = 0
+        for node in kept:
+            if isinstance(node.target, Site):
+                convolutions = sum(call.kind.name.startswith("conv") for call in node.target.calls)
+                maps += convolutions * (_numel(node) + _numel(node.args[0]))
+                others = (a for k, a in enumerate(node.args[1:]) if k not in node.target.added)
+                weights += sum(_numel(a) for a in others if isinstance(value(a), Tensor) and value(a).dim() == 4)
+        return maps >= _MAPS * weights
 
     def _end(self, node: fx.Node) -> None:
         """A contiguous copy for each user that has to see it as it is in eager mode."""
@@ -224,6 +242,11 @@ class _Layout:
         added = user.target.added
         others = {a for k, a in enumerate(user.args[1:]) if k not in added}
         return node in _taken(user) and node not in others
+
+
+def _numel(node: Any) -> int:
+    """As at the first call."""
+    return math.prod(n.node.hint or 1 if isinstance(n, torch.SymInt) else n for n in value(node).shape)
 
 
 def _strides(node: fx.Node) -> tuple[int, ...]:

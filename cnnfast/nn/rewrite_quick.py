@@ -1,5 +1,5 @@
-"""A site in inference on a CPU, met again with the same kind of input and the same operands: its steps, without asking
-everything anew.
+"""A site on a CPU, met again with the same kind of input and the same operands: its steps in inference, or its calls as
+they stand with gradients, too, without asking everything anew.
 
 A step of a model takes a millisecond and goes through memory that is larger than the caches, after which a hundred
 microseconds of Python are a tenth of it. What was decided still holds; what the operands hold is compared on every call
@@ -28,7 +28,8 @@ __all__ = ["Planned", "Quick", "kind_of", "parts_of"]
 def kind_of(x: Tensor, operands: Sequence[Any], added: Sequence[int]) -> tuple[object, ...]:
     """What decisions hold for, beside the operands that are not ``added``."""
     more = [(operands[k].shape, operands[k].stride(), operands[k].dtype) for k in added]
-    state = torch.is_grad_enabled(), torch._C._is_any_autocast_enabled(), torch._C._get_mkldnn_enabled()
+    needs = torch.is_grad_enabled() and tuple([isinstance(t, Tensor) and t.requires_grad for t in (x, *operands)])
+    state = needs, torch._C._is_any_autocast_enabled(), torch._C._get_mkldnn_enabled()
     threads = torch.get_num_threads()
     return x.shape, x.stride(), x.dtype, threads, tuned.generation(), resolve_backend(None), state, *more
 

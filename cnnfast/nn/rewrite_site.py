@@ -254,12 +254,7 @@ class Site:
 
     def _kind(self, x: Tensor, operands: Sequence[Any]) -> tuple[object, ...] | None:
         """Of a call that `rewrite_quick` may know; None of others."""
-        if (
-            torch.is_grad_enabled()
-            or self._scalars
-            or self._modulated
-            or not all(isinstance(operands[k], Tensor) for k in self._added)
-        ):
+        if self._scalars or self._modulated or not all(isinstance(operands[k], Tensor) for k in self._added):
             return None
         return kind_of(x, operands, self._added)
 
@@ -269,7 +264,10 @@ class Site:
         """``parts`` with how this item runs."""
         if not isinstance(item, Chain):
             return [*parts, Planned(None, None, (), False, False, (self._runs[item.slot],))]
-        more = parts_of(item, item.bind(x, reading, last), x, operands, self._tensors, self._runs)
+        bound = item.bind(x, reading, last)
+        if torch.is_grad_enabled() and not isinstance(bound, str):
+            return None
+        more = parts_of(item, bound, x, operands, self._tensors, self._runs)
         return None if more is None else [*parts, *more]
 
     def _planned(self, x: Tensor, operands: Sequence[Any], tensors: list[tuple[Any, ...]]) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ between them is tested for each instruction set by name.
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 
+import cnnfast
 from cnnfast import norms, reference
 from cnnfast.activations import Activation
-from cnnfast.cpu import conv_autograd, inference, methods, onednn, training
+from cnnfast.cpu import columns, conv_autograd, inference, methods, onednn, training
 from cnnfast.cpu import norm as cpu_norm
-from cnnfast.cpu.conv_autograd import Ways, ways
+from cnnfast.cpu.conv_autograd import Ways, contiguous_ways, ways
 from cnnfast.cpu.isa import InstructionSet
 from cnnfast.norms import Norm
 from cnnfast.reference import run_reference
@@ -90,7 +92,24 @@ METHODS = {
     "merged": ((32, 3, 4, 2, 1), (6, 5), "merged", "patches"),
     "merged_aten": ((32, 3, 4, 2, 1), (6, 5), "merged", "aten"),
     "aten": ((16, 12, 4, 2, 1), (4, 5), "aten", "aten"),
+    "columns": ((24, 16, 4, 2, 1), (3, 4), "columns", "columns"),
+    "columns_k3s2p1op1": ((24, 16, 3, 2, 1, 1), (4, 3), "columns", "columns"),
+    "columns_dilated": ((16, 12, 3, 2, 2, 1, 1, 2), (4, 5), "aten", "columns"),
+    "columns_plain": ((24, 16, 4, 2, 1), (6, 9), "columns", "columns"),
+    "columns_plain_dilated": ((16, 12, (3, 2), (2, 1), (2, 0), 0, 1, 2), (8, 7), "columns", "columns"),
 }
+
+
+def geometry_of(name: str) -> ConvSpec:
+    return ConvSpec.make(*METHODS[name][0], transposed="plain" not in name)
+
+
+def convolved(x: Tensor, w: Tensor, b: Tensor | None, spec: ConvSpec) -> Tensor:
+    """By the way that is forced."""
+    how = conv_autograd.ways(spec, tuple(x.shape), x.dtype)
+    if not how.contiguous:
+        return conv_autograd.convolution(x, w, b, spec)
+    return conv_autograd.contiguous_convolution(x, w.contiguous(), b, spec, how)
 
 
 def force(monkeypatch: pytest.MonkeyPatch, how: Ways) -> list[str]:
@@ -127,16 +146,20 @@ def operands(spec: ConvSpec, size: tuple[int, int], dtype: torch.dtype, channels
 def test_every_way_equals_torch(
     name: str, channels_last: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    geometry, size, forward, backward = METHODS[name]
-    spec = ConvSpec.make(*geometry)
+    _, size, forward, backward = METHODS[name]
+    spec = geometry_of(name)
     compute = ways(spec, (BATCH, spec.in_channels, *size), dtype).dtype
     # "aten" twice in the dtype itself is no special way: products in float32 make it one.
     compute = torch.float32 if name == "aten" else compute
+    if "columns" in name and compute != torch.float32:
+        forward = "aten"
+        if "plain" in name:
+            pytest.skip("columns would be rounded ahead of their sums")
     assert name != "patches_weight_order" or 2 * BATCH * math.prod(size) <= spec.in_channels
     ran = force(monkeypatch, Ways(forward, backward, compute))
     tensors = operands(spec, size, dtype, channels_last)
     compare(
-        lambda x, w, b: conv_autograd.convolution(x, w, b, spec),
+        lambda x, w, b: convolved(x, w, b, spec),
         lambda x, w, b: reference.conv(x, w, b, spec),
         tensors,
         dtype,
@@ -148,8 +171,8 @@ def test_every_way_equals_torch(
 @packed
 @pytest.mark.parametrize("name", METHODS)
 def test_second_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    geometry, size, forward, backward = METHODS[name]
-    spec = ConvSpec.make(*geometry)
+    _, size, forward, backward = METHODS[name]
+    spec = geometry_of(name)
     force(monkeypatch, Ways(forward, backward, torch.float32))
     tensors = operands(spec, size, torch.float32, True)
     grad = torch.randn(BATCH, spec.out_channels, *spec.output_size(size))
@@ -159,45 +182,45 @@ def test_second_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     exact = gradients(by_torch, tensors, grad, torch.float64, second=True)
     yardstick = gradients(by_torch, tensors, grad, torch.float32, second=True)
-    ours = gradients(
-        lambda x, w, b: conv_autograd.convolution(x, w, b, spec), tensors, grad, torch.float32, second=True
-    )
+    ours = gradients(lambda x, w, b: convolved(x, w, b, spec), tensors, grad, torch.float32, second=True)
     for a, e, y in zip(ours, exact, yardstick, strict=True):
         assert_close(a, e, y, name)
 
 
-@pytest.mark.parametrize("name", ["product", "phases", "merged"])
+@pytest.mark.parametrize("name", ["product", "phases", "merged", "columns", "columns_plain"])
 def test_only_the_gradients_that_are_needed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    geometry, size, _, backward = METHODS[name]
-    spec = ConvSpec.make(*geometry)
+    _, size, _, backward = METHODS[name]
+    spec = geometry_of(name)
     force(monkeypatch, Ways("aten", backward, torch.float32))
     tensors = operands(spec, size, torch.float32, True)
     full = [t.requires_grad_() for t in operands(spec, size, torch.float32, True)]
     for t, other in zip(full, tensors, strict=True):
         t.data.copy_(other)
-    y = conv_autograd.convolution(*full, spec)
+    y = convolved(*full, spec)
     grad = torch.randn_like(y)
     expected = torch.autograd.grad(y, full, grad)
     for mask in range(1, 8):
         leaves = [t.detach().clone().requires_grad_(bool(mask >> i & 1)) for i, t in enumerate(tensors)]
-        conv_autograd.convolution(*leaves, spec).backward(grad)
+        convolved(*leaves, spec).backward(grad)
         for t, e in zip(leaves, expected, strict=True):
             assert (t.grad is None) != t.requires_grad
             assert t.grad is None or torch.equal(t.grad, e)
 
 
 @pytest.mark.parametrize("channels_last", [True, False], ids=["CL", "NCHW"])
-@pytest.mark.parametrize("name", ["product", "phases", "merged_aten"])
+@pytest.mark.parametrize("name", ["product", "phases", "merged_aten", "columns", "columns_plain"])
 def test_the_weight_gradient_has_the_strides_of_the_weight(
     name: str, channels_last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    geometry, size, _, backward = METHODS[name]
-    spec = ConvSpec.make(*geometry)
+    _, size, _, backward = METHODS[name]
+    spec = geometry_of(name)
+    if channels_last and backward == "columns":
+        pytest.skip("contiguous weights alone")
     # In bfloat16 by way of float32: a way of its own, whatever the rest of the name says.
     force(monkeypatch, Ways("aten", backward, torch.float32))
     x, w, _ = operands(spec, size, torch.float32, channels_last)
     w = w.bfloat16().requires_grad_()
-    y = conv_autograd.convolution(x.bfloat16(), w, None, spec)
+    y = convolved(x.bfloat16(), w, None, spec)
     (dw,) = torch.autograd.grad(y.sum(), w)
     assert dw.stride() == w.stride() and dw.dtype == w.dtype
 
@@ -207,13 +230,13 @@ def test_a_result_may_be_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = ConvSpec.make(*METHODS["phases"][0])
     force(monkeypatch, Ways("aten", "patches", torch.float32))
     x, w, b = (t.requires_grad_() for t in operands(spec, (3, 4), torch.float32, True))
-    y = conv_autograd.convolution(x, w, b, spec)
+    y = convolved(x, w, b, spec)
     expected = torch.autograd.grad(torch.relu(y).sum(), (x, w, b), retain_graph=True)
     found = torch.autograd.grad(torch.relu_(y).sum(), (x, w, b))
     assert all(torch.equal(a, e) for a, e in zip(found, expected, strict=True))
 
 
-@pytest.mark.parametrize("name", ["product", "phases", "merged"])
+@pytest.mark.parametrize("name", ["product", "phases", "merged", "columns", "columns_plain"])
 def test_repeats_are_bit_identical(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     geometry, size, forward, backward = METHODS[name]
     if onednn.why_missing() is not None and forward == "merged":
@@ -222,15 +245,15 @@ def test_repeats_are_bit_identical(name: str, monkeypatch: pytest.MonkeyPatch) -
     force(monkeypatch, Ways(forward, backward, torch.float32))
     tensors = operands(spec, size, torch.float32, True)
     grad = torch.randn(BATCH, spec.out_channels, *spec.output_size(size))
-    runs = [gradients(lambda *t: conv_autograd.convolution(*t, spec), tensors, grad, torch.float32) for _ in range(3)]
+    runs = [gradients(lambda *t: convolved(*t, spec), tensors, grad, torch.float32) for _ in range(3)]
     assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
 
 @packed
 @pytest.mark.parametrize("name", METHODS)
 def test_a_nan_stays_a_nan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    geometry, size, forward, backward = METHODS[name]
-    spec = ConvSpec.make(*geometry)
+    _, size, forward, backward = METHODS[name]
+    spec = geometry_of(name)
     force(monkeypatch, Ways(forward, backward, torch.float32))
     tensors = operands(spec, size, torch.float32, True)
     # Inside: at a border, whether a product with a padding's zero counts is a matter of taste.
@@ -238,7 +261,7 @@ def test_a_nan_stays_a_nan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     grad = torch.randn(BATCH, spec.out_channels, *spec.output_size(size))
     grad[1, 0, grad.shape[2] // 4 * 2, grad.shape[3] // 4 * 2] = math.nan  # (dilated: odd outputs have no taps)
     expected = gradients(lambda *t: reference.conv(*t, spec), tensors, grad, torch.float64)
-    found = gradients(lambda *t: conv_autograd.convolution(*t, spec), tensors, grad, torch.float32)
+    found = gradients(lambda *t: convolved(*t, spec), tensors, grad, torch.float32)
     for a, e in zip(found, expected, strict=True):
         assert e.isnan().any() and a.isnan()[e.isnan()].all()
 
@@ -292,6 +315,74 @@ def test_no_phases_from_a_weight_in_the_default_format_without_amx(monkeypatch: 
     for isa, forward in (("AVX512_BF16", "aten"), ("AMX", "phases")):
         monkeypatch.setattr(conv_autograd, "instruction_set", lambda isa=isa: InstructionSet[isa])
         assert ways.__wrapped__(*asked).forward == forward
+
+
+# geometry, whether it is transposed, x, dtype -> the way of contiguous maps (docs/facts.md)
+CONTIGUOUS_RULES = [
+    ((1024, 512, 4, 2, 1), True, (1, 1024, 8, 8), FP32, ("columns", "columns", FP32)),
+    ((1024, 512, 4, 2, 1), True, (16, 1024, 4, 4), FP32, ("aten", "columns", FP32)),
+    ((1024, 512, 4, 2, 1), True, (16, 1024, 8, 8), FP32, None),
+    ((1024, 512, 4, 2, 1), True, (1, 1024, 8, 8), BF16, ("aten", "columns", BF16)),
+    ((512, 512, 4, 2, 1), False, (1, 512, 16, 16), BF16, None),
+    ((1024, 256, 4, 2, 1), True, (1, 1024, 16, 16), FP32, None),
+    ((512, 512, 4, 2, 1), False, (1, 512, 16, 16), FP32, ("columns", "columns", FP32)),
+    ((512, 512, 4, 2, 1), False, (4, 512, 16, 16), FP32, None),
+    ((512, 512, 3, 1, 1), False, (1, 512, 8, 8), FP32, None),
+    ((512, 512, 4, 2, 1), False, (1, 512, 16, 16), torch.float64, None),
+    ((2048, 2048, 4, 2, 1, 0, 4), False, (1, 2048, 4, 4), FP32, None),
+]
+
+
+@pytest.mark.parametrize(("geometry", "transposed", "shape", "dtype", "expected"), CONTIGUOUS_RULES)
+def test_the_rule_of_contiguous_maps(
+    geometry: tuple[int, ...],
+    transposed: bool,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    expected: tuple[object, ...] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(conv_autograd, "instruction_set", lambda: InstructionSet.AVX512_BF16)
+    spec = ConvSpec.make(*geometry, transposed=transposed)
+    assert contiguous_ways.__wrapped__(spec, shape, dtype) == expected
+    assert contiguous_ways.__wrapped__(spec, shape, dtype, True) == (None if dtype == FP32 else expected)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d, None], ids=["batch", "instance", "none"])
+@pytest.mark.parametrize("transposed", [True, False], ids=["transposed", "plain"])
+def test_a_weight_that_outweighs_its_maps_meets_columns(
+    transposed: bool, norm: Callable[[int], nn.Module] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the middle of a pix2pix U-Net: everything as eager mode has it, in its memory formats."""
+    monkeypatch.setattr(columns, "_WEIGHT", 2**10)
+    contiguous_ways.cache_clear()
+    ran: list[str] = []
+    for table, what in ((conv_autograd._FORWARD, "forward"), (conv_autograd._BACKWARD, "backward")):
+        real = table["columns"]
+        spy = lambda *args, real=real, what=what: ran.append(what) or real(*args)  # type: ignore[func-returns-value]  # noqa: E731
+        monkeypatch.setitem(table, "columns", spy)
+    make = nn.ConvTranspose2d if transposed else nn.Conv2d
+    layers = [make(24, 16, 4, 2, 1), *([] if norm is None else [norm(16)]), nn.LeakyReLU(0.2)]
+    plain = nn.Sequential(*layers)
+    ours = cnnfast.Sequential(*copy.deepcopy(layers))
+    kept = torch.randn(1, 24, 4, 4)
+    results = []
+    for model in (plain, ours, copy.deepcopy(plain).double()):
+        dtype = next(model.parameters()).dtype
+        x = kept.to(dtype).requires_grad_()
+        y = model(x)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+        found = [y.detach(), *torch.autograd.grad(y, [x, *model.parameters()], grad)]
+        assert all(t.is_contiguous() for t in found)
+        results.append(found)
+    assert ran == ["forward", "backward"]
+    for yardstick, found, exact in zip(*results, strict=True):
+        if exact.abs().max() > 1e-9:  # a bias ahead of a norm
+            assert_close(found, exact, yardstick, "")
+    with torch.no_grad():
+        assert torch.allclose(ours.eval()(kept), plain.eval()(kept), rtol=1e-5, atol=1e-5)
+    assert ran == ["forward", "backward"], "without gradients, packed operators"
+    contiguous_ways.cache_clear()
 
 
 def test_float64_is_left_to_aten() -> None:

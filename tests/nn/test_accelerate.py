@@ -20,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import cnnfast
 from cnnfast.cpu.packing import PACKS
 from cnnfast.messages import CnnfastWarning, UsageError
+from cnnfast.nn import rewrite_layout
 from cnnfast.nn.accelerate_call import record_of
-from cnnfast.nn.accelerate_verify import _Trial
+from cnnfast.nn.accelerate_verify import _Trial, differs
 from cnnfast.nn.rewrite import rewritten
 from cnnfast.nn.rewrite_site import Call
 from cnnfast.tolerance import model_verdict
@@ -780,7 +781,10 @@ IN_INFERENCE: dict[str, list[bool | None]] = {
 
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("name", BETWEEN)
-def test_channels_last_stays_between_steps_where_nobody_can_tell(name: str, gradients: bool) -> None:
+def test_channels_last_stays_between_steps_where_nobody_can_tell(
+    name: str, gradients: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rewrite_layout, "_MAPS", 0)  # as if the maps were larger
     between, formats = BETWEEN[name]
     if name == "written" and gradients:
         pytest.skip("autograd has saved it")
@@ -807,6 +811,20 @@ def test_channels_last_stays_between_steps_where_nobody_can_tell(name: str, grad
     assert record is not None
     expected = formats if gradients else IN_INFERENCE.get(name, formats)
     assert [site.channels_last for site in record.graphs[-1].sites] == expected
+
+
+@pytest.mark.parametrize(("size", "gradients", "last"), [(8, True, False), (64, True, True), (8, False, True)])
+def test_with_gradients_maps_are_channels_last_where_they_outweigh_the_weights(
+    size: int, gradients: bool, last: bool
+) -> None:
+    """Which ATen would convert in every step, and their gradients back."""
+    ours, plain = pair(Maps(lambda m, y: m.second(y * 2)))  # type: ignore[arg-type]
+    x = images(2, 16, size, size).requires_grad_(gradients)
+    with torch.set_grad_enabled(gradients):
+        assert torch.allclose(ours(x), plain(x), rtol=1e-5, atol=1e-5)
+    record = record_of(ours)
+    assert record is not None and record.graphs[-1].gradients is gradients
+    assert [site.channels_last for site in record.graphs[-1].sites] == ([True, False] if last else [None, None])
 
 
 def test_nothing_is_converted_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -923,14 +941,49 @@ def test_what_differs_only_together_says_so() -> None:
     assert trial.culprits("abcd") == [("c", "much")]
 
 
+class Kinks(nn.Module):
+    """Two million values ahead of a ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 32, 3, padding=1), nn.Conv2d(32, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(F.relu(self.first(x)))
+
+
+def test_a_gradient_that_jumps_at_kinks_is_no_difference() -> None:
+    """Of a right run that differs by a few roundings; one that is wrong by a thousandth still differs."""
+    torch.manual_seed(0)
+    model = cnnfast.accelerate(Kinks())
+    trial = _Trial(model, (images(1, 4, 256, 256),), {})
+    assert trial.prepare(True) is None
+    right = copy.deepcopy(Kinks())
+    right.load_state_dict(model.state_dict())
+    with torch.no_grad():  # some roundings of each weight
+        right.first.weight.mul_(1 + 2**-18 * torch.randn(right.first.weight.shape))
+    found = trial._run(right, trial.args, trial.kwargs)
+    jumped = {name: t for name, t in found.items() if name == "gradient of first.weight"}
+    exact = {name: trial.exact[name] for name in jumped}
+    assert differs(jumped, exact, trial.yardsticks[:2]) is not None, "no value crossed its kink: no test"
+    assert differs(jumped, exact, trial.yardsticks) is None
+    wrong = {name: t * 1.001 for name, t in jumped.items()}
+    assert differs(wrong, exact, trial.yardsticks) is not None
+    result = {"result 0": found["result 0"] * 1.0001}
+    assert differs(result, {"result 0": trial.exact["result 0"]}, trial.yardsticks) is not None, "results do not jump"
+
+
 def test_a_slower_model_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     from cnnfast.timing import Timing
 
     times = {"cnnfast": 3.0, "plain": 2.0, "channels-last": 1.0}
 
     def measure(candidates: Any, **kwargs: Any) -> dict[str, Timing]:
-        assert candidates.keys() == times.keys() and all(call() is not None for call in candidates.values())
-        return {name: Timing((t,), 1) for name, t in times.items()}
+        gradients = "channels-last" not in candidates  # whose backward can crash
+        assert candidates.keys() | {"channels-last"} == times.keys()
+        assert all(call() is not None for call in candidates.values())
+        slower = 10 if gradients else 1
+        return {name: Timing((times[name] * (slower if name == "cnnfast" else 1),), 1) for name in candidates}
 
     monkeypatch.setattr("cnnfast.nn.accelerate_verify.measure", measure)
     model = Generator().eval()
@@ -941,6 +994,20 @@ def test_a_slower_model_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.no_grad():
         cnnfast.accelerate(model, images())
     assert record_of(model) is not None
+    cnnfast.restore(model)
+    said = (
+        r"Generator runs as it stands with gradients: on these inputs plain takes 2000.00 ms.*, accelerated 9000.00 ms"
+    )
+    with pytest.warns(CnnfastWarning, match=said):
+        cnnfast.accelerate(model, images())
+    record = record_of(model)
+    assert record is not None and {graph.gradients for graph in record.graphs} == {False, True}
+    for graph in record.graphs:
+        assert all((site.off is not None) is graph.gradients for site in graph.sites)
+    times["cnnfast"] = 1.1
+    with pytest.warns(CnnfastWarning, match=r"is restored: on these inputs channels-last.*; with gradients plain"):
+        cnnfast.accelerate(model, images())
+    assert record_of(model) is None
 
 
 # --- explain ----------------------------------------------------------------------------------------------------------
