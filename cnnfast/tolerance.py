@@ -192,8 +192,13 @@ def verdict(
 def model_verdict(actual: torch.Tensor, expected64: torch.Tensor, yardsticks: Sequence[torch.Tensor]) -> str | None:
     """`verdict` of a result of a whole model, a gradient or a buffer, by any of ``yardsticks``: PyTorch's own runs."""
     way = LAYERS * expected64.abs().max().item() if expected64.numel() else 0.0
-    found = [verdict(actual, expected64, yardstick, way) for yardstick in yardsticks]
-    return found[0] if None not in found else None
+    problem = None
+    for yardstick in yardsticks:
+        found = verdict(actual, expected64, yardstick, way)
+        if found is None:
+            return None
+        problem = problem or found
+    return problem
 
 
 def _cast(o: Operands, dtype: torch.dtype) -> Operands:
