@@ -273,7 +273,7 @@ def timed(
         start = time.perf_counter()
         plain()
         repeats = int(_SECONDS / (time.perf_counter() - start))
-        return measure(candidates, repeats=min(max(repeats, 3), 7), device=device)
+        return measure(candidates, repeats=min(max(repeats, 5), 7), device=device)
 
 
 def channels_last(t: Any) -> Any:
