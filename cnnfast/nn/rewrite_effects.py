@@ -62,6 +62,9 @@ def written(node: fx.Node) -> set[Any]:
         return set()
     if isinstance(target, torch._ops.OpOverload):
         return touched(node) if target._schema.is_mutable else set()
+    if isinstance(target, torch._ops.OpOverloadPacket):  # as torch 2.14 traces `.mH`
+        mutable = any(getattr(target, name)._schema.is_mutable for name in target.overloads())
+        return touched(node) if mutable else set()
     if id(target) not in _known():
         return touched(node) or {Everything}
     name = getattr(target, "__name__", "")

@@ -60,6 +60,8 @@ class _Layout:
         self.untold: set[fx.Node] = set()
 
     def apply(self) -> None:
+        if any(map(_untrue, self.graph.nodes)):
+            return  # each site goes by the input that it gets
         if self.inference:
             as_norms(self.graph)
         nodes = list(self.graph.nodes)
@@ -242,6 +244,22 @@ class _Layout:
         added = user.target.added
         others = {a for k, a in enumerate(user.args[1:]) if k not in added}
         return node in _taken(user) and node not in others
+
+
+def _untrue(node: fx.Node) -> bool:
+    """Whether Dynamo may say of a group norm of channels-last maps that its result is contiguous, as it is on a GPU,
+    and from torch 2.14 on is said of a CPU's, too, where it is channels-last."""
+    target = node.target
+    if isinstance(target, Site):
+        names = {call.kind.name for call in target.calls}
+    else:
+        kind = call_kind(target) if node.op == "call_function" else None
+        names = set() if kind is None else {kind.name}
+    y = value(node)
+    if "group_norm" not in names or not isinstance(y, Tensor) or y.device.type != "cpu" or not y.is_contiguous():
+        return False
+    given = [value(n) for n in node.all_input_nodes]
+    return any(isinstance(t, Tensor) and t.dim() in (4, 5) and not t.is_contiguous() for t in given)
 
 
 def _numel(node: Any) -> int:

@@ -24,6 +24,7 @@ from cnnfast.nn import rewrite_layout
 from cnnfast.nn.accelerate_call import record_of
 from cnnfast.nn.accelerate_verify import _Trial, differs
 from cnnfast.nn.rewrite import rewritten
+from cnnfast.nn.rewrite_effects import written as written_by
 from cnnfast.nn.rewrite_site import Call
 from cnnfast.tolerance import model_verdict
 
@@ -825,6 +826,28 @@ def test_with_gradients_maps_are_channels_last_where_they_outweigh_the_weights(
     record = record_of(ours)
     assert record is not None and record.graphs[-1].gradients is gradients
     assert [site.channels_last for site in record.graphs[-1].sites] == ([True, False] if last else [None, None])
+
+
+@pytest.mark.parametrize(("last", "untrue"), [(True, True), (False, False)])
+def test_where_dynamo_says_a_group_norm_contiguous_that_is_not(last: bool, untrue: bool) -> None:
+    """As with torch 2.14; then no format is decided ahead of the call."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    norm = graph.call_function(F.group_norm, (x, 4))
+    x.meta["example_value"] = images(2, 16, 8, 8).contiguous(
+        memory_format=torch.channels_last if last else torch.contiguous_format
+    )
+    norm.meta["example_value"] = images(2, 16, 8, 8)
+    assert rewrite_layout._untrue(norm) is untrue and not rewrite_layout._untrue(x)
+
+
+def test_an_operator_without_an_overload_writes_what_its_schemas_say() -> None:
+    """As torch 2.14 traces ``.mH``."""
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.ones(2, 2)
+    assert not written_by(graph.call_function(torch.ops.aten.mH, (x,)))
+    assert written_by(graph.call_function(torch.ops.aten.add_, (x, 1)))
 
 
 def test_nothing_is_converted_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
