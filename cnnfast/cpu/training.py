@@ -51,7 +51,8 @@ def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> T
         return _volumes(step, o, channels_last)
     x = o.x
     of_gradient = _of_gradient(step, o)
-    if not (channels_last or of_gradient) and needs_gradient(o) and x.is_contiguous() and o.weight.is_contiguous():
+    trained = torch.is_grad_enabled() and (x.requires_grad or o.weight.requires_grad)
+    if trained and not (channels_last or of_gradient) and x.is_contiguous() and o.weight.is_contiguous():
         how = stays_contiguous(step, x.shape, x.dtype)
         if how is not None:
             return _contiguous(step, o, how)

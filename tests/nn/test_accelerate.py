@@ -996,6 +996,28 @@ def test_a_gradient_that_jumps_at_kinks_is_no_difference() -> None:
     assert differs(result, {"result 0": trial.exact["result 0"]}, trial.yardsticks) is not None, "results do not jump"
 
 
+@pytest.mark.usefixtures("no_clock")
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_model_that_cannot_be_copied_is_verified_as_far_as_that_goes() -> None:
+    """The older weight_norm, after a forward."""
+    model = torch.nn.utils.weight_norm(nn.Conv2d(3, 16, 3))
+    model(images())
+    cnnfast.accelerate(model, images())
+    notes = cnnfast.explain(model).notes
+    assert any(note.startswith("gradients compared without regard to kinks") for note in notes)
+
+
+@pytest.mark.usefixtures("no_clock")
+def test_a_gradient_of_nothing_but_rounding_hinders_no_verification() -> None:
+    """That of a bias ahead of a norm; of many large values it is far from zero in float32."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.InstanceNorm2d(16), nn.Conv2d(16, 3, 3))
+    with torch.no_grad():
+        model[2].weight.mul_(1e4)
+    cnnfast.accelerate(model, images(2, 3, 64, 64))
+    assert not cnnfast.explain(model).notes
+
+
 def test_a_slower_model_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     from cnnfast.timing import Timing
 
