@@ -33,8 +33,11 @@ def run_step(step: Step, o: Operands, *, channels_last: bool | None = None, back
     training = gradient or step.measured
     name = dispatch.resolve_backend(backend)
     required = name == "triton"
-    if gradient and not (channels_last or unseen) and o.residual is not None and o.residual.requires_grad:
-        o = o._replace(residual=enter(o.residual, o.residual.dtype, None, False))  # gradients inside are channels-last
+    r = o.residual
+    if gradient and not unseen and r is not None and r.requires_grad and not (channels_last and is_channels_last(r)):
+        # Gradients inside are channels-last, which ATen's norm of one image, ahead of a contiguous residual, takes
+        # for something else (torch 2.13, 2.14: they come out wrong).
+        o = o._replace(residual=enter(r, r.dtype, None, False))
     if o.batches is not None and (unseen or not by_kernels(o.x, name)):  # the kernels count batches themselves
         o.batches.add_(1)
         o = o._replace(batches=None)

@@ -996,6 +996,35 @@ def test_a_gradient_that_jumps_at_kinks_is_no_difference() -> None:
     assert differs(result, {"result 0": trial.exact["result 0"]}, trial.yardsticks) is not None, "results do not jump"
 
 
+class NormAhead(nn.Module):
+    """A contiguous residual that PyTorch's own norm gave, of one image, added between two steps that are channels-last:
+    of a channels-last gradient that norm's backward makes something else (torch 2.13)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.inner = nn.InstanceNorm2d(8, affine=True), nn.InstanceNorm2d(8, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout(self.norm(x), 0.0)
+        z = y + self.inner(self.first(y))
+        return self.second(F.interpolate(z, scale_factor=2.0))
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_gradient_of_a_residual_has_its_format(n: int) -> None:
+    ours, plain = pair(NormAhead())
+    found = []
+    for model in (ours, plain, plain.double()):
+        dtype = next(model.parameters()).dtype
+        x = images(n, 8, 32, 32).to(dtype).requires_grad_()
+        y = model(x)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+        found.append(torch.autograd.grad(y, [x, model.norm.weight, model.norm.bias], grad))  # type: ignore[union-attr]
+    for a, b, exact in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * exact.abs().max() and a.stride() == b.stride()
+
+
 @pytest.mark.usefixtures("no_clock")
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def test_a_model_that_cannot_be_copied_is_verified_as_far_as_that_goes() -> None:
