@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..dispatch import on_cpu
 from ..memory_format import in_format, suggests_channels_last
 from .rewrite_calls import call_kind, conv_functions
 from .rewrite_effects import Everything, storages, value, written
@@ -256,7 +257,7 @@ def _untrue(node: fx.Node) -> bool:
         kind = call_kind(target) if node.op == "call_function" else None
         names = set() if kind is None else {kind.name}
     y = value(node)
-    if "group_norm" not in names or not isinstance(y, Tensor) or y.device.type != "cpu" or not y.is_contiguous():
+    if "group_norm" not in names or not isinstance(y, Tensor) or not on_cpu(y) or not y.is_contiguous():
         return False
     given = [value(n) for n in node.all_input_nodes]
     return any(isinstance(t, Tensor) and t.dim() in (4, 5) and not t.is_contiguous() for t in given)
