@@ -314,7 +314,7 @@ def program(model: nn.Module, seed: int, dtype: torch.dtype) -> tuple[Outcome, l
         note("channels-last", *tensors(model(x(1, 2, 4, 16, 12).contiguous(memory_format=CL))))
     model.train()
     for k in range(2):
-        given = x(k, 2 + k, 4, 12, 16).requires_grad_()
+        given = x(k, 1 + 2 * k, 4, 12, 16).requires_grad_()
         results = tensors(model(given))
         note(f"train {k}", *results)
         sum(loss_of(y) for y in results).backward()  # type: ignore[union-attr]
