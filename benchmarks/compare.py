@@ -37,7 +37,7 @@ def compare(
     workload = replace(workload)  # its tensors are cached in it: the caller's, which it keeps, stays without
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # else each row's modules count as recompilations of one function
-    _ = workload.tolerance, workload.expected, workload.x  # here: no implementation is charged with their memory
+    _ = workload.allowed, workload.expected, workload.x  # here: no implementation is charged with their memory
     entries: dict[str, Entry] = {}
     prepared: dict[str, Prepared] = {}
     for implementation in implementations:

@@ -81,7 +81,7 @@ class Workload:
         bound = TF32_TOLERANCE if self.tf32 else TOLERANCES[self.dtype]
         with torch.inference_mode(not self.gradients):
             found = self.call(self.modules(), False)()
-        return bound if self._shapes(found) else max(self.slack * self._error(found), bound)
+        return bound if self._shapes(found) else max(self.slack * max(self._errors(found)), bound)
 
     @property
     def macs(self) -> int:
@@ -136,10 +136,15 @@ class Workload:
             y = prepared.result(prepared.call())
         if problem := self._shapes(y):
             return float("inf"), problem
-        error = self._error(y)
-        if error <= self.tolerance:  # False for NaN
-            return error, None
-        return error, f"relative error {error:.2g} is above {self.tolerance:.2g}"
+        errors = self._errors(y)
+        over = [(e, most) for e, most in zip(errors, self.allowed, strict=True) if not e <= most]  # a NaN is
+        wrong = "relative error {:.2g} is above {:.2g}".format(*max(over)) if over else None
+        return max(errors), wrong
+
+    @cached_property
+    def allowed(self) -> list[float]:
+        """The relative error of each tensor of the result that is allowed."""
+        return [self.tolerance]
 
     def _shapes(self, y: Any) -> str | None:
         """What is wrong with the shape of a result."""
@@ -147,8 +152,8 @@ class Workload:
             return f"shape {tuple(y.shape)} instead of {tuple(self.expected.shape)}"
         return None
 
-    def _error(self, y: Any) -> float:
-        return ((y.double() - self.expected).abs().max() / self.expected.abs().max()).item()
+    def _errors(self, y: Any) -> list[float]:
+        return [((y.double() - self.expected).abs().max() / self.expected.abs().max()).item()]
 
 
 class _Step:
@@ -178,7 +183,7 @@ class TrainingWorkload(Workload):
     In a generator the input needs no gradient, in a block (the middle of a network) it does. The error of a step is the
     worst of its tensors', each the 2-norm of the difference over that of float64's; four times that of PyTorch's own
     modules in NCHW is allowed, or a forward's tolerance if that is more. A gradient jumps at the kinks of activations,
-    so that the same modules with parameters off by some roundings are a measure, too.
+    so that for each gradient the same modules with parameters off by some roundings are a measure, too.
     """
 
     slack = 4
@@ -187,12 +192,6 @@ class TrainingWorkload(Workload):
     @property
     def dtype_name(self) -> str:
         return super().dtype_name + ("" if self.dtype == torch.float32 else " autocast")
-
-    @cached_property
-    def tolerance(self) -> float:
-        """See the class."""
-        kinks = self._error(self.call(moved(self.modules(), 2**-20), False)())
-        return max(Workload.tolerance.func(self), self.slack * kinks)  # type: ignore[attr-defined]
 
     @property
     def macs(self) -> int:
@@ -240,9 +239,16 @@ class TrainingWorkload(Workload):
         found, wanted = ([None if t is None else tuple(t.shape) for t in of] for of in (y, self.expected))
         return None if found == wanted else f"shapes {found} instead of {wanted}"
 
-    def _error(self, y: Any) -> float:
+    @cached_property
+    def allowed(self) -> list[float]:
+        """See the class."""
+        kinks = self._errors(self.call(moved(self.modules(), 2**-20), False)())
+        return [self.tolerance, *(max(self.tolerance, self.slack * kink) for kink in kinks[1:])]  # a result is smooth
+
+    def _errors(self, y: Any) -> list[float]:
         exact = self.expected
         # A gradient that is zero in exact arithmetic (a bias ahead of a norm) is rounding noise: no ratio says a thing.
         largest = max(e.norm().item() / e.numel() ** 0.5 for e in exact)
-        pairs = [(f, e) for f, e in zip(y, exact, strict=True) if e.norm().item() > 1e-6 * largest * e.numel() ** 0.5]
-        return max(((f.double() - e).norm() / e.norm()).item() for f, e in pairs)
+        some = [e.norm().item() > 1e-6 * largest * e.numel() ** 0.5 for e in exact]
+        each = zip(y, exact, some, strict=True)
+        return [((f.double() - e).norm() / e.norm()).item() if much else 0.0 for f, e, much in each]

@@ -17,7 +17,7 @@ from torch import Tensor
 from .dispatch import is_batched
 from .memory_format import convert, has_both, is_channels_last, new_strides
 
-__all__ = ["enter", "keep_strides", "plain", "restrided", "squeezed"]
+__all__ = ["enter", "enter_residual", "keep_strides", "plain", "restrided", "squeezed"]
 
 
 def restrided(t: Tensor, strides: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
@@ -49,6 +49,15 @@ def enter(x: Tensor, dtype: torch.dtype, channels_last: bool | None, of_gradient
     """x (N, C, H, W), not empty, in ``dtype`` and the memory format asked for (None: its own); its gradient in x's
     dtype with the strides of a new tensor, channels-last where ``of_gradient``."""
     return _Entry.apply(x, dtype, channels_last, of_gradient)
+
+
+def enter_residual(r: Tensor, channels_last: bool) -> Tensor:
+    """r (N, C, *size), which is added to a map of ours that is ``channels_last`` or not; its gradient is contiguous
+    unless both are channels-last. (Of one image and a channels-last gradient, the backwards of ATen's norms, which may
+    have given a contiguous r, make something else: torch 2.13 and 2.14, on a CPU.)"""
+    if not (torch.is_grad_enabled() and r.requires_grad) or channels_last and is_channels_last(r):
+        return r
+    return enter(r, r.dtype, None, False)
 
 
 class _Kept(torch.autograd.Function):

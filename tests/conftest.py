@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import signal
@@ -46,16 +47,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session", autouse=True)
 def small_chains() -> Iterator[None]:
     """Maps of tests are small and stand for larger ones, and layers for generators: chains run fused whatever their
-    size. (Tests of those rules set `backend.SMALL` and `backend._saves_conversions` again.)"""
+    size. (Tests of those rules set `backend.SMALL` and the wrapped `backend._saves_conversions` again.)"""
     from cnnfast.cpu import backend
 
     saves = backend._saves_conversions
+
+    @functools.wraps(saves)
+    def as_without_gradients(steps: Any, elements: list[int], gradient: bool) -> bool:
+        return saves(steps, elements, False)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "SMALL", 0)
         patch.setattr(backend, "SMALL_IN_TRAINING", 0)
         patch.setattr(backend, "LEAST_SAVED", 0)
-        patch.setattr(backend, "_saves_conversions", lambda steps, elements, gradient: saves(steps, elements, False))
+        patch.setattr(backend, "_saves_conversions", as_without_gradients)
         yield
 
 

@@ -246,14 +246,16 @@ def _veto(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], modes
             slower[gradients] = f"{name} takes {best}, accelerated {ours}"
     if not slower:
         return
-    what = "is restored"
     if len(slower) == len(modes):
         restore(model)
+        what = "is restored"
     else:
-        what = f"runs as it stands with{'' if True in slower else 'out'} gradients"
-        for site in (site for graph in record.graphs if graph.gradients in slower for site in graph.sites):
-            site.off = site.off or f"slower in all: {slower[True in slower]}"
-    said = "; with gradients ".join(slower[gradients] for gradients in modes if gradients in slower)
+        ((gradients, why),) = slower.items()
+        what = f"runs as it stands with{'' if gradients else 'out'} gradients"
+        for graph in record.graphs:
+            for site in graph.sites if graph.gradients is gradients else ():
+                site.off = site.off or f"slower in all: {why}"
+    said = "; with gradients ".join(slower.values())
     warnings.warn(f"cnnfast: {type(model).__name__} {what}: on these inputs {said}", CnnfastWarning, stacklevel=4)
 
 

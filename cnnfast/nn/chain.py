@@ -315,10 +315,8 @@ def _step(step: Step, o: Operands, run: Run, of: Sequence[tuple[Tensor | None, .
     last = run.channels_last
     if of:
         y = _step(step.until_norm, o._replace(residual=None, slope=None), run)
-        y, r = modulated(y, of), o.residual
-        if r is not None and torch.is_grad_enabled() and r.requires_grad and not is_channels_last(r):
-            r = enter(r, r.dtype, None, False)  # as `run_step` does
-        y = run_reference(step.after_norm, Operands(y, residual=r, slope=o.slope))
+        y = modulated(y, of)
+        y = run_reference(step.after_norm, Operands(y, residual=o.residual, slope=o.slope))
         return memory_format.convert(y, y.dtype, last)
     if not (run.wide or run.apart):
         return run_step(step, o, channels_last=last)

@@ -9,8 +9,8 @@ that site's input is converted.
 
 With gradients, ATen brings a contiguous weight into this format in every step, and its gradient back: there are
 stretches where the maps that sites take and give outweigh the weights (`_MAPS`; docs/facts.md). Norms by a map's own
-statistics end a stretch then (of channels-last maps ATen takes them less exactly), and
-so do operators that resize by other rules than the nearest value, maps of three dimensions or one, and all writes.
+statistics end a stretch then (of channels-last maps ATen takes them less exactly), and so do operators that resize by
+other rules than the nearest value, maps of three dimensions or one, and all writes.
 
 Of one dimension, (N, C, L), convolutions and pointwise operators alone are in a stretch: ATen has no such format, and
 its other operators return what is contiguous.
@@ -260,7 +260,8 @@ def _untrue(node: fx.Node) -> bool:
     if "group_norm" not in names or not isinstance(y, Tensor) or not on_cpu(y) or not y.is_contiguous():
         return False
     given = [value(n) for n in node.all_input_nodes]
-    return any(isinstance(t, Tensor) and t.dim() in (4, 5) and not t.is_contiguous() for t in given)
+    maps = (t for t in given if isinstance(t, Tensor) and t.dim() in (4, 5))
+    return any(in_format(t, True) and not t.is_contiguous() for t in maps)
 
 
 def _numel(node: Any) -> int:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..gradients import enter_residual
 from ..memory_format import to_format
 from .chain import Chain, chained
 from .fusion import Unfused, plan_parts
@@ -214,13 +215,15 @@ class Site:
         why = self.off or why_not_now(x)
         if why is not None:
             self.ran = (why,)
-            if self.converts and self.given_contiguous:
+            if self.channels_last is not None and self.given_contiguous:
                 x = x.contiguous()
             for call in self.calls:
                 x = call.run(x, operands)
             return x.contiguous() if self.channels_last is False else x
         if self.converts and x.dim() > 3:  # of one dimension, where its chain gains by it
             x = to_format(x, True)
+        if self._added and torch.is_grad_enabled():
+            operands = tuple([self._entered(t) if k in self._added else t for k, t in enumerate(operands)])
         kind = self._kind(x, operands)
         known = None if kind is None else self._quick.get(kind)
         if known is not None and known.holds(operands):
@@ -246,6 +249,11 @@ class Site:
             self._tries += 1  # a computed weight is another one at each call
             self._quick[kind] = Quick.of(parts, operands, self._added)
         return x.contiguous() if self.channels_last is False else x
+
+    @staticmethod
+    def _entered(t: Any) -> Any:
+        """What is added, whichever way: to maps that may be channels-last where eager mode's are not."""
+        return enter_residual(t, True) if isinstance(t, Tensor) and t.dim() in (4, 5) else t
 
     @cached_property
     def _runs(self) -> list[Run]:

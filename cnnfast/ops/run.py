@@ -6,7 +6,7 @@ import torch
 
 from .. import dispatch
 from ..dispatch import WATCHED, by_kernels, choose, needs_gradient, refusal, watched
-from ..gradients import enter
+from ..gradients import enter_residual
 from ..memory_format import convert, is_channels_last, to_format
 from ..reference import run_reference
 from ..step import Operands, Step
@@ -33,11 +33,8 @@ def run_step(step: Step, o: Operands, *, channels_last: bool | None = None, back
     training = gradient or step.measured
     name = dispatch.resolve_backend(backend)
     required = name == "triton"
-    r = o.residual
-    if gradient and not unseen and r is not None and r.requires_grad and not (channels_last and is_channels_last(r)):
-        # Gradients inside are channels-last, which ATen's norm of one image, ahead of a contiguous residual, takes
-        # for something else (torch 2.13, 2.14: they come out wrong).
-        o = o._replace(residual=enter(r, r.dtype, None, False))
+    if gradient and not unseen and o.residual is not None:
+        o = o._replace(residual=enter_residual(o.residual, channels_last))
     if o.batches is not None and (unseen or not by_kernels(o.x, name)):  # the kernels count batches themselves
         o.batches.add_(1)
         o = o._replace(batches=None)

@@ -54,6 +54,14 @@ def test_what_is_wrong_is_not_timed(index: int) -> None:
     assert [e.status for e in row.entries] == ["timed", "wrong result"]
 
 
+def test_kinks_widen_the_limits_of_gradients_alone() -> None:
+    w = TrainingWorkload(MINI_GAN, 2, torch.float32)
+    assert w.allowed[0] == w.tolerance and min(w.allowed) >= w.tolerance
+    step = w.call(w.modules(), False)
+    error, wrong = w.check(Prepared(lambda: [(1 + 2 * w.tolerance) * t if k == 0 else t for k, t in enumerate(step())]))
+    assert error > w.tolerance and wrong is not None
+
+
 def test_a_missing_gradient_is_wrong() -> None:
     w = TrainingWorkload(BLOCK, 2, torch.float32)
     step = w.call(w.modules(), False)

@@ -1011,16 +1011,29 @@ class NormAhead(nn.Module):
         return self.second(F.interpolate(z, scale_factor=2.0))
 
 
+class NormAheadOfModules(NormAhead):
+    """The step that adds runs as PyTorch's modules, which get channels-last maps from the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.last = nn.ConvTranspose2d(8, 8, 4, 2, 1), nn.ConvTranspose2d(8, 8, 4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.dropout(self.norm(x), 0.0)
+        return self.last(F.relu(self.first(F.relu(self.up(x[..., ::2, ::2]))) + y))
+
+
 @pytest.mark.parametrize("n", [1, 2])
-def test_the_gradient_of_a_residual_has_its_format(n: int) -> None:
-    ours, plain = pair(NormAhead())
+@pytest.mark.parametrize("model", [NormAhead, NormAheadOfModules])
+def test_the_gradient_of_a_residual_has_its_format(model: Callable[[], nn.Module], n: int) -> None:
+    ours, plain = pair(model())
     found = []
-    for model in (ours, plain, plain.double()):
-        dtype = next(model.parameters()).dtype
+    for of in (ours, plain, copy.deepcopy(plain).double()):
+        dtype = next(of.parameters()).dtype
         x = images(n, 8, 32, 32).to(dtype).requires_grad_()
-        y = model(x)
+        y = of(x)
         grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(dtype)
-        found.append(torch.autograd.grad(y, [x, model.norm.weight, model.norm.bias], grad))  # type: ignore[union-attr]
+        found.append(torch.autograd.grad(y, [x, of.norm.weight, of.norm.bias], grad))  # type: ignore[union-attr]
     for a, b, exact in zip(*found, strict=True):
         assert (a - b).abs().max() <= 1e-4 * exact.abs().max() and a.stride() == b.stride()
 

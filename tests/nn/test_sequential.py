@@ -1076,6 +1076,23 @@ def test_a_chain_that_is_too_small_runs_as_its_modules(
         assert not train or "too small" not in model.explain(cl), "the caller asks for channels-last"
 
 
+@pytest.mark.parametrize(("transposed", "fused"), [(1, False), (2, True)])
+def test_in_training_a_transposed_convolution_by_itself_runs_as_its_module(
+    transposed: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the default format, where conversions at both ends cost what they save; two of them save more."""
+    monkeypatch.setattr(backend, "_saves_conversions", backend._saves_conversions.__wrapped__)  # type: ignore[attr-defined]
+    layers = [m for _ in range(transposed) for m in (nn.ConvTranspose2d(16, 16, 4, 2, 1), nn.ReLU())]
+    plain, x = nn.Sequential(*layers), torch.randn(2, 16, 32, 32)
+    model = cnnfast.Sequential(*copy.deepcopy(layers))
+    assert ("modules of contiguous maps are as fast" in model.explain(x)) is not fused
+    want, got = plain(x), model(x)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert fused or torch.equal(got, want)
+    with torch.no_grad():
+        assert "modules of contiguous maps are as fast" not in model.explain(x)
+
+
 @pytest.mark.skipif(onednn.why_missing() is not None, reason=str(onednn.why_missing()))
 @pytest.mark.parametrize(
     ("layers", "size", "small"),
