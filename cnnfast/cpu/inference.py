@@ -30,7 +30,7 @@ from .methods import METHODS, applicable, by_rule, winograd_gain
 from .onednn import Convolution, Deconvolution, Method, PostOp, Projection, layout, passed_over, post_op, why_missing
 from .packing import PACKS, why_not_cacheable
 from .weight import summed_weight
-from .winograd import Filters
+from .winograd import Winograd
 
 __all__ = ["Ready", "method_name", "methods_of", "run", "why_not", "why_slower_plain", "why_slower_transposed"]
 
@@ -129,7 +129,7 @@ def _why_slower_plain(
     before, after = _elements(step, shape)
     elements = before + after
     way = _way(step, shape, dtype, now)
-    if isinstance(way, Way) and isinstance(way.method, Filters):
+    if isinstance(way, Way) and isinstance(way.method, Winograd):
         saved = 1 - 1 / winograd_gain(s, padded, now.threads)
         if not nchw or saved * s.macs(shape[0], padded[2:]) > _CONVERSION * elements:
             return None

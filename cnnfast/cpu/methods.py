@@ -1,5 +1,4 @@
-"""The methods to run a convolution on a CPU: those of `onednn`, `winograd` and `winograd_signal`. `inference` chooses
-between them."""
+"""The methods to run a convolution on a CPU: those of `onednn`, and `winograd`. `inference` chooses between them."""
 
 from __future__ import annotations
 
@@ -12,12 +11,11 @@ from ..spec import ConvSpec
 from .isa import InstructionSet, cache_bytes
 from .onednn import Convolution, Deconvolution, Gathered, Merged, Method, Projection
 from .winograd import Winograd
-from .winograd_signal import WinogradSignal
 
-__all__ = ["METHODS", "applicable", "by_rule", "filters", "gathers", "winograd_gain"]
+__all__ = ["METHODS", "applicable", "by_rule", "gathers", "winograd_gain"]
 
 METHODS: dict[str, type[Method]] = {
-    kind.__name__: kind for kind in (Convolution, Deconvolution, Gathered, Merged, Projection, Winograd, WinogradSignal)
+    kind.__name__: kind for kind in (Convolution, Deconvolution, Gathered, Merged, Projection, Winograd)
 }
 
 
@@ -25,8 +23,8 @@ def applicable(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, matmu
     """The names of the methods that are right for an input (N, C_in, *size) whose border is already repeated;
     ``dtype``: of the products; ``matmul``: they may be matrix products."""
     found = []
-    if dtype == torch.float32 and (kind := filters(spec, shape)) and (matmul or kind is Winograd):
-        found.append(kind.__name__)
+    if dtype == torch.float32 and matmul and Winograd.applies(spec, shape):
+        found.append("Winograd")
     if not spec.transposed:
         return ["Convolution", *found]
     # oneDNN has no deconvolution whose output padding reaches the stride.
@@ -43,11 +41,6 @@ def applicable(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, matmu
     return found
 
 
-def filters(spec: ConvSpec, shape: tuple[int, ...]) -> type[Winograd | WinogradSignal] | None:
-    """The one of the two that applies."""
-    return next((kind for kind in (Winograd, WinogradSignal) if kind.applies(spec, shape)), None)
-
-
 def by_rule(
     spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet, threads: int, right: list[str]
 ) -> type[Method]:
@@ -59,20 +52,18 @@ def by_rule(
         return Merged
     if "Gathered" in right and gathers(spec, shape, dtype, isa):
         return Gathered
-    kind = filters(spec, shape)
-    if kind is not None and kind.__name__ in right and winograd_gain(spec, shape, threads) > LEAST_GAIN:
-        return kind
+    if "Winograd" in right and winograd_gain(spec, shape, threads) > LEAST_GAIN:
+        return Winograd
     return Deconvolution if spec.transposed else Convolution
 
 
-LEAST_GAIN = 1.08  # of what is computed, not measured: less may be a loss
+LEAST_GAIN = 1.1  # of what is computed, not measured: less may be a loss
 
 
 @lru_cache(maxsize=4096)
 def winograd_gain(spec: ConvSpec, shape: tuple[int, ...], threads: int) -> float:
-    """What `filters` are expected to be faster by than `Convolution` or `Deconvolution`; 1 where there are none."""
-    kind = filters(spec, shape)
-    return 1.0 if kind is None else kind(spec, shape, torch.float32).gain(shape, threads)
+    """What `Winograd` is expected to be faster by than `Convolution` or `Deconvolution`; 1 where it does not apply."""
+    return Winograd(spec, shape, torch.float32).gain(threads) if Winograd.applies(spec, shape) else 1.0
 
 
 def gathers(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> bool:

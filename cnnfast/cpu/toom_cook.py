@@ -1,4 +1,4 @@
-"""Toom and Cook's filters of one dimension, for `winograd` and `winograd_signal`: a tile of m outputs of a filter with
+"""Toom and Cook's filters of one dimension, for `winograd`: a tile of m outputs of a filter with
 r taps takes m + r - 1 products instead of m r, ``A^T ((G g) (B^T d))`` with matrices of constants.
 
 Points. B, G and A evaluate and interpolate polynomials at pairs +-p, at 0 where a point is left over, and at infinity.
@@ -11,7 +11,6 @@ sum of such filters over every stride-th input.
 
 from __future__ import annotations
 
-import math
 import threading
 from functools import cache
 from typing import NamedTuple
@@ -20,88 +19,44 @@ import torch
 
 from ..spec import ConvSpec
 
-__all__ = ["Sum", "Transform", "Window", "blocks_of", "cheapest", "transform", "windows_of", "workspace"]
+__all__ = ["Transform", "Window", "blocks_of", "cheapest", "transform", "windows_of", "workspace"]
 
-_BLOCK = 2**22  # bytes of transformed input at a time
+_BLOCK = 2**24  # bytes of transformed input at a time
 _PAIRS = {5: (0.4, 1.2), 6: (0.625, 1.5), 7: (0.4, 0.9, 1.8)}  # by the number of points; found by a search
 
 
-Sum = tuple[tuple[int, float], ...]  # of rows: (row, factor), the first factor 1
-
-
 class Transform(NamedTuple):
-    """Of ``taps`` and a ``tile`` of outputs. The points are all +p, then all -p, 0 where a point is left, and infinity.
+    """Of ``taps`` and a ``tile`` of outputs: ``outputs @ ((weight @ g) * (inputs @ d))``.
 
-    ``weight``: G (points, taps), float64; ``ones``: what added to the product of each point adds 1 to every output. B:
-    +p takes ``even + ratio * odd``, -p ``even - ratio * odd``, of each pair; infinity, and 0 a row before it, ``end``.
-    ``powers``: A of each pair, (pairs, tile). ``inputs``: B^T (points, points), ``outputs``: A^T (tile, points).
+    ``weight``: G (points, taps), float64, ``inputs``: B^T (points, points), ``outputs``: A^T (tile, points), float32.
+    ``ones``: what added to the product of each point adds 1 to every output.
     """
 
     taps: int
     tile: int
     points: int
-    pairs: int
-    zero: bool
     weight: torch.Tensor
-    ones: torch.Tensor
-    even: tuple[Sum, ...]
-    odd: tuple[Sum, ...]
-    ratio: tuple[float, ...]
-    end: Sum
-    powers: tuple[tuple[float, ...], ...]
     inputs: torch.Tensor
     outputs: torch.Tensor
-
-
-def _sum(row: torch.Tensor) -> Sum:
-    """A row of B over its leading coefficient."""
-    values = row.tolist()
-    used = [j for j in reversed(range(len(values))) if values[j]]
-    return tuple((j, values[j] / values[used[0]]) for j in used)
+    ones: torch.Tensor
 
 
 @cache
 def transform(taps: int, tile: int) -> Transform:
     """Everything is in float64 until it is a constant."""
     size = taps + tile - 1
-    pairs = len(_PAIRS[size])
-    zero = size % 2 == 0
     p = torch.tensor(_PAIRS[size], dtype=torch.float64, device="cpu")
-    points = torch.cat([p, -p, p.new_zeros(int(zero))])
+    points = torch.cat([p, -p, p.new_zeros(1 - size % 2)])
 
     def evaluation(n: int) -> torch.Tensor:
         infinity = points.new_tensor([[0.0] * (n - 1) + [1.0]])
         return torch.cat([points[:, None] ** torch.arange(n, device="cpu"), infinity])
 
-    rows, weight, outputs = torch.linalg.inv(evaluation(size)).T, evaluation(taps), evaluation(tile)
-    rows = rows.where(rows.abs() > 1e-9 * rows.abs().max(), 0.0)
-    plus, minus = rows[:pairs], rows[pairs : 2 * pairs]
-    even, odd = (plus + minus) / 2, (plus - minus) / 2
-    leading = [max(j for j in range(size) if half[0, j]) for half in (even, odd)]
-    first, second = even[:, leading[0]], odd[:, leading[1]]
-    # Each row is divided by its leading coefficient, and the weight multiplied by it.
-    scale = torch.cat([first, first, *([rows[-2, -2:-1]] if zero else []), rows[-1, -1:]])
-    inputs = (rows / scale[:, None]).float()
-    if zero:  # the first output starts from the product at 0; so the second may start from the first pair's
-        outputs[[0, pairs]] /= p[0]
-        scale[[0, pairs]] *= p[0]
-
-    return Transform(
-        taps,
-        tile,
-        size,
-        pairs,
-        zero,
-        weight * scale[:, None],
-        torch.linalg.pinv(outputs.T) @ outputs.new_ones(tile),
-        tuple(map(_sum, even)),
-        tuple(map(_sum, odd)),
-        tuple((second / first).tolist()),
-        _sum(rows[-1]),
-        tuple(map(tuple, outputs[:pairs].tolist())),
-        inputs,
-        outputs.T.float().contiguous(),
-    )
+    inputs, weight, outputs = torch.linalg.inv(evaluation(size)).T, evaluation(taps), evaluation(tile)
+    inputs = inputs.where(inputs.abs() > 1e-9 * inputs.abs().max(), 0.0)
+    scale = inputs.abs().amax(1, keepdim=True)  # a product's inputs are about as large as x
+    ones = torch.linalg.pinv(outputs.T) @ outputs.new_ones(tile)
+    return Transform(taps, tile, size, weight * scale, (inputs / scale).float(), outputs.T.float().contiguous(), ones)
 
 
 def cheapest(taps: int, *, exact: bool) -> Transform:
@@ -123,7 +78,7 @@ class Window(NamedTuple):
 
 
 def windows_of(spec: ConvSpec, axis: int) -> list[Window]:
-    """Empty where phases differ in their number of taps."""
+    """All of equally many residues; none where phases differ in their number of taps."""
     found: list[Window] = []
     if spec.transposed:
         for phase in spec.phases[axis]:
@@ -137,7 +92,12 @@ def windows_of(spec: ConvSpec, axis: int) -> list[Window]:
         chosen = tuple(tuple(t for t, _ in of) for of in each)
         found.append(Window(range(1), tuple(of[0][1] for of in each), (chosen,)))
     sizes = {len(taps) for w in found for of in w.taps for taps in of}
-    return found if len(sizes) == 1 and 0 not in sizes else []
+    if len(sizes) != 1 or 0 in sizes:
+        return []
+    if len({len(w.residues) for w in found}) > 1:
+        alone = [(r, w.starts, taps) for w in found for r, taps in zip(w.residues, w.taps, strict=True)]
+        found = [Window(range(r, r + 1), starts, (taps,)) for r, starts, taps in alone]
+    return found
 
 
 def blocks_of(images: int, tiles: int, each: int) -> tuple[int, int]:
@@ -151,12 +111,11 @@ def blocks_of(images: int, tiles: int, each: int) -> tuple[int, int]:
 _local = threading.local()
 
 
-def workspace(shape: tuple[int, ...]) -> torch.Tensor:
-    """Memory that the thread keeps: fresh pages cost as much as a transform."""
+def workspace(size: int) -> torch.Tensor:
+    """Numbers of memory that the thread keeps: fresh pages cost as much as a transform."""
     kept: torch.Tensor | None = getattr(_local, "kept", None)
-    size = math.prod(shape)
     if kept is None or kept.numel() < size:
         with torch.inference_mode(False):
             kept = torch.empty(size, dtype=torch.float32, device="cpu")
         _local.kept = kept
-    return kept[:size].view(shape)
+    return kept[:size]

@@ -1,8 +1,10 @@
-"""Winograd's minimal filtering along the rows of a plane or the planes of a volume: a method of `methods`, in float32.
+"""Winograd's minimal filtering along one dimension of signals, planes and volumes: a method of `methods`, in float32.
 
-The filters of `toom_cook`, along the first dimension; in the others each of their products is an ordinary convolution
-by oneDNN. The transforms A and B are sums of whole rows: long runs of memory, by PyTorch's own operators, in blocks
-that stay in a cache. (Two dimensions at once save more products and lose that in transforms; docs/facts.md has both.)
+The filters of `toom_cook`, in three calls: a small matrix makes the inputs of each tile into those of its products (one
+batched matrix product for all tiles), which lie side by side as the channels of one grouped convolution by oneDNN; it
+takes the other dimensions and the parts of long filters; and a second matrix makes a tile of outputs of its results,
+with all residues of a transposed convolution in place. (Two dimensions at once save more products and lose that in
+transforms; docs/facts.md has both.)
 """
 
 from __future__ import annotations
@@ -10,234 +12,236 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..spec import ConvSpec
 from .onednn import Convolution, Deconvolution, PostOp, passed_over
-from .toom_cook import Sum, Window, blocks_of, cheapest, windows_of, workspace
+from .toom_cook import blocks_of, cheapest, windows_of, workspace
 
-__all__ = ["Filters", "Winograd", "is_signal"]
-
-
-def is_signal(spec: ConvSpec, shape: Sequence[int]) -> bool:
-    """Whether it is of one dimension: a plane of height 1."""
-    return spec.ndim == 2 and shape[2] == 1 and spec.kernel_size[0] == 1
+__all__ = ["Winograd"]
 
 
-class Filters:
-    """What is common to the methods that take one dimension, ``axis``, by these filters. Tensors are (N, length, plane,
-    C) for them, ``plane`` what the other dimensions have."""
+class Winograd:
+    """See the head of this file. Tensors are (N, before..., length, behind..., C) inside, ``length`` the dimension of
+    the filters: the last, whose tiles lie in memory as they are read, or the first, for maps too narrow for that."""
 
     takes_post = False
 
-    def __init__(self, spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, axis: int, *, exact: bool) -> None:
-        self.dtype, self.spec = dtype, spec
-        self.windows = windows_of(spec, axis)
-        self.out = spec.output_size(shape[2:])
-        self.rest_in, rest_out = shape[3 + axis :], self.out[1 + axis :]
-        self.plane_in, self.plane_out = math.prod(self.rest_in), math.prod(rest_out)
-        self.length = shape[2 + axis]
-        self.phases, self.step = (spec.stride[axis], 1) if spec.transposed else (1, spec.stride[axis])
-        self.rows = self.out[axis] // self.phases
-        taps = len(self.windows[0].taps[0][0])
-        self.transform = cheapest(taps, exact=exact)
-        self.tile, self.parts = self.transform.tile, -(-taps // self.transform.taps)
-        self.channels = spec.in_channels * len(self.windows[0].starts)
-        each = 4 * self.transform.points * self.plane_in * self.channels
-        self.images, self.tiles = blocks_of(shape[0], -(-self.rows // self.tile), each)
+    def __init__(self, spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        axis = _axis(spec, shape)
+        assert axis is not None, "see `applies`"
+        n, c, *size = shape
+        self.dtype, self.spec, self.axis, self.shape = dtype, spec, axis, (n, *size)
+        windows = self.windows = windows_of(spec, axis)
+        stride, each = spec.stride[axis], len(windows[0].residues)
+        phases, step = (stride, 1) if spec.transposed else (1, stride)
+        taps = len(windows[0].taps[0][0])
+        # PyTorch's own sums in three dimensions err less than in two, and so do those of five points.
+        t = self.transform = cheapest(taps, exact=spec.ndim == 3)
+        self.parts = -(-taps // t.taps)
+
+        # A tile: ``span`` inputs from ``low + pitch * tile`` on, and what it makes of them and of the products.
+        starts = [s for w in windows for s in w.starts]
+        self.low, self.pitch, self.length = min(starts), t.tile * step, size[axis]
+        self.span = max(starts) - self.low + step * (t.points - 1) + 1
+        inputs = t.inputs.new_zeros(len(windows), t.points, len(windows[0].starts), self.span)
+        outputs = t.outputs.new_zeros(t.tile, phases, len(windows), t.points, each)
+        for i, w in enumerate(windows):
+            for k, start in enumerate(w.starts):
+                inputs[i, :, k, start - self.low :][:, : step * (t.points - 1) + 1 : step] = t.inputs
+            for r, residue in enumerate(w.residues):
+                outputs[:, residue, i, :, r] = t.outputs
+        self.inputs, self.outputs = inputs.flatten(0, 2), outputs.flatten(2).flatten(0, 1)
+
+        # A block: some whole images; or, of one image, some rows ahead of the dimension, or some of its tiles.
+        self.out = spec.output_size(size)
+        self.behind, self.behind_out = math.prod(size[axis + 1 :]), math.prod(self.out[axis + 1 :])
+        self.tiles = -(-self.out[axis] // len(self.outputs))
+        self.rows, padding = self.out[0], list(spec.padding)
+        numbers, before = len(self.inputs) * c * self.behind, math.prod(size[:axis])
+        if before == 1:
+            self.images, self.tiles = blocks_of(n, self.tiles, 4 * numbers)
+        elif spec.transposed:
+            self.images, _ = blocks_of(n, 1, 4 * numbers * before * (self.tiles + self.parts - 1))
+        else:
+            a_row = 4 * spec.stride[0] * numbers * (before // size[0]) * (self.tiles + self.parts - 1)
+            self.images, self.rows = blocks_of(n, self.out[0], a_row)
         self.read = self.tiles + self.parts - 1
-        self.reach = self.step * (self.tile * (self.read - 1) + self.transform.points - 1) + 1
+        rows = size[0]
+        if axis and self.rows < self.out[0]:
+            padding[0] = 0
+            rows = spec.stride[0] * (self.rows - 1) + spec.dilation[0] * (spec.kernel_size[0] - 1) + 1
+
+        def of(values: Sequence[int], here: int) -> tuple[int, ...]:
+            return (*values[:axis], here, *values[axis + 1 :])
+
+        channels = len(self.inputs) * c
+        inner = replace(
+            spec,
+            in_channels=channels,
+            out_channels=self.outputs.shape[1] * spec.out_channels,
+            kernel_size=of(spec.kernel_size, self.parts),
+            stride=of(spec.stride, 1),
+            padding=of(padding, 0),
+            output_padding=of(spec.output_padding, 0),
+            dilation=of(spec.dilation, 1),
+            groups=len(windows) * t.points,
+        )
+        self.size = (self.images, *((rows, *size[1:axis]) if axis else ()), self.read, *size[axis + 1 :])
+        kind: type[Convolution | Deconvolution] = Deconvolution if spec.transposed else Convolution
+        self.inner = kind(inner, (self.images, channels, *self.size[1:]), dtype)
 
     @staticmethod
-    def fit(spec: ConvSpec, shape: tuple[int, ...], axis: int) -> bool:
-        """Whether there are filters for ``axis``, and errors are within the tolerance rule."""
-        windows = windows_of(spec, axis)
-        if spec.groups > 1 or not windows:
-            return False
-        taps, out = len(windows[0].taps[0][0]), spec.output_size(shape[2:])
-        one = not spec.transposed and spec.stride[axis] == 1
-        if taps < 2 or taps > 4 and not one or out[axis] < 4:
-            return False
-        if spec.dilation[axis] > 1 or passed_over(spec, shape):  # PyTorch's own sums err less there than these
-            return False
-        if not spec.transposed:
-            return True
-        each = zip(out, spec.stride, spec.dilation, spec.output_padding, strict=True)
-        return all(o % s == 0 and d == 1 and more < s for o, s, d, more in each)
+    def applies(spec: ConvSpec, shape: tuple[int, ...]) -> bool:
+        """Whether there are filters, with errors within the tolerance rule, and batched products to transform by."""
+        return _axis(spec, shape) is not None and torch.backends.mkl.is_available()
 
-    def work(self, shape: tuple[int, ...]) -> tuple[float, int, float, float]:
-        """Products that are left of a multiply-add; blocks; numbers that are transformed, on both sides; weights."""
-        t, windows = self.transform, len(self.windows)
-        share = self.parts * t.points / (self.tile * len(self.windows[0].taps[0][0]))
-        blocks = shape[0] // self.images * -(-self.rows // (self.tiles * self.tile))
-        positions = blocks * self.images * self.read * t.points
-        shorter = 1.5 if len(self.windows[0].starts) > 1 else 1.0  # runs of memory
-        read = shorter * windows * positions * self.plane_in * self.channels
-        written = positions * self.plane_out * self.phases * self.spec.out_channels
-        return share, blocks, read + written, share * self.tile * math.prod(self.spec.weight_shape)
+    def gain(self, threads: int) -> float:
+        """What it is expected to be faster by than the same arithmetic at the rate of oneDNN's own operators. In
+        multiply-adds at that rate, it costs its products, numbers and tiles that are transformed, a number of calls and
+        the reading of a larger weight, these less and less with more threads: docs/facts.md, fitted for one and two."""
+        spec, t, (n, *size) = self.spec, self.transform, self.shape
+        length, of = self.out[self.axis], len(self.outputs)
+        blocks = -(-length // (self.tiles * of))
+        more = blocks * self.tiles * of / length  # the last tile may be whole
+        left = self.parts * t.points / (t.tile * len(self.windows[0].taps[0][0]))
+        blocks *= n // self.images * (-(-self.out[0] // self.rows) if self.axis else 1)
+        read, made = blocks * math.prod(self.size), n * math.prod(self.out) * more / of
+        numbers = read * len(self.inputs) * spec.in_channels + made * self.outputs.shape[1] * spec.out_channels
+        macs, weights = spec.macs(n, size), left * t.tile * math.prod(spec.weight_shape)
+        cost = left * more * macs * (1.28 + 7 / spec.out_channels) + 13 * numbers
+        return macs / (cost + threads**0.6 * (7500 * (read + made) + (9e6 + 4 * weights) * blocks))
 
-    def filters(self, weight: torch.Tensor, w: Window) -> torch.Tensor:
-        """G g for a window, of a weight (taps, C_out, C_in, *rest): (points, residues * C_out, starts * C_in, parts,
-        *rest), float32."""
-        each = torch.cat([torch.cat([self._parts(weight, taps) for taps in of], 2) for of in w.taps], 1)
-        return torch.tensordot(self.transform.weight, each.double(), 1).float()
+    def pack(self, weight: torch.Tensor, shift: torch.Tensor | None) -> Any:
+        transposed, t, at = self.spec.transposed, self.transform, self.axis
+        weight = (weight.transpose(0, 1) if transposed else weight).movedim(2 + at, 0)  # (taps, C_out, C_in, *rest)
 
-    def _parts(self, weight: torch.Tensor, taps: tuple[int, ...]) -> torch.Tensor:
-        chosen, of = weight[list(taps)], self.transform.taps
-        missing = chosen.new_zeros(self.parts * of - len(taps), *chosen.shape[1:])
-        return torch.cat([chosen, missing]).unflatten(0, (self.parts, of)).movedim(0, 3)
+        def parts(taps: tuple[int, ...]) -> torch.Tensor:
+            missing = weight.new_zeros(self.parts * t.taps - len(taps), *weight.shape[1:])
+            return torch.cat([weight[list(taps)], missing]).unflatten(0, (self.parts, t.taps)).movedim(0, 3 + at)
 
-    def shifts(self, shift: torch.Tensor | None, w: Window) -> list[torch.Tensor | None]:
-        """What to add to the products of each point, so that ``shift`` (C_out) is added to the outputs."""
-        ones = self.transform.ones.tolist()
-        if shift is None:
-            return [None] * len(ones)
-        return [(shift.double() * by).float().repeat(len(w.residues)) for by in ones]
+        filters = []
+        for w in self.windows:
+            each = torch.cat([torch.cat([parts(taps) for taps in of], 2) for of in w.taps], 1)
+            filters.append(torch.tensordot(t.weight, each.double(), 1).float())
+        points = torch.cat(filters)  # (groups, residues * C_out, starts * C_in, *kernel)
+        points = (points.transpose(1, 2) if transposed else points).flatten(0, 1)
+        if shift is not None:
+            by = torch.outer(t.ones, shift.double()).float()  # what adds the shift to every output
+            shift = by.repeat(len(self.windows), len(self.windows[0].residues)).flatten()
+        return self.inner.pack(points.contiguous(), shift)
 
     def run(self, x: torch.Tensor, packed: Any, post: PostOp, channels_last: bool) -> torch.Tensor | None:
         """See `onednn.Method`. None where the result is not finite: an infinity meets its negative in a transform, and
         reaches outputs that are not its own."""
-        n, c = x.shape[:2]
-        x = x.movedim(1, -1).reshape(n, self.length, self.plane_in, c)
-        size = (n, self.rows, self.phases, self.plane_out, self.spec.out_channels)
+        x = x.movedim(1, -1).contiguous()
+        size = (x.shape[0], *self.out, self.spec.out_channels)
         y = torch.empty(size, dtype=torch.float32, device=x.device)
-        count, total = min(self.tiles * self.tile, self.rows), 0.0
-        starts = [*range(0, self.rows - count, count), self.rows - count]
-        for i, first in itertools.product(range(0, n, self.images), starts):
-            part = y[i : i + self.images, first : first + count]
-            whole = count == self.tiles * self.tile
-            into = part if whole else part.new_empty(self.images, self.tiles * self.tile, *size[2:])
-            self.block(x[i : i + self.images], first, packed, into)
-            if not whole:
-                part.copy_(into[:, :count])
+        made, total = self.tiles * len(self.outputs), 0.0
+        images, rows = range(0, size[0], self.images), range(0, self.out[0], self.rows)
+        for i, row, place in itertools.product(images, rows, range(0, self.out[self.axis], made)):
+            part = y[i : i + self.images]
+            row = min(row, self.out[0] - self.rows)  # the last may overlap
+            if self.axis:
+                part = part[:, row : row + self.rows]
+            part = part.narrow(1 + self.axis, place, min(made, self.out[self.axis] - place))
+            self._block(x[i : i + self.images], row, place // len(self.outputs), packed, part)
             total += part.sum().item()
-        if not math.isfinite(total):
-            return None
-        return y.view(n, *self.out, size[-1]).movedim(-1, 1)
+        return y.movedim(-1, 1) if math.isfinite(total) else None
 
-    def block(self, x: torch.Tensor, first: int, packed: Any, y: torch.Tensor) -> None:
-        """The outputs from ``first`` on, of each residue, into y (N, tiles * tile, residues, plane, C_out)."""
-        raise NotImplementedError
+    def _block(self, x: torch.Tensor, row: int, tile: int, packed: Any, y: torch.Tensor) -> None:
+        """Outputs from ``row`` and ``tile`` on into y, of images x."""
+        c, c_out, tiles = x.shape[-1], y.shape[-1], math.prod(self.size)
+        v, d = workspace(tiles * c * (len(self.inputs) + self.span)).split(
+            [tiles * c * len(self.inputs), tiles * c * self.span]
+        )
+        v = into = v.view(*self.size, -1)
+        if self.axis and self.rows < self.out[0]:
+            first = row * self.spec.stride[0] - self.spec.padding[0]
+            a, b = (min(max(at, 0), x.shape[1]) for at in (first, first + self.size[1]))
+            into = v[:, a - first : b - first]
+            v[:, : a - first], v[:, b - first :], x = 0, 0, x[:, a:b]
+        self._transform(x.view(-1, self.length, self.behind, c), tile, into.view(-1, len(self.inputs), c), d)
+        m = self.inner.run(v.movedim(-1, 1), packed, PostOp(), True).movedim(1, -1)
+        m = m.reshape(-1, self.outputs.shape[1], c_out)
+        count, length, of = len(m), y.shape[1 + self.axis], len(self.outputs)
+        straight = self.behind_out == 1 and length == self.tiles * of and y.is_contiguous()
+        found = y.view(count, of, c_out) if straight else m.new_empty(count, of, c_out)
+        torch.bmm(self.outputs.expand(count, -1, -1), m, out=found)  # autocast leaves those with `out` alone
+        if straight:
+            return
+        found = found.view(-1, self.tiles, self.behind_out, of, c_out).transpose(2, 3)
+        whole, rest = divmod(length, of)
+        y = y.view(len(found), length, self.behind_out, c_out)
+        y[:, : whole * of].view(len(found), whole, *found.shape[2:]).copy_(found[:, :whole])
+        if rest:
+            y[:, whole * of :] = found[:, whole, :rest]
 
-    def around(self, x: torch.Tensor, low: int) -> tuple[torch.Tensor, int]:
-        """x, and where in it ``low`` is; a copy with zeros around it where ``reach`` of its rows are not all there."""
-        if low >= 0 and low + self.reach <= self.length:
-            return x, low
-        padded = x.new_empty(x.shape[0], self.reach, *x.shape[2:])
-        a, b = (min(max(at, 0), self.length) for at in (low, low + self.reach))
-        a, b = (a - low, b - low) if a < b else (0, 0)
-        padded[:, :a], padded[:, b:] = 0, 0
-        padded[:, a:b] = x[:, low + a : low + b] if a < b else 0
-        return padded, 0
-
-
-class Winograd(Filters):
-    """See the head of this file."""
-
-    def __init__(self, spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        # PyTorch's own sums in three dimensions err less than in two, and so do those of five points.
-        super().__init__(spec, shape, dtype, 0, exact=spec.ndim == 3)
-        each_of = (spec.kernel_size, spec.stride, spec.padding, spec.output_padding, spec.dilation)
-        geometry = [(a, *of[1:]) for a, of in zip((self.parts, 1, 0, 0, 1), each_of, strict=True)]
-        kind: type[Convolution | Deconvolution] = Deconvolution if spec.transposed else Convolution
-        size = (self.images, self.channels, self.read, *self.rest_in)
-        self.inner: list[Convolution | Deconvolution] = []
-        for w in self.windows:
-            inner = ConvSpec(spec.transposed, self.channels, len(w.residues) * spec.out_channels, *geometry)  # type: ignore[arg-type]
-            self.inner.append(kind(inner, size, dtype))
-
-    @staticmethod
-    def applies(spec: ConvSpec, shape: tuple[int, ...]) -> bool:
-        return not is_signal(spec, shape) and Filters.fit(spec, shape, 0)
-
-    def gain(self, shape: tuple[int, ...], threads: int) -> float:
-        """What it is expected to be faster by than the same arithmetic at the rate of oneDNN's own operators. In
-        multiply-adds at that rate, it costs its products, two transforms, a number of calls (threads wait for each
-        other in each) and the reading of a larger weight: docs/facts.md, fitted for one thread and two."""
-        macs, (share, blocks, numbers, weights) = self.spec.macs(shape[0], shape[2:]), self.work(shape)
-        calls = blocks * len(self.windows) * self.transform.points
-        cost = 1.15 * share * macs + 46 * threads**0.15 * numbers + 3e6 * threads**1.5 * calls
-        return macs / (cost + 8 * threads**0.75 * weights)
-
-    def pack(self, weight: torch.Tensor, shift: torch.Tensor | None) -> Any:
-        """For each window, a pack of ``inner`` for each point."""
-        transposed = self.spec.transposed
-        weight = (weight.transpose(0, 1) if transposed else weight).movedim(2, 0)
-        packs = []
-        for w, inner in zip(self.windows, self.inner, strict=True):
-            points = self.filters(weight, w)
-            points = points.transpose(1, 2) if transposed else points
-            packs.append(
-                [inner.pack(one.contiguous(), by) for one, by in zip(points, self.shifts(shift, w), strict=True)]
-            )
-        return packs
-
-    def block(self, x: torch.Tensor, first: int, packed: Any, y: torch.Tensor) -> None:
-        v = workspace((3, self.images, self.read, self.plane_in, self.channels))
-        for w, inner, packs in zip(self.windows, self.inner, packed, strict=True):
-            d = [self._input(x, start + self.step * first) for start in w.starts]
-            self._output(self._products(d, v, inner, packs), y, w)
-
-    def _input(self, x: torch.Tensor, low: int) -> list[torch.Tensor]:
-        """The rows d: for each row of a tile, (N, tiles, plane, C). ``low``: the first."""
-        x, low = self.around(x, low)
-        image, row, *strides = x.stride()
-        size, each = (self.images, self.read, *x.shape[2:]), [image, self.tile * self.step * row, *strides]
-        first = x.storage_offset() + low * row
-        return [x.as_strided(size, each, first + j * self.step * row) for j in range(self.transform.points)]
-
-    def _products(
-        self, d: list[list[torch.Tensor]], v: torch.Tensor, inner: Convolution | Deconvolution, packs: list[Any]
-    ) -> list[torch.Tensor]:
-        """The convolution of B^T d at each point. ``d``: the rows of each start; ``v``: memory for three points. (Each
-        is transformed right before its convolution, which finds it in the cache.)"""
-        t, c = self.transform, self.spec.in_channels
-        plus, minus, spare = v
-        size = (self.images, *inner.shape[2:], self.channels)
-        first, second = (one.view(size).movedim(-1, 1) for one in (plus, minus))
-        parts = [slice(k * c, (k + 1) * c) for k in range(len(d))]
-        pluses, minuses, ends = [], [], []
-        for i in range(t.pairs):
-            for rows, part in zip(d, parts, strict=True):
-                p, q, r = plus[..., part], minus[..., part], spare[..., part]
-                _add(rows, t.even[i], q)
-                _add(rows, t.odd[i], r)
-                torch.add(q, r, alpha=t.ratio[i], out=p)
-                q.sub_(r, alpha=t.ratio[i])
-            pluses.append(inner.run(first, packs[i], PostOp(), True))
-            minuses.append(inner.run(second, packs[t.pairs + i], PostOp(), True))
-        for back in reversed(range(1 + t.zero)):
-            for rows, part in zip(d, parts, strict=True):
-                _add(rows, t.end, plus[..., part], back)
-            ends.append(inner.run(first, packs[self.transform.points - 1 - back], PostOp(), True))
-        return pluses + minuses + ends
-
-    def _output(self, m: list[torch.Tensor], y: torch.Tensor, w: Window) -> None:
-        """A^T m, m (N, residues * C_out, tiles, *rest) of each point, into y (N, rows, residues, plane, C_out)."""
-        t, (n, rows, _, plane, c), several = self.transform, y.shape, len(w.residues)
-        size = (n, rows // t.tile, plane, several, c)
-        m = [one.movedim(1, -1).reshape(size) for one in m]
-        strides = (y.stride(0), t.tile * y.stride(1), c, y.stride(2), 1)
-        start = y.storage_offset() + w.residues.start * y.stride(2)
-        out = [y.as_strided(size, strides, start + j * y.stride(1)) for j in range(t.tile)]
-        sums = [plus + minus for plus, minus in zip(m, m[t.pairs :], strict=False)][: t.pairs]
-        differences = [m[i].sub_(m[i + t.pairs]) for i in range(t.pairs)]
-        for j, into in enumerate(out):
-            terms = [(one, by[j]) for one, by in zip(differences if j % 2 else sums, t.powers, strict=True)]
-            if j == 0 and t.zero or j == t.tile - 1:
-                terms.insert(0, (m[2 * t.pairs if j == 0 else -1], 1.0))
-            (one, by), (other, factor), *more = terms
-            if by != 1.0:
-                one = torch.mul(one, by, out=into)
-            torch.add(one, other, alpha=factor, out=into)
-            for other, factor in more:
-                into.add_(other, alpha=factor)
+    def _transform(self, x: torch.Tensor, first: int, v: torch.Tensor, d: torch.Tensor) -> None:
+        """B^T of ``read`` tiles from ``first`` on of each line x (lines, length, behind, C), into v (tiles of all lines
+        and positions behind, points, C); ``d``: memory."""
+        lines, length, behind, c = x.shape
+        low = self.low + self.pitch * first
+        begin = min(max(-(low // self.pitch), 0), self.read)  # of the tiles with all inputs
+        end = min(max((length - self.span - low) // self.pitch + 1, begin), self.read)
+        at, pitch = x.storage_offset() + (low + self.pitch * begin) * behind * c, self.pitch * behind * c
+        edges = [*range(begin), *range(end, self.read)]
+        straight = behind == 1 and begin < end and (lines == 1 or length == self.read * self.pitch)
+        if straight:  # all tiles are equally far apart; those between two lines come later
+            count = (lines - 1) * self.read + end - begin
+            each = x.as_strided((count, self.span, c), (pitch, c, 1), at)
+            torch.bmm(self.inputs.expand(count, -1, -1), each, out=v[begin : begin + count])
+            if not edges:
+                return
+        tiles = len(edges) if straight else self.read
+        count = lines * tiles * behind
+        d = d[: count * self.span * c].view(lines, tiles, behind, self.span, c)
+        if not straight and begin < end:
+            size, strides = (lines, end - begin, behind, self.span, c), (x.stride(0), pitch, c, behind * c, 1)
+            d[:, begin:end] = x.as_strided(size, strides, at)
+        for i, tile in enumerate(edges):
+            start, one = low + self.pitch * tile, d[:, i if straight else tile]
+            a = min(max(-start, 0), self.span)
+            b = min(max(length - start, a), self.span)
+            one[:, :, :a], one[:, :, b:] = 0, 0
+            one[:, :, a:b] = x[:, start + a : start + b].transpose(1, 2)
+        found = d.new_empty(count, len(self.inputs), c) if straight else v
+        torch.bmm(self.inputs.expand(count, -1, -1), d.view(count, self.span, c), out=found)
+        if straight:
+            found, v = found.view(lines, tiles, -1), v.view(lines, self.read, -1)
+            v[:, :begin], v[:, end:] = found[:, :begin], found[:, begin:]
 
 
-def _add(rows: list[torch.Tensor], terms: Sum, out: torch.Tensor, back: int = 0) -> None:
-    (a, _), (b, factor), *more = terms
-    torch.add(rows[a - back], rows[b - back], alpha=factor, out=out)
-    for j, factor in more:
-        out.add_(rows[j - back], alpha=factor)
+def _axis(spec: ConvSpec, shape: tuple[int, ...]) -> int | None:
+    """The dimension of the filters, if any: the last, or the first where that has fewer than eight tiles. (oneDNN takes
+    few positions of the innermost dimension slowly.)"""
+    last = spec.ndim - 1
+    fit = [axis for axis in (last, 0) if _fits(spec, shape, axis)]
+    if not fit or last not in fit or math.prod(shape[2:-1]) == 1:
+        return fit[0] if fit else None
+    phases = spec.stride[last] if spec.transposed else 1
+    taps = len(windows_of(spec, last)[0].taps[0][0])
+    tile = cheapest(taps, exact=spec.ndim == 3).tile
+    return last if spec.output_size(shape[2:])[last] > 7 * phases * tile else fit[-1]
+
+
+def _fits(spec: ConvSpec, shape: tuple[int, ...], axis: int) -> bool:
+    windows = windows_of(spec, axis)
+    if spec.groups > 1 or not windows:
+        return False
+    taps, out = len(windows[0].taps[0][0]), spec.output_size(shape[2:])
+    one = not spec.transposed and spec.stride[axis] == 1
+    if taps < 2 or taps > 4 and not one:
+        return False
+    tile = cheapest(taps, exact=spec.ndim == 3).tile
+    if out[axis] <= tile * (spec.stride[axis] if spec.transposed else 1):
+        return False  # one tile
+    if spec.dilation[axis] > 1 or passed_over(spec, shape):  # PyTorch's own sums err less there than these
+        return False
+    if not spec.transposed:
+        return True
+    each = zip(out, spec.stride, spec.dilation, spec.output_padding, strict=True)
+    return all(o % s == 0 and d == 1 and more < s for o, s, d, more in each)

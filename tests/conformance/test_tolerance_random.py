@@ -24,7 +24,7 @@ from cnnfast.cpu import inference as cpu_inference
 from cnnfast.cpu import onednn
 from cnnfast.cpu import training as cpu_training
 from cnnfast.cpu.isa import instruction_set, products_dtype
-from cnnfast.cpu.methods import filters
+from cnnfast.cpu.winograd import Winograd
 from cnnfast.norms import Norm
 from cnnfast.spec import ConvSpec
 from cnnfast.step import Operands, Step, Upsample, norm_step, plain_step, upsample_step
@@ -158,8 +158,8 @@ def inference(r: Random, force: Callable[[type[onednn.Method]], None]) -> Iterat
     if spec.transposed:
         kinds = [onednn.Deconvolution, *(m for m in (onednn.Gathered, onednn.Merged) if m.applies(spec))]
     padded = (*shape[:2], *(n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)))
-    if products_dtype(dtype, instruction_set()) == torch.float32 and (filtered := filters(spec, padded)):
-        kinds.append(filtered)
+    if products_dtype(dtype, instruction_set()) == torch.float32 and Winograd.applies(spec, padded):
+        kinds.append(Winograd)
     if shape[2:] != (1, 1):
         force(r.choose.choice(kinds))
     with torch.no_grad():

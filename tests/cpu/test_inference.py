@@ -17,9 +17,9 @@ from torch import nn
 from cnnfast.activations import ACTIVATIONS, Activation
 from cnnfast.cpu import inference, methods, onednn
 from cnnfast.cpu.isa import InstructionSet, instruction_set
-from cnnfast.cpu.methods import applicable, by_rule, filters
+from cnnfast.cpu.methods import applicable, by_rule
 from cnnfast.cpu.packing import PACKS
-from cnnfast.cpu.winograd import Filters
+from cnnfast.cpu.winograd import Winograd
 from cnnfast.norms import Norm
 from cnnfast.reference import run_reference
 from cnnfast.spec import ConvSpec
@@ -328,8 +328,7 @@ def methods_for(case: Case) -> list[type[onednn.Method]]:
     else:
         found = [onednn.Deconvolution, *(m for m in (onednn.Gathered, onednn.Merged) if m.applies(spec))]
     size = [n + 2 * p for n, p in zip(case.size, case.step.pad, strict=True)]
-    filtered = filters(spec, (4, spec.in_channels, *size))
-    return found if filtered is None else [*found, filtered]
+    return [*found, Winograd] if Winograd.applies(spec, (4, spec.in_channels, *size)) else found
 
 
 @pytest.mark.parametrize(
@@ -341,7 +340,7 @@ def test_every_method_that_applies(case: Case, method: type[onednn.Method], monk
     monkeypatch.setattr(inference, "by_rule", lambda *_: method)
     inference._way.cache_clear()
     try:
-        for dtype in (torch.float32, torch.bfloat16)[: 1 if issubclass(method, Filters) else 2]:
+        for dtype in (torch.float32, torch.bfloat16)[: 1 if method is Winograd else 2]:
             o = operands(case, dtype, batch=4)
             compare(case, o, run(case, o))
             assert inference.method_name(case.step, o.x.shape, dtype).split()[0] == method.__name__
@@ -354,7 +353,7 @@ def test_the_rule_of_small_maps() -> None:
     spec = ConvSpec.make(512, 4 * 256, 4, 2, 1)
 
     def rule(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> Any:
-        right = [name for name in applicable(spec, shape, dtype, True) if not name.startswith("Winograd")]
+        right = [name for name in applicable(spec, shape, dtype, True) if name != "Winograd"]
         return by_rule(spec, shape, dtype, isa, 1, right)
 
     assert rule(spec, (16, 512, 4, 4), torch.bfloat16, InstructionSet.AMX) is onednn.Gathered

@@ -213,7 +213,8 @@ def test_every_kind_of_step(name: str, dtype: torch.dtype) -> None:
     modules, count = STEPS[name]
     model = cnnfast.Sequential(*modules()).eval().to(dtype)
     size = {"one-dimension": (6,), "projection": (1, 1)}.get(name, (6, 5))
-    count += products_dtype(dtype, instruction_set()) == torch.float32  # Winograd's
+    # Winograd's, but for a single tile.
+    count += products_dtype(dtype, instruction_set()) == torch.float32 and name != "projection"
     (result,) = tune(model, torch.randn(2, 16, *size).to(dtype))
     assert not result.refused and len(result.seconds) == count and result.best == result.rule
 

@@ -14,8 +14,8 @@ from torch import nn
 import cnnfast
 from cnnfast.activations import Activation
 from cnnfast.cpu import inference, onednn, toom_cook
-from cnnfast.cpu.methods import LEAST_GAIN, METHODS, applicable, filters, winograd_gain
-from cnnfast.cpu.winograd import Filters, Winograd
+from cnnfast.cpu.methods import LEAST_GAIN, METHODS, applicable, winograd_gain
+from cnnfast.cpu.winograd import Winograd
 from cnnfast.memory_format import to_format
 from cnnfast.spec import ConvSpec
 from cnnfast.step import Operands, Step
@@ -40,13 +40,13 @@ def transposed(c_in: int, c_out: int, *geometry: Any, ndim: int = 2, **more: Any
     return ConvSpec.make(c_in, c_out, *geometry, ndim=ndim, **more)
 
 
-# Each with a size of the input; rows a multiple of the tile and not, one tile, more taps than one transform has.
+# Each with a size of the input; lengths a multiple of the tile and not, more taps than one transform has; "wide" along
+# the last dimension.
 GEOMETRY: dict[str, tuple[ConvSpec, tuple[int, ...]]] = {
     "k3": (plain(24, 20, 3, 1, 1), (12, 9)),
     "k3_odd": (plain(24, 20, 3, 1, 1), (13, 10)),
     "k3_unpadded": (plain(24, 20, 3), (15, 8)),
     "k3_wide_padding": (plain(16, 16, 3, 1, 7), (4, 5)),
-    "k3_one_tile": (plain(16, 16, 3, 1, 1), (4, 4)),
     "k3_rgb": (plain(3, 32, 3, 1, 1), (16, 5)),
     "k3_to_rgb": (plain(32, 3, 3, 1, 1), (16, 5)),
     "k3_long": (plain(16, 16, 3, 1, 1), (203, 3)),
@@ -62,8 +62,23 @@ GEOMETRY: dict[str, tuple[ConvSpec, tuple[int, ...]]] = {
     "t4s2_odd": (transposed(24, 16, 4, 2, 1), (7, 7)),
     "t6s2": (transposed(24, 16, 6, 2, 2), (9, 7)),
     "t6s3": (transposed(24, 16, 6, 3), (8, 5)),
+    "t6s3_uneven": (transposed(24, 16, 6, 3, 1, 2), (8, 5)),  # two residues read the same rows, the third does not
     "t4s2x1": (transposed(24, 16, 4, (2, 1), 1), (8, 6)),
     "t3s1": (transposed(24, 16, 3, 1, 1), (8, 6)),
+    "wide_k3": (plain(24, 20, 3, 1, 1), (13, 40)),
+    "wide_k3_odd": (plain(24, 20, 3, 1, 1), (9, 43)),
+    "wide_k3_unpadded": (plain(24, 20, 3), (12, 38)),
+    "wide_k3_wide_padding": (plain(16, 16, 3, 1, 9), (5, 30)),
+    "wide_k7": (plain(16, 16, 7, 1, 3), (11, 40)),
+    "wide_k3_rest_strided": (plain(16, 16, 3, (2, 1), (3, 1), dilation=(2, 1)), (21, 40)),
+    "wide_k4s2": (plain(16, 24, 4, 2, 1), (20, 72)),
+    "wide_t4s2": (transposed(24, 16, 4, 2, 1), (5, 36)),
+    "wide_t6s2": (transposed(24, 16, 6, 2, 2), (5, 32)),
+    "wide_t6s3": (transposed(24, 16, 6, 3), (5, 32)),
+    "wide_t4s2x1": (transposed(24, 16, (3, 4), (1, 2), 1), (6, 32)),
+    "wide_three_k3": (plain(16, 16, 3, 1, 1, ndim=3), (7, 5, 24)),
+    "wide_three_k3_odd": (plain(16, 16, 3, 1, 1, ndim=3), (5, 3, 26)),
+    "wide_three_t4s2": (transposed(16, 8, 4, 2, 1, ndim=3), (3, 4, 36)),
     "one_k3": (plain(24, 20, (1, 3), 1, (0, 1)), (1, 40)),
     "one_k7": (plain(24, 20, (1, 7), 1, (0, 3)), (1, 41)),
     "one_k11": (plain(24, 20, (1, 11), 1, (0, 5)), (1, 50)),
@@ -81,7 +96,7 @@ OTHERS = {
     "t3s2": (transposed(16, 16, 3, 2, 1, 1), (8, 6)),
     "t2s2": (transposed(16, 16, 2, 2), (8, 6)),
     "t4s2_cropped": (transposed(16, 16, 4, 2, 1, 1), (8, 6)),  # an odd size
-    "few_rows": (plain(16, 16, 3, 1, 1), (3, 9)),
+    "one_tile": (plain(16, 16, 3, 1, 1), (4, 4)),
     "t5": (transposed(16, 16, 5, 1, 2), (8, 6)),
 }
 
@@ -97,9 +112,7 @@ def operands(spec: ConvSpec, size: tuple[int, ...], batch: int, mean: float = 0.
 
 
 def by_winograd(spec: ConvSpec, o: Operands) -> torch.Tensor | None:
-    kind = filters(spec, tuple(o.x.shape))
-    assert kind is not None
-    method = kind(spec, tuple(o.x.shape), torch.float32)
+    method = Winograd(spec, tuple(o.x.shape), torch.float32)
     return method.run(o.x, method.pack(o.weight.detach(), o.bias), onednn.PostOp(), True)
 
 
@@ -116,22 +129,37 @@ def test_every_geometry(name: str, block: int, mean: float, monkeypatch: pytest.
         assert_close(y, *expected(Step(spec), o, False)[:2], f"{name}, batch {batch}")
 
 
-def test_blocks_are_cut() -> None:
-    spec, size = GEOMETRY["k3_long"]
-    method = Winograd(spec, (1, 16, 203, 256), torch.float32)
-    assert 1 < method.tiles < 203 / 4 and method.images == 1
-    assert Winograd(spec, (12, 16, 20, 256), torch.float32).images in (2, 3, 4, 6)  # whole images, of 1.2 MB each
+@pytest.mark.parametrize(
+    ("shape", "images", "rows", "tiles"),
+    [
+        ((1, 16, 800, 512), 1, 267, 128),  # rows of one image
+        ((12, 16, 100, 256), 6, 100, 64),  # whole images, of 2.4 MB each
+        ((1, 16, 20000, 16), 1, 20000, 2500),  # few columns: the tiles of the rows
+    ],
+)
+def test_blocks_are_cut(shape: tuple[int, ...], images: int, rows: int, tiles: int) -> None:
+    method = Winograd(plain(16, 16, 3, 1, 1), shape, torch.float32)
+    assert (method.images, method.rows, method.tiles) == (images, rows, tiles)
+
+
+@pytest.mark.parametrize(
+    ("name", "axis"), [("k3", 0), ("wide_k3", 1), ("one_k3", 1), ("three_k3", 0), ("wide_three_k3", 2)]
+)
+def test_the_dimension_of_the_filters(name: str, axis: int) -> None:
+    """The last where it has eight tiles or is alone."""
+    spec, size = GEOMETRY[name]
+    assert Winograd(spec, (2, spec.in_channels, *size), torch.float32).axis == axis
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_it_does_not_take(name: str) -> None:
     spec, size = OTHERS[name]
-    assert filters(spec, (2, spec.in_channels, *size)) is None
+    assert not Winograd.applies(spec, (2, spec.in_channels, *size))
 
 
 def test_what_pytorch_takes_as_a_matrix_product_it_does_not_take() -> None:
     spec, size = GEOMETRY["k3"]
-    assert filters(spec, (1, spec.in_channels, *size)) is None
+    assert not Winograd.applies(spec, (1, spec.in_channels, *size))
 
 
 # --- values that are not finite ---------------------------------------------------------------------------------------
@@ -165,7 +193,7 @@ def cnnfast_conv(step: Step, o: Operands) -> torch.Tensor:
 @pytest.fixture
 def forced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Whatever it takes, it runs."""
-    monkeypatch.setattr(inference, "by_rule", lambda spec, shape, *_: filters(spec, shape))
+    monkeypatch.setattr(inference, "by_rule", lambda *_: Winograd)
     monkeypatch.setattr(inference, "winograd_gain", lambda *_: 4.0)
     forget()
     yield
@@ -205,8 +233,8 @@ def test_steps(name: str, forced: None, monkeypatch: pytest.MonkeyPatch) -> None
             module.running_var.uniform_(0.5, 2)
     x = torch.randn(shape)
     x = to_format(x, True) if x.dim() > 3 else x
-    ran, real = [], Filters.run
-    monkeypatch.setattr(Filters, "run", lambda self, *rest: ran.append(self) or real(self, *rest))
+    ran, real = [], Winograd.run
+    monkeypatch.setattr(Winograd, "run", lambda self, *rest: ran.append(self) or real(self, *rest))
     for _ in range(2):
         for _ in range(3):
             y = model(x)
@@ -247,14 +275,15 @@ def test_memory_is_the_threads_own() -> None:
     [
         pytest.param(plain(256, 256, 3, 1, 1), (1, 256, 64, 64), True, True, id="wide"),
         pytest.param(plain(128, 128, 3, 1, 1), (1, 128, 64, 64), True, True, id="128"),
-        pytest.param(plain(64, 128, 3, 1, 1), (1, 64, 64, 64), True, False, id="64_to_128"),
+        pytest.param(plain(64, 64, 3, 1, 1), (1, 64, 256, 256), True, False, id="64"),
+        pytest.param(plain(256, 256, 3, 1, 1), (1, 256, 16, 16), True, True, id="256_small"),
         pytest.param(plain(32, 32, 3, 1, 1), (1, 32, 128, 128), False, False, id="narrow"),
         pytest.param(plain(128, 128, 3, 1, 1), (1, 128, 8, 8), False, False, id="small"),
         pytest.param(plain(3, 64, 3, 1, 1), (1, 3, 128, 128), False, False, id="from_rgb"),
         pytest.param(transposed(256, 256, 4, 2, 1), (1, 256, 32, 32), True, True, id="up"),
         pytest.param(transposed(64, 32, 4, 2, 1), (1, 64, 64, 64), False, False, id="up_narrow"),
-        pytest.param(plain(32, 32, 3, 1, 1, ndim=3), (1, 32, 64, 64, 64), True, True, id="volume"),
-        pytest.param(plain(16, 16, 3, 1, 1, ndim=3), (1, 16, 64, 64, 64), False, False, id="volume_narrow"),
+        pytest.param(plain(64, 64, 3, 1, 1, ndim=3), (1, 64, 32, 32, 32), True, True, id="volume"),
+        pytest.param(plain(32, 32, 3, 1, 1, ndim=3), (1, 32, 64, 64, 64), False, False, id="volume_narrow"),
         pytest.param(plain(256, 256, (1, 11), 1, (0, 5)), (1, 256, 1, 200), True, True, id="signal"),
         pytest.param(plain(32, 32, (1, 11), 1, (0, 5)), (1, 32, 1, 12800), False, False, id="signal_narrow"),
     ],
@@ -265,7 +294,7 @@ def test_the_rule(spec: ConvSpec, shape: tuple[int, ...], one: bool, two: bool) 
 
 
 def test_the_number_of_threads_is_asked_on_every_call() -> None:
-    spec, shape, threads = plain(64, 128, 3, 1, 1), (1, 64, 64, 64), torch.get_num_threads()
+    spec, shape, threads = plain(64, 64, 3, 1, 1), (1, 64, 256, 256), torch.get_num_threads()
     try:
         names = []
         for count in (1, 2, 1):
@@ -285,24 +314,22 @@ def test_only_float32() -> None:
 
 @pytest.mark.parametrize("name", ["one_k7", "one_t16s8", "k3"])
 def test_products_keep_their_precision(name: str) -> None:
-    """Autocast lowers matrix products; PyTorch's switches do, and then those of signals are not taken."""
+    """Autocast lowers matrix products; PyTorch's switches do, and then it is not taken."""
     spec, size = GEOMETRY[name]
     o = operands(spec, size, 2)
     with torch.autocast("cpu", torch.bfloat16):
         y = by_winograd(spec, o)
     assert y is not None
     assert_close(y, *expected(Step(spec), o, False)[:2], name)
-    shape = tuple(o.x.shape)
-    assert [n for n in applicable(spec, shape, torch.float32, False) if n.startswith("Winograd")] == (
-        ["Winograd"] if name == "k3" else []
-    )
+    for products in (True, False):
+        assert ("Winograd" in applicable(spec, tuple(o.x.shape), torch.float32, products)) == products
 
 
 @pytest.mark.parametrize(
     ("kind", "spec", "size"),
     [
         ("Winograd", plain(24, 20, 3, 1, 1), (12, 9)),
-        ("WinogradSignal", plain(64, 64, (1, 7), 1, (0, 3)), (1, 300)),
+        ("Winograd", plain(64, 64, (1, 7), 1, (0, 3)), (1, 300)),
         ("Gathered", transposed(64, 64, 4, 2, 1), (8, 8)),
         ("Merged", transposed(64, 3, 4, 2, 1), (16, 16)),
     ],
