@@ -248,8 +248,9 @@ class _Layout:
 
 
 def _untrue(node: fx.Node) -> bool:
-    """Whether Dynamo may say of a group norm of channels-last maps that its result is contiguous, as it is on a GPU,
-    and from torch 2.14 on is said of a CPU's, too, where it is channels-last."""
+    """Whether Dynamo says something else of a norm's result on a CPU than it is, and so of all that follows: a group
+    norm of channels-last maps keeps them so, which from torch 2.14 on is traced as contiguous, as on a GPU; a batch
+    norm of maps of one position, which are in both formats, is contiguous, and traced with the strides given."""
     target = node.target
     if isinstance(target, Site):
         names = {call.kind.name for call in target.calls}
@@ -257,11 +258,14 @@ def _untrue(node: fx.Node) -> bool:
         kind = call_kind(target) if node.op == "call_function" else None
         names = set() if kind is None else {kind.name}
     y = value(node)
-    if "group_norm" not in names or not isinstance(y, Tensor) or not on_cpu(y) or not y.is_contiguous():
+    if not names & {"group_norm", "batch_norm"} or not isinstance(y, Tensor) or not on_cpu(y):
         return False
+    if "batch_norm" in names and all(isinstance(n, int) and n == 1 for n in y.shape[2:]):
+        return y.stride()[1:] != (1,) * (y.dim() - 1)
     given = [value(n) for n in node.all_input_nodes]
     maps = (t for t in given if isinstance(t, Tensor) and t.dim() in (4, 5))
-    return any(in_format(t, True) and not t.is_contiguous() for t in maps)
+    found = any(in_format(t, True) and not t.is_contiguous() for t in maps)
+    return found and "group_norm" in names and y.is_contiguous()
 
 
 def _numel(node: Any) -> int:

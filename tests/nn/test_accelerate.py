@@ -841,6 +841,33 @@ def test_where_dynamo_says_a_group_norm_contiguous_that_is_not(last: bool, untru
     assert rewrite_layout._untrue(norm) is untrue and not rewrite_layout._untrue(x)
 
 
+class Pooled(nn.Module):
+    """A global mean of maps that are channels-last in the default format, too, resized onto them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
+        self.second, self.third = nn.Conv2d(32, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.third(x))
+        x = F.layer_norm(x.permute(0, 2, 3, 1), (16,)).permute(0, 3, 1, 2)
+        mean = self.relu(self.norm(self.first(F.adaptive_avg_pool2d(x, 1))))
+        x = self.relu(self.second(torch.cat([x, F.interpolate(mean, size=x.shape[2:], mode="bilinear")], 1)))
+        return self.relu(self.third(x + y))
+
+
+def test_a_batch_norm_of_one_position_is_contiguous_whatever_is_traced() -> None:
+    """Dynamo gives it the strides of its input, and takes what follows for channels-last."""
+    ours, plain = pair(Pooled().eval())
+    x = images(2, 16, 24, 24)
+    with torch.no_grad():
+        found, want = ours(x), plain(x)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+    assert found.stride() == want.stride()
+
+
 def test_an_operator_without_an_overload_writes_what_its_schemas_say() -> None:
     """As torch 2.14 traces ``.mH``."""
     graph = torch.fx.Graph()
