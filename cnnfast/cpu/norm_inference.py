@@ -11,6 +11,7 @@ import math
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import Activation
@@ -47,7 +48,7 @@ def why_not(norm: Norm | None, o: Operands) -> str | None:
 def finished(norm: Norm, o: Operands, activation: Activation, *, ours: bool) -> Tensor:
     """``act(norm(x) + residual)`` of what `why_not` accepts, channels-last; in place of x where that is ``ours``."""
     x = o.x
-    y = _short_groups(norm, o)
+    y = _short_groups(norm, o) if norm.kind == "group" else _small_images(norm, o)
     if y is None:
         y = x if ours else torch.empty_like(x)
         _normalise(norm, o, y)
@@ -63,11 +64,23 @@ _NEAR = 0.5  # deviations of a mean from 0 that E[x^2] - E[x]^2 bears without a 
 def _short_groups(norm: Norm, o: Operands) -> Tensor | None:
     """GroupNorm by ATen, where its sums are short and no mean is far from 0."""
     n, c, *size = o.x.shape
-    if norm.kind != "group" or math.prod(size) > _SHORT:
+    if math.prod(size) > _SHORT:
         return None
     x = o.x.as_strided(o.x.shape, new_strides(o.x.shape, True))  # sizes of one have strides of any size
     y, mean, rstd = torch.native_group_norm(x, o.scale, o.shift, n, c, math.prod(size), norm.groups, norm.eps)
     return None if is_far(mean, rstd, _NEAR) else y
+
+
+_SMALL = 2**15  # numbers of an image, in the time of which it could be converted and back
+
+
+def _small_images(norm: Norm, o: Operands) -> Tensor | None:
+    """InstanceNorm by ATen, which takes a contiguous copy, where that costs less than a few calls for each image."""
+    x = o.x
+    if x.shape[1:].numel() > _SMALL:
+        return None
+    y = F.instance_norm(x, weight=o.scale, bias=o.shift, eps=norm.eps)
+    return y.contiguous(memory_format=format_of(x.dim(), True))
 
 
 def _normalise(norm: Norm, o: Operands, y: Tensor) -> None:

@@ -22,16 +22,20 @@ from ..ops.run import run_step
 from ..step import Operands, Step
 from .chain import Bound, Chain
 
-__all__ = ["Planned", "Quick", "kind_of", "parts_of"]
+__all__ = ["Planned", "Quick", "kind_of", "parts_of", "state"]
+
+
+def state() -> tuple[object, ...]:
+    """What decisions hold for, of the process."""
+    low = torch._C._is_any_autocast_enabled(), torch._C._get_mkldnn_enabled()
+    return torch.get_num_threads(), tuned.generation(), resolve_backend(None), low
 
 
 def kind_of(x: Tensor, operands: Sequence[Any], added: Sequence[int]) -> tuple[object, ...]:
     """What decisions hold for, beside the operands that are not ``added``."""
     more = [(operands[k].shape, operands[k].stride(), operands[k].dtype) for k in added]
     needs = torch.is_grad_enabled() and tuple([isinstance(t, Tensor) and t.requires_grad for t in (x, *operands)])
-    state = needs, torch._C._is_any_autocast_enabled(), torch._C._get_mkldnn_enabled()
-    threads = torch.get_num_threads()
-    return x.shape, x.stride(), x.dtype, threads, tuned.generation(), resolve_backend(None), state, *more
+    return x.shape, x.stride(), x.dtype, needs, state(), *more
 
 
 Run = Callable[[Any, Sequence[Any]], Any]
@@ -74,6 +78,11 @@ class Quick(NamedTuple):
     def of(parts: Sequence[Planned], operands: Sequence[Any], added: Sequence[int]) -> Quick:
         same = [(k, weakref.ref(t)) for k, t in enumerate(operands) if k not in added and isinstance(t, Tensor)]
         return Quick(tuple(parts), tuple(same))
+
+    @property
+    def stands(self) -> bool:
+        """Whether all runs as it stands."""
+        return all(part.step is None or part.calls for part in self.parts)
 
     def holds(self, operands: Sequence[Any]) -> bool:
         """Whether these operands have come again."""

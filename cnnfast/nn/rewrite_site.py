@@ -179,6 +179,11 @@ class Site:
         self._tries = 0
 
     @property
+    def stands(self) -> bool:
+        """Whether its calls were found to run as they stand, whatever they met."""
+        return self.off is None and bool(self._quick) and all(known.stands for known in self._quick.values())
+
+    @property
     def added(self) -> set[int]:
         """The places of the operands that are added to a convolution's result."""
         places = zip(self.calls, self._tensors, strict=True)

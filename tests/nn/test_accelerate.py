@@ -25,7 +25,7 @@ from cnnfast.nn.accelerate_call import record_of
 from cnnfast.nn.accelerate_verify import _Trial, differs
 from cnnfast.nn.rewrite import rewritten
 from cnnfast.nn.rewrite_effects import written as written_by
-from cnnfast.nn.rewrite_site import Call
+from cnnfast.nn.rewrite_site import Call, Site
 from cnnfast.tolerance import model_verdict
 
 from .test_sequential_training import randomized
@@ -1184,3 +1184,86 @@ def test_norms_of_little_convolutions_take_channels_last_maps(norm: str) -> None
         for _ in range(3):
             torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
         assert "6 of 6 convolutions fused" in str(cnnfast.explain(model, x))
+
+
+# --- graphs whose sites run as they stand -----------------------------------------------------------------------------
+
+
+class Tiny(nn.Module):
+    """Too little work for packed operators; with ``wide``, not in its second convolution."""
+
+    def __init__(self, wide: int = 16) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(16, wide, 3, padding=1), nn.Conv2d(wide, wide, 3, padding=1)
+        self.norm, self.relu = nn.BatchNorm2d(wide), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm(self.second(self.relu(self.first(x)))))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Site]:
+    """The sites that are called."""
+    found: list[Site] = []
+    real = Site.__call__
+    monkeypatch.setattr(Site, "__call__", lambda self, *rest: found.append(self) or real(self, *rest))
+    return found
+
+
+@torch.no_grad()
+def test_a_graph_that_gains_nothing_runs_as_it_was_traced(asked: list[Site]) -> None:
+    """From the third call on; and is asked anew where its decisions may not hold."""
+    ours, plain = pair(Tiny())
+    x, threads = images(2, 16, 8, 8), torch.get_num_threads()
+    for _ in range(5):
+        ours(x)
+    assert len(asked) == 2
+    for model in (ours, plain):
+        model.second.weight.mul_(2.0)
+    assert torch.equal(ours(x), plain(x)) and len(asked) == 2
+    try:
+        torch.set_num_threads(threads + 1)
+        ours(x)
+        assert len(asked) == 3
+    finally:
+        torch.set_num_threads(threads)
+    rows = cnnfast.explain(ours).rows
+    assert len(rows) == 2 and all("multiply-adds are too few" in row.why_not for row in rows)
+    for model in (ours, plain):
+        model.relu.register_forward_hook(lambda module, args, y: y + 1)
+    for _ in range(5):
+        assert torch.equal(ours(x), plain(x))
+
+
+@torch.no_grad()
+def test_a_graph_with_a_step_that_gains_does_not(asked: list[Site]) -> None:
+    ours, plain = pair(Tiny(wide=192))
+    x = images(2, 16, 24, 24)
+    for count in range(1, 7):
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
+        assert len(asked) == count
+
+
+@torch.no_grad()
+def test_norms_of_channels_last_maps_stay_ours(asked: list[Site]) -> None:
+    """PyTorch's rounds where means are far from 0."""
+
+    class Normed(Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.group_norm(self.first(x).flip(2) + 300, 4)
+
+    ours, plain = pair(Normed())
+    x = images(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
+    want = plain.double()(x.double()).float()
+    for count in range(1, 7):
+        torch.testing.assert_close(ours(x), want, rtol=1e-4, atol=1e-4)
+        assert len(asked) == count
+
+
+@torch.no_grad()
+def test_a_graph_of_changing_sizes_is_asked_on_every_call(asked: list[Site]) -> None:
+    ours, plain = pair(Tiny())
+    for count, size in enumerate((8, 9, 10, 10, 10, 10, 10), 1):
+        x = images(2, 16, size, size)
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
+        assert len(asked) == count
