@@ -22,7 +22,7 @@ from ..step import Operands
 from .finish import activated
 from .norm import is_far
 
-__all__ = ["finished", "why_not"]
+__all__ = ["SMALL", "finished", "why_not"]
 
 
 def why_not(norm: Norm | None, o: Operands) -> str | None:
@@ -48,7 +48,7 @@ def why_not(norm: Norm | None, o: Operands) -> str | None:
 def finished(norm: Norm, o: Operands, activation: Activation, *, ours: bool) -> Tensor:
     """``act(norm(x) + residual)`` of what `why_not` accepts, channels-last; in place of x where that is ``ours``."""
     x = o.x
-    y = _short_groups(norm, o) if norm.kind == "group" else _small_images(norm, o)
+    y = _by_aten(norm, o)
     if y is None:
         y = x if ours else torch.empty_like(x)
         _normalise(norm, o, y)
@@ -57,30 +57,31 @@ def finished(norm: Norm, o: Operands, activation: Activation, *, ours: bool) -> 
     return activated(y, activation, o.slope)
 
 
+SMALL = {"group": 2**14, "instance": 2**15}  # numbers of an image, in the time of which it is converted and back
 _SHORT = 4096  # positions whose squares ATen may add up one after the other
 _NEAR = 0.5  # deviations of a mean from 0 that E[x^2] - E[x]^2 bears without a loss to speak of
 
 
-def _short_groups(norm: Norm, o: Operands) -> Tensor | None:
-    """GroupNorm by ATen, where its sums are short and no mean is far from 0."""
-    n, c, *size = o.x.shape
-    if math.prod(size) > _SHORT:
-        return None
-    x = o.x.as_strided(o.x.shape, new_strides(o.x.shape, True))  # sizes of one have strides of any size
-    y, mean, rstd = torch.native_group_norm(x, o.scale, o.shift, n, c, math.prod(size), norm.groups, norm.eps)
-    return None if is_far(mean, rstd, _NEAR) else y
-
-
-_SMALL = 2**15  # numbers of an image, in the time of which it could be converted and back
-
-
-def _small_images(norm: Norm, o: Operands) -> Tensor | None:
-    """InstanceNorm by ATen, which takes a contiguous copy, where that costs less than a few calls for each image."""
+def _by_aten(norm: Norm, o: Operands) -> Tensor | None:
+    """The norm by ATen: of small images with the contiguous copy that it is exact on, and that costs less than a few
+    calls; GroupNorm where its sums are short, of what has no mean far from 0 (less that mean, if it has)."""
     x = o.x
-    if x.shape[1:].numel() > _SMALL:
+    n, c, *size = x.shape
+    if x.shape[1:].numel() <= SMALL[norm.kind]:
+        if norm.kind == "group":
+            y = F.group_norm(x.contiguous(), norm.groups, o.scale, o.shift, norm.eps)
+        else:
+            y = F.instance_norm(x, weight=o.scale, bias=o.shift, eps=norm.eps)
+        return y.contiguous(memory_format=format_of(x.dim(), True))
+    if norm.kind != "group" or math.prod(size) > _SHORT:
         return None
-    y = F.instance_norm(x, weight=o.scale, bias=o.shift, eps=norm.eps)
-    return y.contiguous(memory_format=format_of(x.dim(), True))
+    x = x.as_strided(x.shape, new_strides(x.shape, True))  # sizes of one have strides of any size
+    affine = o.scale, o.shift, n, c, math.prod(size), norm.groups, norm.eps
+    y, mean, rstd = torch.native_group_norm(x, *affine)
+    if is_far(mean, rstd, _NEAR):
+        mean = mean.repeat_interleave(c // norm.groups, 1).view(n, c, *(1,) * len(size))
+        y, _, _ = torch.native_group_norm(x - mean, *affine)
+    return y
 
 
 def _normalise(norm: Norm, o: Operands, y: Tensor) -> None:

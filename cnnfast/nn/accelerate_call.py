@@ -15,10 +15,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
-from torch.autograd import forward_ad
 
 from ..messages import CnnfastWarning, UsageError, one_line
-from .layers import why_not_here
+from .layers import plain_now
 from .rewrite import Graph, rewritten
 
 __all__ = ["LIMIT", "Record", "plain_call", "record_of", "restore", "switch_on"]
@@ -108,7 +107,7 @@ def _set(module: nn.Module) -> None:
     compiled = torch.compile(entry, backend=record.backend)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or record.failed is not None or _plain_now():
+        if torch.compiler.is_compiling() or record.failed is not None or plain_now():
             return module._call_impl(*args, **kwargs)
         try:
             with _settings():
@@ -123,17 +122,6 @@ def _set(module: nn.Module) -> None:
 
     call.record = record  # type: ignore[attr-defined]
     module.__dict__[_CALL] = call
-
-
-def _plain_now() -> bool:
-    """Whether something is at work that is to see the plain model."""
-    return (
-        torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-        or forward_ad._current_level >= 0
-        or why_not_here() is not None
-    )
 
 
 @contextmanager

@@ -70,6 +70,17 @@ def why_not_here() -> str | None:
     return None
 
 
+def plain_now() -> bool:
+    """Whether something is at work that is to see the plain model."""
+    return (
+        torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or forward_ad._current_level >= 0
+        or why_not_here() is not None
+    )
+
+
 def _only_device_contexts() -> bool:
     """``with torch.device(...)`` and `torch.set_default_device` change nothing for a forward."""
     n = torch._C._len_torch_function_stack()

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import checkpoint
 
+from .layers import plain_now
 from .rewrite_calls import AFFINE, CallKind, as_shift, call_kind, conv_functions
 from .rewrite_effects import Everything, storages, touched, value, written
 from .rewrite_layout import keep_channels_last
-from .rewrite_norm import NORMS, NormCall
+from .rewrite_norm import NORMS
 from .rewrite_quick import state
+from .rewrite_settle import settled
 from .rewrite_site import Call, Place, Ref, Site
 from .rewrite_weights import Computed, keep_weights
 
@@ -43,28 +45,22 @@ class Graph:
 
     gradients: bool
     sites: list[Site] = field(default_factory=list)
-    norms: list[NormCall] = field(default_factory=list)
     apart: list[Apart] = field(default_factory=list)
     convolutions: int = 0
     runs: int = 0
     _state: object = None
-    _asked: int = 0
-    _stands: bool = False
+    _calls: int = 0
+    _settled: Callable[..., Any] | None = None
 
-    def stands(self) -> bool:
-        """Whether every site runs its calls as they stand, as earlier calls in the same `state` found: then the graph
-        runs as it was traced, without the Python of the sites (20 us each) and conversions between them."""
+    def forward(self, gm: fx.GraphModule) -> Callable[..., Any]:
+        """What a call runs: from the second in the same `state` on what its sites have `settled` on."""
         now = state()
-        if now != self._state:
-            self._state, self._asked, self._stands = now, 0, False
-        if not self._stands and self._asked < _ASKED:
-            self._asked += 1
-            known = self._asked > 2 and self.sites and all(site.stands for site in self.sites)
-            self._stands = bool(known) and not any(norm.ours for norm in self.norms)
-        return self._stands
-
-
-_ASKED = 8  # calls, after which what a graph does is taken to stay
+        if (now, Site.switched) != self._state:
+            self._state, self._calls, self._settled = (now, Site.switched), 0, None
+        self._calls += 1
+        if self._calls == 2:
+            self._settled = settled(gm, now, gradients=self.gradients)
+        return gm.forward if self._settled is None or plain_now() else self._settled
 
 
 def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -76,27 +72,23 @@ def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]
 def rewritten(gm: fx.GraphModule) -> tuple[Callable[..., Any], Graph]:
     """The graph as a function, and what became of it."""
     found = Graph(torch.is_grad_enabled())
-    plain = _as_traced(gm)
+    fixed = _fixed(gm)
     _rewrite(gm, found)
-    forward = gm.forward
 
     def run(*args: Any) -> Any:
         found.runs += 1
-        return forward(*args) if plain is None or not found.stands() else plain(*args)
+        return (found.forward(gm) if fixed else gm.forward)(*args)
 
     return run, found
 
 
-def _as_traced(gm: fx.GraphModule) -> Callable[..., Any] | None:
-    """The graph as a function of its own; None where its sizes may change, and so what its sites do, or where operators
-    run graphs inside of it."""
+def _fixed(gm: fx.GraphModule) -> bool:
+    """Whether its sizes cannot change, and so what its sites do; nor do operators run graphs inside of it."""
     inputs = [value(node) for node in gm.graph.nodes if node.op == "placeholder"]
     sizes = [n for t in inputs for n in (t.shape if isinstance(t, Tensor) else (t,))]
-    if any(isinstance(n, torch.SymInt) for n in sizes) or any(isinstance(c, fx.GraphModule) for c in gm.children()):
-        return None
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return fx.GraphModule(gm, graph).forward
+    return not any(isinstance(n, torch.SymInt) for n in sizes) and not any(
+        isinstance(child, fx.GraphModule) for child in gm.children()
+    )
 
 
 def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
@@ -125,7 +117,6 @@ def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
         taken.update(run.nodes)
         found.sites.append(_replace(gm.graph, run))
     keep_channels_last(gm.graph)
-    found.norms += [node.target for node in gm.graph.nodes if isinstance(node.target, NormCall)]
     gm.graph.lint()
     gm.recompile()
 

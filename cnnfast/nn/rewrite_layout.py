@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..cpu.norm_inference import SMALL
 from ..dispatch import on_cpu
 from ..memory_format import in_format, suggests_channels_last
 from .rewrite_calls import call_kind, conv_functions
@@ -202,6 +203,8 @@ class _Layout:
     def _keeps(self, node: fx.Node) -> bool:
         """Whether it gives the format that it gets, and the same numbers in each."""
         target = node.target
+        if _converts_itself(node):
+            return False
         if isinstance(target, Site):
             return target.any_format(self.inference)
         if node.op not in ("call_function", "call_method"):
@@ -237,7 +240,7 @@ class _Layout:
     def _takes(self, user: fx.Node, node: fx.Node) -> bool:
         """Whether ``user`` is a site with a result like `_is_map` that takes ``node``, and as that alone. (The result
         of one dimension follows no format: of one channel it may be, too.)"""
-        if not isinstance(user.target, Site) or not user.target.any_format(self.inference):
+        if not isinstance(user.target, Site) or not user.target.any_format(self.inference) or _converts_itself(user):
             return False
         told = self.inference and value(user).dim() == 3 and user not in self.untold and value(user).is_contiguous()
         if not (self._is_map(user) or told):
@@ -266,6 +269,15 @@ def _untrue(node: fx.Node) -> bool:
     maps = (t for t in given if isinstance(t, Tensor) and t.dim() in (4, 5))
     found = any(in_format(t, True) and not t.is_contiguous() for t in maps)
     return found and "group_norm" in names and y.is_contiguous()
+
+
+def _converts_itself(node: fx.Node) -> bool:
+    """Whether it is an InstanceNorm of images so small that ATen's is taken, which would convert them and back."""
+    if isinstance(node.target, NormCall):
+        instance = node.target.norm.kind == "instance"
+    else:
+        instance = isinstance(node.target, Site) and any(c.kind.name == "instance_norm" for c in node.target.calls)
+    return instance and _numel(node) <= SMALL["instance"] * value(node).shape[0]
 
 
 def _numel(node: Any) -> int:

@@ -44,7 +44,6 @@ class NormCall:
         o = Operands(x, scale=weight, shift=bias)
         if x.dim() in (4, 5) and not x.is_contiguous() and x.is_contiguous(memory_format=format_of(x.dim(), True)):
             if not watched(x) and not needs_gradient(o):
-                self.ours = True
                 # PyTorch's InstanceNorm gives a contiguous result, its GroupNorm, on a CPU, one like its input.
                 return run_step(self._step, o, channels_last=self.channels_last or self.norm.kind == "group")
         eps = self.norm.eps

@@ -22,7 +22,7 @@ from ..ops.run import run_step
 from ..step import Operands, Step
 from .chain import Bound, Chain
 
-__all__ = ["Planned", "Quick", "kind_of", "parts_of", "state"]
+__all__ = ["Planned", "Quick", "kind_of", "parts_of", "state", "state_of"]
 
 
 def state() -> tuple[object, ...]:
@@ -38,6 +38,11 @@ def kind_of(x: Tensor, operands: Sequence[Any], added: Sequence[int]) -> tuple[o
     return x.shape, x.stride(), x.dtype, needs, state(), *more
 
 
+def state_of(kind: tuple[object, ...]) -> object:
+    """The `state` in it."""
+    return kind[4]
+
+
 Run = Callable[[Any, Sequence[Any]], Any]
 
 
@@ -51,6 +56,20 @@ class Planned(NamedTuple):
     packed: bool
     one: bool
     calls: tuple[Run, ...] = ()
+
+    def met(self, shape: Sequence[int], x: Tensor, operands: Sequence[Any]) -> Planned:
+        """This for inputs of ``shape``, otherwise like x, and these operands: whether a weight is packed depends on
+        whose memory it is, too."""
+        if self.step is None or self.calls or self.step.measured:
+            return self
+        like = x.new_empty(shape).contiguous(memory_format=format_of(len(shape), True))
+        o = Operands(like, *[None if k is None else operands[k] for k in self.places])  # type: ignore[arg-type]
+        o = o._replace(weight=in_rows(o.weight)) if self.one else o
+        return self._replace(packed=inference.why_not(self.step, o, bool(self.channels_last)) is None)
+
+    def again(self, x: Tensor, operands: Sequence[Any]) -> Planned:
+        """This for other operands of the same kind, and its input x."""
+        return self.met(_in_rows(x.shape, self.one), x, operands)
 
     def run(self, x: Tensor, operands: Sequence[Any]) -> Tensor:
         step, last, places, packed, one, calls = self
@@ -68,6 +87,10 @@ class Planned(NamedTuple):
         return y.squeeze(2) if one else y
 
 
+def _in_rows(shape: Sequence[int], one: bool) -> tuple[int, ...]:
+    return (*shape[:2], 1, shape[2]) if one else tuple(shape)
+
+
 class Quick(NamedTuple):
     """``same``: operands that must be these."""
 
@@ -78,11 +101,6 @@ class Quick(NamedTuple):
     def of(parts: Sequence[Planned], operands: Sequence[Any], added: Sequence[int]) -> Quick:
         same = [(k, weakref.ref(t)) for k, t in enumerate(operands) if k not in added and isinstance(t, Tensor)]
         return Quick(tuple(parts), tuple(same))
-
-    @property
-    def stands(self) -> bool:
-        """Whether all runs as it stands."""
-        return all(part.step is None or part.calls for part in self.parts)
 
     def holds(self, operands: Sequence[Any]) -> bool:
         """Whether these operands have come again."""
@@ -109,7 +127,7 @@ def parts_of(
     if bound.low is not None or bound.both or not on_cpu(x):
         return None
     one = chain.steps[0].ndim == 1
-    shape = (*x.shape[:2], 1, x.shape[2]) if one else tuple(x.shape)
+    shape = _in_rows(x.shape, one)
     parts = []
     for s, run in zip(chain.steps, bound.runs, strict=True):
         rule = s.rule
@@ -122,12 +140,8 @@ def parts_of(
             norm = (None, None, *norm[2:])
         more = [None if k is None else tensors[k][0] for k in (s.residual, s.slope)]
         places = (*tensors[s.conv], *norm, *more)
-        packed, as_modules = False, tuple(calls[k] for k in s.slots) if run.as_modules is not None else ()
-        if not (s.step.measured or as_modules):
-            like = x.new_empty(shape).contiguous(memory_format=format_of(len(shape), True))
-            o = Operands(like, *[None if k is None else operands[k] for k in places])  # type: ignore[arg-type]
-            o = o._replace(weight=in_rows(o.weight)) if one else o
-            packed = inference.why_not(s.step, o, run.channels_last) is None
-        parts.append(Planned(s.step, run.channels_last, places, packed, one, as_modules))
+        as_modules = tuple(calls[k] for k in s.slots) if run.as_modules is not None else ()
+        part = Planned(s.step, run.channels_last, places, False, one, as_modules)
+        parts.append(part.met(shape, x, operands))
         shape = (shape[0], s.step.spec.out_channels, *s.step.output_size(shape[2:]))
     return parts

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,9 @@ from .layers import why_not_now
 from .modules import Reading
 from .rewrite_calls import AFFINE, CallKind
 from .rewrite_norm import NORMS, NormCall, norm_of
-from .rewrite_quick import Planned, Quick, Run, kind_of, parts_of
+from .rewrite_quick import Planned, Quick, Run, kind_of, parts_of, state_of
 
-__all__ = ["Call", "Place", "Ref", "Site"]
+__all__ = ["Call", "Place", "Ref", "Site", "entered"]
 
 
 class Ref(NamedTuple):
@@ -80,13 +80,13 @@ class Call:
 
     def exactly(self, x: Any, operands: Sequence[Any]) -> Any:
         """`run`, of channels-last maps too with exact statistics."""
-        if self._norm is None:
+        if self.norm is None:
             return self.run(x, operands)
-        function, weight, bias = self._norm
+        function, weight, bias = self.norm
         return function(x, _filled(weight, x, operands), _filled(bias, x, operands))
 
     @cached_property
-    def _norm(self) -> tuple[NormCall, Any, Any] | None:
+    def norm(self) -> tuple[NormCall, Any, Any] | None:
         """Of a norm by the statistics of each image, and where its weight and bias are."""
         bound = self.kind.bind(self.args, self.kwargs) if self.kind.name in NORMS else None
         norm = None if bound is None else norm_of(self.kind, bound)
@@ -146,6 +146,11 @@ class _Calls:
         return _Bound(self.calls[k], self.operands, self.runs[k])
 
 
+def entered(t: Any) -> Any:
+    """What is added, whichever way: to maps that may be channels-last where eager mode's are not."""
+    return enter_residual(t, True) if isinstance(t, Tensor) and t.dim() in (4, 5) else t
+
+
 _MAX_PLANS = 64
 
 
@@ -159,13 +164,15 @@ class Site:
 
     calls: tuple[Call, ...]
     ended: str = ""
-    off: str | None = None
     channels_last: bool | None = None
     converts: bool = False
     given_contiguous: bool = True
     verified: str = "no"
     ran: tuple[Chain | Unfused | str, ...] = ()
+    _off: str | None = None
     _plans: dict[object, tuple[Chain | Unfused, ...]] = field(default_factory=dict, repr=False)
+
+    switched: ClassVar[int] = 0  # times that any was switched on or off
 
     def __post_init__(self) -> None:
         self.__name__ = self.__qualname__ = "site"  # as FX writes it into code
@@ -179,9 +186,18 @@ class Site:
         self._tries = 0
 
     @property
-    def stands(self) -> bool:
-        """Whether its calls were found to run as they stand, whatever they met."""
-        return self.off is None and bool(self._quick) and all(known.stands for known in self._quick.values())
+    def off(self) -> str | None:
+        return self._off
+
+    @off.setter
+    def off(self, why: str | None) -> None:
+        self._off = why
+        Site.switched += 1
+
+    def known(self, now: object) -> Quick | None:
+        """How it runs in this state (`rewrite_quick.state`), where it ran in one way alone."""
+        found = [quick for kind, quick in self._quick.items() if state_of(kind) == now]
+        return found[0] if len(found) == 1 and self.off is None else None
 
     @property
     def added(self) -> set[int]:
@@ -228,7 +244,7 @@ class Site:
         if self.converts and x.dim() > 3:  # of one dimension, where its chain gains by it
             x = to_format(x, True)
         if self._added and torch.is_grad_enabled():
-            operands = tuple([self._entered(t) if k in self._added else t for k, t in enumerate(operands)])
+            operands = tuple([entered(t) if k in self._added else t for k, t in enumerate(operands)])
         kind = self._kind(x, operands)
         known = None if kind is None else self._quick.get(kind)
         if known is not None and known.holds(operands):
@@ -236,7 +252,7 @@ class Site:
             return x.contiguous() if self.channels_last is False else x
         tensors = [tuple([None if k is None else operands[k] for k in places]) for places in self._tensors]
         items = self._planned(x, operands, tensors)
-        calls: Any = _Calls(self.calls, operands, self._runs)
+        calls: Any = _Calls(self.calls, operands, self.runs)
         reading = Reading(calls, [], tensors)
         self.ran = items
         parts: list[Planned] | None = None if kind is None or self._tries >= _MAX_PLANS else []
@@ -249,19 +265,14 @@ class Site:
             if isinstance(item, Chain):
                 x = item.run(x, reading, last)
             else:
-                x = self._runs[item.slot](x, operands)
+                x = self.runs[item.slot](x, operands)
         if kind is not None and parts:
             self._tries += 1  # a computed weight is another one at each call
             self._quick[kind] = Quick.of(parts, operands, self._added)
         return x.contiguous() if self.channels_last is False else x
 
-    @staticmethod
-    def _entered(t: Any) -> Any:
-        """What is added, whichever way: to maps that may be channels-last where eager mode's are not."""
-        return enter_residual(t, True) if isinstance(t, Tensor) and t.dim() in (4, 5) else t
-
     @cached_property
-    def _runs(self) -> list[Run]:
+    def runs(self) -> list[Run]:
         """Each call, as it runs where it is no part of a step."""
         return [call.exactly if self.converts else call.run for call in self.calls]
 
@@ -276,11 +287,11 @@ class Site:
     ) -> list[Planned] | None:
         """``parts`` with how this item runs."""
         if not isinstance(item, Chain):
-            return [*parts, Planned(None, None, (), False, False, (self._runs[item.slot],))]
+            return [*parts, Planned(None, None, (), False, False, (self.runs[item.slot],))]
         bound = item.bind(x, reading, last)
         if torch.is_grad_enabled() and not isinstance(bound, str):
             return None
-        more = parts_of(item, bound, x, operands, self._tensors, self._runs)
+        more = parts_of(item, bound, x, operands, self._tensors, self.runs)
         return None if more is None else [*parts, *more]
 
     def _planned(self, x: Tensor, operands: Sequence[Any], tensors: list[tuple[Any, ...]]) -> tuple[Any, ...]:

@@ -22,6 +22,7 @@ SHAPES = {
     "few channels": (3, 2, 64, 64),
     "three dimensions": (1, 16, 9, 20, 11),
     "two rows": (1, 64, 1, 2),
+    "short sums": (2, 64, 20, 21),
 }
 
 

@@ -1,0 +1,96 @@
+"""A graph of fixed sizes, once its sites have run: what they decided holds while `rewrite_quick.state` does, and is
+written into the graph, so that nothing is asked on later calls but whether weights are what they were.
+
+A step of a site becomes one node; calls that run as they stand become these calls again, between the conversions that
+keep a stretch: none of our Python runs then (20 us for each), and the memory of what a call is given is free after it,
+as in eager mode, so that the next call gets it again (a map in new pages costs more than the pass over it).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+from ..memory_format import to_format
+from .rewrite_effects import value
+from .rewrite_quick import Planned, Quick
+from .rewrite_site import Call, Ref, Site, entered
+
+__all__ = ["settled"]
+
+
+def settled(gm: fx.GraphModule, now: object, *, gradients: bool) -> Callable[..., Any] | None:
+    """The graph as a function, with each site as it ran in the state ``now``; None where that is known of none.
+    ``gradients``: it was traced with them."""
+    sites = [node for node in gm.graph.nodes if isinstance(node.target, Site)]
+    known = {node: node.target.known(now) for node in sites}
+    if not any(known.values()):
+        return None
+    graph = fx.Graph()
+    new: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        quick = known.get(node)
+        if quick is None:
+            new[node] = graph.node_copy(node, new.__getitem__)
+        else:
+            new[node] = _written(graph, node, quick, [new[n] for n in node.args], gradients)
+    graph.lint()
+    return fx.GraphModule(gm, graph).forward
+
+
+def _written(graph: fx.Graph, node: fx.Node, quick: Quick, args: Sequence[fx.Node], gradients: bool) -> fx.Node:
+    """What `Site.__call__` does in such a case, as nodes."""
+    site: Site = node.target  # type: ignore[assignment]
+    x, *operands = args
+    if site.converts and value(node.args[0]).dim() > 3:
+        x = graph.call_function(to_format, (x, True))
+    if gradients:
+        operands = [graph.call_function(entered, (t,)) if k in site.added else t for k, t in enumerate(operands)]
+    calls = dict(zip(site.runs, site.calls, strict=True))
+    for part in quick.parts:
+        if part.step is not None and not part.calls:
+            used = list(dict.fromkeys(k for k in part.places if k is not None))
+            x = graph.call_function(_Settled(part, used, dict(quick.same)), (x, *[operands[k] for k in used]))
+            continue
+        for run in part.calls:
+            x = _call(graph, calls[run], x, operands, exactly=site.converts)
+        if part.step is not None and part.channels_last is not None:
+            x = graph.call_function(to_format, (x, part.channels_last))
+    return graph.call_method("contiguous", (x,)) if site.channels_last is False else x
+
+
+class _Settled:
+    """One fused step, of the operands that are ``used`` by it; ``same``: which those were."""
+
+    __name__ = __qualname__ = "step"  # as FX writes it into code
+
+    def __init__(self, part: Planned, used: list[int], same: dict[int, weakref.ref[Tensor]]) -> None:
+        self._part = part._replace(places=tuple([None if k is None else used.index(k) for k in part.places]))
+        self._weight = same[used[0]]
+
+    def __call__(self, x: Tensor, *operands: Tensor) -> Tensor:
+        part, weight = self._part, operands[0]
+        if weight is not self._weight():  # of the same kind, as the graph's guards say
+            part = self._part = part.again(x, operands)
+            self._weight = weakref.ref(weight)
+        return part.run(x, operands)
+
+
+def _call(graph: fx.Graph, call: Call, x: fx.Node, operands: Sequence[fx.Node], *, exactly: bool) -> fx.Node:
+    def filled(v: Any) -> Any:
+        if isinstance(v, Ref):
+            return x if v.place < 0 else operands[v.place]
+        if isinstance(v, dict):
+            return {k: filled(w) for k, w in v.items()}
+        return type(v)([filled(w) for w in v]) if isinstance(v, (list, tuple)) else v
+
+    if exactly and call.norm is not None:
+        function, weight, bias = call.norm
+        return graph.call_function(function, (x, filled(weight), filled(bias)))
+    args, kwargs = filled(call.args), filled(call.kwargs)
+    if isinstance(call.target, str):
+        return graph.call_method(call.target, args, kwargs)
+    return graph.call_function(call.target, args, kwargs)
