@@ -115,7 +115,7 @@ def models_table(results: dict[str, Any]) -> str:
     threads = sorted({n for of in rows.values() for n in of})
     lines = [
         f"{env['processor']}, {env['instruction set']}, torch {env['torch']}; {env['date']}. float32, inference, "
-        "over the better of eager and eager channels_last:",
+        f"over the better of eager and eager channels_last; freed memory {env.get('freed memory', 'as it comes')}:",
         "",
         "| | " + " | ".join(f"{n} thread{'s' * (n > 1)}" for n in threads) + " | fused of found |",
         "|---|" + "---:|" * (len(threads) + 1),

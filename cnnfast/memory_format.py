@@ -161,12 +161,14 @@ class _Transposed(torch.autograd.Function):
 
 def convert(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.Tensor:
     """``t`` (N, C, *size) in this dtype and memory format; itself where it is that already."""
+    memory_format = format_of(t.dim(), channels_last)
+    if t.dtype == dtype and t.is_contiguous(memory_format=memory_format):
+        return t
     if not channels_last and t.is_contiguous():
         return t.to(dtype)
     if _by_matrices(t, channels_last):
         t = t.to(dtype) if channels_last else t.to(dtype, memory_format=format_of(t.dim(), True))
         return _Transposed.apply(t, channels_last) if t.requires_grad else _transposed(t, channels_last)
-    memory_format = format_of(t.dim(), channels_last)
     if t.dtype == dtype:  # the cheaper call, on a path that counts microseconds
         return t.contiguous(memory_format=memory_format)
     return t.to(dtype, memory_format=memory_format)

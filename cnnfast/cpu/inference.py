@@ -32,7 +32,7 @@ from .packing import PACKS, why_not_cacheable
 from .weight import summed_weight
 from .winograd import Winograd
 
-__all__ = ["Ready", "method_name", "methods_of", "run", "why_not", "why_slower_plain", "why_slower_transposed"]
+__all__ = ["Ready", "method_name", "methods_of", "ready", "run", "why_not", "why_slower_plain", "why_slower_transposed"]
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -313,11 +313,16 @@ def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor | N
     ValueError where there is no way to run it here (what `why_not` says beyond that is about speed, and is not asked
     again).
     """
-    shape, dtype, now = operands.x.shape, operands.x.dtype, process()
-    plan = _way(step, shape, dtype, now, _chosen(step, operands, channels_last))
-    if isinstance(plan, str):
-        raise ValueError(f"the packed CPU path cannot take this step: {plan}")
-    return _run(step, plan, lambda: _key(step, shape, dtype, now, plan.chosen), operands, channels_last)
+    return ready(step, operands, channels_last).run(operands)
+
+
+def ready(step: Step, operands: Operands, channels_last: bool) -> Ready:
+    """`run` of operands like these, with which it shares its errors, for who knows what `Ready.holds` asks."""
+    shape, dtype = tuple(operands.x.shape), operands.x.dtype
+    way = _way(step, shape, dtype, process(), _chosen(step, operands, channels_last))
+    if isinstance(way, str):
+        raise ValueError(f"the packed CPU path cannot take this step: {way}")
+    return Ready(step, shape, dtype, channels_last, way)
 
 
 class Ready:

@@ -59,29 +59,29 @@ def finished(norm: Norm, o: Operands, activation: Activation, *, ours: bool) -> 
 
 SMALL = {"group": 2**14, "instance": 2**15}  # numbers of an image, in the time of which it is converted and back
 _SHORT = 4096  # positions whose squares ATen may add up one after the other
+_FAR = 8.0  # deviations of a mean from 0: beyond, sums and products are rounded at a size that the result has not
 _NEAR = 0.5  # deviations of a mean from 0 that E[x^2] - E[x]^2 bears without a loss to speak of
 
 
 def _by_aten(norm: Norm, o: Operands) -> Tensor | None:
     """The norm by ATen: of small images with the contiguous copy that it is exact on, and that costs less than a few
-    calls; GroupNorm where its sums are short, of what has no mean far from 0 (less that mean, if it has)."""
-    x = o.x
+    calls; GroupNorm where its sums are short. Of what has a mean far from 0, less that mean."""
+    x, last = o.x, format_of(o.x.dim(), True)
     n, c, *size = x.shape
-    if x.shape[1:].numel() <= SMALL[norm.kind]:
-        if norm.kind == "group":
-            y = F.group_norm(x.contiguous(), norm.groups, o.scale, o.shift, norm.eps)
-        else:
-            y = F.instance_norm(x, weight=o.scale, bias=o.shift, eps=norm.eps)
-        return y.contiguous(memory_format=format_of(x.dim(), True))
-    if norm.kind != "group" or math.prod(size) > _SHORT:
+    small = x.shape[1:].numel() <= SMALL[norm.kind]
+    if norm.kind != "group":
+        y = F.instance_norm(x, weight=o.scale, bias=o.shift, eps=norm.eps) if small else None
+        return None if y is None else y.contiguous(memory_format=last)
+    if math.prod(size) > _SHORT and not small:
         return None
-    x = x.as_strided(x.shape, new_strides(x.shape, True))  # sizes of one have strides of any size
+    # Sizes of one have strides of any size.
+    x = x.contiguous() if small else x.as_strided(x.shape, new_strides(x.shape, True))
     affine = o.scale, o.shift, n, c, math.prod(size), norm.groups, norm.eps
     y, mean, rstd = torch.native_group_norm(x, *affine)
-    if is_far(mean, rstd, _NEAR):
+    if is_far(mean, rstd, _FAR if small else _NEAR):
         mean = mean.repeat_interleave(c // norm.groups, 1).view(n, c, *(1,) * len(size))
         y, _, _ = torch.native_group_norm(x - mean, *affine)
-    return y
+    return y.contiguous(memory_format=last)
 
 
 def _normalise(norm: Norm, o: Operands, y: Tensor) -> None:
@@ -111,7 +111,6 @@ def _of_channels(v: Tensor, join: int) -> Tensor:
 # --- statistics -------------------------------------------------------------------------------------------------------
 
 
-_FAR = 8.0  # deviations of a mean from 0: beyond, sums and products are rounded at a size that the result has not
 _FEW = 512  # values whose sum in float32 is about as exact as each of them
 
 

@@ -67,7 +67,10 @@ class Size(NamedTuple):
 @lru_cache(maxsize=1)
 def _sources() -> str:
     """A hash of the methods' source."""
-    return hashlib.sha256(resources.files(__package__).joinpath("methods.py").read_bytes()).hexdigest()
+    found = hashlib.sha256()
+    for name in ("methods.py", "onednn.py", "toom_cook.py", "winograd.py"):
+        found.update(resources.files(__package__).joinpath(name).read_bytes())
+    return found.hexdigest()
 
 
 def environment() -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..cpu import inference, tuned
+from ..cpu.isa import process
 from ..dispatch import on_cpu, resolve_backend
 from ..memory_format import format_of, in_rows, to_format
 from ..ops.run import run_step
@@ -27,8 +28,8 @@ __all__ = ["Planned", "Quick", "kind_of", "parts_of", "state", "state_of"]
 
 def state() -> tuple[object, ...]:
     """What decisions hold for, of the process."""
-    low = torch._C._is_any_autocast_enabled(), torch._C._get_mkldnn_enabled()
-    return torch.get_num_threads(), tuned.generation(), resolve_backend(None), low
+    switches = torch._C._is_any_autocast_enabled(), torch._C._get_mkldnn_enabled()
+    return process(), tuned.generation(), resolve_backend(None), switches
 
 
 def kind_of(x: Tensor, operands: Sequence[Any], added: Sequence[int]) -> tuple[object, ...]:
@@ -71,20 +72,29 @@ class Planned(NamedTuple):
         """This for other operands of the same kind, and its input x."""
         return self.met(_in_rows(x.shape, self.one), x, operands)
 
+    def operands(self, x: Tensor, operands: Sequence[Any]) -> Operands:
+        """Those of the step."""
+        o = Operands(x, *[None if k is None else operands[k] for k in self.places])  # type: ignore[arg-type]
+        if not self.one:
+            return o
+        residual = None if o.residual is None else o.residual.unsqueeze(2)
+        return o._replace(x=x.unsqueeze(2), weight=in_rows(o.weight), residual=residual)
+
     def run(self, x: Tensor, operands: Sequence[Any]) -> Tensor:
-        step, last, places, packed, one, calls = self
-        if step is None or calls:
-            for call in calls:
+        step, last = self.step, self.channels_last
+        if step is None or self.calls:
+            for call in self.calls:
                 x = call(x, operands)
             return x if last is None else to_format(x, last)
-        o = Operands(x, *[None if k is None else operands[k] for k in places])  # type: ignore[arg-type]
-        if one:
-            residual = None if o.residual is None else o.residual.unsqueeze(2)
-            o = o._replace(x=x.unsqueeze(2), weight=in_rows(o.weight), residual=residual)
-        y = inference.run(step, o, bool(last)) if packed else None
+        o = self.operands(x, operands)
+        return self.finished(o, inference.run(step, o, bool(last)) if self.packed else None)
+
+    def finished(self, o: Operands, y: Tensor | None) -> Tensor:
+        """The result, where a packed weight gave y, or, with None, gave nothing."""
+        assert self.step is not None
         if y is None:
-            y = run_step(step, o, channels_last=last)
-        return y.squeeze(2) if one else y
+            y = run_step(self.step, o, channels_last=self.channels_last)
+        return y.squeeze(2) if self.one else y
 
 
 def _in_rows(shape: Sequence[int], one: bool) -> tuple[int, ...]:

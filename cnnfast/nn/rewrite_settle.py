@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from ..cpu import inference
 from ..memory_format import to_format
 from .rewrite_effects import value
 from .rewrite_quick import Planned, Quick
@@ -70,13 +71,19 @@ class _Settled:
     def __init__(self, part: Planned, used: list[int], same: dict[int, weakref.ref[Tensor]]) -> None:
         self._part = part._replace(places=tuple([None if k is None else used.index(k) for k in part.places]))
         self._weight = same[used[0]]
+        self._ready: inference.Ready | None = None
 
     def __call__(self, x: Tensor, *operands: Tensor) -> Tensor:
         part, weight = self._part, operands[0]
         if weight is not self._weight():  # of the same kind, as the graph's guards say
             part = self._part = part.again(x, operands)
             self._weight = weakref.ref(weight)
-        return part.run(x, operands)
+        if not part.packed:
+            return part.run(x, operands)
+        o = part.operands(x, operands)
+        if self._ready is None:
+            self._ready = inference.ready(part.step, o, bool(part.channels_last))  # type: ignore[arg-type]
+        return part.finished(o, self._ready.run(o))
 
 
 def _call(graph: fx.Graph, call: Call, x: fx.Node, operands: Sequence[fx.Node], *, exactly: bool) -> fx.Node:
