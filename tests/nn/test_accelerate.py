@@ -786,6 +786,7 @@ def test_channels_last_stays_between_steps_where_nobody_can_tell(
     name: str, gradients: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rewrite_layout, "_MAPS", 0)  # as if the maps were larger
+    monkeypatch.setitem(rewrite_layout.SMALL, "instance", 0)
     between, formats = BETWEEN[name]
     if name == "written" and gradients:
         pytest.skip("autograd has saved it")
