@@ -19,6 +19,7 @@ __all__ = [
     "in_rows",
     "is_channels_last",
     "new_strides",
+    "reformatted",
     "suggests_channels_last",
     "to_format",
 ]
@@ -124,15 +125,24 @@ def in_rows(weight: torch.Tensor) -> torch.Tensor:
     return view
 
 
+def reformatted(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """`to_format` by `convert`, for where nothing but autograd watches."""
+    return to_format(t, channels_last) if t.dim() == 3 else convert(t, t.dtype, channels_last)
+
+
 def _by_matrices(t: torch.Tensor, channels_last: bool) -> bool:
-    """Whether `_transposed` is the fastest way: ATen's general copy strides through memory (three to seven times slower
-    was seen, docs/facts.md), but on all threads."""
-    if t.device.type != "cpu" or torch.get_num_threads() > 4:
+    """Whether `_transposed` is the fastest way: ATen's general copy strides through memory (up to four times slower,
+    docs/facts.md), but on all threads."""
+    if t.device.type != "cpu":
         return False
+    threads = torch.get_num_threads()
     image, channels = t.numel() // max(1, t.shape[0]), t.shape[1]
+    if threads > 4 or channels < 16 * threads:
+        return False
     if channels_last:
-        return channels >= 16 and image >= max(2**15, 16 * channels) and t.is_contiguous()
-    return image >= 2**20 and channels >= 32 or image >= 2**18 and channels >= 64
+        positions = 16 if threads == 1 else 512 * threads
+        return image >= max(2**15, positions * channels) and t.is_contiguous()
+    return channels >= 32 * threads and image * channels >= 2**24 * threads**2
 
 
 def _transposed(t: torch.Tensor, channels_last: bool) -> torch.Tensor:

@@ -76,6 +76,28 @@ def test_kernels_read_it_in_place(device: torch.device) -> None:
     assert isinstance(first, FusedStep) and not in_place(first, model()[0].weight.to(device))
 
 
+@pytest.mark.parametrize(
+    ("shape", "to", "threads"),
+    [
+        ((1, 64, 64, 64), True, [1, 2, 3, 4]),
+        ((1, 16, 128, 128), True, [1]),  # ATen's copy is on all threads
+        ((1, 512, 16, 16), True, [1]),
+        ((1, 64, 64, 64), False, [1]),
+        ((1, 256, 64, 64), False, [1, 2, 3, 4]),
+        ((1, 16, 256, 256), False, []),
+    ],
+    ids=str,
+)
+def test_matrices_are_transposed_where_that_is_faster(
+    shape: tuple[int, ...], to: bool, threads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, found = torch.empty(shape).contiguous(memory_format=format_of(4, not to)), []
+    for n in range(1, 9):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=n: n)
+        found += [n] * memory_format._by_matrices(x, to)
+    assert found == threads
+
+
 LARGE = [(1, 64, 1, 2048), (3, 64, 24, 25), (1, 32, 65, 64), (2, 32, 8, 16, 16), (1, 64, 72, 72), (2, 256, 1, 130)]
 SMALL = [(1, 3, 128, 128), (1, 1, 256, 256), (2, 4096, 1, 8), (1, 64, 1, 1), (0, 64, 32, 32), (2, 16, 5, 7)]
 
@@ -89,6 +111,7 @@ def test_conversions(
     """Values, strides and gradients; and that many channels go as matrices."""
     found: list[torch.Tensor] = []
     transposed = memory_format._transposed
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(memory_format, "_transposed", lambda t, to: found.append(t) or transposed(t, to))  # type: ignore[func-returns-value]
     before, after = dtypes
     x = torch.randn(shape).to(before, memory_format=format_of(len(shape), not to))

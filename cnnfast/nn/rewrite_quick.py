@@ -18,7 +18,7 @@ from torch import Tensor
 from ..cpu import inference, tuned
 from ..cpu.isa import process
 from ..dispatch import on_cpu, resolve_backend
-from ..memory_format import format_of, in_rows, to_format
+from ..memory_format import format_of, in_rows, reformatted
 from ..ops.run import run_step
 from ..step import Operands, Step
 from .chain import Bound, Chain
@@ -85,7 +85,7 @@ class Planned(NamedTuple):
         if step is None or self.calls:
             for call in self.calls:
                 x = call(x, operands)
-            return x if last is None else to_format(x, last)
+            return x if last is None else reformatted(x, last)
         o = self.operands(x, operands)
         return self.finished(o, inference.run(step, o, bool(last)) if self.packed else None)
 

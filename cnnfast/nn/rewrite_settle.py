@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..cpu import inference
-from ..memory_format import to_format
+from ..memory_format import reformatted
 from .rewrite_effects import value
 from .rewrite_quick import Planned, Quick
 from .rewrite_site import Call, Ref, Site, entered
@@ -47,7 +47,7 @@ def _written(graph: fx.Graph, node: fx.Node, quick: Quick, args: Sequence[fx.Nod
     site: Site = node.target  # type: ignore[assignment]
     x, *operands = args
     if site.converts and value(node.args[0]).dim() > 3:
-        x = graph.call_function(to_format, (x, True))
+        x = graph.call_function(reformatted, (x, True))
     if gradients:
         operands = [graph.call_function(entered, (t,)) if k in site.added else t for k, t in enumerate(operands)]
     calls = dict(zip(site.runs, site.calls, strict=True))
@@ -59,8 +59,8 @@ def _written(graph: fx.Graph, node: fx.Node, quick: Quick, args: Sequence[fx.Nod
         for run in part.calls:
             x = _call(graph, calls[run], x, operands, exactly=site.converts)
         if part.step is not None and part.channels_last is not None:
-            x = graph.call_function(to_format, (x, part.channels_last))
-    return graph.call_method("contiguous", (x,)) if site.channels_last is False else x
+            x = graph.call_function(reformatted, (x, part.channels_last))
+    return graph.call_function(reformatted, (x, False)) if site.channels_last is False else x
 
 
 class _Settled:

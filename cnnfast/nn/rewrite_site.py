@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..gradients import enter_residual
-from ..memory_format import to_format
+from ..memory_format import reformatted
 from .chain import Chain, chained
 from .fusion import Unfused, plan_parts
 from .fusion_conv import Part
@@ -242,14 +242,14 @@ class Site:
                 x = call.run(x, operands)
             return x.contiguous() if self.channels_last is False else x
         if self.converts and x.dim() > 3:  # of one dimension, where its chain gains by it
-            x = to_format(x, True)
+            x = reformatted(x, True)
         if self._added and torch.is_grad_enabled():
             operands = tuple([entered(t) if k in self._added else t for k, t in enumerate(operands)])
         kind = self._kind(x, operands)
         known = None if kind is None else self._quick.get(kind)
         if known is not None and known.holds(operands):
             x = known.run(x, operands)
-            return x.contiguous() if self.channels_last is False else x
+            return reformatted(x, False) if self.channels_last is False else x
         tensors = [tuple([None if k is None else operands[k] for k in places]) for places in self._tensors]
         items = self._planned(x, operands, tensors)
         calls: Any = _Calls(self.calls, operands, self.runs)
@@ -269,7 +269,7 @@ class Site:
         if kind is not None and parts:
             self._tries += 1  # a computed weight is another one at each call
             self._quick[kind] = Quick.of(parts, operands, self._added)
-        return x.contiguous() if self.channels_last is False else x
+        return reformatted(x, False) if self.channels_last is False else x
 
     @cached_property
     def runs(self) -> list[Run]:
