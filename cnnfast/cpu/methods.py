@@ -12,7 +12,7 @@ from .isa import InstructionSet, cache_bytes
 from .onednn import Convolution, Deconvolution, Gathered, Merged, Method, Projection
 from .winograd import Winograd
 
-__all__ = ["METHODS", "applicable", "by_rule", "gathers", "winograd_gain"]
+__all__ = ["METHODS", "applicable", "by_rule", "gathers", "least_gain", "winograd_gain"]
 
 METHODS: dict[str, type[Method]] = {
     kind.__name__: kind for kind in (Convolution, Deconvolution, Gathered, Merged, Projection, Winograd)
@@ -52,12 +52,14 @@ def by_rule(
         return Merged
     if "Gathered" in right and gathers(spec, shape, dtype, isa):
         return Gathered
-    if "Winograd" in right and winograd_gain(spec, shape, threads) > LEAST_GAIN:
+    if "Winograd" in right and winograd_gain(spec, shape, threads) > least_gain(threads):
         return Winograd
     return Deconvolution if spec.transposed else Convolution
 
 
-LEAST_GAIN = 1.1  # of what is computed, not measured: less may be a loss
+def least_gain(threads: int) -> float:
+    """The `winograd_gain` that is one inside of a model, too: it is computed for hot caches and quiet threads."""
+    return float(1.11 * threads**0.125)
 
 
 @lru_cache(maxsize=4096)
