@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from .layers import plain_now
@@ -48,19 +49,19 @@ class Graph:
     apart: list[Apart] = field(default_factory=list)
     convolutions: int = 0
     runs: int = 0
-    _state: object = None
-    _calls: int = 0
-    _settled: Callable[..., Any] | None = None
+    # The state that calls met, how many of them, and what the second settled on; set at once, for other threads.
+    _seen: tuple[object, int, Callable[..., Any] | None] = (None, 0, None)
 
     def forward(self, gm: fx.GraphModule) -> Callable[..., Any]:
         """What a call runs: from the second in the same `state` on what its sites have `settled` on."""
-        now = state()
-        if (now, Site.switched) != self._state:
-            self._state, self._calls, self._settled = (now, Site.switched), 0, None
-        self._calls += 1
-        if self._calls == 2:
-            self._settled = settled(gm, now, gradients=self.gradients)
-        return gm.forward if self._settled is None or plain_now() else self._settled
+        now = state(), Site.switched
+        before, calls, found = self._seen
+        if now != before:
+            calls, found = 0, None
+        if calls < 2:
+            found = settled(gm, now[0], gradients=self.gradients) if calls else None
+            self._seen = now, calls + 1, found
+        return gm.forward if found is None or plain_now() else found
 
 
 def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -84,11 +85,14 @@ def rewritten(gm: fx.GraphModule) -> tuple[Callable[..., Any], Graph]:
 
 def _fixed(gm: fx.GraphModule) -> bool:
     """Whether its sizes cannot change, and so what its sites do; nor do operators run graphs inside of it."""
-    inputs = [value(node) for node in gm.graph.nodes if node.op == "placeholder"]
-    sizes = [n for t in inputs for n in (t.shape if isinstance(t, Tensor) else (t,))]
-    return not any(isinstance(n, torch.SymInt) for n in sizes) and not any(
-        isinstance(child, fx.GraphModule) for child in gm.children()
-    )
+    for t in (t for node in gm.graph.nodes for t in tree_leaves(value(node))):
+        if (
+            isinstance(t, Tensor)
+            and t.is_nested
+            or any(isinstance(n, torch.SymInt) for n in (t.shape if isinstance(t, Tensor) else (t,)))
+        ):
+            return False
+    return not any(isinstance(child, fx.GraphModule) for child in gm.children())
 
 
 def _rewrite(gm: fx.GraphModule, found: Graph) -> None:

@@ -6,6 +6,7 @@ import copy
 import io
 import operator
 import pickle
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -1345,6 +1346,50 @@ def test_the_input_of_a_settled_site_is_free_after_its_first_call() -> None:
 
     ours, plain = pair(_Flipped())
     assert living(plain) == living(ours) == 2
+
+
+@torch.no_grad()
+def test_threads_in_other_states_do_not_meet() -> None:
+    """One under autocast, one not: each runs what it would run alone."""
+    ours, plain = pair(Tiny(wide=192))
+    x = images(2, 16, 24, 24)
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for _ in range(3):
+                ours(x)
+    found: dict[bool, list[Tensor]] = {False: [], True: []}
+
+    def work(autocast: bool) -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for _ in range(30):
+                found[autocast].append(ours(x))
+
+    threads = [threading.Thread(target=work, args=(autocast,)) for autocast in (False, True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    want = plain(x)
+    assert len(found[False]) == len(found[True]) == 30
+    for y in found[False]:
+        torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    assert all(y.dtype == found[True][0].dtype for y in found[True])
+    torch.testing.assert_close(found[True][0].float(), want, rtol=0.05, atol=0.05)
+
+
+@torch.no_grad()
+def test_a_graph_whose_sizes_depend_on_values_does_not_settle(asked: list[Site]) -> None:
+    class Picks(Tiny):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[x.mean((1, 2, 3)) > 0])
+
+    ours, plain = pair(Picks())
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        for seed in range(4):
+            x = torch.randn(6, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
+            torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
+    record = record_of(ours)
+    assert record is not None and record.failed is None and len(asked) == 4
 
 
 @torch.no_grad()
