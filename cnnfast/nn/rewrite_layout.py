@@ -62,10 +62,11 @@ class _Layout:
         self.untold: set[fx.Node] = set()
 
     def apply(self) -> None:
-        if any(map(_untrue, self.graph.nodes)):
-            return  # each site goes by the input that it gets
+        untrue = any(map(_untrue, self.graph.nodes))
         if self.inference:
             as_norms(self.graph)
+        if untrue:
+            return  # each site and norm goes by the input that it gets
         nodes = list(self.graph.nodes)
         for node in nodes:
             self.eager[node] = self._in_eager_mode(node)
