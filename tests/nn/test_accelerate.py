@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import cnnfast
 from cnnfast.cpu.packing import PACKS
 from cnnfast.messages import CnnfastWarning, UsageError
-from cnnfast.nn import rewrite_layout
-from cnnfast.nn.accelerate_call import record_of
+from cnnfast.nn import rewrite, rewrite_layout
+from cnnfast.nn.accelerate_call import plain_call, record_of
 from cnnfast.nn.accelerate_verify import _Trial, differs
 from cnnfast.nn.rewrite import rewritten
 from cnnfast.nn.rewrite_effects import written as written_by
@@ -1282,24 +1282,39 @@ def test_steps_settle_too(asked: list[Site]) -> None:
     assert len(asked) == 4  # a site that is off is asked
 
 
+class _Normed(Tiny):
+    """A norm by itself, or in a site that runs as it stands."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if not self.inside:
+            return F.group_norm(y.flip(2) + 300, 4)
+        added = self.norm.weight[:, None, None].expand(y.shape)  # in strides that no step takes
+        return F.group_norm(self.second(y * 2), 4) + added
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("inside", [False, True])
 def test_norms_of_channels_last_maps_stay_ours(asked: list[Site], inside: bool) -> None:
-    """PyTorch's rounds where means are far from 0: of a norm by itself, and of one in a site that runs as it stands."""
-
-    class Normed(Tiny):
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.first(x)
-            return F.group_norm(y if inside else y.flip(2) + 300, 4)
-
-    ours, plain = pair(Normed())
-    for model in (ours, plain):
-        model.first.bias.add_(300.0 * inside)
+    """PyTorch's rounds where means are far from 0."""
+    if inside and torch.__version__ >= (2, 14):
+        pytest.skip("formats are not decided ahead where this GroupNorm is traced as contiguous: the call runs as it is")
+    torch.manual_seed(0)
+    ours = cnnfast.accelerate(_Normed(inside).eval())
+    ours.second.bias.fill_(300.0)  # type: ignore[operator]
     x = images(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
-    want = plain.double()(x.double()).float()
+    with plain_call(ours):
+        want = copy.deepcopy(ours).double()(x.double()).float()
+        assert (ours(x) - want).abs().max() > 1e-3
     for _ in range(6):
         torch.testing.assert_close(ours(x), want, rtol=1e-4, atol=1e-4)
-    assert len(asked) == 1
+    assert len(asked) == 1 + inside
+    if inside:
+        assert "what is added" in cnnfast.explain(ours).rows[1].why_not
 
 
 @torch.no_grad()
@@ -1325,7 +1340,7 @@ class _Flipped(nn.Module):
 
 
 @torch.no_grad()
-def test_the_input_of_a_settled_site_is_free_after_its_first_call() -> None:
+def test_the_input_of_a_settled_site_is_free_after_its_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in eager mode: the calls after that get its memory."""
     x = images(2, 32, 48, 48)
 
@@ -1346,6 +1361,8 @@ def test_the_input_of_a_settled_site_is_free_after_its_first_call() -> None:
 
     ours, plain = pair(_Flipped())
     assert living(plain) == living(ours) == 2
+    monkeypatch.setattr(rewrite, "settled", lambda *args, **kwargs: None)
+    assert living(pair(_Flipped())[0]) == 3
 
 
 @torch.no_grad()
