@@ -115,7 +115,8 @@ def models_table(results: dict[str, Any]) -> str:
     threads = sorted({n for of in rows.values() for n in of})
     lines = [
         f"{env['processor']}, {env['instruction set']}, torch {env['torch']}; {env['date']}. float32, inference, "
-        f"over the better of eager and eager channels_last; freed memory {env.get('freed memory', 'as it comes')}:",
+        "over the better of eager and eager channels_last; freed memory "
+        f"{env.get('freed memory', 'as the C library does')}:",
         "",
         "| | " + " | ".join(f"{n} thread{'s' * (n > 1)}" for n in threads) + " | fused of found |",
         "|---|" + "---:|" * (len(threads) + 1),

@@ -18,7 +18,7 @@ from ..cpu import inference
 from ..memory_format import reformatted
 from .rewrite_effects import value
 from .rewrite_quick import Planned, Quick
-from .rewrite_site import Call, Ref, Site, entered
+from .rewrite_site import Call, Site, entered, filled
 
 __all__ = ["settled"]
 
@@ -87,17 +87,11 @@ class _Settled:
 
 
 def _call(graph: fx.Graph, call: Call, x: fx.Node, operands: Sequence[fx.Node], *, exactly: bool) -> fx.Node:
-    def filled(v: Any) -> Any:
-        if isinstance(v, Ref):
-            return x if v.place < 0 else operands[v.place]
-        if isinstance(v, dict):
-            return {k: filled(w) for k, w in v.items()}
-        return type(v)([filled(w) for w in v]) if isinstance(v, (list, tuple)) else v
-
+    """What `Call.exactly` does, or `Call.run`."""
     if exactly and call.norm is not None:
         function, weight, bias = call.norm
-        return graph.call_function(function, (x, filled(weight), filled(bias)))
-    args, kwargs = filled(call.args), filled(call.kwargs)
+        return graph.call_function(function, (x, filled(weight, x, operands), filled(bias, x, operands)))
+    args, kwargs = (filled(a, x, operands) for a in (call.args, call.kwargs))
     if isinstance(call.target, str):
         return graph.call_method(call.target, args, kwargs)
     return graph.call_function(call.target, args, kwargs)

@@ -26,7 +26,7 @@ from .rewrite_calls import AFFINE, CallKind
 from .rewrite_norm import NORMS, NormCall, norm_of
 from .rewrite_quick import Planned, Quick, Run, kind_of, parts_of, state_of
 
-__all__ = ["Call", "Place", "Ref", "Site", "entered"]
+__all__ = ["Call", "Place", "Ref", "Site", "entered", "filled"]
 
 
 class Ref(NamedTuple):
@@ -62,7 +62,7 @@ class Call:
             ]
             kwargs = self.kwargs
         else:
-            args, kwargs = _filled(self.args, x, operands), _filled(self.kwargs, x, operands)
+            args, kwargs = filled(self.args, x, operands), filled(self.kwargs, x, operands)
         if isinstance(self.target, str):
             return getattr(args[0], self.target)(*args[1:], **kwargs)
         return self.target(*args, **kwargs)
@@ -76,14 +76,14 @@ class Call:
         """As planning sees it; x: what the call before gave, None where that is not known."""
         bound = self.kind.bind(self.args, self.kwargs)
         assert bound is not None
-        return self.kind.part({k: _filled(v, x, operands) for k, v in bound.items()} | {"through": self.through})
+        return self.kind.part({k: filled(v, x, operands) for k, v in bound.items()} | {"through": self.through})
 
     def exactly(self, x: Any, operands: Sequence[Any]) -> Any:
         """`run`, of channels-last maps too with exact statistics."""
         if self.norm is None:
             return self.run(x, operands)
         function, weight, bias = self.norm
-        return function(x, _filled(weight, x, operands), _filled(bias, x, operands))
+        return function(x, filled(weight, x, operands), filled(bias, x, operands))
 
     @cached_property
     def norm(self) -> tuple[NormCall, Any, Any] | None:
@@ -103,13 +103,14 @@ class Call:
         return tuple(r.place for name, v in bound.items() if name not in tensors for r in _refs(v) if r.place >= 0)
 
 
-def _filled(v: Any, x: Any, operands: Sequence[Any]) -> Any:
+def filled(v: Any, x: Any, operands: Sequence[Any]) -> Any:
+    """An argument with what its `Ref` stand for: x, what the call before gave, or one of the operands."""
     if isinstance(v, Ref):
         return x if v.place < 0 else operands[v.place]
     if isinstance(v, dict):
-        return {k: _filled(w, x, operands) for k, w in v.items()}
+        return {k: filled(w, x, operands) for k, w in v.items()}
     if isinstance(v, (list, tuple)):
-        return type(v)([_filled(w, x, operands) for w in v])
+        return type(v)([filled(w, x, operands) for w in v])
     return v
 
 

@@ -128,6 +128,7 @@ def test_a_switch_of_pytorchs_is_seen(switch: str, monkeypatch: pytest.MonkeyPat
     if switch == "oneDNN":
         with torch.backends.mkldnn.flags(enabled=False):
             torch.testing.assert_close(ours(x), expected)
+        assert ran == [known]
     else:
         lowered = inference.process()._replace(lowered=True)
         monkeypatch.setattr(inference, "process", lambda: lowered)
