@@ -85,27 +85,28 @@ def _by_aten(norm: Norm, o: Operands) -> Tensor | None:
 
 
 def _normalise(norm: Norm, o: Operands, y: Tensor) -> None:
+    """Each image with the statistics of its channels: y, which x may be."""
     x, join = o.x, norm.join(o.x.shape[1])
-    mean, var = _of_images(x, join)
-    if (mean.square() > (var + norm.eps) * _FAR**2).any():
-        x = x - _of_channels(mean, join).view(*x.shape[:2], *(1,) * (x.dim() - 2))
-        mean, var = _of_images(x, join)
-    mean, var = _of_channels(mean, join), _of_channels(var, join)
-    for i, (m, v) in enumerate(zip(mean, var, strict=True)):
+    for k, image in enumerate(x.split(1)):
+        mean, var = _of_groups(_rows(image), join)
+        if (mean.square().sub_(var, alpha=_FAR**2) > norm.eps * _FAR**2).any():
+            image = image - _of_channels(mean, join).view(1, -1, *(1,) * (x.dim() - 2))
+            mean, var = _of_groups(_rows(image), join)
         # ATen's BatchNorm by given statistics: a product and a sum, in one pass over a channels-last map.
-        out = y[i : i + 1], x.new_empty(0), x.new_empty(0)
-        torch.native_batch_norm(x[i : i + 1], o.scale, o.shift, m, v, False, 0.0, norm.eps, out=out)
+        out = y[k : k + 1], x.new_empty(0), x.new_empty(0)
+        given = _of_channels(mean, join), _of_channels(var, join)
+        torch.native_batch_norm(image, o.scale, o.shift, *given, False, 0.0, norm.eps, out=out)
 
 
 def _rows(image: Tensor) -> Tensor:
-    """(C, *size), channels-last, as (positions, C)."""
-    return image.movedim(0, -1).flatten(0, -2)
+    """(1, C, *size), channels-last, as (positions, C)."""
+    return image.movedim(1, -1).view(-1, image.shape[1])
 
 
 def _of_channels(v: Tensor, join: int) -> Tensor:
-    """(N, C / join) float64 as (N, C) float32."""
+    """(C / join,) float64 as (C,) float32."""
     v = v.float()
-    return v if join == 1 else v.repeat_interleave(join, 1)
+    return v if join == 1 else v.view(-1, 1).expand(-1, join).reshape(-1)
 
 
 # --- statistics -------------------------------------------------------------------------------------------------------
@@ -114,29 +115,27 @@ def _of_channels(v: Tensor, join: int) -> Tensor:
 _FEW = 512  # values whose sum in float32 is about as exact as each of them
 
 
-def _of_images(x: Tensor, join: int) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance of every ``join`` channels of each image: (N, C / join), float64."""
-    moments = torch.stack([_moments(_rows(image)) for image in x], 1).unflatten(2, (-1, join)).mean(3)
-    mean = moments[0]
-    return mean, (moments[1] - mean.square()).clamp_min_(0)
-
-
-def _moments(rows: Tensor) -> Tensor:
-    """(2, C), float64: the means of the values and of their squares, of (n, C)."""
+def _of_groups(rows: Tensor, join: int) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of every ``join`` columns of (n, C): (C / join,), float64."""
     n = len(rows)
     parts, each = _parts(n)
-    found = [_statistics(rows[: parts * each], parts)]
-    if n > parts * each:
-        found.append(_statistics(rows[parts * each :], 1))
-    mean, var = torch.cat(found, 1).double()
-    return _shares(n) @ torch.stack((mean, torch.addcmul(var, mean, mean)))
+    used = parts * each
+    mean, var = _merged(rows if n == used else rows[:used], parts, join)
+    if n > used:
+        rest_mean, rest_var = _merged(rows[used:], 1, join)
+        share, difference = (n - used) / n, rest_mean - mean
+        mean = mean.add(difference, alpha=share)
+        var = var * (1 - share) + rest_var * share + difference.square() * (share * (1 - share))
+    return mean, var
 
 
-def _statistics(rows: Tensor, parts: int) -> Tensor:
-    """(2, parts, C): of every ``parts``-th row. PyTorch's BatchNorm of parts * C channels does it in two readings."""
-    c = rows.shape[1]
-    wide = rows.view(1, 1, -1, parts * c).permute(0, 3, 1, 2)
-    return torch.stack(torch.batch_norm_update_stats(wide, None, None, 0.0)).view(2, parts, c)
+def _merged(rows: Tensor, parts: int, join: int) -> tuple[Tensor, Tensor]:
+    """`_of_groups` of ``parts`` times as many rows as each of the parts has: every ``parts``-th row is of one."""
+    # PyTorch's BatchNorm of parts * C channels takes their means and variances in two readings.
+    wide = rows.view(1, 1, -1, parts * rows.shape[1]).permute(0, 3, 1, 2)
+    means, variances = torch.batch_norm_update_stats(wide, None, None, 0.0)
+    between, mean = torch.var_mean(means.view(parts, -1, join).double(), (0, 2), correction=0)
+    return mean, between.add_(variances.view(parts, -1, join).mean((0, 2), dtype=torch.float64))
 
 
 @lru_cache(maxsize=1024)
@@ -146,11 +145,3 @@ def _parts(n: int) -> tuple[int, int]:
     parts = next((k for k in range(parts, 2 * parts) if n % k == 0), parts)
     return parts, n // parts
 
-
-@lru_cache(maxsize=1024)
-def _shares(n: int) -> Tensor:
-    """Of the rows, in each part and in the rest."""
-    parts, each = _parts(n)
-    shares = [each / n] * parts + [(n - parts * each) / n] * (n > parts * each)
-    with torch.inference_mode(False):  # kept for later calls
-        return torch.tensor(shares, dtype=torch.float64, device="cpu")
