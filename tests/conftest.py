@@ -47,8 +47,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session", autouse=True)
 def small_chains() -> Iterator[None]:
     """Maps of tests are small and stand for larger ones, and layers for generators: chains run fused whatever their
-    size. (Tests of those rules set `backend.SMALL` and the wrapped `backend._saves_conversions` again.)"""
+    size, and so do accelerated models. (Tests of those rules set `backend.SMALL`, the wrapped
+    `backend._saves_conversions` and `accelerate_worth.FINDING` again.)"""
     from cnnfast.cpu import backend
+    from cnnfast.nn import accelerate_worth
 
     saves = backend._saves_conversions
 
@@ -61,6 +63,7 @@ def small_chains() -> Iterator[None]:
         patch.setattr(backend, "SMALL_IN_TRAINING", 0)
         patch.setattr(backend, "LEAST_SAVED", 0)
         patch.setattr(backend, "_saves_conversions", as_without_gradients)
+        patch.setattr(accelerate_worth, "FINDING", -1.0)
         yield
 
 

@@ -144,4 +144,3 @@ def _parts(n: int) -> tuple[int, int]:
     parts = -(-n // _FEW)
     parts = next((k for k in range(parts, 2 * parts) if n % k == 0), parts)
     return parts, n // parts
-

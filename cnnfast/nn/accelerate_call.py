@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from ..messages import CnnfastWarning, UsageError, one_line
+from .accelerate_worth import Calls, as_it_stands, judged, stands, stands_here
 from .layers import plain_now
 from .rewrite import Graph, rewritten
 
@@ -33,9 +34,11 @@ _numbers = itertools.count()
 
 @dataclass(eq=False)
 class Record:
-    """What became of a module's calls: its ``graphs``; ``failed``: why it runs as it stands from now on, or None."""
+    """What became of a module's calls: its ``graphs``; ``failed``: why it runs as it stands from now on, or None;
+    ``calls``: which kinds of them run as they stand."""
 
     graphs: list[Graph] = field(default_factory=list)
+    calls: Calls = field(default_factory=Calls)
     failed: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -107,11 +110,20 @@ def _set(module: nn.Module) -> None:
     compiled = torch.compile(entry, backend=record.backend)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or record.failed is not None or plain_now():
+        if torch.compiler.is_compiling() or record.failed is not None or stands_here() or plain_now():
             return module._call_impl(*args, **kwargs)
+        kind = record.calls.kind(module, args, kwargs)
+        if stands(kind):
+            with as_it_stands():
+                return module._call_impl(*args, **kwargs)
+        unknown = kind is not None and kind.gain is None
+        before = _runs(module) if unknown else []
         try:
             with _settings():
-                return compiled(*args, **kwargs)
+                result = compiled(*args, **kwargs)
+            if kind is not None and unknown:
+                judged(kind, module, before, _runs(module))
+            return result
         except torch._dynamo.exc.TorchDynamoException as error:
             problem = one_line(error)
         # An input that eager mode refuses ends here in eager mode's own error.
@@ -122,6 +134,12 @@ def _set(module: nn.Module) -> None:
 
     call.record = record  # type: ignore[attr-defined]
     module.__dict__[_CALL] = call
+
+
+def _runs(module: nn.Module) -> list[tuple[Graph, int]]:
+    """Each graph of a module and of its parts, and how often it has run."""
+    records = [record for m in module.modules() if (record := record_of(m)) is not None]
+    return [(graph, graph.runs) for record in records for graph in record.graphs]
 
 
 @contextmanager

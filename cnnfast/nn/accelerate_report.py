@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,8 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..gpu import guard
 from .accelerate_call import Record, record_of, restore, switch_on
+from .accelerate_worth import STANDS, gains, never_standing, work
 from .chain import Chain
-from .fusion import FusedStep, Unfused
+from .fusion import Unfused
 from .layers import Sequential
 from .rewrite import Graph
 from .rewrite_site import Site
@@ -195,11 +195,15 @@ def explain(model: nn.Module, example_inputs: Any = None) -> Explanation:
         before = [graph.runs for graph in record.graphs]
         counted = torch._dynamo.utils.counters["graph_break"]
         known = dict(counted)
-        with unchanged(model):
+        with unchanged(model), never_standing():
             model(*copied(args), **copied(kwargs))
         breaks = tuple(str(reason).splitlines()[0] for reason, n in counted.items() if n > known.get(reason, 0))
-        ran = [g for k, g in enumerate(record.graphs) if g.runs > (before[k] if k < len(before) else 0)]
-        return replace(explained(name, record, ran), breaks=breaks, graphs=len(ran))
+        before += [0] * (len(record.graphs) - len(before))
+        ran = [(g, g.runs - n) for g, n in zip(record.graphs, before, strict=True) if g.runs > n]
+        found = explained(name, record, [g for g, _ in ran])
+        if record.calls.kind(model, args, kwargs) is not None and not gains(model, ran):
+            found = replace(found, rows=tuple([replace(r, why_not=r.why_not or STANDS) for r in found.rows]))
+        return replace(found, breaks=breaks, graphs=len(ran))
     finally:
         if not accelerated:
             restore(model)
@@ -209,6 +213,8 @@ def explained(name: str, record: Record, graphs: Sequence[Graph]) -> Explanation
     """Of these graphs of a record."""
     rows = [row for graph in graphs for row in _rows(graph)]
     notes = [] if record.failed is None else [f"runs as it stands: {record.failed}"]
+    if standing := sum(kind.gain is False for kind in record.calls.kinds.values()):
+        notes.append(f"{STANDS}: so for {standing} of {len(record.calls.kinds)} kinds of calls")
     return Explanation(
         name, tuple(rows), graphs=len(graphs), compilations=len(record.graphs), notes=(*notes, *record.notes)
     )
@@ -255,23 +261,10 @@ def _of_chain(site: Site, chain: Chain) -> Iterator[Row]:
             why = bound if isinstance(bound, str) else bound.runs[i].as_modules or ""
             by = "" if isinstance(bound, str) or why else bound.runs[i].tuned or ""
             if shape is not None:
-                flops, moved, shape = _work(s, shape)
+                flops, moved, shape = work(s, shape)
         for failure in guard.failures(s.step, s.dtype, s.device):
             why = why or f"the kernel {failure}"
         yield _row(site, s.slots, why, flops, moved, True, by)
-
-
-def _work(s: FusedStep, shape: Sequence[int]) -> tuple[int, int, Sequence[int] | None]:
-    """FLOPs and bytes of a step on an input of this (4-D) shape, and its result's shape."""
-    try:
-        size = s.step.output_size(shape[2:])
-        padded = [n + 2 * p for n, p in zip(shape[2:], s.step.pad, strict=True)]
-        flops = 2 * s.step.spec.macs(shape[0], padded)
-    except ValueError:
-        return 0, 0, None
-    out = (shape[0], s.step.spec.out_channels, *size)
-    elements = math.prod(shape) + math.prod(out) * (1 + s.step.residual) + math.prod(s.step.spec.weight_shape)
-    return flops, elements * s.dtype.itemsize, out
 
 
 def leaves(values: Any) -> list[Tensor]:

@@ -19,6 +19,7 @@ from ..timing import Timing, measure
 from ..tolerance import model_verdict
 from .accelerate_call import plain_call, record_of, restore
 from .accelerate_report import arguments, copied, leaves, unchanged
+from .accelerate_worth import never_standing
 from .rewrite_site import Site
 
 __all__ = ["differs", "moved", "timed", "verify", "without_onednn"]
@@ -138,7 +139,7 @@ class _Trial:
             self.yardsticks.append({name: t for name, t in found.items() if name.startswith("gradient")})
 
     def _run(self, model: nn.Module, args: Any, kwargs: Any) -> Outcome:
-        with unchanged(model), torch.set_grad_enabled(self.gradients):
+        with unchanged(model), never_standing(), torch.set_grad_enabled(self.gradients):
             torch.manual_seed(0)
             args, kwargs = copied((args, kwargs))
             results = leaves(model(*args, **kwargs))

@@ -1,0 +1,211 @@
+"""Calls that gain nothing: where what runs otherwise than in eager mode saves less time than graphs cost, the model
+runs as it stands.
+
+Dynamo asks some hundred questions ahead of a graph, with cold caches a quarter of a millisecond and more, and a model
+whose tracing is interrupted pays that dozens of times in a call. A kind of call is judged once its graphs have run
+twice as they are; by a rule, so that it does not depend on what else the machine does.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cpu import tuned
+from ..dispatch import on_cpu, resolve_backend
+from .chain import Chain
+from .fusion import FusedStep
+from .rewrite import Graph
+from .rewrite_quick import state
+from .rewrite_site import Site
+
+__all__ = [
+    "STANDS",
+    "Calls",
+    "Kind",
+    "as_it_stands",
+    "gains",
+    "judged",
+    "never_standing",
+    "stands",
+    "stands_here",
+    "work",
+]
+
+STANDS = "the call runs as it stands: its steps save less time than finding them costs"
+
+FINDING = 2.5e-4
+"""Seconds that a graph costs in a call, beside those of the modules in it."""
+
+_A_MODULE = 5e-6  # seconds
+_SAVED = 0.2  # of the time of steps; 0.1 to 0.3 in most models
+_FLOPS, _BYTES = 1e11, 4e9  # in a second of one thread
+_MAX_KINDS = 64
+
+
+class _Here(threading.local):
+    standing = False
+    through_graphs = False
+
+
+_here = _Here()
+
+
+def stands_here() -> bool:
+    """Whether a call around this one runs as it stands."""
+    return _here.standing
+
+
+@contextmanager
+def as_it_stands() -> Iterator[None]:
+    """Inside, in this thread, accelerated modules run as they stand."""
+    before, _here.standing = _here.standing, True
+    try:
+        yield
+    finally:
+        _here.standing = before
+
+
+@contextmanager
+def never_standing() -> Iterator[None]:
+    """Inside, in this thread, each call goes through its graphs, whatever it gains, and is not judged."""
+    before, _here.through_graphs = _here.through_graphs, True
+    try:
+        yield
+    finally:
+        _here.through_graphs = before
+
+
+# --- what is known of a module's calls --------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Kind:
+    """Of calls of one kind: how many were the same through and through, and, once judged, whether they gain."""
+
+    calls: int = 0
+    gain: bool | None = None
+    state: object = None
+
+
+@dataclass(eq=False)
+class Calls:
+    """Of one module's."""
+
+    kinds: dict[object, Kind] = field(default_factory=dict)
+
+    def kind(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Kind | None:
+        """Of a call with these arguments; None where it is not to be judged: on a GPU, for who asks
+        for a backend, or looks at the steps."""
+        if _here.through_graphs or tuned.RECORDERS or resolve_backend(None) != "auto":
+            return None
+        try:
+            key = torch.is_grad_enabled(), module.training, _key(args), _key(kwargs)
+        except _Unknown:
+            return None
+        found = self.kinds.get(key)
+        if found is None:
+            if len(self.kinds) >= _MAX_KINDS:
+                self.kinds.clear()
+            found = self.kinds[key] = Kind()
+        return found
+
+
+def stands(kind: Kind | None) -> bool:
+    """Whether calls of this kind are known to gain nothing, in the state that they are judged in."""
+    if kind is None or kind.gain is not False:
+        return False
+    if kind.state == _state():
+        return True
+    kind.calls, kind.gain = 0, None
+    return False
+
+
+def _state() -> object:
+    return state(), Site.switched
+
+
+class _Unknown(Exception):
+    pass
+
+
+def _key(v: Any) -> object:
+    """What graphs depend on, roughly: a number's value may differ from call to call."""
+    if isinstance(v, Tensor):
+        if not on_cpu(v) or v.layout is not torch.strided:
+            raise _Unknown
+        return v.shape, v.stride(), v.dtype, v.requires_grad
+    if v is None or isinstance(v, (bool, str)):
+        return v
+    if isinstance(v, (int, float)):
+        return type(v)
+    if isinstance(v, (list, tuple)):
+        return tuple([_key(w) for w in v])
+    if isinstance(v, Mapping):
+        return tuple([(k, _key(w)) for k, w in v.items()])
+    raise _Unknown
+
+
+# --- the judgement ----------------------------------------------------------------------------------------------------
+
+
+def judged(
+    kind: Kind, module: nn.Module, before: Sequence[tuple[Graph, int]], after: Sequence[tuple[Graph, int]]
+) -> None:
+    """Note a call: each graph, and how often it had run ``before`` and ``after``."""
+    if len(before) != len(after):
+        return  # something was compiled
+    kind.calls += 1
+    if kind.calls >= 2:
+        ran = ((graph, now - was) for (graph, was), (_, now) in zip(before, after, strict=True))
+        kind.gain, kind.state = gains(module, ran), _state()
+
+
+def gains(module: nn.Module, ran: Iterable[tuple[Graph, int]]) -> bool:
+    """Whether a call of ``module`` that runs each graph so often gains anything by that."""
+    ran = [(graph, times) for graph, times in ran if times]
+    saved = _SAVED * sum(times * _seconds(graph) for graph, times in ran)
+    return bool(ran) and saved > FINDING * sum(times for _, times in ran) + _A_MODULE * sum(1 for _ in module.modules())
+
+
+def _seconds(graph: Graph) -> float:
+    """Roughly, of what runs otherwise than in eager mode: fused, or channels-last where that is not."""
+    threads = torch.get_num_threads()
+    return sum(map(_seconds_of_site, graph.sites)) / threads
+
+
+def _seconds_of_site(site: Site) -> float:
+    seconds = 0.0
+    for item in site.ran if site.off is None else ():
+        if not isinstance(item, Chain) or item.latest is None:
+            continue
+        shape, bound = item.latest
+        for k, s in enumerate(item.steps):
+            fused = not isinstance(bound, str) and bound.runs[k].as_modules is None
+            flops, moved, after = work(s, shape)
+            if fused or site.channels_last is not None:
+                seconds += flops / _FLOPS + moved / _BYTES
+            if after is None:
+                break
+            shape = after
+    return seconds
+
+
+def work(s: FusedStep, shape: Sequence[int]) -> tuple[int, int, tuple[int, ...] | None]:
+    """FLOPs and bytes of a step on an input of this (4-D) shape, and its result's shape."""
+    try:
+        size = s.step.output_size(shape[2:])
+        padded = [n + 2 * p for n, p in zip(shape[2:], s.step.pad, strict=True)]
+        flops = 2 * s.step.spec.macs(shape[0], padded)
+    except ValueError:
+        return 0, 0, None
+    out = (shape[0], s.step.spec.out_channels, *size)
+    elements = math.prod(shape) + math.prod(out) * (1 + s.step.residual) + math.prod(s.step.spec.weight_shape)
+    return flops, elements * s.dtype.itemsize, out

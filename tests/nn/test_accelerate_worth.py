@@ -1,0 +1,211 @@
+"""Calls of an accelerated model that gain nothing run as it stands: which, from when on, and what goes on as before."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cnnfast
+from cnnfast.cpu import tuned
+from cnnfast.messages import CnnfastWarning
+from cnnfast.nn import accelerate_worth
+from cnnfast.nn.accelerate_call import record_of
+
+from .test_accelerate import Generator, images, pair
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+USUAL = 2.5e-4
+
+
+@pytest.fixture(autouse=True)
+def usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finding costs what it does, which `conftest` has set off; steps of any size are fused."""
+    monkeypatch.setattr(accelerate_worth, "FINDING", USUAL)
+
+
+@pytest.fixture
+def whatever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step pays."""
+    monkeypatch.setattr(accelerate_worth, "FINDING", 1e3)
+
+
+def runs(model: nn.Module) -> int:
+    """Graphs that it has run, its parts among it."""
+    records = [record for m in model.modules() if (record := record_of(m)) is not None]
+    return sum(graph.runs for record in records for graph in record.graphs)
+
+
+@torch.no_grad()
+def settled(model: nn.Module, *args: object, calls: int = 4) -> int:
+    """How many graphs the next call runs after so many calls."""
+    for _ in range(calls):
+        model(*args)
+    before = runs(model)
+    model(*args)
+    return runs(model) - before
+
+
+class Large(nn.Module):
+    """0.14 G multiply-adds at 64x64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 128, 3, 2, 1), nn.ReLU(), nn.ConvTranspose2d(128, 64, 4, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+
+@torch.no_grad()
+def test_small_calls_stand_and_large_ones_do_not() -> None:
+    ours, plain = pair(Large())
+    assert settled(ours, images(1, 3, 8, 8)) == 0
+    assert settled(ours, images(1, 3, 64, 64)) == 1
+    assert settled(ours, images(1, 3, 8, 8), calls=0) == 0
+    for size in (8, 64):
+        torch.testing.assert_close(ours(images(1, 3, size, size)), plain(images(1, 3, size, size)))
+    said = str(cnnfast.explain(ours))
+    assert f"{accelerate_worth.STANDS}: so for 1 of 2 kinds of calls" in said
+    assert cnnfast.explain(ours, images(1, 3, 64, 64)).fused > 0
+    small = cnnfast.explain(ours, images(1, 3, 8, 8))
+    assert small.fused == 0 and small.reasons[accelerate_worth.STANDS] > 0 and small.found == 2
+
+
+def test_it_takes_two_calls_that_compile_nothing() -> None:
+    ours, _ = pair()
+    ran = []
+    with torch.no_grad():
+        for _ in range(5):
+            before = runs(ours)
+            ours(images())
+            ran.append(runs(ours) - before)
+    assert ran == [1, 1, 1, 0, 0]
+
+
+def test_gradients_and_modes_are_kinds_of_their_own(whatever: None) -> None:
+    ours, plain = pair()
+    assert settled(ours, images()) == 0
+    before = runs(ours)
+    for _ in range(4):
+        ours(images()).sum().backward()
+    assert runs(ours) - before == 3
+    ours.zero_grad()
+    ours(images()).sum().backward()
+    plain(images()).sum().backward()
+    for p, q in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)  # type: ignore[arg-type]
+    ours.train()
+    before = runs(ours)
+    ours(images())
+    assert runs(ours) - before == 1
+
+
+@torch.no_grad()
+def test_another_state_is_judged_anew(whatever: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, _ = pair()
+    assert settled(ours, images()) == 0
+    torch.set_num_threads(2)
+    assert settled(ours, images(), calls=0) == 1
+    assert settled(ours, images()) == 0
+    monkeypatch.setattr(accelerate_worth, "FINDING", USUAL)
+    assert settled(ours, images()) == 0  # nothing has changed that it would see
+    (site, *_) = record_of(ours).graphs[0].sites  # type: ignore[union-attr]
+    site.off = "a trial"
+    monkeypatch.setattr(accelerate_worth, "FINDING", -1.0)
+    assert settled(ours, images()) == 1
+
+
+@torch.no_grad()
+def test_hooks_see_a_call_that_stands(whatever: None) -> None:
+    ours, _ = pair()
+    assert settled(ours, images()) == 0
+    seen: list[Tensor] = []
+    ours.encoder[0].register_forward_hook(lambda module, args, result: seen.append(result))  # type: ignore[operator, union-attr, index]
+    ours(images())
+    assert len(seen) == 1 and settled(ours, images(), calls=0) == 0
+
+
+class Interrupted(Generator):
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.encode(x)
+        if z.sum().item() > 1e9:
+            return z
+        return self.decode(z)
+
+
+@torch.no_grad()
+def test_parts_of_a_call_that_stands_do_too(whatever: None) -> None:
+    ours, plain = pair(Interrupted())
+    assert settled(ours, images(), calls=6) == 0
+    torch.testing.assert_close(ours(images()), plain(images()))
+    before = runs(ours)
+    for _ in range(4):
+        z = ours.encode(images())  # a call of its own, which is judged by itself
+    assert 0 < runs(ours) - before < 4
+    torch.testing.assert_close(z, plain.encode(images()))
+
+
+@torch.no_grad()
+def test_who_asks_for_a_backend_gets_it(whatever: None) -> None:
+    ours, _ = pair()
+    assert settled(ours, images()) == 0
+    with cnnfast.backend("aten"):
+        assert settled(ours, images()) == 1
+    assert settled(ours, images()) == 0
+
+
+def test_verification_is_of_the_steps(whatever: None) -> None:
+    _, plain = pair()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", CnnfastWarning)  # whether it is restored
+        ours = cnnfast.accelerate(plain, images())
+        found = cnnfast.explain(ours, images())
+    if record_of(ours) is not None:
+        assert {row.verified for row in found.rows} == {"yes"} and found.fused == 0
+
+
+@torch.no_grad()
+def test_tuning_sees_the_steps_of_a_call_that_stands(whatever: None) -> None:
+    ours, _ = pair()
+    assert settled(ours, images()) == 0
+    with tuned.recorded() as seen:
+        ours(images())
+    assert seen
+
+
+@torch.no_grad()
+def test_what_cannot_be_compared_is_not_judged(whatever: None) -> None:
+    class Given(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Generator()
+
+        def forward(self, x: object) -> Tensor:
+            return self.inner(x.image)  # type: ignore[attr-defined]
+
+    class Image:
+        def __init__(self, image: Tensor) -> None:
+            self.image = image
+
+    ours, _ = pair(Given())
+    assert settled(ours, Image(images())) == 1
+
+
+@pytest.fixture
+def few_kinds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(accelerate_worth, "_MAX_KINDS", 2)
+    yield
+
+
+@torch.no_grad()
+def test_many_kinds_are_forgotten(few_kinds: None, whatever: None) -> None:
+    ours, _ = pair()
+    for k in range(5):
+        ours(images(1, 3, 16, 16 + 8 * k))
+    record = record_of(ours)
+    assert record is not None and len(record.calls.kinds) <= 2
