@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import ctypes
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -199,6 +200,12 @@ def by_loops(spec: ConvSpec, shape: Sequence[int], dtype: torch.dtype) -> bool:
         x, weight, None, s.stride, s.padding, s.dilation, s.transposed, s.output_padding, s.groups, None
     )
     return found in (kinds.Slow3d, kinds.SlowDilated3d, kinds.SlowTranspose3d)
+
+
+def outsized(groups: int, kernel: Sequence[int], size: Sequence[int]) -> bool:
+    """Whether a transposed convolution of a volume (D, H, W) has groups, and a kernel of more positions than that: of a
+    channels-last one oneDNN then takes up to 80 times as long as of a contiguous one (docs/facts.md)."""
+    return groups > 1 and math.prod(kernel) > math.prod(size)
 
 
 def gradient_channels_last(

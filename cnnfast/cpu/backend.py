@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..dispatch import Arrangement, Planned, Ready, channels_last_inside, needs_gradient
+from ..dispatch import Arrangement, Planned, Ready, channels_last_inside, needs_gradient, outsized
 from ..memory_format import convert, has_both
 from ..step import Operands, Step
 from . import inference, norm_inference, tuned
@@ -55,6 +55,9 @@ def arrange(
     saves = not contiguous and (three or any(eager) or _saves_conversions(steps, elements, gradient))
     if not saves:
         inside = as_eager
+    if three:
+        outsize = [_outsized(s, shape) for s, shape in zip(steps, shapes, strict=False)]
+        inside = tuple(last and not reader for last, reader in zip(inside, (*outsize[1:], False), strict=True))
     # Whoever runs the chain converts the input where the first result is channels-last.
     reads = [inside[0] or eager[0], *inside]
     why: list[str | None] = [None] * len(steps)
@@ -185,6 +188,11 @@ def _gain_in_1d(steps: Sequence[Planned], shapes: Sequence[torch.Size], eager: S
             return True
     works = (s.step.spec.macs(shape[0], shape[2:]) for s, shape in zip(steps, shapes, strict=False))
     return eager[-1] and max(works) >= _LEAST_1D
+
+
+def _outsized(s: Planned, shape: Sequence[int]) -> bool:
+    spec = s.step.spec
+    return spec.transposed and outsized(spec.groups, spec.kernel_size, shape[2:])
 
 
 def _stays_contiguous(s: Planned, shape: Sequence[int]) -> bool:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..dispatch import by_loops, gradient_channels_last, needs_gradient
+from ..dispatch import by_loops, gradient_channels_last, needs_gradient, outsized
 from ..gradients import enter, keep_strides, plain
 from ..memory_format import convert, is_channels_last
 from ..reference import run_reference
@@ -145,7 +145,8 @@ def _gains_nothing(step: Step, x: Tensor) -> bool:
 def _convolved(step: Step, x: Tensor, o: Operands) -> Tensor:
     """The convolution of ``step`` and its bias."""
     if step.spec.ndim == 3:
-        y = _convolved_volume(step, x, o)
+        small = step.spec.transposed and outsized(step.spec.groups, step.spec.kernel_size, x.shape[2:])
+        y = _convolved_volume(step, convert(x, x.dtype, False) if small else x, o)
         return convert(y, y.dtype, True)
     u, weight = step.upsample, o.weight.to(x.dtype)
     if u is None:

@@ -45,7 +45,7 @@ FINDING = 2.5e-4
 """Seconds that a graph costs in a call, beside those of the modules in it."""
 
 _A_MODULE = 5e-6  # seconds
-_SAVED = 0.2  # of the time of steps; 0.1 to 0.3 in most models
+_SAVED, _SAVED_3D = 0.15, 0.5  # of the time of steps; docs/facts.md
 _FLOPS, _BYTES = 1e11, 4e9  # in a second of one thread
 _MAX_KINDS = 64
 
@@ -171,17 +171,16 @@ def judged(
 def gains(module: nn.Module, ran: Iterable[tuple[Graph, int]]) -> bool:
     """Whether a call of ``module`` that runs each graph so often gains anything by that."""
     ran = [(graph, times) for graph, times in ran if times]
-    saved = _SAVED * sum(times * _seconds(graph) for graph, times in ran)
+    saved = sum(times * _saved(graph) for graph, times in ran)
     return bool(ran) and saved > FINDING * sum(times for _, times in ran) + _A_MODULE * sum(1 for _ in module.modules())
 
 
-def _seconds(graph: Graph) -> float:
-    """Roughly, of what runs otherwise than in eager mode: fused, or channels-last where that is not."""
-    threads = torch.get_num_threads()
-    return sum(map(_seconds_of_site, graph.sites)) / threads
+def _saved(graph: Graph) -> float:
+    """Seconds, roughly, by what runs otherwise than in eager mode: fused, or channels-last where that is not."""
+    return sum(map(_saved_by_site, graph.sites)) / torch.get_num_threads()
 
 
-def _seconds_of_site(site: Site) -> float:
+def _saved_by_site(site: Site) -> float:
     seconds = 0.0
     for item in site.ran if site.off is None else ():
         if not isinstance(item, Chain) or item.latest is None:
@@ -191,7 +190,7 @@ def _seconds_of_site(site: Site) -> float:
             fused = not isinstance(bound, str) and bound.runs[k].as_modules is None
             flops, moved, after = work(s, shape)
             if fused or site.channels_last is not None:
-                seconds += flops / _FLOPS + moved / _BYTES
+                seconds += (_SAVED_3D if s.ndim == 3 else _SAVED) * (flops / _FLOPS + moved / _BYTES)
             if after is None:
                 break
             shape = after

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..cpu.norm_inference import SMALL
-from ..dispatch import on_cpu
+from ..dispatch import on_cpu, outsized
 from ..memory_format import in_format, suggests_channels_last
 from .rewrite_calls import call_kind, conv_functions
 from .rewrite_effects import Everything, storages, value, written
@@ -204,7 +204,7 @@ class _Layout:
     def _keeps(self, node: fx.Node) -> bool:
         """Whether it gives the format that it gets, and the same numbers in each."""
         target = node.target
-        if _converts_itself(node):
+        if _converts_itself(node) or _outsized(node):
             return False
         if isinstance(target, Site):
             return target.any_format(self.inference)
@@ -241,7 +241,9 @@ class _Layout:
     def _takes(self, user: fx.Node, node: fx.Node) -> bool:
         """Whether ``user`` is a site with a result like `_is_map` that takes ``node``, and as that alone. (The result
         of one dimension follows no format: of one channel it may be, too.)"""
-        if not isinstance(user.target, Site) or not user.target.any_format(self.inference) or _converts_itself(user):
+        if not isinstance(user.target, Site) or not user.target.any_format(self.inference):
+            return False
+        if _converts_itself(user) or _outsized(user):
             return False
         told = self.inference and value(user).dim() == 3 and user not in self.untold and value(user).is_contiguous()
         if not (self._is_map(user) or told):
@@ -281,9 +283,24 @@ def _converts_itself(node: fx.Node) -> bool:
     return instance and _numel(node) <= SMALL["instance"] * value(node).shape[0]
 
 
-def _numel(node: Any) -> int:
+def _outsized(node: fx.Node) -> bool:
+    """Whether it is a site whose first call is a transposed convolution that is `outsized`."""
+    if not isinstance(node.target, Site) or node.target.calls[0].kind.name != "conv_transpose3d":
+        return False
+    call = node.target.calls[0]
+    bound = call.kind.bind(call.args, call.kwargs)
+    assert bound is not None
+    kernel = value(node.args[1 + bound["weight"].place]).shape[2:]
+    return outsized(bound["groups"], kernel, _sizes(node.args[0])[2:])
+
+
+def _sizes(node: Any) -> list[int]:
     """As at the first call."""
-    return math.prod(n.node.hint or 1 if isinstance(n, torch.SymInt) else n for n in value(node).shape)
+    return [n.node.hint or 1 if isinstance(n, torch.SymInt) else n for n in value(node).shape]
+
+
+def _numel(node: Any) -> int:
+    return math.prod(_sizes(node))
 
 
 def _strides(node: fx.Node) -> tuple[int, ...]:

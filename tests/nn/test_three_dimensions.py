@@ -6,6 +6,7 @@ import copy
 import gc
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -532,3 +533,34 @@ def test_one_position_is_packed_where_the_map_is_channels_last() -> None:
             assert y.is_contiguous(memory_format=LAST)
             want = F.conv3d(x, weight)
             assert_close(y, F.conv3d(x.double(), weight.double()), want)
+
+
+@pytest.mark.parametrize("size, contiguous", [(2, True), (6, False)])
+@torch.no_grad()
+def test_grouped_transposed_kernels_larger_than_the_volume_get_it_contiguous(
+    size: int, contiguous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN takes up to 80 times as long of a channels-last one, inside of a chain or ahead of it."""
+    seen = []
+    fused, modular = training.volume_convolution, F.conv_transpose3d
+
+    def by_step(x: Tensor, *args: Any) -> Tensor:
+        if args[-1].transposed:
+            seen.append(x.is_contiguous())
+        return fused(x, *args)
+
+    def by_module(x: Tensor, *args: Any) -> Tensor:
+        seen.append(x.is_contiguous())
+        return modular(x, *args)
+
+    monkeypatch.setattr(training, "volume_convolution", by_step)
+    plain = nn.Sequential(
+        nn.Conv3d(128, 128, 3, 1, 1), nn.ReLU(), nn.ConvTranspose3d(128, 128, 5, 2, 2, groups=128), nn.GroupNorm(4, 128)
+    ).eval()  # fmt: skip
+    x = torch.randn(1, 128, size, size, size)
+    ours = cnnfast.Sequential(*copy.deepcopy(plain)).eval()
+    expected = plain(x)
+    monkeypatch.setattr(F, "conv_transpose3d", by_module)
+    for _ in range(2):
+        torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
+    assert seen and set(seen) == {contiguous}
