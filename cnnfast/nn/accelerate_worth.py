@@ -45,7 +45,7 @@ FINDING = 2.5e-4
 """Seconds that a graph costs in a call, beside those of the modules in it."""
 
 _A_MODULE = 5e-6  # seconds
-_SAVED, _SAVED_3D = 0.15, 0.5  # of the time of steps; docs/facts.md
+_SAVED, _SAVED_3D, _IN_FORMAT = 0.15, 0.5, 0.05  # of the time of steps, and of calls in channels-last; docs/facts.md
 _FLOPS, _BYTES = 1e11, 4e9  # in a second of one thread
 _MAX_KINDS = 64
 
@@ -181,20 +181,22 @@ def _saved(graph: Graph) -> float:
 
 
 def _saved_by_site(site: Site) -> float:
-    seconds = 0.0
+    saved = 0.0
     for item in site.ran if site.off is None else ():
         if not isinstance(item, Chain) or item.latest is None:
             continue
         shape, bound = item.latest
         for k, s in enumerate(item.steps):
-            fused = not isinstance(bound, str) and bound.runs[k].as_modules is None
             flops, moved, after = work(s, shape)
-            if fused or site.channels_last is not None:
-                seconds += (_SAVED_3D if s.ndim == 3 else _SAVED) * (flops / _FLOPS + moved / _BYTES)
+            seconds = flops / _FLOPS + moved / _BYTES
+            if not isinstance(bound, str) and bound.runs[k].as_modules is None:
+                saved += (_SAVED_3D if s.ndim == 3 else _SAVED) * seconds
+            elif site.channels_last is not None:
+                saved += _IN_FORMAT * seconds
             if after is None:
                 break
             shape = after
-    return seconds
+    return saved
 
 
 def work(s: FusedStep, shape: Sequence[int]) -> tuple[int, int, tuple[int, ...] | None]:
