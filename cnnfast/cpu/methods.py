@@ -12,7 +12,7 @@ from .isa import InstructionSet, cache_bytes
 from .onednn import Convolution, Deconvolution, Gathered, Merged, Method, Projection
 from .winograd import Winograd
 
-__all__ = ["METHODS", "applicable", "by_rule", "gathers", "least_gain", "winograd_gain"]
+__all__ = ["METHODS", "applicable", "by_rule", "gathers", "winograd_gain"]
 
 METHODS: dict[str, type[Method]] = {
     kind.__name__: kind for kind in (Convolution, Deconvolution, Gathered, Merged, Projection, Winograd)
@@ -52,20 +52,18 @@ def by_rule(
         return Merged
     if "Gathered" in right and gathers(spec, shape, dtype, isa):
         return Gathered
-    if "Winograd" in right and winograd_gain(spec, shape, threads) > least_gain(threads):
+    if "Winograd" in right and winograd_gain(spec, shape, threads) > 1:
         return Winograd
     return Deconvolution if spec.transposed else Convolution
 
 
-def least_gain(threads: int) -> float:
-    """The `winograd_gain` that is one inside of a model, too: it is computed for hot caches and quiet threads."""
-    return float(1.11 * threads**0.125)
-
-
 @lru_cache(maxsize=4096)
 def winograd_gain(spec: ConvSpec, shape: tuple[int, ...], threads: int) -> float:
-    """What `Winograd` is expected to be faster by than `Convolution` or `Deconvolution`; 1 where it does not apply."""
-    return Winograd(spec, shape, torch.float32).gain(threads) if Winograd.applies(spec, shape) else 1.0
+    """What `Winograd` is expected to be faster by than `Convolution` or `Deconvolution` inside of a model; 1 where it
+    does not apply. (`Winograd.gain` is of hot caches and quiet threads: docs/facts.md.)"""
+    if not Winograd.applies(spec, shape):
+        return 1.0
+    return Winograd(spec, shape, torch.float32).gain(threads) / float(1.11 * threads**0.125)
 
 
 def gathers(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> bool:
