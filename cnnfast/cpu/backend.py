@@ -231,7 +231,8 @@ def _no_gain(s: Planned, shape: torch.Size, before: bool, after: bool, chosen: s
     step, norm, slopes = s.step, s.step.norm is not None, s.slopes
     if s.step.measured or s.step.residual:  # what follows the convolution takes its passes anyway
         step, norm, slopes = s.step.bare, False, 0
-    return inference.why_slower_plain(step, shape, s.dtype, norm=norm, slopes=slopes, nchw=not (before or after))
+    nchw, last = not (before or after), s.weight_channels_last
+    return inference.why_slower_plain(step, shape, s.dtype, norm=norm, slopes=slopes, nchw=nchw, weight_last=last)
 
 
 def _saves_conversions(steps: Sequence[Planned], elements: list[int], gradient: bool) -> bool:

@@ -103,22 +103,36 @@ def _check_pays(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
 
 
 def why_slower_plain(
-    step: Step, shape: Sequence[int], dtype: torch.dtype, *, norm: bool, slopes: int, nchw: bool
+    step: Step,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    norm: bool,
+    slopes: int,
+    nchw: bool,
+    weight_last: bool = True,
 ) -> str | None:
     """Why PyTorch's own plain convolution of an x of ``shape`` is expected to be as fast, passes over memory included.
 
     ``norm``: a scale to fold in; ``slopes``: elements of PReLU's weight; ``nchw``: neither x nor the result is
     channels-last, so that both would be converted (oneDNN itself, called from ATen, converts faster than ATen's
-    copies). None for other steps.
+    copies); ``weight_last``: the weight is channels-last. None for other steps.
     """
     if step.spec.transposed or step.upsample is not None:
         return None
-    return _why_slower_plain(step, tuple(shape), dtype, process(), norm, slopes, nchw)
+    return _why_slower_plain(step, tuple(shape), dtype, process(), norm, slopes, nchw, weight_last)
 
 
 @lru_cache(maxsize=4096)
 def _why_slower_plain(
-    step: Step, shape: tuple[int, ...], dtype: torch.dtype, now: Process, norm: bool, slopes: int, nchw: bool
+    step: Step,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    now: Process,
+    norm: bool,
+    slopes: int,
+    nchw: bool,
+    weight_last: bool,
 ) -> str | None:
     s = step.spec
     isa, padded = instruction_set(), _padded(step, shape)
@@ -138,8 +152,11 @@ def _why_slower_plain(
     # In 16 bits ATen takes oneDNN for small inputs, too; few input channels it gathers slowly.
     if few := _too_few(s, padded, 25e6 if dtype == torch.float32 and after < 4 * before else 2e6):
         return few
-    if math.prod(s.weight_shape) >= max(elements, 2**17):
+    weights = math.prod(s.weight_shape)
+    if weights >= max(elements, 2**17):
         return None  # ATen brings the weight into oneDNN's layout on every call
+    if not (nchw or weight_last) and dtype == torch.float32 and s.ndim == 2 and now.threads > 1 and weights >= 2**15:
+        return None  # and ahead of that into channels-last, by one thread
     intense = s.macs(padded[0], padded[2:]) >= 64 * elements
     if products_dtype(dtype, isa) != dtype:
         if dtype == torch.float16 and isa >= InstructionSet.AMX and not intense:
@@ -244,8 +261,8 @@ def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str |
     if plan.chosen is not None or plan.slower is not None or step.spec.transposed or step.upsample is not None:
         return plan.slower
     norm = not step.residual and step.norm is not None
-    nchw = not any(_formats(x, channels_last))
-    return why_slower_plain(step, x.shape, x.dtype, norm=norm, slopes=_slopes(operands), nchw=nchw)
+    nchw, last = not any(_formats(x, channels_last)), is_channels_last(weight)
+    return why_slower_plain(step, x.shape, x.dtype, norm=norm, slopes=_slopes(operands), nchw=nchw, weight_last=last)
 
 
 def _slopes(o: Operands) -> int:
