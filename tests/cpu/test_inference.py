@@ -517,6 +517,37 @@ def test_the_rule_of_plain_convolutions(
     assert found is None if reason is None else reason in str(found)
 
 
+@pytest.mark.parametrize(
+    ("channels", "threads", "weight_last", "nchw", "gains"),
+    [
+        (64, 2, False, False, True),
+        (64, 1, False, False, False),
+        (64, 2, True, False, False),
+        (64, 2, False, True, False),
+        (32, 2, False, False, False),
+    ],
+)
+def test_several_threads_pack_a_contiguous_weight(
+    channels: int, threads: int, weight_last: bool, nchw: bool, gains: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ATen brings it into channels-last and that into oneDNN's layout, on one thread, while the others wait."""
+    monkeypatch.setattr(methods, "winograd_gain", lambda *_: 1.0)
+    now = inference.process()._replace(threads=threads)
+    monkeypatch.setattr(inference, "process", lambda: now)
+    clear = (inference._why_slower_plain.cache_clear, inference._way.cache_clear)
+    step = Step(ConvSpec(False, channels, channels, (3, 3), (1, 1), (1, 1), (0, 0), (1, 1)), Activation("prelu"))
+    for cleared in clear:
+        cleared()
+    try:
+        shape = (1, channels, 96, 96)
+        given = {"norm": False, "slopes": channels, "nchw": nchw, "weight_last": weight_last}
+        found = inference.why_slower_plain(step, shape, torch.float32, **given)  # type: ignore[arg-type]
+    finally:
+        for cleared in clear:
+            cleared()
+    assert (found is None) is gains, found
+
+
 def test_why_not_asks_the_rule_of_plain_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "winograd_gain", lambda *_: 1.0)
     inference._way.cache_clear()
