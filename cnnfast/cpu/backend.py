@@ -62,6 +62,7 @@ def arrange(
     reads = [inside[0] or eager[0], *inside]
     why: list[str | None] = [None] * len(steps)
     chosen = (None,) * len(steps) if gradient else tuple(map(_chosen, steps, shapes, reads, inside))
+    converted = any(eager) or sum(elements[1:]) >= SMALL  # whatever the steps gain
     for i, s in enumerate(steps):
         before, after = reads[i : i + 2]
         if s.step.measured and (before or after) and not eager[i + 1] and s.step.norm.kind != "instance":  # type: ignore[union-attr]
@@ -69,11 +70,14 @@ def arrange(
         if gradient:
             why[i] = _no_gain_in_training(s, shapes[i], before, saves)
         else:
-            why[i] = _no_gain(s, shapes[i], before, after, chosen[i])
-    if why[0] is not None and None not in why and (three or inside == as_eager or gradient and steps[0].ndim == 1):
-        return why[0]
+            why[i] = _no_gain(s, shapes[i], before, after, chosen[i], converted)
+    nothing = why[0] if None not in why else None
+    if nothing is not None and (three or inside == as_eager or gradient and steps[0].ndim == 1):
+        return nothing
     if not contiguous and (small := _too_small(steps, shapes, eager, why, chosen, gradient)):
         return small
+    if nothing is not None and not (gradient or any(eager)) and _few_vectors(steps, shapes):
+        return nothing
     ready: tuple[Ready | None, ...] = ()
     if not gradient:
         each = zip(steps, shapes[:-1], inside, chosen, why, strict=True)
@@ -91,6 +95,7 @@ def arrange(
 # one dimension whatever the format).
 SMALL, SMALL_IN_TRAINING = 2**21, 2**17
 LEAST_SAVED, _LARGE_WEIGHT = 2**20, 2**21
+_MANY = 6  # convolutions of which none gains by itself
 
 
 def _too_small(
@@ -190,6 +195,13 @@ def _gain_in_1d(steps: Sequence[Planned], shapes: Sequence[torch.Size], eager: S
     return eager[-1] and max(works) >= _LEAST_1D
 
 
+def _few_vectors(steps: Sequence[Planned], shapes: Sequence[torch.Size]) -> bool:
+    """Whether the chain has so few convolutions that conversions at its ends cost what those of each would, which
+    oneDNN makes itself, in whole vectors of float32."""
+    whole = all(shape[1] % 16 == 0 for shape in shapes)
+    return steps[0].ndim == 2 and len(steps) < _MANY and whole and all(s.dtype == torch.float32 for s in steps)
+
+
 def _outsized(s: Planned, shape: Sequence[int]) -> bool:
     spec = s.step.spec
     return spec.transposed and outsized(spec.groups, spec.kernel_size, shape[2:])
@@ -217,9 +229,11 @@ def _no_gain_in_training(s: Planned, shape: Sequence[int], before: bool, saves: 
     return "in training, PyTorch's modules of a plain convolution are as fast on a CPU"
 
 
-def _no_gain(s: Planned, shape: torch.Size, before: bool, after: bool, chosen: str | None) -> str | None:
+def _no_gain(
+    s: Planned, shape: torch.Size, before: bool, after: bool, chosen: str | None, converted: bool
+) -> str | None:
     """Why a plain convolution's step gains nothing; ``before``, ``after``: whether its input and its result are
-    channels-last; ``chosen``: by tuning."""
+    channels-last; ``chosen``: by tuning; ``converted``: maps are channels-last whatever the steps gain."""
     if s.synchronised:  # its module wants a GPU
         return None
     if chosen is not None:
@@ -231,7 +245,7 @@ def _no_gain(s: Planned, shape: torch.Size, before: bool, after: bool, chosen: s
     step, norm, slopes = s.step, s.step.norm is not None, s.slopes
     if s.step.measured or s.step.residual:  # what follows the convolution takes its passes anyway
         step, norm, slopes = s.step.bare, False, 0
-    nchw, last = not (before or after), s.weight_channels_last
+    nchw, last = not (before or after), s.weight_channels_last or not converted
     return inference.why_slower_plain(step, shape, s.dtype, norm=norm, slopes=slopes, nchw=nchw, weight_last=last)
 
 
