@@ -49,7 +49,8 @@ Run = Callable[[Any, Sequence[Any]], Any]
 
 class Planned(NamedTuple):
     """A ``step``, of ``one`` dimension or more; ``places`` of its operands among the site's, from the weight on;
-    whether its weight is ``packed``. Or ``calls`` that run as they stand. ``channels_last``: the result."""
+    whether its weight is ``packed``. Or ``calls`` that run as they stand, on an input that ``converts`` to
+    channels-last. ``channels_last``: the result."""
 
     step: Step | None
     channels_last: bool | None
@@ -57,6 +58,7 @@ class Planned(NamedTuple):
     packed: bool
     one: bool
     calls: tuple[Run, ...] = ()
+    converts: bool = False
 
     def met(self, shape: Sequence[int], x: Tensor, operands: Sequence[Any]) -> Planned:
         """This for inputs of ``shape``, otherwise like x, and these operands: whether a weight is packed depends on
@@ -83,6 +85,7 @@ class Planned(NamedTuple):
     def run(self, x: Tensor, operands: Sequence[Any]) -> Tensor:
         step, last = self.step, self.channels_last
         if step is None or self.calls:
+            x = reformatted(x, True) if self.converts else x
             for call in self.calls:
                 x = call(x, operands)
             return x if last is None else reformatted(x, last)
@@ -151,7 +154,8 @@ def parts_of(
         more = [None if k is None else tensors[k][0] for k in (s.residual, s.slope)]
         places = (*tensors[s.conv], *norm, *more)
         as_modules = tuple(calls[k] for k in s.slots) if run.as_modules is not None else ()
-        part = Planned(s.step, run.channels_last, places, False, one, as_modules)
+        first = bound.convert and bool(as_modules) and not parts
+        part = Planned(s.step, run.channels_last, places, False, one, as_modules, first)
         parts.append(part.met(shape, x, operands))
         shape = (shape[0], s.step.spec.out_channels, *s.step.output_size(shape[2:]))
     return parts

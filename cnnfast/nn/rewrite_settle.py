@@ -56,6 +56,8 @@ def _written(graph: fx.Graph, node: fx.Node, quick: Quick, args: Sequence[fx.Nod
             used = list(dict.fromkeys(k for k in part.places if k is not None))
             x = graph.call_function(_Settled(part, used, dict(quick.same)), (x, *[operands[k] for k in used]))
             continue
+        if part.converts:
+            x = graph.call_function(reformatted, (x, True))
         for run in part.calls:
             x = _call(graph, calls[run], x, operands, exactly=site.converts)
         if part.step is not None and part.channels_last is not None:

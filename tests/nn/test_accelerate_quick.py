@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnfast
+from cnnfast.memory_format import reformatted
 from cnnfast.nn import rewrite_quick
 from cnnfast.nn.accelerate_call import plain_call, record_of
 from cnnfast.nn.rewrite_quick import Planned
 from cnnfast.nn.rewrite_site import Site
+
+from .test_sequential_training import randomized
 
 
 class Model(nn.Module):
@@ -142,3 +146,25 @@ def test_a_sum_onto_something_else_is_not_planned_anew(monkeypatch: pytest.Monke
         for _ in range(3):
             torch.testing.assert_close(model(x), want, rtol=1e-5, atol=1e-5)
     assert planned == []
+
+
+@torch.no_grad()
+def test_the_input_of_a_first_call_that_stands_is_converted_not_its_result() -> None:
+    """An RGB image has a twentieth of the numbers of what a convolution makes of it."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 64, 3, padding=1), nn.PReLU(64)]
+    for _ in range(2):
+        layers += [nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()]
+    plain = randomized(nn.Sequential(*layers)).eval()
+    ours, x = cnnfast.accelerate(copy.deepcopy(plain)), torch.randn(1, 3, 64, 64)
+    for _ in range(4):
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-4)
+    (graph,) = record_of(ours).graphs  # type: ignore[union-attr]
+    (site,) = graph.sites
+    (quick,) = site._quick.values()
+    first = quick.parts[0]
+    assert first.calls and first.converts and not any(part.converts for part in quick.parts[1:])
+    settled = graph._seen[2].__self__.graph  # type: ignore[union-attr]
+    called = [n for n in settled.nodes if n.op == "call_function"]
+    assert called[0].target is reformatted and called[0].args[0].op == "placeholder"
+    assert called[1].target is torch.conv2d and called[1].args[0] is called[0]
