@@ -155,7 +155,8 @@ def _why_slower_plain(
     weights = math.prod(s.weight_shape)
     if weights >= max(elements, 2**17):
         return None  # ATen brings the weight into oneDNN's layout on every call
-    if not (nchw or weight_last) and dtype == torch.float32 and s.ndim == 2 and now.threads > 1 and weights >= 2**15:
+    large = weights >= 2**15 and s.macs(shape[0], padded[2:]) >= 1.5e8
+    if not (nchw or weight_last) and dtype == torch.float32 and s.ndim == 2 and now.threads > 1 and large:
         return None  # and ahead of that into channels-last, by one thread
     intense = s.macs(padded[0], padded[2:]) >= 64 * elements
     if products_dtype(dtype, isa) != dtype:

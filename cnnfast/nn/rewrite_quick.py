@@ -141,7 +141,7 @@ def parts_of(
         return None
     one = chain.steps[0].ndim == 1
     shape = _in_rows(x.shape, one)
-    parts = []
+    parts: list[Planned] = []
     for s, run in zip(chain.steps, bound.runs, strict=True):
         rule = s.rule
         if run.wide or run.apart or one and run.as_modules is not None:
