@@ -140,7 +140,8 @@ class _Unknown(Exception):
 def _key(v: Any) -> object:
     """What graphs depend on, roughly: a number's value may differ from call to call."""
     if isinstance(v, Tensor):
-        if not on_cpu(v) or v.layout is not torch.strided:
+        plain = type(v) in (Tensor, nn.Parameter) and v.layout is torch.strided and not v.is_nested
+        if not plain or not on_cpu(v):
             raise _Unknown
         return v.shape, v.stride(), v.dtype, v.requires_grad
     if v is None or isinstance(v, (bool, str)):

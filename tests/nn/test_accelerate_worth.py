@@ -196,6 +196,33 @@ def test_what_cannot_be_compared_is_not_judged(whatever: None) -> None:
     assert settled(ours, Image(images())) == 1
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        torch.ones(2, 2).to_sparse(),
+        torch.ones(2, 2).as_subclass(nn.UninitializedBuffer),
+        torch.ones(2, 2, device="meta"),
+        {"x": [object()]},
+    ],
+    ids=["nested", "sparse", "subclass", "meta", "object"],
+)
+def test_what_has_no_key_is_not_judged(x: object) -> None:
+    assert accelerate_worth.Calls().kind(nn.Identity(), (), {"x": x}) is None
+
+
+def test_kinds_are_told_apart() -> None:
+    calls, one = accelerate_worth.Calls(), nn.Identity()
+    x = torch.ones(1, 2, 3, 4)
+    kinds = [
+        calls.kind(one, (x,), {}), calls.kind(one, (x.mT,), {}), calls.kind(one, (x.bfloat16(),), {}),
+        calls.kind(one, ([x], None), {}), calls.kind(one, (x,), {"flag": True}), calls.kind(one, (x,), {"flag": False}),
+    ]  # fmt: skip
+    assert len({id(k) for k in kinds}) == len(kinds)
+    assert calls.kind(one, (x, 3), {}) is calls.kind(one, (torch.zeros_like(x), 4), {})  # a timestep, say
+
+
 @pytest.fixture
 def few_kinds(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(accelerate_worth, "_MAX_KINDS", 2)
