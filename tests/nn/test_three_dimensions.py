@@ -17,6 +17,7 @@ import cnnfast
 from cnnfast import reference
 from cnnfast.cpu import conv_autograd, inference, training
 from cnnfast.cpu.packing import PACKS
+from cnnfast.nn.accelerate_call import record_of
 from cnnfast.ops.run import run_step
 from cnnfast.spec import ConvSpec
 from cnnfast.step import Operands, Step
@@ -564,3 +565,27 @@ def test_grouped_transposed_kernels_larger_than_the_volume_get_it_contiguous(
     for _ in range(2):
         torch.testing.assert_close(ours(x), expected, rtol=1e-4, atol=1e-4)
     assert seen and set(seen) == {contiguous}
+
+
+@pytest.mark.parametrize("size, kept", [(2, False), (8, True)])
+@torch.no_grad()
+def test_a_stretch_ends_ahead_of_such_a_kernel(size: int, kept: bool) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv3d(16, 16, 3, 1, 1), nn.Conv3d(16, 16, 3, 1, 1)
+            self.up = nn.ConvTranspose3d(16, 16, 5, 2, 2, groups=16)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.first(x)
+            return self.up(y), self.second(y)
+
+    plain = Branches().eval()
+    ours, x = cnnfast.accelerate(copy.deepcopy(plain)), torch.randn(1, 16, size, size, size)
+    for _ in range(3):
+        for got, want in zip(ours(x), plain(x), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+            assert got.stride() == want.stride()
+    (graph,) = record_of(ours).graphs  # type: ignore[union-attr]
+    converts = {call.kind.name: site.converts for site in graph.sites for call in site.calls}
+    assert converts["conv3d"] and converts["conv_transpose3d"] is kept
