@@ -132,7 +132,7 @@ def _why_slower_plain(
     norm: bool,
     slopes: int,
     nchw: bool,
-    weight_last: bool,
+    last: bool,
 ) -> str | None:
     s = step.spec
     isa, padded = instruction_set(), _padded(step, shape)
@@ -156,7 +156,7 @@ def _why_slower_plain(
     if weights >= max(elements, 2**17):
         return None  # ATen brings the weight into oneDNN's layout on every call
     large = weights >= 2**15 and s.macs(shape[0], padded[2:]) >= 1.5e8
-    if not (nchw or weight_last) and dtype == torch.float32 and s.ndim == 2 and now.threads > 1 and large:
+    if not (nchw or last) and dtype == torch.float32 and s.ndim == 2 and now.threads > 1 and large:
         return None  # and ahead of that into channels-last, by one thread
     intense = s.macs(padded[0], padded[2:]) >= 64 * elements
     if products_dtype(dtype, isa) != dtype:

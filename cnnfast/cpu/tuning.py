@@ -133,7 +133,8 @@ def _by_rule(seen: Seen) -> str | None:
     if why_missing() is not None or isinstance(way, str):
         return None
     norm, nchw = not step.residual and step.norm is not None, not (before or after)
-    plain = inference.why_slower_plain(step, shape, dtype, norm=norm, slopes=seen.slopes, nchw=nchw)
+    last = seen.weight_channels_last
+    plain = inference.why_slower_plain(step, shape, dtype, norm=norm, slopes=seen.slopes, nchw=nchw, weight_last=last)
     return MODULES if way.slower or plain else type(way.method).__name__
 
 
