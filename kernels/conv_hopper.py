@@ -36,6 +36,10 @@ from .epilogue import epilogue
 from .indexing import phase_taps, tile_order
 from .statistics import emit_statistics
 
+# Triton 3.8 has both names of each, 3.9 the first alone.
+async_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+async_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 PRODUCER_REGISTERS = gl.constexpr(40)  # of a thread of the copying warp; the others get the rest
 
 
@@ -151,12 +155,12 @@ def copy_tiles(
                     arrived = ready.index(stage)
                     mbarrier.expect(arrived, BYTES)
                     at = [image, first_h + box_h, rest_h, first_w + box_w, channel + k]
-                    tma.async_copy_global_to_shared(x_desc, at, arrived, x_buffers.index(stage))
+                    async_load(x_desc, at, arrived, x_buffers.index(stage))
                     if K_LAST:
                         of_w = [column, tap, k]
                     else:
                         of_w = [group * CIN + k, tap, column - group * COLS]
-                    tma.async_copy_global_to_shared(w_desc, of_w, arrived, w_buffers.index(stage))
+                    async_load(w_desc, of_w, arrived, w_buffers.index(stage))
                     stage, parity = following(stage, parity, STAGES)
 
 
@@ -275,7 +279,7 @@ def multiply_tiles(
             tma.store_wait(1)  # the last but one has left its buffer
             out.index(turn).reshape((BLOCK_M, CHUNK)).store(y)
             fence_async_shared()
-            tma.async_copy_shared_to_global(y_desc, [image, first_h, rh, first_w, rw * COUT + first], out.index(turn))
+            async_store(y_desc, [image, first_h, rh, first_w, rw * COUT + first], out.index(turn))
             turn ^= 1
             if stats_ptr is not None:
                 # fmt: off
