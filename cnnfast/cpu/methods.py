@@ -60,10 +60,10 @@ def by_rule(
 @lru_cache(maxsize=4096)
 def winograd_gain(spec: ConvSpec, shape: tuple[int, ...], threads: int) -> float:
     """What `Winograd` is expected to be faster by than `Convolution` or `Deconvolution` inside of a model; 1 where it
-    does not apply. (`Winograd.gain` is of hot caches and quiet threads: docs/facts.md.)"""
+    does not apply. (What `Winograd.gain` says of hot caches and a busy machine, held against models: docs/facts.md.)"""
     if not Winograd.applies(spec, shape):
         return 1.0
-    return Winograd(spec, shape, torch.float32).gain(threads) / float(1.11 * threads**0.125)
+    return Winograd(spec, shape, torch.float32).gain(threads) / float(0.95 * threads**0.075)
 
 
 def gathers(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> bool:
