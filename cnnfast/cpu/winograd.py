@@ -55,6 +55,7 @@ class Winograd:
             for r, residue in enumerate(w.residues):
                 outputs[:, residue, i, :, r] = t.outputs
         self.inputs, self.outputs = inputs.flatten(0, 2), outputs.flatten(2).flatten(0, 1)
+        self._edges: dict[int, torch.Tensor] = {}
 
         # A block: some whole images; or, of one image, some rows ahead of the dimension, or some of its tiles.
         self.out = spec.output_size(size)
@@ -138,33 +139,36 @@ class Winograd:
         """See `onednn.Method`. None where the result is not finite: an infinity meets its negative in a transform, and
         reaches outputs that are not its own."""
         x = x.movedim(1, -1).contiguous()
-        size = (x.shape[0], *self.out, self.spec.out_channels)
-        y = torch.empty(size, dtype=torch.float32, device=x.device)
-        made, total = self.tiles * len(self.outputs), 0.0
-        images, rows = range(0, size[0], self.images), range(0, self.out[0], self.rows)
-        for i, row, place in itertools.product(images, rows, range(0, self.out[self.axis], made)):
-            part = y[i : i + self.images]
+        y = torch.empty((x.shape[0], *self.out, self.spec.out_channels), dtype=torch.float32, device=x.device)
+        made, axis, total = self.tiles * len(self.outputs), self.axis, 0.0
+        images, rows = range(0, len(x), self.images), range(0, self.out[0], self.rows)
+        for i, row, place in itertools.product(images, rows, range(0, self.out[axis], made)):
+            of, part = x, y
+            if self.images < len(x):
+                of, part = x[i : i + self.images], y[i : i + self.images]
             row = min(row, self.out[0] - self.rows)  # the last may overlap
-            if self.axis:
+            if axis and self.rows < self.out[0]:
                 part = part[:, row : row + self.rows]
-            part = part.narrow(1 + self.axis, place, min(made, self.out[self.axis] - place))
-            self._block(x[i : i + self.images], row, place // len(self.outputs), packed, part)
+            if made < self.out[axis]:
+                part = part.narrow(1 + axis, place, min(made, self.out[axis] - place))
+            self._block(of, row, place // len(self.outputs), packed, part)
             total += part.sum().item()
         return y.movedim(-1, 1) if math.isfinite(total) else None
 
     def _block(self, x: torch.Tensor, row: int, tile: int, packed: Any, y: torch.Tensor) -> None:
         """Outputs from ``row`` and ``tile`` on into y, of images x."""
-        c, c_out, tiles = x.shape[-1], y.shape[-1], math.prod(self.size)
-        v, d = workspace(tiles * c * (len(self.inputs) + self.span)).split(
-            [tiles * c * len(self.inputs), tiles * c * self.span]
-        )
-        v = into = v.view(*self.size, -1)
+        c, c_out, points = x.shape[-1], y.shape[-1], len(self.inputs)
+        tiles = math.prod(self.size)
+        memory = workspace(tiles * c * (points + self.span))
+        v = memory[: tiles * c * points].view(*self.size, points * c)
+        into = v
         if self.axis and self.rows < self.out[0]:
             first = row * self.spec.stride[0] - self.spec.padding[0]
             a, b = (min(max(at, 0), x.shape[1]) for at in (first, first + self.size[1]))
             into = v[:, a - first : b - first]
             v[:, : a - first], v[:, b - first :], x = 0, 0, x[:, a:b]
-        self._transform(x.view(-1, self.length, self.behind, c), tile, into.view(-1, len(self.inputs), c), d)
+        x = x.view(-1, self.length, self.behind, c)
+        self._transform(x, tile, into.view(-1, points, c), memory[tiles * c * points :])
         m = self.inner.run(v.movedim(-1, 1), packed, PostOp(), True).movedim(1, -1)
         m = m.reshape(-1, self.outputs.shape[1], c_out)
         count, length, of = len(m), y.shape[1 + self.axis], len(self.outputs)
@@ -184,35 +188,57 @@ class Winograd:
         """B^T of ``read`` tiles from ``first`` on of each line x (lines, length, behind, C), into v (tiles of all lines
         and positions behind, points, C); ``d``: memory."""
         lines, length, behind, c = x.shape
-        low = self.low + self.pitch * first
-        begin = min(max(-(low // self.pitch), 0), self.read)  # of the tiles with all inputs
-        end = min(max((length - self.span - low) // self.pitch + 1, begin), self.read)
+        low, read, span = self.low + self.pitch * first, self.read, self.span
+        begin = min(max(-(low // self.pitch), 0), read)  # of the tiles with all inputs
+        end = min(max((length - span - low) // self.pitch + 1, begin), read)
         at, pitch = x.storage_offset() + (low + self.pitch * begin) * behind * c, self.pitch * behind * c
-        edges = [*range(begin), *range(end, self.read)]
-        straight = behind == 1 and begin < end and (lines == 1 or length == self.read * self.pitch)
-        if straight:  # all tiles are equally far apart; those between two lines come later
-            count = (lines - 1) * self.read + end - begin
-            each = x.as_strided((count, self.span, c), (pitch, c, 1), at)
+        edges = [*range(begin), *range(end, read)]
+        if behind == 1 and begin < end and (lines == 1 or length == read * self.pitch):
+            # All tiles are equally far apart; those between two lines come later.
+            count = (lines - 1) * read + end - begin
+            each = x.as_strided((count, span, c), (pitch, c, 1), at)
             torch.bmm(self.inputs.expand(count, -1, -1), each, out=v[begin : begin + count])
-            if not edges:
-                return
-        tiles = len(edges) if straight else self.read
-        count = lines * tiles * behind
-        d = d[: count * self.span * c].view(lines, tiles, behind, self.span, c)
-        if not straight and begin < end:
-            size, strides = (lines, end - begin, behind, self.span, c), (x.stride(0), pitch, c, behind * c, 1)
-            d[:, begin:end] = x.as_strided(size, strides, at)
-        for i, tile in enumerate(edges):
-            start, one = low + self.pitch * tile, d[:, i if straight else tile]
-            a = min(max(-start, 0), self.span)
-            b = min(max(length - start, a), self.span)
-            one[:, :, :a], one[:, :, b:] = 0, 0
-            one[:, :, a:b] = x[:, start + a : start + b].transpose(1, 2)
-        found = d.new_empty(count, len(self.inputs), c) if straight else v
-        torch.bmm(self.inputs.expand(count, -1, -1), d.view(count, self.span, c), out=found)
-        if straight:
-            found, v = found.view(lines, tiles, -1), v.view(lines, self.read, -1)
-            v[:, :begin], v[:, end:] = found[:, :begin], found[:, begin:]
+            of_line = v.view(lines, read, len(self.inputs), c)
+            for tile in edges:  # by the inputs nearest to them
+                start = low + self.pitch * tile
+                near = min(max(start, 0), length - span)
+                each = x.as_strided((lines, span, c), (length * c, c, 1), x.storage_offset() + near * c)
+                matrix = self._shifted(start - near).expand(lines, -1, -1)
+                into = of_line[:, tile]
+                if lines == 1:
+                    torch.bmm(matrix, each, out=into)
+                else:  # MKL wants a dense result, and memory that is there
+                    found = d[: lines * len(self.inputs) * c].view_as(into)
+                    into.copy_(torch.bmm(matrix, each, out=found))
+            return
+        count = lines * read * behind
+        d = d[: count * span * c].view(lines, read, behind, span, c)
+        if begin < end:
+            size, strides = (lines, end - begin, behind, span, c), (x.stride(0), pitch, c, behind * c, 1)
+            d[:, begin:end].copy_(x.as_strided(size, strides, at))
+        for tile in edges:
+            start, one = low + self.pitch * tile, d[:, tile]
+            a = min(max(-start, 0), span)
+            b = min(max(length - start, a), span)
+            if a:
+                one[:, :, :a].zero_()
+            if b < span:
+                one[:, :, b:].zero_()
+            if a < b:
+                one[:, :, a:b].copy_(x[:, start + a : start + b].transpose(1, 2))
+        torch.bmm(self.inputs.expand(count, -1, -1), d.view(count, span, c), out=v)
+
+    def _shifted(self, by: int) -> torch.Tensor:
+        """The transform of inputs that lie so much to the right of those that it is given; what is not there is 0."""
+        matrix = self._edges.get(by)
+        if matrix is None:
+            matrix = torch.zeros_like(self.inputs)
+            if 0 <= by < self.span:
+                matrix[:, by:] = self.inputs[:, : self.span - by]
+            elif -self.span < by < 0:
+                matrix[:, :by] = self.inputs[:, -by:]
+            self._edges[by] = matrix
+        return matrix
 
 
 def _axis(spec: ConvSpec, shape: tuple[int, ...]) -> int | None:
