@@ -36,7 +36,7 @@ from .isa import instruction_set, lowered_products, products_dtype
 from .norm import normalised
 from .weight import summed_weight
 
-__all__ = ["collapses", "packs", "run", "stays_contiguous", "why_slower_3d"]
+__all__ = ["Ready", "collapses", "packs", "run", "stays_contiguous", "why_slower_3d"]
 
 
 def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> Tensor:
@@ -68,6 +68,33 @@ def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> T
     y = _convolved(step, x, o) if packed is None else packed
     y = _finished(step, o._replace(x=y if step.norm is not None else plain(y, channels_last)))
     return convert(y, y.dtype, channels_last)
+
+
+class Ready:
+    """`run` without gradients of a step whose norm measures each image and moves no others, where everything is known
+    that does not change from call to call, as `inference.Ready`, with which it shares who may use it."""
+
+    def __init__(self, step: Step, packed: inference.Ready | None, channels_last: bool) -> None:
+        self._step, self._packed, self._channels_last = step, packed, channels_last
+
+    @classmethod
+    def of(cls, step: Step, o: Operands, channels_last: bool) -> Ready | None:
+        """None for other steps."""
+        norm = step.norm
+        moves = not (o.mean is o.var is o.batches is None)
+        if step.spec is None or norm is None or not (norm.measured and norm.per_image) or moves or needs_gradient(o):
+            return None
+        if torch.is_autocast_enabled("cpu"):
+            return None
+        bare = _bare(o._replace(x=convert(o.x, o.x.dtype, True)))
+        packed = inference.ready(step.bare, bare, True) if packs(step, bare) else None
+        return cls(step, packed, channels_last)
+
+    def run(self, o: Operands) -> Tensor:
+        o = o._replace(x=convert(o.x, o.x.dtype, True))
+        y = None if self._packed is None else self._packed.run(_bare(o))
+        y = _finished(self._step, o._replace(x=_convolved(self._step, o.x, o) if y is None else y))
+        return convert(y, y.dtype, self._channels_last)
 
 
 def stays_contiguous(step: Step, shape: Sequence[int], dtype: torch.dtype) -> Ways | None:

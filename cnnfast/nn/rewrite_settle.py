@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..cpu import inference
+from ..cpu import inference, training
 from ..memory_format import reformatted
 from .rewrite_effects import value
 from .rewrite_quick import Planned, Quick
@@ -73,19 +73,19 @@ class _Settled:
     def __init__(self, part: Planned, used: list[int], same: dict[int, weakref.ref[Tensor]]) -> None:
         self._part = part._replace(places=tuple([None if k is None else used.index(k) for k in part.places]))
         self._weight = same[used[0]]
-        self._ready: inference.Ready | None = None
+        self._ready: inference.Ready | training.Ready | None = None
 
     def __call__(self, x: Tensor, *operands: Tensor) -> Tensor:
         part, weight = self._part, operands[0]
         if weight is not self._weight():  # of the same kind, as the graph's guards say
             part = self._part = part.again(x, operands)
-            self._weight = weakref.ref(weight)
-        if not part.packed:
-            return part.run(x, operands)
+            self._weight, self._ready = weakref.ref(weight), None
         o = part.operands(x, operands)
         if self._ready is None:
-            self._ready = inference.ready(part.step, o, bool(part.channels_last))  # type: ignore[arg-type]
-        return part.finished(o, self._ready.run(o))
+            step, last = part.step, bool(part.channels_last)
+            assert step is not None
+            self._ready = inference.ready(step, o, last) if part.packed else training.Ready.of(step, o, last)
+        return part.finished(o, None if self._ready is None else self._ready.run(o))
 
 
 def _call(graph: fx.Graph, call: Call, x: fx.Node, operands: Sequence[fx.Node], *, exactly: bool) -> fx.Node:

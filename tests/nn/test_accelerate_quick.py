@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnfast
+from cnnfast.cpu import backend
 from cnnfast.memory_format import reformatted
 from cnnfast.nn import rewrite_quick
 from cnnfast.nn.accelerate_call import plain_call, record_of
@@ -22,9 +23,9 @@ from .test_sequential_training import randomized
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, norm: Callable[[], nn.Module] = lambda: nn.BatchNorm2d(32)) -> None:
         super().__init__()
-        self.first, self.norm = nn.Conv2d(8, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.first, self.norm = nn.Conv2d(8, 32, 3, padding=1, bias=False), norm()
         self.second, self.third = nn.Conv2d(32, 32, 3, padding=1), nn.ConvTranspose2d(32, 8, 4, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -44,10 +45,15 @@ def same(ours: nn.Module, x: Tensor) -> None:
     assert a.stride() == b.stride()
 
 
-@pytest.fixture
-def model() -> nn.Module:
+NORMS: list[Callable[[], nn.Module]] = [
+    lambda: nn.BatchNorm2d(32), lambda: nn.GroupNorm(4, 32), lambda: nn.InstanceNorm2d(32, affine=True),
+]  # fmt: skip
+
+
+@pytest.fixture(params=NORMS, ids=["batch", "group", "instance"])
+def model(request: pytest.FixtureRequest) -> nn.Module:
     torch.manual_seed(0)
-    ours = cnnfast.accelerate(Model().eval())
+    ours = cnnfast.accelerate(Model(request.param).eval())
     with torch.no_grad():
         for _ in range(3):
             same(ours, images())
@@ -68,8 +74,16 @@ def other_memory(m: Any) -> None:
     m.third.weight.data = m.third.weight.data * -1
 
 
+def replaced_ahead_of_the_norm(m: Any) -> None:
+    m.first.weight = nn.Parameter(m.first.weight.flip(0))
+
+
+def written_ahead_of_the_norm(m: Any) -> None:
+    m.first.weight.data[3:9].mul_(-1)
+
+
 def other_statistics(m: Any) -> None:
-    m.norm.running_mean.data.add_(1)
+    (m.norm.weight if getattr(m.norm, "running_mean", None) is None else m.norm.running_mean).data.add_(1)
 
 
 def other_bias(m: Any) -> None:
@@ -77,7 +91,8 @@ def other_bias(m: Any) -> None:
 
 
 CHANGES: list[Callable[[Any], None]] = [
-    written_past_its_version, replaced, other_memory, other_statistics, other_bias,
+    written_past_its_version, replaced, replaced_ahead_of_the_norm, written_ahead_of_the_norm, other_memory,
+    other_statistics, other_bias,
 ]  # fmt: skip
 
 
@@ -111,6 +126,7 @@ def test_nothing_is_asked_anew(model: nn.Module, monkeypatch: pytest.MonkeyPatch
     finished = Planned.finished
     monkeypatch.setattr(Planned, "finished", lambda self, *rest: ran.append(self) or finished(self, *rest))
     monkeypatch.setattr(Planned, "met", None)
+    monkeypatch.setattr(backend, "run", None)
     monkeypatch.setattr(rewrite_quick, "parts_of", None)
     monkeypatch.setattr(Site, "__call__", None)
     with torch.no_grad():
