@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..cpu import inference, tuned
 from ..cpu.isa import process
-from ..dispatch import on_cpu, resolve_backend
+from ..dispatch import by_kernels, on_cpu, resolve_backend
 from ..memory_format import format_of, in_rows, reformatted
 from ..ops.run import run_step
 from ..step import Operands, Step
@@ -137,7 +137,7 @@ def parts_of(
     None where it is more than these."""
     if isinstance(bound, str):
         return [Planned(None, None, (), False, False, tuple(calls[k] for k in chain.slots))]
-    if bound.low is not None or bound.both or not on_cpu(x):
+    if bound.low is not None or bound.both or not on_cpu(x) or by_kernels(x, resolve_backend(None)):
         return None
     one = chain.steps[0].ndim == 1
     shape = _in_rows(x.shape, one)

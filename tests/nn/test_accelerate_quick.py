@@ -23,10 +23,10 @@ from .test_sequential_training import randomized
 
 
 class Model(nn.Module):
-    def __init__(self, norm: Callable[[], nn.Module] = lambda: nn.BatchNorm2d(32)) -> None:
+    def __init__(self, norm: Callable[[], nn.Module] = lambda: nn.BatchNorm2d(32), channels: int = 8) -> None:
         super().__init__()
-        self.first, self.norm = nn.Conv2d(8, 32, 3, padding=1, bias=False), norm()
-        self.second, self.third = nn.Conv2d(32, 32, 3, padding=1), nn.ConvTranspose2d(32, 8, 4, 2, 1)
+        self.first, self.norm = nn.Conv2d(channels, 32, 3, padding=1, bias=False), norm()
+        self.second, self.third = nn.Conv2d(32, 32, 3, padding=1), nn.ConvTranspose2d(32, channels, 4, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm(self.first(x)))
@@ -184,3 +184,18 @@ def test_the_input_of_a_first_call_that_stands_is_converted_not_its_result() -> 
     called = [n for n in settled.nodes if n.op == "call_function"]
     assert called[0].target is reformatted and called[0].args[0].op == "placeholder"
     assert called[1].target is torch.conv2d and called[1].args[0] is called[0]
+
+
+def test_kernels_that_are_asked_for_run_on_every_call() -> None:
+    """On a GPU that is not there: what would be launched."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from benchmarks.rehearse.inspector import recording
+
+    ours, launched = cnnfast.accelerate(Model(channels=16).eval()), []
+    with torch.no_grad(), cnnfast.backend("triton"), recording(90) as calls:
+        for _ in range(4):
+            calls.clear()
+            ours(images(1, 16, 48, 48))
+            launched.append([call.job.function for call in calls])
+    assert launched[0].count("conv_transpose_kernel") == 3
+    assert launched[1:] == launched[:1] * 3
