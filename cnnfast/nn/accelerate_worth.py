@@ -45,9 +45,11 @@ FINDING = 2.5e-4
 """Seconds that a graph costs in a call, beside those of the modules in it."""
 
 _A_MODULE, _A_STEP = 5e-6, 3e-5  # seconds that each costs
-# Of the time of a step: in three dimensions, with a norm folded in, others, and calls that are channels-last alone.
-_SAVED_3D, _SAVED_FOLDED, _SAVED, _IN_FORMAT = 0.5, 0.3, 0.15, 0.05
+# Of the time of a step: in three dimensions, with a norm folded in, and others.
+_SAVED_3D, _SAVED_FOLDED, _SAVED = 0.5, 0.3, 0.15
 _FLOPS, _BYTES = 1e11, 4e9  # in a second of one thread
+# Likewise, bytes of maps: that oneDNN brings into a layout of its own where they are contiguous, and that ATen does.
+_BY_ONEDNN, _BY_ATEN = 2.2e10, 5e9
 _MAX_KINDS = 64
 
 
@@ -180,7 +182,7 @@ def gains(module: nn.Module, ran: Iterable[tuple[Graph, int]]) -> bool:
 def _saved(graph: Graph) -> float:
     """Seconds, roughly, by what runs otherwise than in eager mode: fused, or channels-last where that is not."""
     threads = torch.get_num_threads()
-    return sum(_saved_by_site(site, threads) for site in graph.sites) / threads
+    return (sum(_saved_by_site(site, threads) for site in graph.sites) - graph.converted / _BY_ATEN) / threads
 
 
 def _saved_by_site(site: Site, threads: int) -> float:
@@ -196,8 +198,8 @@ def _saved_by_site(site: Site, threads: int) -> float:
                 folded = s.step.norm is not None and not s.step.measured
                 share = _SAVED_3D if s.ndim == 3 else _SAVED_FOLDED if folded else _SAVED
                 saved += share * seconds - _A_STEP * threads
-            elif site.channels_last is not None:
-                saved += _IN_FORMAT * seconds
+            elif site.channels_last is not None and s.step.spec is not None and max(s.step.spec.kernel_size) > 1:
+                saved += moved / _BY_ONEDNN
             if after is None:
                 break
             shape = after

@@ -49,6 +49,7 @@ class Graph:
     apart: list[Apart] = field(default_factory=list)
     convolutions: int = 0
     runs: int = 0
+    converted: int = 0  # see `keep_channels_last`
     # The state that calls met, how many of them, and what the second settled on; set at once, for other threads.
     _seen: tuple[object, int, Callable[..., Any] | None] = (None, 0, None)
 
@@ -120,7 +121,7 @@ def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
             continue  # an upsampling or a padding that nothing takes in
         taken.update(run.nodes)
         found.sites.append(_replace(gm.graph, run))
-    keep_channels_last(gm.graph)
+    found.converted += keep_channels_last(gm.graph)
     gm.graph.lint()
     gm.recompile()
 

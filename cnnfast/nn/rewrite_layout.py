@@ -43,15 +43,20 @@ _SUMS = frozenset(
     | {"add", "sub", "mul", "div"}
 )
 _POOLS = frozenset({torch.max_pool2d, F.max_pool2d, F.max_pool3d})
+_SHUFFLES = frozenset({torch.pixel_shuffle, torch.pixel_unshuffle})
 _ONTO = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv, "add_", "sub_", "mul_", "div_"})
 _VIEWS = frozenset({"view", "reshape", "permute", "transpose", "unflatten"})
 _MAPS = 16  # numbers of maps for each of weights, from which on a graph with gradients has stretches
-_RUNNING = frozenset({F.batch_norm, torch.batch_norm})
+_OF_ONE_MAP = frozenset({F.batch_norm, torch.batch_norm, F.prelu, torch.prelu, "prelu"})  # and vectors
 
 
-def keep_channels_last(graph: fx.Graph) -> None:
-    """Mark the sites whose results stay channels-last (`Site.channels_last`), and put copies where they end."""
-    _Layout(graph, inference=not torch.is_grad_enabled()).apply()
+def keep_channels_last(graph: fx.Graph) -> int:
+    """Mark the sites whose results stay channels-last (`Site.channels_last`), and put copies where they end. Bytes of
+    the maps that are converted where that begins and ends, less those of shuffles, which of contiguous maps cost ATen
+    as much."""
+    layout = _Layout(graph, inference=not torch.is_grad_enabled())
+    layout.apply()
+    return layout.converted
 
 
 class _Layout:
@@ -60,6 +65,7 @@ class _Layout:
         self.kept: set[fx.Node] = set()
         self.eager: dict[fx.Node, str] = {}
         self.untold: set[fx.Node] = set()
+        self.converted = 0
 
     def apply(self) -> None:
         untrue = any(map(_untrue, self.graph.nodes))
@@ -95,11 +101,17 @@ class _Layout:
                     node.target.channels_last = node in kept or self.eager[node] == "last"
                     node.target.converts = self.inference
                     node.target.given_contiguous = self.eager.get(node.args[0]) == "contiguous"
+                    if node.target.given_contiguous and node.args[0] not in kept:
+                        self.converted += _bytes(node.args[0])
+                    if node.target.channels_last is False:
+                        self.converted += _bytes(node)
             elif isinstance(node.target, NormCall):
                 node.target.channels_last = node in kept
         for node in nodes:
             if node in kept:
                 self._end(node)
+                if node.target in _SHUFFLES:
+                    self.converted -= _bytes(node)
 
     @staticmethod
     def _outweigh(kept: set[fx.Node]) -> bool:
@@ -122,6 +134,7 @@ class _Layout:
                 continue
             with self.graph.inserting_before(user):
                 copy = self.graph.call_method("contiguous", (node,))
+            self.converted += _bytes(node)
             copy.meta = dict(node.meta)
             user.replace_input_with(node, copy)
 
@@ -222,6 +235,8 @@ class _Layout:
             return isinstance(dim, int) and dim == 1
         if target in _POOLS:
             return True
+        if target in _SHUFFLES:
+            return self.inference and value(node).dim() == 4
         if kind is None:
             return False
         bound = kind.bind(node.args, node.kwargs)
@@ -231,6 +246,8 @@ class _Layout:
             return bound["mode"] == "nearest" or self.inference
         if self.inference and kind.name == "batch_norm":
             return bound["training"] is False
+        if kind.name == "prelu":
+            return self.inference
         return kind.pointwise
 
     @staticmethod
@@ -303,6 +320,10 @@ def _numel(node: Any) -> int:
     return math.prod(_sizes(node))
 
 
+def _bytes(node: Any) -> int:
+    return _numel(node) * value(node).element_size()
+
+
 def _strides(node: fx.Node) -> tuple[int, ...]:
     """Of a view, as ATen itself has them."""
     if any(isinstance(n, torch.SymInt) for t in (value(node), value(node.args[0])) for n in t.shape):
@@ -323,9 +344,9 @@ def _said(node: fx.Node) -> str:
 
 
 def _maps(node: fx.Node) -> list[fx.Node]:
-    """The tensors that it is given, but for a norm's vectors."""
+    """The tensors that it is given, but for a norm's vectors and PReLU's."""
     found = [n for n in node.all_input_nodes if isinstance(value(n), Tensor)]
-    if isinstance(node.target, NormCall) or node.target in _RUNNING:
+    if isinstance(node.target, NormCall) or node.target in _OF_ONE_MAP:
         return found[:1]
     return found
 

@@ -720,6 +720,7 @@ class Maps(nn.Module):
         self.first, self.second = nn.ConvTranspose2d(16, 32, 4, 2, 1), nn.ConvTranspose2d(32, 16, 4, 2, 1)
         self.third = nn.ConvTranspose2d(64, 16, 4, 2, 1)
         self.same = nn.Conv2d(32, 32, 3, padding=1)
+        self.wide = nn.Parameter(torch.randn(16, 128, 3, 3) * 0.1)
         self.between = between
 
     def forward(self, x: Tensor) -> Any:
@@ -747,6 +748,9 @@ BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Any], list[bool | None]]] = {
     "a step with two users": (lambda m, y: m.second(y) + m.second(y * 0.5), [True, False, True]),
     "activations": (lambda m, y: m.second(F.silu(y) + F.relu(y) * 0.5), [True, False]),
     "a pool": (lambda m, y: m.second(F.max_pool2d(y, 2)), [True, False]),
+    "shuffled pixels": (lambda m, y: m.second(F.pixel_shuffle(torch.cat([y, y * 2, y, y], 1), 2)), [None, None]),
+    "pixels shuffled back": (lambda m, y: F.conv2d(F.pixel_unshuffle(y, 2), m.wide), [None, None]),
+    "prelu": (lambda m, y: m.second(F.prelu(y * 2, torch.linspace(-1, 1, 32))), [None, None]),
     "a sum": (lambda m, y: m.second(y).tanh() + F.interpolate(y, scale_factor=2.0)[:, :16], [True, False]),
     "cat": (lambda m, y: m.third(torch.cat([y, torch.sigmoid(y)], 1)), [True, False]),
     "cat along rows": (lambda m, y: m.second(torch.cat([y, y], 2)), [None, None]),
@@ -773,6 +777,9 @@ BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Any], list[bool | None]]] = {
 # Without gradients, more stays.
 IN_INFERENCE: dict[str, list[bool | None]] = {
     "statistics in the next step": [True, False],
+    "shuffled pixels": [True, False],
+    "pixels shuffled back": [True, False],
+    "prelu": [True, False],
     "a norm": [True, False],
     "a norm of each channel": [True, False],
     "a norm by what was measured before": [True, False],

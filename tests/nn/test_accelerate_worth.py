@@ -233,3 +233,34 @@ def test_many_kinds_are_forgotten(few_kinds: None, whatever: None) -> None:
         ours(images(1, 3, 16, 16 + 8 * k))
     record = record_of(ours)
     assert record is not None and len(record.calls.kinds) <= 2
+
+
+class Depthwise(nn.Module):
+    """Convolutions of each channel, between operators that end no stretch of channels-last maps; ``shuffled`` ahead of
+    the last one."""
+
+    def __init__(self, count: int, shuffled: bool = False) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(nn.Conv2d(64, 64, 3, padding=1, groups=64) for _ in range(count))
+        self.last = nn.Conv2d(16 if shuffled else 64, 3, 3, padding=1)
+        self.shuffled = shuffled
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.body:
+            x = layer(x) * 2
+        return self.last(nn.functional.pixel_shuffle(x, 2) if self.shuffled else x)
+
+
+@pytest.mark.parametrize(
+    ("model", "graphs"),
+    [(Depthwise(1), 0), (Depthwise(9), 1), (Depthwise(2), 0), (Depthwise(2, shuffled=True), 1)],
+    ids=["one", "many", "few", "few and a shuffle"],
+)
+def test_conversions_saved_are_weighed_against_those_made(model: nn.Module, graphs: int) -> None:
+    ours, plain = pair(model.eval())
+    x = images(1, 64, 128, 128)
+    assert settled(ours, x) == graphs
+    with torch.no_grad():
+        a, b = ours(x), plain(x)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert a.stride() == b.stride()
