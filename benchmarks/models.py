@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import sys
 import time
 import warnings
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 import cnnfast
 from cnnfast.files import write_atomically
 from cnnfast.nn.accelerate_report import leaves
-from cnnfast.tasks.allocator import keep_freed_memory
+from cnnfast.tasks.allocator import CHOSEN, keep_freed_memory
 from cnnfast.timing import Timing
 
 from .peers import EAGER, onnxruntime_call, openvino_call, require_compiler, traced_onnx
@@ -263,7 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser().parse_args(argv)
     torch.set_num_threads(arguments.threads)
     # Which of several models in a process gets its pages anew in every call is an accident of their order.
-    kept = {"freed memory": "kept, for all alike" if keep_freed_memory() else "as the C library does"}
+    chosen = ", ".join(f"{name}={os.environ[name]}" for name in CHOSEN if name in os.environ)
+    kept = {"freed memory": "kept, for all alike" if keep_freed_memory() else chosen or "as the C library does"}
     folder = arguments.output or RESULTS / machine_name()
     path = folder / "models.json"
     results = json.loads(path.read_text()) if path.exists() else {}

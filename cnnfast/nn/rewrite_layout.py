@@ -190,7 +190,7 @@ class _Layout:
             weights = [self.eager.get(a) for k, a in enumerate(node.args[1:]) if k not in node.target.added]  # type: ignore[arg-type]
             return "last" if "last" in (given[0], *weights) else "contiguous"
         kind = call_kind(node.target)
-        follows = node.target in _SUMS or kind is not None and kind.pointwise
+        follows = node.target in _SUMS or kind is not None and (kind.pointwise or kind.name == "prelu")
         return given[0] if follows or given[0] != "odd" else "contiguous"
 
     def _ends(self, node: fx.Node) -> bool:

@@ -7,11 +7,11 @@ import os
 import platform
 import sys
 
-__all__ = ["keep_freed_memory"]
+__all__ = ["CHOSEN", "keep_freed_memory"]
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _PIECE = 2**25  # bytes: the most that glibc takes for its M_MMAP_THRESHOLD
-_CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+CHOSEN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
 def keep_freed_memory() -> bool:
@@ -21,7 +21,7 @@ def keep_freed_memory() -> bool:
     networks here. The most that the process ever holds stays the same. For programs, never for a library. False where
     nothing is changed: where the C library is another one, or whoever started the process has chosen.
     """
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in _CHOSEN):
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in CHOSEN):
         return False
     mallopt = ctypes.CDLL(None).mallopt
     return bool(mallopt(_MMAP_THRESHOLD, _PIECE) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))

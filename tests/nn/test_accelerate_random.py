@@ -178,13 +178,15 @@ class Computed(nn.Module):
 
 
 class Shuffled(nn.Module):
-    """PixelShuffle after a convolution, of the module, of the function, or behind an activation."""
+    """PixelShuffle after a convolution, of the module, of the function, or behind an activation, or ahead of PReLU and
+    a convolution."""
 
     def __init__(self, r: random.Random, c_in: int, c_out: int) -> None:
         super().__init__()
         made: nn.Module = nn.Conv2d(c_in, 4 * c_out, 3, padding=1)
         self.conv = weight_norm(made) if r.random() < 0.5 else made
-        self.shuffle, self.how = nn.PixelShuffle(2), r.randrange(3)
+        self.shuffle, self.how = nn.PixelShuffle(2), r.randrange(4)
+        self.slopes, self.after = nn.PReLU(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv(x)
@@ -192,6 +194,8 @@ class Shuffled(nn.Module):
             y = F.silu(self.shuffle(y))
         elif self.how == 1:
             y = F.pixel_shuffle(torch.tanh(y), 2)
+        elif self.how == 2:
+            y = self.after(self.slopes(self.shuffle(y)))
         else:
             y = self.shuffle(y).relu_()
         return F.avg_pool2d(y, 2)

@@ -30,7 +30,7 @@ print(changed, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def run(keep: bool, **environment: str) -> tuple[str, int]:
-    clean = {name: value for name, value in os.environ.items() if name not in allocator._CHOSEN}
+    clean = {name: value for name, value in os.environ.items() if name not in allocator.CHOSEN}
     command = [sys.executable, "-c", PROGRAM.format(keep=keep)]
     done = subprocess.run(command, env=clean | environment, capture_output=True, text=True, check=True)
     changed, pages = done.stdout.split()
