@@ -248,6 +248,10 @@ class _Layout:
             return bound["training"] is False
         if kind.name == "prelu":
             return self.inference
+        if kind.name == "pad":
+            pad = bound["pad"]
+            plain = isinstance(pad, (list, tuple)) and len(pad) <= 4 and bound["mode"] != "circular"
+            return self.inference and plain and value(node).dim() == 4
         return kind.pointwise
 
     @staticmethod
