@@ -102,8 +102,9 @@ class Winograd:
 
     def gain(self, threads: int) -> float:
         """What it is expected to be faster by than the same arithmetic at the rate of oneDNN's own operators. In
-        multiply-adds at that rate, it costs its products, numbers and tiles that are transformed, a number of calls and
-        the reading of a larger weight, these less and less with more threads: docs/facts.md, fitted for one and two."""
+        multiply-adds at that rate, it costs its products, numbers and tiles that are transformed, numbers that are
+        copied for that, a number of calls and the reading of a larger weight, these less and less with more threads:
+        docs/facts.md, fitted for one and two."""
         spec, t, (n, *size) = self.spec, self.transform, self.shape
         length, of = self.out[self.axis], len(self.outputs)
         blocks = -(-length // (self.tiles * of))
@@ -112,8 +113,13 @@ class Winograd:
         blocks *= n // self.images * (-(-self.out[0] // self.rows) if self.axis else 1)
         read, made = blocks * math.prod(self.size), n * math.prod(self.out) * more / of
         numbers = read * len(self.inputs) * spec.in_channels + made * self.outputs.shape[1] * spec.out_channels
+        lines = math.prod(self.size[: 1 + self.axis])
+        straight = self.behind == 1 and (lines == 1 or self.length == self.read * self.pitch)
+        copied = 0 if straight else read * self.span * spec.in_channels
+        if self.behind_out > 1 or length % of:
+            copied += n * math.prod(self.out) * spec.out_channels
         macs, weights = spec.macs(n, size), left * t.tile * math.prod(spec.weight_shape)
-        cost = left * more * macs * (1.28 + 7 / spec.out_channels) + 13 * numbers
+        cost = left * more * macs * (1.28 + 7 / spec.out_channels) + 13 * numbers + 25 * copied
         return macs / (cost + threads**0.6 * (7500 * (read + made) + (9e6 + 4 * weights) * blocks))
 
     def pack(self, weight: torch.Tensor, shift: torch.Tensor | None) -> Any:
