@@ -213,9 +213,8 @@ class Winograd:
                 into = of_line[:, tile]
                 if lines == 1:
                     torch.bmm(matrix, each, out=into)
-                else:  # MKL wants a dense result, and memory that is there
-                    found = d[: lines * len(self.inputs) * c].view_as(into)
-                    into.copy_(torch.bmm(matrix, each, out=found))
+                else:  # MKL wants a dense result
+                    into.copy_(torch.bmm(matrix, each, out=into.new_empty(into.shape)))
             return
         count = lines * read * behind
         d = d[: count * span * c].view(lines, read, behind, span, c)
