@@ -187,8 +187,8 @@ def test_backend_context_follows_into_threads_of_autograd() -> None:
 
 
 def test_backend_context_keeps_what_it_hands_to_autograd() -> None:
-    """torch 2.11 takes over the reference that it is given. (An autograd thread of an earlier backward may let go of one
-    in between.)"""
+    """torch 2.11 takes over the reference that it is given. (An autograd thread of an earlier backward may let go of
+    one in between.)"""
     before = sys.getrefcount(dispatch._NONE)
     for _ in range(100):
         with cnnfast.backend("aten"), cnnfast.backend("triton"):

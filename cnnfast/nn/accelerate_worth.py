@@ -48,8 +48,10 @@ _A_MODULE, _A_STEP = 5e-6, 3e-5  # seconds that each costs
 # Of the time of a step: in three dimensions, with a norm folded in, and others.
 _SAVED_3D, _SAVED_FOLDED, _SAVED = 0.5, 0.3, 0.15
 _FLOPS, _BYTES = 1e11, 4e9  # in a second of one thread
-# Likewise, bytes of maps: that oneDNN brings into a layout of its own where they are contiguous, and that ATen does.
-_BY_ONEDNN, _BY_ATEN = 2.2e10, 5e9
+# Likewise, bytes of maps: that oneDNN brings into a layout of its own where they are contiguous, of a convolution and
+# of a grouped one; and that ATen does. Beside them, seconds of each such convolution on one thread, and on several.
+_BY_ONEDNN, _BY_ONEDNN_GROUPED, _BY_ATEN = 2.2e10, 1.4e10, 3.3e9
+_A_REORDER, _A_REORDER_ON_THREADS = 1.5e-5, 3e-5
 _MAX_KINDS = 64
 
 
@@ -198,12 +200,20 @@ def _saved_by_site(site: Site, threads: int) -> float:
                 folded = s.step.norm is not None and not s.step.measured
                 share = _SAVED_3D if s.ndim == 3 else _SAVED_FOLDED if folded else _SAVED
                 saved += share * seconds - _A_STEP * threads
-            elif site.channels_last is not None and s.step.spec is not None and max(s.step.spec.kernel_size) > 1:
-                saved += moved / _BY_ONEDNN
+            elif site.channels_last is not None and s.step.spec is not None:
+                saved += _reordered(s, moved, threads)
             if after is None:
                 break
             shape = after
     return saved
+
+
+def _reordered(s: FusedStep, moved: int, threads: int) -> float:
+    """Seconds of one thread that a convolution takes longer where its maps are contiguous."""
+    if s.ndim == 1:
+        return moved / _BY_ONEDNN if max(s.step.spec.kernel_size) > 1 else 0.0
+    overhead = _A_REORDER if threads == 1 else _A_REORDER_ON_THREADS * threads
+    return moved / (_BY_ONEDNN_GROUPED if s.step.spec.groups > 1 else _BY_ONEDNN) + overhead
 
 
 def work(s: FusedStep, shape: Sequence[int]) -> tuple[int, int, tuple[int, ...] | None]:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Everything", "storages", "touched", "value", "written"]
+__all__ = ["Everything", "numel", "sizes", "storages", "touched", "value", "written"]
 
 
 class Everything:
@@ -29,6 +29,15 @@ class Everything:
 def value(node: Any) -> Any:
     """What Dynamo found that the node gives; another argument as it is."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def sizes(node: Any) -> list[int]:
+    """Of the tensor that the node gives, as at the first call."""
+    return [n.node.hint or 1 if isinstance(n, torch.SymInt) else n for n in value(node).shape]
+
+
+def numel(node: Any) -> int:
+    return math.prod(sizes(node))
 
 
 def storages(node: fx.Node) -> set[Any]:

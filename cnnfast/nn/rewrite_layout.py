@@ -2,10 +2,10 @@
 be converted at both ends of each.
 
 A map that is contiguous in eager mode is channels-last inside of a stretch, where nobody can tell (one that is so there
-stays it): its users are sites, which convolve or add it, and operators that keep the format and give the same numbers
-in each (`_Layout._keeps`); any other user gets a contiguous copy. What somebody views is contiguous as in eager mode,
-and so is what is written to, unless by such an operator. A stretch starts with the first site in it, and in inference
-that site's input is converted.
+stays it): its users are sites, which convolve or add it, and operators that keep the format, or take each
+(`rewrite_formats`); any other user gets a contiguous copy. What somebody views is contiguous as in eager mode, but for
+parts of its channels that only such users take, and so is what is written to, unless by such an operator. A stretch
+starts with the first site in it, and in inference that site's input is converted.
 
 With gradients, ATen brings a contiguous weight into this format in every step, and its gradient back: there are
 stretches where the maps that sites take and give outweigh the weights (`_MAPS`; docs/facts.md). Norms by a map's own
@@ -18,42 +18,41 @@ its other operators return what is contiguous.
 
 from __future__ import annotations
 
-import math
-import operator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..cpu.norm_inference import SMALL
-from ..dispatch import on_cpu, outsized
+from ..dispatch import on_cpu
 from ..memory_format import in_format, suggests_channels_last
 from .rewrite_calls import call_kind, conv_functions
-from .rewrite_effects import Everything, storages, value, written
+from .rewrite_effects import Everything, numel, storages, value, written
+from .rewrite_formats import (
+    SLOW_OF_CONTIGUOUS,
+    converts_itself,
+    follows,
+    is_part,
+    keeps,
+    maps_of,
+    outsized_site,
+    pooled_to_one,
+    reads,
+    splits,
+    writes_at_each_place,
+)
 from .rewrite_norm import NormCall, as_norms
 from .rewrite_site import Site
 
 __all__ = ["keep_channels_last"]
 
-# Of two or more maps of one shape, of one and numbers, or of one. (Not among them: what draws random numbers, whose
-# places follow the memory, and sums over positions, whose order does.)
-_SUMS = frozenset(
-    {operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.div}
-    | {"add", "sub", "mul", "div"}
-)
-_POOLS = frozenset({torch.max_pool2d, F.max_pool2d, F.max_pool3d})
-_SHUFFLES = frozenset({torch.pixel_shuffle, torch.pixel_unshuffle})
-_ONTO = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv, "add_", "sub_", "mul_", "div_"})
 _VIEWS = frozenset({"view", "reshape", "permute", "transpose", "unflatten"})
 _MAPS = 16  # numbers of maps for each of weights, from which on a graph with gradients has stretches
-_OF_ONE_MAP = frozenset({F.batch_norm, torch.batch_norm, F.prelu, torch.prelu, "prelu"})  # and vectors
 
 
 def keep_channels_last(graph: fx.Graph) -> int:
     """Mark the sites whose results stay channels-last (`Site.channels_last`), and put copies where they end. Bytes of
-    the maps that are converted where that begins and ends, less those of shuffles, which of contiguous maps cost ATen
-    as much."""
+    the maps that are converted where that begins and ends, less those of what costs ATen as much more of contiguous
+    maps."""
     layout = _Layout(graph, inference=not torch.is_grad_enabled())
     layout.apply()
     return layout.converted
@@ -80,7 +79,7 @@ class _Layout:
         changed: set[Any] = set().union(*(written(n) for n in others))
         if Everything in changed:
             return
-        kept = {n for n in nodes if self._is_map(n) and self._keeps(n) and not storages(n) & changed}
+        kept = {n for n in nodes if self._is_map(n) and keeps(n, self.inference) and not storages(n) & changed}
         self.kept = kept
         while drop := {n for n in kept if self._ends(n)}:
             kept -= drop
@@ -100,7 +99,7 @@ class _Layout:
                 if node in kept or any(n in kept and self._takes(node, n) for n in _taken(node)):
                     node.target.channels_last = node in kept or self.eager[node] == "last"
                     node.target.converts = self.inference
-                    node.target.given_contiguous = self.eager.get(node.args[0]) == "contiguous"
+                    node.target.given_contiguous = self.eager.get(node.args[0]) in ("contiguous", "part")
                     if node.target.given_contiguous and node.args[0] not in kept:
                         self.converted += _bytes(node.args[0])
                     if node.target.channels_last is False:
@@ -110,8 +109,9 @@ class _Layout:
         for node in nodes:
             if node in kept:
                 self._end(node)
-                if node.target in _SHUFFLES:
-                    self.converted -= _bytes(node)
+                self._pooled(node)
+                if node.target in SLOW_OF_CONTIGUOUS:
+                    self.converted -= _bytes(maps_of(node)[0])
 
     @staticmethod
     def _outweigh(kept: set[fx.Node]) -> bool:
@@ -120,9 +120,9 @@ class _Layout:
         for node in kept:
             if isinstance(node.target, Site):
                 convolutions = sum(call.kind.name.startswith("conv") for call in node.target.calls)
-                maps += convolutions * (_numel(node) + _numel(node.args[0]))
+                maps += convolutions * (numel(node) + numel(node.args[0]))
                 others = (a for k, a in enumerate(node.args[1:]) if k not in node.target.added)
-                weights += sum(_numel(a) for a in others if isinstance(value(a), Tensor) and value(a).dim() == 4)
+                weights += sum(numel(a) for a in others if isinstance(value(a), Tensor) and value(a).dim() == 4)
         return maps >= _MAPS * weights
 
     def _end(self, node: fx.Node) -> None:
@@ -130,7 +130,7 @@ class _Layout:
         if self.eager[node] != "contiguous":
             return
         for user in list(node.users):
-            if self._takes(user, node) or user in self.kept and not isinstance(user.target, Site):
+            if self._accepts(user, node):
                 continue
             with self.graph.inserting_before(user):
                 copy = self.graph.call_method("contiguous", (node,))
@@ -138,9 +138,17 @@ class _Layout:
             copy.meta = dict(node.meta)
             user.replace_input_with(node, copy)
 
+    def _pooled(self, node: fx.Node) -> None:
+        """Where each channel of it is pooled to one mean: to strides as of a contiguous map."""
+        for user in list(node.users) if self.eager[node] in ("contiguous", "part") else ():
+            if self.inference and pooled_to_one(user):
+                user.target, user.args = torch.mean, (node, tuple(range(2, value(node).dim())))
+                user.kwargs = {"keepdim": True}
+
     def _is_map(self, node: fx.Node) -> bool:
         """Whether it gives images that are contiguous in eager mode, and that only; in inference, or channels-last."""
-        return self.eager.get(node) in (("contiguous", "last", "odd") if self.inference else ("contiguous",))
+        found = ("contiguous", "last", "odd", "part") if self.inference else ("contiguous",)
+        return self.eager.get(node) in found
 
     def _untold(self, node: fx.Node) -> bool:
         """Whether Dynamo does not say the truth of a result (N, C, L): of a convolution whose weight, or input of one
@@ -161,8 +169,12 @@ class _Layout:
 
     def _in_eager_mode(self, node: fx.Node) -> str:
         """How eager mode's result lies in memory: "contiguous"; channels-last, "last"; so, but "odd", with a stride of
-        the batch's one image that ATen does not take for that; "" for what is no map. (Dynamo does not say the truth of
+        the batch's one image that ATen does not take for that; "part" of a contiguous one's channels, or all parts; ""
+        for what is no map. (Dynamo does not say the truth of
         odd ones.)"""
+        if self.inference and (splits(node) or is_part(node)):
+            of = self.eager.get(node.args[0], "")  # type: ignore[arg-type]
+            return "part" if of == "contiguous" else of if of in ("part", "last") else ""
         t = value(node)
         if not isinstance(t, Tensor) or t.dim() not in ((3, 4, 5) if self.inference else (4,)):
             return ""
@@ -179,7 +191,7 @@ class _Layout:
         said = _said(node)
         if node.op == "call_method" and node.target in _VIEWS:
             return said if suggests_channels_last(t.shape, _strides(node)) or said == "contiguous" else "odd"
-        maps = [n for n in _maps(node) if self.eager.get(n)]
+        maps = [n for n in maps_of(node) if self.eager.get(n)]
         given = [self.eager[n] for n in maps]
         if said != "last" or not given or "odd" not in given and all(self.eager[n] == _said(n) for n in maps):
             return said
@@ -190,14 +202,16 @@ class _Layout:
             weights = [self.eager.get(a) for k, a in enumerate(node.args[1:]) if k not in node.target.added]  # type: ignore[arg-type]
             return "last" if "last" in (given[0], *weights) else "contiguous"
         kind = call_kind(node.target)
-        follows = node.target in _SUMS or kind is not None and (kind.pointwise or kind.name == "prelu")
-        return given[0] if follows or given[0] != "odd" else "contiguous"
+        as_given = follows(node) or kind is not None and kind.name == "prelu"
+        return given[0] if as_given or given[0] != "odd" else "contiguous"
 
     def _ends(self, node: fx.Node) -> bool:
         """Whether a node of ``kept`` cannot be: what it is made of is not, or a user gives the same memory as
         something else."""
         kept = self.kept
-        if not isinstance(node.target, Site) and not kept.issuperset(_maps(node)):
+        if not isinstance(node.target, Site) and not kept.issuperset(maps_of(node)):
+            return True
+        if self.eager[node] == "part" and not all(self._accepts(user, node) for user in node.users):
             return True
         mine = storages(node)
         return any(storages(user) & mine and user not in kept for user in node.users if user.op != "output")
@@ -209,62 +223,20 @@ class _Layout:
         first = node.args[0] if node.args else None
         if not isinstance(first, fx.Node) or not self._is_map(node) or not self._is_map(first):
             return False
-        if node.target in _ONTO:
-            return storages(node) == storages(first) and self._one_shape(node)
-        kind = call_kind(node.target)
-        return kind is not None and kind.pointwise and storages(node) == storages(first)
+        return storages(node) == storages(first) and writes_at_each_place(node)
 
-    def _keeps(self, node: fx.Node) -> bool:
-        """Whether it gives the format that it gets, and the same numbers in each."""
-        target = node.target
-        if _converts_itself(node) or _outsized(node):
-            return False
-        if isinstance(target, Site):
-            return target.any_format(self.inference)
-        if node.op not in ("call_function", "call_method"):
-            return False
-        if target in _SUMS or self.inference and target in _ONTO:
-            return self._one_shape(node)
-        kind = call_kind(target)
-        if value(node).dim() == 3:
-            return kind is not None and kind.pointwise and kind.bind(node.args, node.kwargs) is not None
-        if isinstance(node.target, NormCall):
+    def _accepts(self, user: fx.Node, node: fx.Node) -> bool:
+        """Whether ``user`` may be given ``node`` channels-last."""
+        if self._takes(user, node) or user in self.kept and not isinstance(user.target, Site):
             return True
-        if target is torch.cat:
-            dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
-            return isinstance(dim, int) and dim == 1
-        if target in _POOLS:
-            return True
-        if target in _SHUFFLES:
-            return self.inference and value(node).dim() == 4
-        if kind is None:
-            return False
-        bound = kind.bind(node.args, node.kwargs)
-        if bound is None:
-            return False
-        if kind.name == "interpolate":
-            return bound["mode"] == "nearest" or self.inference
-        if self.inference and kind.name == "batch_norm":
-            return bound["training"] is False
-        if kind.name == "prelu":
-            return self.inference
-        if kind.name == "pad":
-            pad = bound["pad"]
-            plain = isinstance(pad, (list, tuple)) and len(pad) <= 4 and bound["mode"] != "circular"
-            return self.inference and plain and value(node).dim() == 4
-        return kind.pointwise
-
-    @staticmethod
-    def _one_shape(node: fx.Node) -> bool:
-        shape = value(node).shape
-        return all(value(n).shape == shape for n in _maps(node))
+        return self.inference and reads(user, node)
 
     def _takes(self, user: fx.Node, node: fx.Node) -> bool:
         """Whether ``user`` is a site with a result like `_is_map` that takes ``node``, and as that alone. (The result
         of one dimension follows no format: of one channel it may be, too.)"""
         if not isinstance(user.target, Site) or not user.target.any_format(self.inference):
             return False
-        if _converts_itself(user) or _outsized(user):
+        if converts_itself(user) or outsized_site(user):
             return False
         told = self.inference and value(user).dim() == 3 and user not in self.untold and value(user).is_contiguous()
         if not (self._is_map(user) or told):
@@ -295,37 +267,8 @@ def _untrue(node: fx.Node) -> bool:
     return found and "group_norm" in names and y.is_contiguous()
 
 
-def _converts_itself(node: fx.Node) -> bool:
-    """Whether it is an InstanceNorm of images so small that ATen's is taken, which would convert them and back."""
-    if isinstance(node.target, NormCall):
-        instance = node.target.norm.kind == "instance"
-    else:
-        instance = isinstance(node.target, Site) and any(c.kind.name == "instance_norm" for c in node.target.calls)
-    return instance and _numel(node) <= SMALL["instance"] * value(node).shape[0]
-
-
-def _outsized(node: fx.Node) -> bool:
-    """Whether it is a site whose first call is a transposed convolution that is `outsized`."""
-    if not isinstance(node.target, Site) or node.target.calls[0].kind.name != "conv_transpose3d":
-        return False
-    call = node.target.calls[0]
-    bound = call.kind.bind(call.args, call.kwargs)
-    assert bound is not None
-    kernel = value(node.args[1 + bound["weight"].place]).shape[2:]
-    return outsized(bound["groups"], kernel, _sizes(node.args[0])[2:])
-
-
-def _sizes(node: Any) -> list[int]:
-    """As at the first call."""
-    return [n.node.hint or 1 if isinstance(n, torch.SymInt) else n for n in value(node).shape]
-
-
-def _numel(node: Any) -> int:
-    return math.prod(_sizes(node))
-
-
 def _bytes(node: Any) -> int:
-    return _numel(node) * value(node).element_size()
+    return numel(node) * value(node).element_size()
 
 
 def _strides(node: fx.Node) -> tuple[int, ...]:
@@ -345,14 +288,6 @@ def _said(node: fx.Node) -> str:
     """What Dynamo says of `_Layout._in_eager_mode`."""
     t = value(node)
     return "contiguous" if t.is_contiguous() else "last" if suggests_channels_last(t.shape, t.stride()) else "odd"
-
-
-def _maps(node: fx.Node) -> list[fx.Node]:
-    """The tensors that it is given, but for a norm's vectors and PReLU's."""
-    found = [n for n in node.all_input_nodes if isinstance(value(n), Tensor)]
-    if isinstance(node.target, NormCall) or node.target in _OF_ONE_MAP:
-        return found[:1]
-    return found
 
 
 def _taken(node: fx.Node) -> set[Any]:

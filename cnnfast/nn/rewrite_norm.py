@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from ..activations import Activation
 from ..dispatch import needs_gradient, watched
-from ..memory_format import format_of
+from ..memory_format import format_of, reformatted
 from ..norms import Norm
 from ..ops.run import run_step
 from ..step import Operands, Step, norm_step
@@ -42,10 +42,13 @@ class NormCall:
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         o = Operands(x, scale=weight, shift=bias)
-        if x.dim() in (4, 5) and not x.is_contiguous() and x.is_contiguous(memory_format=format_of(x.dim(), True)):
-            if not watched(x) and not needs_gradient(o):
+        if x.dim() in (4, 5) and not x.is_contiguous() and not watched(x) and not needs_gradient(o):
+            if self.channels_last:
+                x = reformatted(x, True)  # it may be a part of a map's channels
+            if x.is_contiguous(memory_format=format_of(x.dim(), True)):
                 # PyTorch's InstanceNorm gives a contiguous result, its GroupNorm, on a CPU, one like its input.
-                return run_step(self._step, o, channels_last=self.channels_last or self.norm.kind == "group")
+                last = self.channels_last or self.norm.kind == "group"
+                return run_step(self._step, o._replace(x=x), channels_last=last)
         eps = self.norm.eps
         if self.norm.kind == "group":
             y = F.group_norm(x, self.norm.groups, weight, bias, eps)

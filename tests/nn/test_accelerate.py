@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cnnfast
+from cnnfast.cpu import norm_inference
 from cnnfast.cpu.packing import PACKS
 from cnnfast.messages import CnnfastWarning, UsageError
 from cnnfast.nn import rewrite, rewrite_layout
@@ -744,6 +745,56 @@ def twice(y: Tensor) -> Tensor:
     return y
 
 
+def normed(y: Tensor) -> Tensor:
+    """A norm over the channels, written out."""
+    mean = y.mean(1, keepdim=True)
+    variance = (y - mean).pow(2).mean(dim=1, keepdim=True)
+    return (y - mean) / torch.sqrt(variance + 1e-6) * torch.linspace(0.5, 2, 32).view(32, 1, 1)
+
+
+def gated(y: Tensor) -> Tensor:
+    """By the channels' means and by the positions'."""
+    by_channel = torch.sigmoid(F.adaptive_avg_pool2d(y, 1)) * y.mean((2, 3), keepdim=True)
+    by_channel = by_channel + F.adaptive_avg_pool2d(y, 1)
+    by_position = torch.cat([y.mean(1, keepdim=True), torch.max(y, 1, keepdim=True)[0]], 1).sigmoid().mean(1, True)
+    return by_position * (by_channel * y)
+
+
+def halves(y: Tensor) -> Tensor:
+    a, b = y.chunk(2, dim=1)
+    c, d = torch.split(torch.cat([a * b, y[:, 8:24]], 1), [16, 16], dim=1)
+    return torch.cat([F.silu(c) - 1, F.avg_pool2d(d, 3, 1, 1)], 1)
+
+
+def half_viewed(y: Tensor) -> Tensor:
+    a, b = y.chunk(2, dim=1)
+    return y * b.flatten(1).mean(1).view(-1, 1, 1, 1) + torch.cat([a, a], 1)
+
+
+def half_returned(m: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    return m.second(y), y[:, :16]
+
+
+def half_overwritten(y: Tensor) -> Tensor:
+    z = y * 2
+    a, b = z[:, :16], z[:, 16:]
+    a.mul_(b.detach().clone())
+    return torch.cat([b, a], 1)
+
+
+def half_normed(m: Any, y: Tensor) -> Tensor:
+    a, b = y.chunk(2, dim=1)
+    return m.second(
+        torch.cat(
+            [
+                F.group_norm(a, 4),
+                F.conv2d(b, m.wide[:, :16], padding=1),
+            ],
+            1,
+        )
+    )
+
+
 BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Any], list[bool | None]]] = {
     "a step with two users": (lambda m, y: m.second(y) + m.second(y * 0.5), [True, False, True]),
     "activations": (lambda m, y: m.second(F.silu(y) + F.relu(y) * 0.5), [True, False]),
@@ -776,6 +827,14 @@ BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Any], list[bool | None]]] = {
     "bilinear": (lambda m, y: m.second(F.interpolate(y * 2, scale_factor=2.0, mode="bilinear")), [True, False]),
     "overwritten": (lambda m, y: m.second((y * 2).mul_(0.5).relu_()), [None, None]),
     "added to": (lambda m, y: m.second(operator.iadd(y * 2, y)) + y.mean(), [None, None]),
+    "a norm over the channels": (lambda m, y: m.second(normed(y)), [None, None]),
+    "gates": (lambda m, y: m.second(gated(y)), [None, None]),
+    "parts of the channels": (lambda m, y: m.second(halves(y)), [None, None]),
+    "a viewed part of the channels": (lambda m, y: m.second(half_viewed(y)), [None, None]),
+    "a returned part of the channels": (half_returned, [None, None]),
+    "an overwritten part of the channels": (lambda m, y: m.second(half_overwritten(y)), [None, None]),
+    "a norm of a part": (half_normed, [None, None, None]),
+    "normalized": (lambda m, y: m.second(F.normalize(y, dim=1) + y.norm(dim=1, keepdim=True)), [None, None]),
     "a view is overwritten": (lambda m, y: m.second(twice(y * 2)), [None, None]),
 }
 # Without gradients, more stays.
@@ -789,18 +848,24 @@ IN_INFERENCE: dict[str, list[bool | None]] = {
     "a norm": [True, False],
     "a norm of each channel": [True, False],
     "a norm by what was measured before": [True, False],
+    "a norm over the channels": [True, False],
+    "gates": [True, False],
+    "parts of the channels": [True, False],
+    "a norm of a part": [True, True, False],
+    "normalized": [True, False],
     "overwritten": [True, False],
     "added to": [True, False],
 }
 
 
+@pytest.mark.filterwarnings("error::cnnfast.messages.CnnfastWarning")
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("name", BETWEEN)
 def test_channels_last_stays_between_steps_where_nobody_can_tell(
     name: str, gradients: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rewrite_layout, "_MAPS", 0)  # as if the maps were larger
-    monkeypatch.setitem(rewrite_layout.SMALL, "instance", 0)
+    monkeypatch.setitem(norm_inference.SMALL, "instance", 0)
     between, formats = BETWEEN[name]
     if name == "written" and gradients:
         pytest.skip("autograd has saved it")

@@ -201,6 +201,52 @@ class Shuffled(nn.Module):
         return F.avg_pool2d(y, 2)
 
 
+class Restored(nn.Module):
+    """A block of networks that repair pictures: a norm over the channels, written out or in one call, halves of the
+    channels that gate each other, and means of channels and of positions that scale the map."""
+
+    def __init__(self, r: random.Random, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.first, self.wide = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_out, 2 * c_out, 1)
+        self.deep = nn.Conv2d(2 * c_out, 2 * c_out, 3, padding=1, groups=2 * c_out)
+        self.squeeze, self.last = nn.Conv2d(c_out, c_out, 1), nn.Conv2d(c_out, c_out, 1)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, c_out).view(1, c_out, 1, 1))
+        self.hows = [r.randrange(n) for n in (4, 5, 5)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        norm, gate, squeeze = self.hows
+        y = x - x.mean(1, keepdim=True)
+        if norm == 0:
+            y = y / (y.pow(2).mean(dim=1, keepdim=True) + 1e-4).sqrt()
+        elif norm == 1:
+            y = y * torch.rsqrt(x.var(1, keepdim=True, unbiased=False) + 1e-4)
+        elif norm == 2:
+            y = F.normalize(x, dim=1, eps=1e-3) * 2 + y.abs().amax(1, keepdim=True)
+        y = self.deep(self.wide(y * self.scale))
+        if gate < 2:
+            a, b = y.chunk(2, dim=1) if gate else torch.split(y, y.shape[1] // 2, dim=1)
+            y = a * F.softplus(b)
+        elif gate == 2:
+            a, b = y[:, ::2], y[:, 1::2]
+            y = torch.cat([a, b.relu()], 1)[:, : a.shape[1]] + b
+        elif gate == 3:
+            a, b = y.split([y.shape[1] // 2] * 2, 1)
+            y = b.clamp(-1, 1) - a.flatten(2).mean(2)[:, :, None, None]
+        else:
+            half = y.shape[1] // 2
+            y = y[:, :half].mul_(y[:, half:].detach()) if not torch.is_grad_enabled() else y[:, :half] * 2
+        if squeeze == 0:
+            y = self.squeeze(F.adaptive_avg_pool2d(y, 1)) * y
+        elif squeeze == 1:
+            y = y * self.squeeze(y.mean((2, 3), keepdim=True)).sigmoid()
+        elif squeeze == 2:
+            y = torch.cat([y.mean(1, True), y.max(1, keepdim=True)[0]], 1).amax(1, True).sigmoid() * y
+        elif squeeze == 3:
+            y = y + F.interpolate(F.adaptive_max_pool2d(y, 4), size=y.shape[2:]) / (1 + y.std((2, 3), keepdim=True))
+        return x + self.last(y)
+
+
 class Vocoder(nn.Module):
     """A block of one dimension with computed weights, along the rows: activations ahead of the convolutions."""
 
@@ -260,7 +306,7 @@ class Counting(nn.Module):
 
 PARTS: list[Part] = [
     Functional, Residual, Upsampled, Transposed, TwoConsumers, Overwritten, Shared, Computed, Random, Controlled,
-    Counting, Shuffled, Vocoder,
+    Counting, Shuffled, Restored, Vocoder,
 ]  # fmt: skip
 
 
