@@ -59,8 +59,8 @@ _SHUFFLES = frozenset({torch.pixel_shuffle, torch.pixel_unshuffle})
 SLOW_OF_CONTIGUOUS = _POOLED | _SHUFFLES  # docs/facts.md
 _ONTO = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv, "add_", "sub_", "mul_", "div_"})
 _OF_ONE_MAP = frozenset({F.batch_norm, torch.batch_norm, F.prelu, torch.prelu, "prelu"})  # and vectors
-_OVER = _named("mean sum amax amin var std norm")  # with ``dim``, second or by name
-_VALUES_OVER = _named("max min")  # of one dimension, with the places
+_OVER = _named("mean sum amax amin var std norm max min")  # with ``dim``, second or by name
+_OVER_CHANNELS = _named("amax amin norm max min")  # of all positions, ATen takes these slower of channels-last maps
 _SPLITS = _named("chunk split tensor_split")
 
 
@@ -195,7 +195,8 @@ def outsized_site(node: fx.Node) -> bool:
 
 def reads(node: fx.Node, x: fx.Node) -> bool:
     """Whether it takes the map x, as that alone, in any format, and gives for each the same numbers, but for rounding,
-    in the same strides: a mean and the like over the channels, over all positions, or over both."""
+    in the same strides: a mean and the like over the channels, over all positions, or over both; an extreme or a norm
+    over the channels."""
     if node.op not in ("call_function", "call_method") or not node.args or node.args[0] is not x:
         return False
     if node.all_input_nodes != [x] or not isinstance(value(x), Tensor) or value(x).dim() < 4:
@@ -207,20 +208,20 @@ def reads(node: fx.Node, x: fx.Node) -> bool:
     if over is None or "out" in node.kwargs or "dtype" in node.kwargs:
         return False
     over = {d + n if d < 0 else d for d in over}
-    if node.target in _VALUES_OVER:
+    if node.target in _OVER_CHANNELS:
         return over == {1}
     return over in ({1}, set(range(2, n)), set(range(1, n)))
 
 
 def _over(node: fx.Node) -> set[int] | None:
-    """The dimensions that are given to a function of `_OVER` or `_VALUES_OVER`."""
-    if node.target not in _OVER | _VALUES_OVER:
+    """The dimensions that are given to a function of `_OVER`."""
+    if node.target not in _OVER:
         return None
     place = 2 if node.target in _named("norm") else 1
     dim = node.kwargs.get("dim", node.args[place] if len(node.args) > place else None)
-    if type(dim) is int and dim is not None:
+    if type(dim) is int:
         return {dim}
-    if isinstance(dim, (list, tuple)) and dim and all(type(d) is int for d in dim) and node.target in _OVER:
+    if isinstance(dim, (list, tuple)) and dim and all(type(d) is int for d in dim):
         return set(dim)
     return None
 
