@@ -193,8 +193,8 @@ def test_backend_context_keeps_what_it_hands_to_autograd() -> None:
     for _ in range(100):
         with cnnfast.backend("aten"), cnnfast.backend("triton"):
             pass
-    after = sys.getrefcount(dispatch._NONE)
-    assert abs(after - before) < 50
+    after = sys.getrefcount(dispatch._NONE)  # outside of the assert, for which pytest holds one more
+    assert abs(after - before) <= 1
 
 
 def test_backend_context_is_of_its_task() -> None:

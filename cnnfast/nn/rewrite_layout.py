@@ -170,8 +170,7 @@ class _Layout:
     def _in_eager_mode(self, node: fx.Node) -> str:
         """How eager mode's result lies in memory: "contiguous"; channels-last, "last"; so, but "odd", with a stride of
         the batch's one image that ATen does not take for that; "part" of a contiguous one's channels, or all parts; ""
-        for what is no map. (Dynamo does not say the truth of
-        odd ones.)"""
+        for what is no map. (Dynamo does not say the truth of odd ones.)"""
         if self.inference and (splits(node) or is_part(node)):
             of = self.eager.get(node.args[0], "")  # type: ignore[arg-type]
             return "part" if of == "contiguous" else of if of in ("part", "last") else ""

@@ -784,15 +784,7 @@ def half_overwritten(y: Tensor) -> Tensor:
 
 def half_normed(m: Any, y: Tensor) -> Tensor:
     a, b = y.chunk(2, dim=1)
-    return m.second(
-        torch.cat(
-            [
-                F.group_norm(a, 4),
-                F.conv2d(b, m.wide[:, :16], padding=1),
-            ],
-            1,
-        )
-    )
+    return m.second(torch.cat([F.group_norm(a, 4), F.conv2d(b, m.wide[:, :16], padding=1)], 1))
 
 
 BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Any], list[bool | None]]] = {
