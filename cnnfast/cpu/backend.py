@@ -12,6 +12,7 @@ from ..dispatch import Arrangement, Planned, Ready, channels_last_inside, needs_
 from ..memory_format import convert, has_both
 from ..step import Operands, Step
 from . import inference, norm_inference, tuned
+from .isa import process
 from .training import run as by_layers
 from .training import stays_contiguous, why_slower_3d
 
@@ -95,7 +96,7 @@ def arrange(
 # one dimension whatever the format).
 SMALL, SMALL_IN_TRAINING = 2**21, 2**17
 LEAST_SAVED, _LARGE_WEIGHT = 2**20, 2**21
-_MANY = 6  # convolutions of which none gains by itself
+_MANY, _MANY_FULL_WIDTH = 6, 4  # convolutions of which none gains by itself
 
 
 def _too_small(
@@ -199,7 +200,8 @@ def _few_vectors(steps: Sequence[Planned], shapes: Sequence[torch.Size]) -> bool
     """Whether the chain has so few convolutions that conversions at its ends cost what those of each would, which
     oneDNN makes itself, in whole vectors of float32."""
     whole = all(shape[1] % 16 == 0 for shape in shapes)
-    return steps[0].ndim == 2 and len(steps) < _MANY and whole and all(s.dtype == torch.float32 for s in steps)
+    few = len(steps) < (_MANY_FULL_WIDTH if process().full_width else _MANY)
+    return steps[0].ndim == 2 and few and whole and all(s.dtype == torch.float32 for s in steps)
 
 
 def _outsized(s: Planned, shape: Sequence[int]) -> bool:

@@ -26,7 +26,7 @@ from ..step import Operands, Step
 from . import tuned
 from .finish import activated
 from .isa import InstructionSet, Process, instruction_set, lowered_products, process, products_dtype
-from .methods import METHODS, applicable, by_rule, winograd_gain
+from .methods import METHODS, applicable, by_rule, moving, winograd_gain
 from .onednn import Convolution, Deconvolution, Method, PostOp, Projection, layout, passed_over, post_op, why_missing
 from .packing import PACKS, why_not_cacheable
 from .weight import summed_weight
@@ -44,7 +44,7 @@ def methods_of(step: Step, shape: tuple[int, ...], dtype: torch.dtype, now: Proc
     return applicable(step.spec, _padded(step, shape), compute, not now.lowered or compute != torch.float32)
 
 
-_CONVERSION = 150  # multiply-adds in the time that ATen takes to bring a number into or out of channels-last
+_CONVERSION = 150  # multiply-adds, times `moving`, while ATen brings a number into or out of channels-last
 # Multiply-adds from which packed operators beat ATen's own loops in three dimensions: plain, transposed, upsampled.
 _LEAST_3D, _LEAST_3D_TRANSPOSED, _LEAST_3D_UPSAMPLED = 2e6, 2e7, 2e5
 
@@ -144,8 +144,8 @@ def _why_slower_plain(
     elements = before + after
     way = _way(step, shape, dtype, now)
     if isinstance(way, Way) and isinstance(way.method, Winograd):
-        saved = 1 - 1 / winograd_gain(s, padded, now.threads)
-        if not nchw or saved * s.macs(shape[0], padded[2:]) > _CONVERSION * elements:
+        saved = 1 - 1 / winograd_gain(s, padded, now)
+        if not nchw or saved * s.macs(shape[0], padded[2:]) > moving(now) * _CONVERSION * elements:
             return None
     if shape[2] == s.kernel_size[0] == 1 and not nchw:
         return _too_few(s, padded, 2e6)  # one dimension: ATen would copy a channels-last map, or the weight
@@ -155,7 +155,7 @@ def _why_slower_plain(
     weights = math.prod(s.weight_shape)
     if weights >= max(elements, 2**17):
         return None  # ATen brings the weight into oneDNN's layout on every call
-    large = weights >= 2**15 and s.macs(shape[0], padded[2:]) >= 1.5e8
+    large = weights >= (2**17 if now.full_width else 2**15) and s.macs(shape[0], padded[2:]) >= 1.5e8
     if not (nchw or last) and dtype == torch.float32 and s.ndim == 2 and now.threads > 1 and large:
         return None  # and ahead of that into channels-last, by one thread
     intense = s.macs(padded[0], padded[2:]) >= 64 * elements
@@ -209,7 +209,7 @@ def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, now: Process, c
     if chosen is not None and chosen in right:
         known: Method = METHODS[chosen](step.spec, padded, compute)  # type: ignore[call-arg]
         return Way(known, post_op(step.activation), None, _check_pays(step, shape, dtype), chosen)
-    kind = by_rule(step.spec, padded, compute, isa, now.threads, right)
+    kind = by_rule(step.spec, padded, compute, isa, now, right)
     if kind.__name__ not in right:
         return "oneDNN has no deconvolution whose output padding reaches the stride"
     method = kind(step.spec, padded, compute)  # type: ignore[call-arg]

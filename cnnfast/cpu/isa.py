@@ -18,6 +18,7 @@ __all__ = [
     "Process",
     "cpu_model",
     "cpu_name",
+    "full_width",
     "instruction_set",
     "lowered_products",
     "process",
@@ -100,6 +101,22 @@ def instruction_set() -> InstructionSet:
     return min(found, _LIMITS.get(asked, InstructionSet.AMX_FP16))
 
 
+# Models of family 6 with AVX-512 and one unit for it: Cannon, Ice, Tiger and Rocket Lake, of notebooks and desktops.
+_ONE_UNIT = {"102", "125", "126", "140", "141", "167"}
+
+
+@lru_cache(maxsize=1)
+def full_width() -> bool:
+    """Whether a core multiplies and adds 32 float32 numbers in a cycle: two whole units of 512 bits (Intel's servers,
+    AMD from Zen 5 on). With AVX2, and where AVX-512 takes two cycles or has one unit, it is 16."""
+    if instruction_set() < InstructionSet.AVX512:
+        return False
+    vendor, family, model = (*_cpuinfo("vendor_id|cpu family|model"), "", "", "")[:3]
+    if vendor == "AuthenticAMD":
+        return family.isdigit() and int(family) >= 26
+    return (family, model) not in {("6", m) for m in _ONE_UNIT}
+
+
 @lru_cache(maxsize=1)
 def cache_bytes() -> int:
     """The second-level cache of one core; 2 MiB where torch does not say."""
@@ -118,16 +135,17 @@ def lowered_products() -> bool:
 
 
 class Process(NamedTuple):
-    """What else than the processor decides which method is right and fast: what `lowered_products` says, and PyTorch's
-    threads."""
+    """What else than instructions decides which method is right and fast: what `lowered_products` says, PyTorch's
+    threads, and what `full_width` says."""
 
     lowered: bool
     threads: int
+    full_width: bool
 
 
 def process() -> Process:
     """As it is now."""
-    return Process(lowered_products(), torch.get_num_threads())
+    return Process(lowered_products(), torch.get_num_threads(), full_width())
 
 
 def products_dtype(dtype: torch.dtype, isa: InstructionSet) -> torch.dtype:

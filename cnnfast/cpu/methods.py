@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 
 from ..spec import ConvSpec
-from .isa import InstructionSet, cache_bytes
+from .isa import InstructionSet, Process, cache_bytes
 from .onednn import Convolution, Deconvolution, Gathered, Merged, Method, Projection
 from .winograd import Winograd
 
@@ -42,7 +42,7 @@ def applicable(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, matmu
 
 
 def by_rule(
-    spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet, threads: int, right: list[str]
+    spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet, now: Process, right: list[str]
 ) -> type[Method]:
     """The method for products in ``dtype`` on an input (N, C_in, *size) whose border is already repeated; ``right``:
     of `applicable`."""
@@ -52,18 +52,25 @@ def by_rule(
         return Merged
     if "Gathered" in right and gathers(spec, shape, dtype, isa):
         return Gathered
-    if "Winograd" in right and winograd_gain(spec, shape, threads) > 1:
+    if "Winograd" in right and winograd_gain(spec, shape, now) > 1:
         return Winograd
     return Deconvolution if spec.transposed else Convolution
 
 
+def moving(now: Process) -> float:
+    """The multiply-adds in the time that a number is moved in, over those where a core takes 16 of them in a cycle: of
+    twice as many in a cycle, memory and calls take as long as before. (Measured: docs/facts.md, "Winograd".)"""
+    return 2.2 if now.full_width else 1.0
+
+
 @lru_cache(maxsize=4096)
-def winograd_gain(spec: ConvSpec, shape: tuple[int, ...], threads: int) -> float:
+def winograd_gain(spec: ConvSpec, shape: tuple[int, ...], now: Process) -> float:
     """What `Winograd` is expected to be faster by than `Convolution` or `Deconvolution` inside of a model; 1 where it
     does not apply. (What `Winograd.gain` says of hot caches and a busy machine, held against models: docs/facts.md.)"""
     if not Winograd.applies(spec, shape):
         return 1.0
-    return Winograd(spec, shape, torch.float32).gain(threads) / float(0.95 * threads**0.075)
+    gain = Winograd(spec, shape, torch.float32).gain(now.threads, moving(now))
+    return gain / float(0.95 * now.threads**0.075)
 
 
 def gathers(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> bool:

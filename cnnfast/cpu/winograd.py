@@ -100,11 +100,12 @@ class Winograd:
         """Whether there are filters, with errors within the tolerance rule, and batched products to transform by."""
         return _axis(spec, shape) is not None and torch.backends.mkl.is_available()
 
-    def gain(self, threads: int) -> float:
+    def gain(self, threads: int, moving: float) -> float:
         """What it is expected to be faster by than the same arithmetic at the rate of oneDNN's own operators. In
         multiply-adds at that rate, it costs its products, numbers and tiles that are transformed, numbers that are
-        copied for that, a number of calls and the reading of a larger weight, these less and less with more threads:
-        docs/facts.md, fitted for one and two."""
+        copied for that, a number of calls and the reading of a larger weight, these less and less with more threads,
+        and all but the products more where products are faster (``moving``: `methods.moving`): docs/facts.md, fitted
+        for one and two."""
         spec, t, (n, *size) = self.spec, self.transform, self.shape
         length, of = self.out[self.axis], len(self.outputs)
         blocks = -(-length // (self.tiles * of))
@@ -119,8 +120,8 @@ class Winograd:
         if self.behind_out > 1 or length % of:
             copied += n * math.prod(self.out) * spec.out_channels
         macs, weights = spec.macs(n, size), left * t.tile * math.prod(spec.weight_shape)
-        cost = left * more * macs * (1.28 + 7 / spec.out_channels) + 13 * numbers + 25 * copied
-        return macs / (cost + threads**0.6 * (7500 * (read + made) + (9e6 + 4 * weights) * blocks))
+        moved = 13 * numbers + 25 * copied + threads**0.6 * (7500 * (read + made) + (9e6 + 4 * weights) * blocks)
+        return macs / (left * more * macs * (1.28 + 7 / spec.out_channels) + moving * moved)
 
     def pack(self, weight: torch.Tensor, shift: torch.Tensor | None) -> Any:
         transposed, t, at = self.spec.transposed, self.transform, self.axis

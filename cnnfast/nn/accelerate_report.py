@@ -257,7 +257,8 @@ def _of_chain(site: Site, chain: Chain) -> Iterator[Row]:
         why = by = ""
         flops = moved = 0
         if latest is not None:
-            shape, bound = latest if i == 0 else (shape, latest[1])
+            first, _, bound = latest
+            shape = first if i == 0 else shape
             why = bound if isinstance(bound, str) else bound.runs[i].as_modules or ""
             by = "" if isinstance(bound, str) or why else bound.runs[i].tuned or ""
             if shape is not None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cpu import tuned
+from ..cpu.isa import process
 from ..dispatch import on_cpu, resolve_backend
 from .chain import Chain
 from .fusion import FusedStep
@@ -52,6 +53,7 @@ _FLOPS, _BYTES = 1e11, 4e9  # in a second of one thread
 # of a grouped one; and that ATen does. Beside them, seconds of each such convolution on one thread, and on several.
 _BY_ONEDNN, _BY_ONEDNN_GROUPED, _BY_ATEN = 2.2e10, 1.4e10, 3.3e9
 _A_REORDER, _A_REORDER_ON_THREADS = 1.5e-5, 3e-5
+_SAVED_FULL_WIDTH = 0.25  # of a convolution of contiguous maps, where oneDNN's kernel for its own layout is the slower
 _MAX_KINDS = 64
 
 
@@ -188,32 +190,46 @@ def _saved(graph: Graph) -> float:
 
 
 def _saved_by_site(site: Site, threads: int) -> float:
-    saved = 0.0
-    for item in site.ran if site.off is None else ():
-        if not isinstance(item, Chain) or item.latest is None:
-            continue
-        shape, bound = item.latest
-        for k, s in enumerate(item.steps):
-            flops, moved, after = work(s, shape)
-            seconds = flops / _FLOPS + moved / _BYTES
-            if not isinstance(bound, str) and bound.runs[k].as_modules is None:
-                folded = s.step.norm is not None and not s.step.measured
-                share = _SAVED_3D if s.ndim == 3 else _SAVED_FOLDED if folded else _SAVED
-                saved += share * seconds - _A_STEP * threads
-            elif site.channels_last is not None and s.step.spec is not None:
-                saved += _reordered(s, moved, threads)
-            if after is None:
-                break
-            shape = after
+    chains = [item for item in site.ran if isinstance(item, Chain)] if site.off is None else []
+    return sum(_saved_by_chain(site, chain, threads) for chain in chains)
+
+
+def _saved_by_chain(site: Site, chain: Chain, threads: int) -> float:
+    if chain.latest is None:
+        return 0.0
+    saved, packed = 0.0, False
+    first, contiguous, bound = chain.latest
+    shape: tuple[int, ...] | None = first
+    alone = site.channels_last is None and contiguous and not isinstance(bound, str) and bound.convert
+    for k, s in enumerate(chain.steps):
+        if shape is None:
+            return saved
+        flops, moved, after = work(s, shape)
+        seconds = flops / _FLOPS + moved / _BYTES
+        if not isinstance(bound, str) and bound.runs[k].as_modules is None:
+            packed, folded = True, s.step.norm is not None and not s.step.measured
+            share = _SAVED_3D if s.ndim == 3 else _SAVED_FOLDED if folded else _SAVED
+            saved += share * seconds - _A_STEP * threads
+        elif (alone or site.channels_last is not None and site.given_contiguous) and s.step.spec is not None:
+            saved += _of_contiguous(s, seconds, moved, threads)
+        shape = after
+    if alone and not packed:  # a stretch of its own
+        ends = math.prod(first) + math.prod(shape or ()) * (not bound.runs[-1].channels_last)  # type: ignore[union-attr]
+        saved -= ends * chain.steps[0].dtype.itemsize / _BY_ATEN
     return saved
 
 
-def _reordered(s: FusedStep, moved: int, threads: int) -> float:
-    """Seconds of one thread that a convolution takes longer where its maps are contiguous."""
+def _of_contiguous(s: FusedStep, seconds: float, moved: int, threads: int) -> float:
+    """Seconds of one thread that a convolution of so many takes longer where its maps are contiguous."""
+    spec = s.step.spec
+    saved = moved / (_BY_ONEDNN_GROUPED if spec.groups > 1 else _BY_ONEDNN)
+    spatial = max(spec.kernel_size) > 1
+    dense = spatial and spec.groups == 1 and spec.out_channels > 16 and not spec.transposed
+    if dense and process().full_width and s.dtype == torch.float32:
+        saved += _SAVED_FULL_WIDTH * seconds
     if s.ndim == 1:
-        return moved / _BY_ONEDNN if max(s.step.spec.kernel_size) > 1 else 0.0
-    overhead = _A_REORDER if threads == 1 else _A_REORDER_ON_THREADS * threads
-    return moved / (_BY_ONEDNN_GROUPED if s.step.spec.groups > 1 else _BY_ONEDNN) + overhead
+        return saved if spatial else 0.0
+    return saved + (_A_REORDER if threads == 1 else _A_REORDER_ON_THREADS * threads)
 
 
 def work(s: FusedStep, shape: Sequence[int]) -> tuple[int, int, tuple[int, ...] | None]:

@@ -27,7 +27,15 @@ from ..dispatch import (
     resolve_backend,
 )
 from ..gradients import enter, plain, squeezed
-from ..memory_format import format_of, has_both, in_format, in_rows, is_channels_last, new_strides
+from ..memory_format import (
+    format_of,
+    has_both,
+    in_format,
+    in_rows,
+    is_channels_last,
+    new_strides,
+    suggests_channels_last,
+)
 from ..ops.run import run_step
 from ..reference import run_reference
 from ..step import Operands, Step, one_of_equal
@@ -89,13 +97,14 @@ class Chain:
         return range(self.steps[0].slots[0], self.steps[-1].slots[-1] + 1)
 
     @property
-    def latest(self) -> tuple[tuple[int, ...], Bound | str] | None:
-        """The shape (4-D) of the latest kind of input, and how the chain runs on it."""
+    def latest(self) -> tuple[tuple[int, ...], bool, Bound | str] | None:
+        """The shape (4-D) of the latest kind of input, whether that was contiguous, and how the chain runs on it."""
         if not self._bindings:
             return None
         key, bound = next(reversed(self._bindings.items()))
-        n, c, *size = key[0]  # type: ignore[index]
-        return (n, c, *(1,) * (2 - self.steps[0].ndim), *size), bound
+        (n, c, *size), strides = key[:2]  # type: ignore[index]
+        contiguous = not suggests_channels_last((n, c, *size), strides)
+        return (n, c, *(1,) * (2 - self.steps[0].ndim), *size), contiguous, bound
 
     @cached_property
     def _residuals(self) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from cnnfast.activations import ACTIVATIONS, Activation
-from cnnfast.cpu import inference, methods, onednn
-from cnnfast.cpu.isa import InstructionSet, instruction_set
+from cnnfast.cpu import inference, isa, methods, onednn
+from cnnfast.cpu.isa import InstructionSet, Process, instruction_set
 from cnnfast.cpu.methods import applicable, by_rule
 from cnnfast.cpu.packing import PACKS
 from cnnfast.cpu.winograd import Winograd
@@ -354,7 +354,7 @@ def test_the_rule_of_small_maps() -> None:
 
     def rule(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype, isa: InstructionSet) -> Any:
         right = [name for name in applicable(spec, shape, dtype, True) if name != "Winograd"]
-        return by_rule(spec, shape, dtype, isa, 1, right)
+        return by_rule(spec, shape, dtype, isa, Process(False, 1, False), right)
 
     assert rule(spec, (16, 512, 4, 4), torch.bfloat16, InstructionSet.AMX) is onednn.Gathered
     assert rule(spec, (1, 512, 4, 4), torch.bfloat16, InstructionSet.AMX) is onednn.Deconvolution
@@ -394,6 +394,24 @@ def test_the_limit_of_the_instruction_set_is_honoured(name: str, monkeypatch: py
     processor = detect()
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", name)
     assert detect() == min(processor, InstructionSet[expected.get(name, "AMX_FP16")])
+
+
+@pytest.mark.parametrize(
+    ("limit", "found", "full"),
+    [
+        pytest.param("AVX512", ("GenuineIntel", "6", "106"), True, id="Ice Lake, server"),
+        pytest.param("AMX", ("GenuineIntel", "6", "143"), True, id="Sapphire Rapids"),
+        pytest.param("AVX2", ("GenuineIntel", "6", "106"), False, id="limited"),
+        pytest.param("AVX512", ("GenuineIntel", "6", "140"), False, id="Tiger Lake"),
+        pytest.param("AVX512_BF16", ("AuthenticAMD", "25", "17"), False, id="Zen 4"),
+        pytest.param("AVX512_BF16", ("AuthenticAMD", "26", "2"), True, id="Zen 5"),
+        pytest.param("AVX512", (), True, id="nothing told"),
+    ],
+)
+def test_full_width(limit: str, found: tuple[str, ...], full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "instruction_set", lambda: InstructionSet[limit])
+    monkeypatch.setattr(isa, "_cpuinfo", lambda _: found)
+    assert isa.full_width.__wrapped__() is full
 
 
 # --- reasons ----------------------------------------------------------------------------------------------------------
@@ -518,21 +536,29 @@ def test_the_rule_of_plain_convolutions(
 
 
 @pytest.mark.parametrize(
-    ("channels", "threads", "weight_last", "nchw", "gains"),
+    ("channels", "threads", "full_width", "weight_last", "nchw", "gains"),
     [
-        (64, 2, False, False, True),
-        (64, 1, False, False, False),
-        (64, 2, True, False, False),
-        (64, 2, False, True, False),
-        (32, 2, False, False, False),
+        (64, 2, False, False, False, True),
+        (64, 2, True, False, False, False),
+        (128, 2, True, False, False, True),
+        (64, 1, False, False, False, False),
+        (64, 2, False, True, False, False),
+        (64, 2, False, False, True, False),
+        (32, 2, False, False, False, False),
     ],
 )
 def test_several_threads_pack_a_contiguous_weight(
-    channels: int, threads: int, weight_last: bool, nchw: bool, gains: bool, monkeypatch: pytest.MonkeyPatch
+    channels: int,
+    threads: int,
+    full_width: bool,
+    weight_last: bool,
+    nchw: bool,
+    gains: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """ATen brings it into channels-last and that into oneDNN's layout, on one thread, while the others wait."""
     monkeypatch.setattr(methods, "winograd_gain", lambda *_: 1.0)
-    now = inference.process()._replace(threads=threads)
+    now = Process(False, threads, full_width)
     monkeypatch.setattr(inference, "process", lambda: now)
     clear = (inference._why_slower_plain.cache_clear, inference._way.cache_clear)
     step = Step(ConvSpec(False, channels, channels, (3, 3), (1, 1), (1, 1), (0, 0), (1, 1)), Activation("prelu"))

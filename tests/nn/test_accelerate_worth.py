@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.cpu import tuned
+from cnnfast.cpu import isa, tuned
 from cnnfast.nn import accelerate_verify, accelerate_worth
 from cnnfast.nn.accelerate_call import record_of
 
@@ -251,15 +251,50 @@ class Depthwise(nn.Module):
         return self.last(nn.functional.pixel_shuffle(x, 2) if self.shuffled else x)
 
 
+class Plain(nn.Module):
+    """Convolutions that gain nothing by themselves, and operators that no step takes in."""
+
+    def __init__(self, count: int, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(nn.Conv2d(channels, channels, kernel, padding=kernel // 2) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.body:
+            x = layer(x) * 0.5
+        return x
+
+
+class Bare(nn.Sequential):
+    """A chain of such convolutions, one step behind the other."""
+
+    def __init__(self, count: int, channels: int) -> None:
+        super().__init__(*(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(count)))
+
+
 @pytest.mark.parametrize(
-    ("model", "graphs"),
-    [(Depthwise(1), 0), (Depthwise(9), 1), (Depthwise(2), 0), (Depthwise(2, shuffled=True), 1)],
-    ids=["one", "many", "few", "few and a shuffle"],
+    ("model", "shape", "narrow", "full"),
+    [
+        pytest.param(Depthwise(1), (64, 128), 0, 0, id="one"),
+        pytest.param(Depthwise(9), (64, 128), 1, 1, id="many"),
+        pytest.param(Depthwise(2), (64, 128), 0, 0, id="few"),
+        pytest.param(Depthwise(2, shuffled=True), (64, 128), 1, 1, id="few and a shuffle"),
+        pytest.param(Plain(40, 8, 1), (8, 16), 1, 1, id="by the number of calls"),
+        pytest.param(Plain(4, 8, 1), (8, 16), 0, 0, id="few calls"),
+        pytest.param(Plain(3, 48, 3), (48, 64), 0, 1, id="by the kernel for another layout"),
+        pytest.param(Bare(8, 32), (32, 128), 1, 1, id="a chain"),
+        pytest.param(Bare(5, 32), (32, 128), 0, 1, id="a short chain"),
+        pytest.param(Bare(3, 32), (32, 128), 0, 0, id="a shorter one"),
+    ],
 )
-def test_conversions_saved_are_weighed_against_those_made(model: nn.Module, graphs: int) -> None:
+@pytest.mark.parametrize("width", ["narrow", "full"])
+def test_conversions_saved_are_weighed_against_those_made(
+    model: nn.Module, shape: tuple[int, int], narrow: int, full: int, width: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where products are twice as fast, contiguous maps cost a convolution part of its time, too."""
+    monkeypatch.setattr(isa, "full_width", lambda: width == "full")
     ours, plain = pair(model.eval())
-    x = images(1, 64, 128, 128)
-    assert settled(ours, x) == graphs
+    x = images(1, shape[0], shape[1], shape[1])
+    assert settled(ours, x) == (full if width == "full" else narrow)
     with torch.no_grad():
         a, b = ours(x), plain(x)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
