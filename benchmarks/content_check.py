@@ -1,6 +1,6 @@
 """``python -m benchmarks.content_check``: what it costs on a CPU that no old weight is ever served.
 
-Every call hashes every bit of every weight (`cnnfast.cpu.packing`). Two tables: the rate of that hash beside other ways
+Every call hashes every bit of every weight (`cnnfast.cpu.content`). Two tables: the rate of that hash beside other ways
 to see a change and beside a copy, and its share of a DCGAN's call. Times are medians of interleaved repeats.
 """
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import cnnfast
-from cnnfast.cpu.packing import _content
+from cnnfast.cpu.content import content_of
 from cnnfast.generators import create_model
 from cnnfast.timing import Timing, measure
 
@@ -29,7 +29,7 @@ def _rates(size: int) -> dict[str, float]:
     weight = torch.randn(size // 4)
     copy, target = weight.clone(), torch.empty_like(weight)
     ways: dict[str, Callable[[], object]] = {
-        "XXH3": lambda: _content(weight),
+        "XXH3": lambda: content_of(weight),
         "torch.equal with a copy": lambda: torch.equal(weight, copy),
         "torch.hash_tensor": lambda: torch.hash_tensor(weight),
         "sum of int64": lambda: weight.view(torch.int64).sum().item(),

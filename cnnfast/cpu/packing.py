@@ -17,27 +17,21 @@ temporary is never cached. The cache lives outside the modules' state, so models
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-try:
-    from xxhash import xxh3_128_digest
-except ImportError:  # a machine where nothing can be installed: `why_not_cacheable` says it
-    xxh3_128_digest = None  # type: ignore[assignment]
+from .content import content_of, why_no_hash
 
 __all__ = ["PACKS", "Frozen", "PackCache", "freeze", "invalidate", "unfreeze", "why_not_cacheable"]
 
 T = TypeVar("T")
-_NO_HASH = "xxhash is not installed (pip install xxhash): a change of the weight could not be seen"
 
 
 def _owner(weight: torch.Tensor) -> torch.Tensor:
@@ -52,31 +46,10 @@ def why_not_cacheable(weight: torch.Tensor) -> str | None:
     """Why no pack of ``weight`` may be kept, or None where it may: for a Parameter or a view of one."""
     if type(_owner(weight)) is not nn.Parameter:
         return "the weight is not an nn.Parameter (a temporary has no identity to cache by)"
-    return None if xxh3_128_digest is not None else _NO_HASH
+    return why_no_hash()
 
 
-# --- the content of a tensor ------------------------------------------------------------------------------------------
-
-
-@lru_cache(maxsize=4096)
-def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the strides are a permutation of a contiguous tensor's: its elements are one run of memory."""
-    expected = 1
-    for stride, size in sorted((st, n) for st, n in zip(strides, shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True
-
-
-def _content(t: torch.Tensor | None) -> bytes | None:
-    """The hash of every bit of t in the order of its memory; of its dtype, shape and strides `_form` tells."""
-    if t is None:
-        return None
-    if not _dense(t.shape, t.stride()):
-        t = t.detach().contiguous()
-    size = t.numel() * t.element_size()
-    return xxh3_128_digest((ctypes.c_ubyte * size).from_address(t.data_ptr())) if size else b""
+# --- what is known of a tensor ----------------------------------------------------------------------------------------
 
 
 def _form(t: torch.Tensor) -> tuple[Hashable, ...]:
@@ -88,7 +61,7 @@ def _memory(t: torch.Tensor) -> tuple[Hashable, ...]:
 
 
 def _vector(t: torch.Tensor | None) -> Hashable:
-    return None if t is None else (t.shape, t.stride(), t.dtype, _content(t))
+    return None if t is None else (t.shape, t.stride(), t.dtype, content_of(t))
 
 
 def _version(t: torch.Tensor | None) -> Hashable:
@@ -173,7 +146,7 @@ class PackCache:
         build: Callable[[], T],
     ) -> T | None:
         """As `get`, by content; ``versions`` where the weight is frozen."""
-        form, content = _form(weight), b"own" if slot.own else _content(weight)
+        form, content = _form(weight), b"own" if slot.own else content_of(weight)
         if slot.contents.get(form) != content:
             with self._lock:
                 for name in [name for name in slot.packs if name[0] == form]:
@@ -195,7 +168,7 @@ class PackCache:
         if value is None and (met or versions is not None):
             with torch.no_grad():
                 value = build()
-            if not slot.own and content != _content(weight) or others != tuple(map(_vector, vectors)):
+            if not slot.own and content != content_of(weight) or others != tuple(map(_vector, vectors)):
                 return value  # written to in between
         with self._lock:
             if slot.contents.get(form) == content:  # else another thread has met another content since
@@ -223,6 +196,11 @@ class PackCache:
             if slot is None or slot.ref() is not owner or slot.memory != memory:
                 slot = self._slots[ident] = _Slot(weakref.ref(owner, forget), memory)
             return slot
+
+    def looks_at(self, weight: torch.Tensor) -> bool:
+        """Whether the next `get` reads the weight: it is neither frozen nor our own."""
+        slot = self._slots.get(id(_owner(weight)))
+        return slot is None or slot.frozen is None and not slot.own
 
     def own(self, weight: nn.Parameter) -> None:
         """Let a Parameter that nobody else can write to count as met already, and as constant: a value of this cache

@@ -419,7 +419,7 @@ def test_copies_of_a_frozen_module_are_not_frozen(layer: cnnfast.Sequential, cou
 def test_temporaries_are_not_cached(weight: nn.Parameter, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not an nn.Parameter" in str(why_not_cacheable(weight.detach() * 2))
     assert why_not_cacheable(weight) is None and why_not_cacheable(weight[:1].unsqueeze(2)) is None
-    monkeypatch.setattr(cnnfast.cpu.packing, "xxh3_128_digest", None)
+    monkeypatch.setattr(cnnfast.cpu.content, "xxh3_128_digest", None)
     assert "xxhash is not installed" in str(why_not_cacheable(weight))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.cpu import backend
+from cnnfast.cpu import backend, content
 from cnnfast.memory_format import reformatted
-from cnnfast.nn import rewrite_quick
+from cnnfast.nn import rewrite_quick, rewrite_settle
 from cnnfast.nn.accelerate_call import plain_call, record_of
 from cnnfast.nn.rewrite_quick import Planned
 from cnnfast.nn.rewrite_site import Site
@@ -199,3 +200,88 @@ def test_kernels_that_are_asked_for_run_on_every_call() -> None:
             launched.append([call.job.function for call in calls])
     assert launched[0].count("conv_transpose_kernel") == 3
     assert launched[1:] == launched[:1] * 3
+
+
+# --- weights that are hashed all at once ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many weights each call looks at ahead of its graph, as it would on two threads for large ones."""
+    seen: list[int] = []
+
+    @contextmanager
+    def counted(weights: Iterable[Tensor]) -> Iterator[None]:
+        weights = list(weights)
+        seen.append(len(weights))
+        with content.known_ahead(weights):
+            yield
+
+    monkeypatch.setattr(rewrite_settle, "known_ahead", counted)
+    monkeypatch.setattr(rewrite_settle, "pays_ahead", lambda sizes: sum(sizes) > 0)
+    monkeypatch.setattr(rewrite_settle, "_LEAST_AHEAD", 1)
+    yield seen
+
+
+def packed() -> tuple[nn.Sequential, Tensor]:
+    """Convolutions that gain by a packed weight on any processor."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Conv2d(128, 128, 3, padding=1) for _ in range(3))).eval(), images(1, 128, 16, 16)
+
+
+@torch.no_grad()
+def test_weights_are_looked_at_all_at_once(ahead: list[int]) -> None:
+    model, x = packed()
+    ours = cnnfast.accelerate(model)
+    for _ in range(4):
+        same(ours, x)
+    assert ahead and set(ahead) == {3}
+    for layer in ours:
+        layer.weight.data.view(-1)[5] += 1  # which no version tells
+        same(ours, x)
+        same(ours, x)
+    ahead.clear()
+    with cnnfast.freeze(ours):
+        same(ours, x)
+        same(ours, x)
+        assert not ahead, "nobody looks at frozen weights"
+    same(ours, x)
+    assert ahead == [3]
+
+
+@torch.no_grad()
+def test_sources_of_computed_weights_are_looked_at_too(ahead: list[int]) -> None:
+    model, x = packed()
+    nn.utils.parametrizations.weight_norm(model[1])
+    ours = cnnfast.accelerate(model)
+    for _ in range(4):
+        same(ours, x)
+    assert set(ahead) == {3}
+    ours[1].parametrizations.weight.original1.data.mul_(1.25)
+    same(ours, x)
+    same(ours, x)
+
+
+class Writes(nn.Module):
+    """Sets its weight to what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(128, 128, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        self.first.weight.copy_(weight)
+        return self.second(F.relu(self.first(x)))
+
+
+@torch.no_grad()
+def test_what_a_graph_writes_to_is_not_looked_at_ahead(ahead: list[int]) -> None:
+    torch.manual_seed(0)
+    ours, x = cnnfast.accelerate(Writes().eval()), images(1, 128, 16, 16)
+    for seed in (0, 0, 0, 0, 1, 2, 2, 1):
+        weight = 0.03 * torch.randn(128, 128, 3, 3, generator=torch.Generator().manual_seed(seed))
+        a = ours(x, weight)
+        with plain_call(ours):
+            b = ours(x, weight)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert set(ahead) == {1}, "the other one"
