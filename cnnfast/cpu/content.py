@@ -88,7 +88,7 @@ def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 _WHOLE = 2**21  # bytes up to which all are hashed at once
-_EACH = 2**21  # bytes for each thread from which on waking it costs less than it saves
+_EACH = 3 * 2**19  # bytes for each thread from which on waking it costs less than it saves
 
 
 def _hash(address: int, size: int) -> bytes:

@@ -20,16 +20,17 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from .content import content_of, why_no_hash
+from .content import content_of, known_ahead, pays_ahead, why_no_hash
 
-__all__ = ["PACKS", "Frozen", "PackCache", "freeze", "invalidate", "unfreeze", "why_not_cacheable"]
+__all__ = ["PACKS", "Frozen", "PackCache", "all_at_once", "freeze", "invalidate", "unfreeze", "why_not_cacheable"]
 
 T = TypeVar("T")
 
@@ -252,6 +253,19 @@ def _tensors(what: str, target: nn.Module | torch.Tensor) -> list[torch.Tensor]:
 
 
 PACKS = PackCache()
+
+
+@contextmanager
+def all_at_once(weights: Iterable[torch.Tensor]) -> Iterator[None]:
+    """Inside, the first `PackCache.get` of each of them goes by what it held at the beginning, where all are hashed by
+    all threads, if that is faster: while one thread hashes, the others wait. For who knows that nothing writes to them
+    ahead of that."""
+    weights = [w for w in weights if PACKS.looks_at(w)]
+    if pays_ahead(w.nbytes for w in weights):
+        with known_ahead(weights):
+            yield
+    else:
+        yield
 
 
 def invalidate(target: nn.Module | torch.Tensor) -> int:

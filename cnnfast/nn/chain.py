@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from .. import memory_format
 from ..activations import Activation
 from ..cpu import tuned
+from ..cpu.content import pays_ahead
+from ..cpu.packing import all_at_once
 from ..dispatch import (
     Planned,
     Ready,
@@ -74,7 +76,8 @@ class Run(NamedTuple):
 class Bound(NamedTuple):
     """How a chain runs: its steps; ``low``: autocast's dtype, or None; ``convert``: the input becomes channels-last;
     ``of_gradient``: the input's gradient is channels-last in eager mode; ``as_is``: an input with a
-    gradient needs nothing for that; ``both``: the result's memory fits both formats."""
+    gradient needs nothing for that; ``both``: the result's memory fits both formats; ``at_once``: slots whose weights
+    are looked at together."""
 
     runs: tuple[Run, ...]
     low: torch.dtype | None
@@ -82,6 +85,7 @@ class Bound(NamedTuple):
     of_gradient: bool
     as_is: bool
     both: bool
+    at_once: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -202,7 +206,12 @@ class Chain:
         entered = x.unsqueeze(2) if first.ndim == 1 else x
         as_is = not convert and is_channels_last(entered) == of_gradient and not has_both(shapes[0][1], shapes[0][2:])
         both = has_both(shapes[-1][1], shapes[-1][2:])
-        return Bound(tuple(runs), low, convert, of_gradient, as_is, both)
+        at_once: tuple[int, ...] = ()
+        if all(run.simple and run.ready is not None for run in runs):  # nobody else's code runs in between
+            given = {s.conv: reading.tensors[s.conv][0] for s in self.steps}
+            weights = {k: w.nbytes for k, w in given.items() if isinstance(w, Tensor)}
+            at_once = tuple(weights) if pays_ahead(weights.values()) else ()
+        return Bound(tuple(runs), low, convert, of_gradient, as_is, both, at_once)
 
     def _last(self, run: Run, x: Tensor, backend: str, low: torch.dtype | None, gradient: bool) -> Run:
         """The last step's run, with what its user can tell from eager mode."""
@@ -236,6 +245,12 @@ class Chain:
             for k in self.slots:
                 x = reading.modules[k](x)
             return x
+        if bound.at_once:
+            with all_at_once(w for k in bound.at_once if isinstance(w := reading.tensors[k][0], Tensor)):
+                return self._run_as(bound, x, reading)
+        return self._run_as(bound, x, reading)
+
+    def _run_as(self, bound: Bound, x: Any, reading: Reading) -> Any:
         ndim = self.steps[0].ndim
         x = _enter(x, ndim, bound)
         for s, run in zip(self.steps, bound.runs, strict=True):

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..cpu import inference, training
-from ..cpu.content import known_ahead, pays_ahead
-from ..cpu.packing import PACKS
+from ..cpu.content import pays_ahead
+from ..cpu.packing import all_at_once
 from ..memory_format import reformatted
 from .rewrite_effects import Everything, numel, storages, value, written
 from .rewrite_norm import NormCall
@@ -70,17 +70,13 @@ _LEAST_AHEAD = 2**16  # bytes
 
 
 class _WithWeightsKnown:
-    """A settled graph whose weights are hashed all at once, ahead of it, by all threads: they wait meanwhile, and one
-    reads memory at a third to a half of what several do."""
+    """A settled graph whose weights, these arguments, are looked at `all_at_once`."""
 
     def __init__(self, forward: Callable[..., Any], places: tuple[int, ...]) -> None:
         self._forward, self._places = forward, places
 
     def __call__(self, *args: Any) -> Any:
-        weights = [args[k] for k in self._places if PACKS.looks_at(args[k])]
-        if not pays_ahead(w.nbytes for w in weights):
-            return self._forward(*args)
-        with known_ahead(weights):
+        with all_at_once(args[k] for k in self._places):
             return self._forward(*args)
 
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.cpu import backend, content
+from cnnfast.cpu import backend, content, packing
 from cnnfast.memory_format import reformatted
-from cnnfast.nn import rewrite_quick, rewrite_settle
+from cnnfast.nn import chain, rewrite_quick, rewrite_settle
 from cnnfast.nn.accelerate_call import plain_call, record_of
 from cnnfast.nn.rewrite_quick import Planned
 from cnnfast.nn.rewrite_site import Site
@@ -217,8 +217,9 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         with content.known_ahead(weights):
             yield
 
-    monkeypatch.setattr(rewrite_settle, "known_ahead", counted)
-    monkeypatch.setattr(rewrite_settle, "pays_ahead", lambda sizes: sum(sizes) > 0)
+    monkeypatch.setattr(packing, "known_ahead", counted)
+    for module in (packing, rewrite_settle, chain):
+        monkeypatch.setattr(module, "pays_ahead", lambda sizes: sum(sizes) > 0)
     monkeypatch.setattr(rewrite_settle, "_LEAST_AHEAD", 1)
     yield seen
 
@@ -284,4 +285,38 @@ def test_what_a_graph_writes_to_is_not_looked_at_ahead(ahead: list[int]) -> None
         with plain_call(ours):
             b = ours(x, weight)
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert set(ahead) == {1}, "the other one"
+    assert ahead[-1] == 1, "the other one"
+
+
+@torch.no_grad()
+def test_a_sequential_looks_at_its_weights_all_at_once(ahead: list[int]) -> None:
+    model, x = packed()
+    ours = cnnfast.Sequential(*copy.deepcopy(model)).eval()
+    for changed in (None, *ours):
+        if changed is not None:
+            changed.weight.data.view(-1)[5] += 1
+        for _ in range(3):
+            ahead.clear()
+            torch.testing.assert_close(ours(x), nn.Sequential(*ours)(x), rtol=1e-5, atol=1e-5)
+            assert ahead == [3]
+    with cnnfast.freeze(ours):
+        ours(x), ahead.clear(), ours(x)
+        assert not ahead
+
+
+@torch.no_grad()
+def test_a_sequential_does_not_where_other_code_runs_in_between(ahead: list[int]) -> None:
+    """A hook that writes to a later weight."""
+    model, x = packed()
+    ours, given = cnnfast.Sequential(*model).eval(), iter((1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 2.0))
+
+    def write(*_: Any) -> None:
+        ours[2].weight.data.fill_(next(given))
+
+    ours[1].register_forward_hook(write)
+    for value in (1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 2.0):
+        y = ours(x)
+        ours[2].weight.data.fill_(value)
+        want = F.conv2d(F.conv2d(F.conv2d(x, ours[0].weight, ours[0].bias, 1, 1), ours[1].weight, ours[1].bias, 1, 1),
+                        ours[2].weight, ours[2].bias, 1, 1)  # fmt: skip
+        torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
