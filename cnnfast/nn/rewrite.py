@@ -105,6 +105,8 @@ def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
     for node in nodes:
         if node.target is torch.ops.higher_order.tag_activation_checkpoint:
             node.target = _checkpointed
+        elif getattr(node.target, "__name__", "") == "_lower_version_count_by_1":
+            node.target = _Lowered(node.target)
     finder = _Finder(nodes)
     taken: set[fx.Node] = set()
     for node in nodes:
@@ -130,6 +132,18 @@ def _checkpointed(body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What Dynamo's operator leaves to a compiler of backwards. (Buffers are arguments, too, and not to be saved.)"""
     kwargs = {k: v for k, v in kwargs.items() if k in ("preserve_rng_state", "determinism_check")}
     return checkpoint(lambda: body(*args), use_reentrant=False, **kwargs)
+
+
+class _Lowered:
+    """What Dynamo puts behind ``tensor.data = ...``, for a tensor made in inference mode, too, which counts none."""
+
+    __name__ = __qualname__ = "lowered"  # as FX writes it into code
+
+    def __init__(self, lower: Any) -> None:
+        self._lower = lower
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return t if t.is_inference() else self._lower(t)
 
 
 def _kind(node: fx.Node) -> CallKind | None:

@@ -1486,3 +1486,27 @@ def test_a_graph_of_changing_sizes_is_asked_on_every_call(asked: list[Site]) -> 
         x = images(2, 16, size, size)
         torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
         assert len(asked) == count
+
+
+class SetsData(nn.Module):
+    """As SPAN's blocks do, whose convolutions of training become one in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of, self.one = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.one.weight.data = self.of.weight.clone() * 2
+        return torch.relu(self.one(torch.relu(self.of(x))))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_data_of_a_parameter_that_was_made_in_inference_mode(mode: Callable[[], Any]) -> None:
+    """What Dynamo puts behind the assignment asks such a tensor for a version, which it has not."""
+    with mode():
+        ours, plain = pair(SetsData())
+        x = images(1, 8, 16, 16)
+        for _ in range(4):
+            torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
+            ours.of.weight.mul_(1.5), plain.of.weight.mul_(1.5)
+    assert graphs(ours) == 1
