@@ -33,6 +33,7 @@ __all__ = [
     "pooled_to_one",
     "reads",
     "splits",
+    "wants_dense",
     "writes_at_each_place",
 ]
 
@@ -62,6 +63,14 @@ _OF_ONE_MAP = frozenset({F.batch_norm, torch.batch_norm, F.prelu, torch.prelu, "
 _OVER = _named("mean sum amax amin var std norm max min")  # with ``dim``, second or by name
 _OVER_CHANNELS = _named("amax amin norm max min")  # of all positions, ATen takes these slower of channels-last maps
 _SPLITS = _named("chunk split tensor_split")
+# Of functions that take many instructions for a number, those that ATen has by whole vectors of dense memory only;
+# and activations that take few.
+_COSTLY, _BY_DENSE = (
+    _named("exp log sin cos erf pow softplus softsign celu selu tanhshrink"),
+    _named("tanh exp log sin cos"),
+)
+_CHEAP = frozenset({"relu", "relu6", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid", "threshold"})
+_UNROLLED = 32  # numbers that ATen's loops take at once with AVX-512
 
 
 # --- one map and others -----------------------------------------------------------------------------------------------
@@ -265,3 +274,12 @@ def is_part(node: fx.Node) -> bool:
         and all(isinstance(i, slice) for i in index)
         and all(i == whole for k, i in enumerate(index) if k != 1)
     )
+
+
+def wants_dense(user: fx.Node, part: fx.Node) -> bool:
+    """Whether a copy of a part, channels-last, costs less than what it takes ``user`` longer that the part has gaps
+    between positions: of each position's channels, ATen takes what is left of whole vectors one by one (48 channels
+    0.7 to 5 times longer, of 16 up to 13 times: docs/facts.md)."""
+    kind = call_kind(user.target)
+    costly = user.target in _COSTLY or kind is not None and kind.pointwise and kind.name not in _CHEAP
+    return costly and (user.target in _BY_DENSE or sizes(part)[1] % _UNROLLED != 0)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, fx
 
 from ..dispatch import on_cpu
-from ..memory_format import in_format, suggests_channels_last
+from ..memory_format import in_format, reformatted, suggests_channels_last
 from .rewrite_calls import call_kind, conv_functions
 from .rewrite_effects import Everything, numel, storages, value, written
 from .rewrite_formats import (
@@ -38,6 +38,7 @@ from .rewrite_formats import (
     pooled_to_one,
     reads,
     splits,
+    wants_dense,
     writes_at_each_place,
 )
 from .rewrite_norm import NormCall, as_norms
@@ -110,6 +111,7 @@ class _Layout:
             if node in kept:
                 self._end(node)
                 self._pooled(node)
+                self._compact(node)
                 if node.target in SLOW_OF_CONTIGUOUS:
                     self.converted -= _bytes(maps_of(node)[0])
 
@@ -144,6 +146,15 @@ class _Layout:
             if self.inference and pooled_to_one(user):
                 user.target, user.args = torch.mean, (node, tuple(range(2, value(node).dim())))
                 user.kwargs = {"keepdim": True}
+
+    def _compact(self, node: fx.Node) -> None:
+        """A dense copy of a part for each user that gains by it."""
+        for user in list(node.users) if is_part(node) else ():
+            if wants_dense(user, node) and not storages(user) & storages(node):
+                with self.graph.inserting_before(user):
+                    copy = self.graph.call_function(reformatted, (node, True))
+                copy.meta = dict(node.meta)
+                user.replace_input_with(node, copy)
 
     def _is_map(self, node: fx.Node) -> bool:
         """Whether it gives images that are contiguous in eager mode, and that only; in inference, or channels-last."""

@@ -1510,3 +1510,49 @@ def test_data_of_a_parameter_that_was_made_in_inference_mode(mode: Callable[[], 
             torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
             ours.of.weight.mul_(1.5), plain.of.weight.mul_(1.5)
     assert graphs(ours) == 1
+
+
+class Gate(nn.Module):
+    """Parts of a map's channels, each through a function, between two convolutions."""
+
+    def __init__(self, channels: int, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Conv2d(16, 2 * channels, 3, padding=1), nn.Conv2d(channels, 16, 3, padding=1)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.wide(x).chunk(2, 1)
+        return self.narrow(self.function(a) * b)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("channels", "function", "copied"),
+    [
+        pytest.param(24, F.mish, True, id="mish"),
+        pytest.param(24, F.gelu, True, id="gelu"),
+        pytest.param(24, torch.exp, True, id="exp"),
+        pytest.param(32, F.mish, False, id="whole_vectors"),
+        pytest.param(32, torch.tanh, True, id="tanh"),
+        pytest.param(24, F.relu, False, id="relu"),
+        pytest.param(24, torch.neg, False, id="neg"),
+        pytest.param(24, lambda a: F.silu(a, inplace=True), False, id="in_place"),
+    ],
+)
+def test_functions_of_a_part_get_dense_memory(
+    channels: int, function: Callable[[Tensor], Tensor], copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of memory with gaps ATen takes what is left of whole vectors one number after the other."""
+    copies, real = [], rewrite_layout.reformatted
+
+    def counted(t: Tensor, last: bool) -> Tensor:
+        copies.append(t)
+        return real(t, last)
+
+    monkeypatch.setattr(rewrite_layout, "reformatted", counted)
+    ours, plain = pair(Gate(channels, function))
+    x = images(2, 16, 8, 8)
+    a, b = ours(x), plain(x)
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert a.stride() == b.stride() and bool(copies) is copied
+    torch.testing.assert_close(ours(x), b, rtol=1e-5, atol=1e-5)
