@@ -153,9 +153,12 @@ def _why_slower_plain(
     if few := _too_few(s, padded, 25e6 if dtype == torch.float32 and after < 4 * before else 2e6):
         return few
     weights = math.prod(s.weight_shape)
-    if weights >= max(elements, 2**17):
+    # Where memory is the slower, looking at a weight takes as long as ATen's product of it.
+    of_one = now.full_width and dtype == torch.float32 and max(s.kernel_size) == 1 and s.groups == 1
+    as_it_lies = of_one or nchw and _as_it_lies(s, padded, dtype, now)
+    if weights >= max(elements, 2**17) and not as_it_lies:
         return None  # ATen brings the weight into oneDNN's layout on every call
-    large = weights >= (2**17 if now.full_width else 2**15) and s.macs(shape[0], padded[2:]) >= 1.5e8
+    large = not as_it_lies and weights >= (2**17 if now.full_width else 2**15) and s.macs(shape[0], padded[2:]) >= 1.5e8
     if not (nchw or last) and dtype == torch.float32 and s.ndim == 2 and now.threads > 1 and large:
         return None  # and ahead of that into channels-last, by one thread
     intense = s.macs(padded[0], padded[2:]) >= 64 * elements
@@ -182,6 +185,19 @@ def _why_slower_plain(
     if saved < least:
         return "a pass over memory saved is too little or none, and the weight is small"
     return None
+
+
+def as_it_lies(step: Step, shape: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether ATen takes a plain convolution of a small contiguous map as a product of its large weight as that lies in
+    memory, which costs less here than looking at a packed one; in channels-last it would convert the weight first."""
+    return not step.spec.transposed and _as_it_lies(step.spec, _padded(step, tuple(shape)), dtype, process())
+
+
+def _as_it_lies(s: ConvSpec, padded: tuple[int, ...], dtype: torch.dtype, now: Process) -> bool:
+    large = math.prod(s.weight_shape) >= 2**19
+    return (
+        now.full_width and large and dtype == torch.float32 and s.ndim == 2 and s.groups == 1 and passed_over(s, padded)
+    )
 
 
 class Way(NamedTuple):
