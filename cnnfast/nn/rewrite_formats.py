@@ -209,7 +209,7 @@ def wants_contiguous(node: fx.Node) -> bool:
 
 
 def _as_it_lies(weight: Tensor) -> bool:
-    """Whether ATen's product with a small map takes it without a copy, and that is much (`onednn.passed_over`)."""
+    """Whether ATen's product with a small map takes it without a copy, and that is much (`cpu.onednn.passed_over`)."""
     of_three = min(weight.shape[2:]) <= 3 < 2 * max(weight.shape[2:])
     return of_three and weight.dtype == torch.float32 and weight.is_contiguous() and weight.numel() >= 2**19
 
