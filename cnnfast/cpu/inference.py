@@ -190,7 +190,8 @@ def _why_slower_plain(
 def as_it_lies(step: Step, shape: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether ATen takes a plain convolution of a small contiguous map as a product of its large weight as that lies in
     memory, which costs less here than looking at a packed one; in channels-last it would convert the weight first."""
-    return not step.spec.transposed and _as_it_lies(step.spec, _padded(step, tuple(shape)), dtype, process())
+    plain = not step.spec.transposed and step.upsample is None
+    return plain and _as_it_lies(step.spec, _padded(step, tuple(shape)), dtype, process())
 
 
 def _as_it_lies(s: ConvSpec, padded: tuple[int, ...], dtype: torch.dtype, now: Process) -> bool:
