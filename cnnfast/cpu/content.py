@@ -70,8 +70,7 @@ def known_ahead(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
 
 def pays_ahead(sizes: Iterable[int]) -> bool:
     """Whether `known_ahead` saves time for tensors of so many bytes."""
-    threads = torch.get_num_threads()
-    return threads > 1 and sum(sizes) >= threads * _EACH and _openmp() is not None
+    return _parallel(sum(sizes)) is not None
 
 
 @lru_cache(maxsize=4096)
@@ -102,12 +101,11 @@ def _hashes(memory: Sequence[tuple[int, int]]) -> list[bytes]:
         # Its parts go by its size alone, so that the hash is that of any threads.
         each = size if size <= _WHOLE else -(-size // min(max(size >> 20, 4), 64))
         parts.left += [(k, address + at, min(each, size - at)) for at in range(0, size, each or 1)]
-    threads = torch.get_num_threads()
-    parallel = _openmp() if threads > 1 and sum(size for _, size in memory) >= threads * _EACH else None
+    parallel = _parallel(sum(size for _, size in memory))
     if parallel is None:
         parts.hash()
     else:
-        parallel(parts, threads)
+        parallel(parts, torch.get_num_threads())
     if parts.errors:
         raise parts.errors[0]
     found = [b""] * len(memory)
@@ -134,6 +132,12 @@ class _Parts:
             return
         except BaseException as error:  # an interrupt, say: C would lose it
             self.errors.append(error)
+
+
+def _parallel(size: int) -> Any:
+    """What `_openmp` gives, where so many bytes gain by it."""
+    threads = torch.get_num_threads()
+    return _openmp() if threads > 1 and size >= threads * _EACH else None
 
 
 @lru_cache(maxsize=1)

@@ -32,7 +32,18 @@ from .packing import PACKS, why_not_cacheable
 from .weight import summed_weight
 from .winograd import Winograd
 
-__all__ = ["Ready", "method_name", "methods_of", "ready", "run", "why_not", "why_slower_plain", "why_slower_transposed"]
+__all__ = [
+    "Ready",
+    "as_it_lies",
+    "method_name",
+    "methods_of",
+    "ready",
+    "run",
+    "taken_as_it_lies",
+    "why_not",
+    "why_slower_plain",
+    "why_slower_transposed",
+]
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
@@ -155,7 +166,7 @@ def _why_slower_plain(
     weights = math.prod(s.weight_shape)
     # Where memory is the slower, looking at a weight takes as long as ATen's product of it.
     of_one = now.full_width and dtype == torch.float32 and max(s.kernel_size) == 1 and s.groups == 1
-    as_it_lies = of_one or nchw and _as_it_lies(s, padded, dtype, now)
+    as_it_lies = of_one or nchw and taken_as_it_lies(s, padded, dtype, now)
     if weights >= max(elements, 2**17) and not as_it_lies:
         return None  # ATen brings the weight into oneDNN's layout on every call
     large = not as_it_lies and weights >= (2**17 if now.full_width else 2**15) and s.macs(shape[0], padded[2:]) >= 1.5e8
@@ -191,10 +202,11 @@ def as_it_lies(step: Step, shape: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether ATen takes a plain convolution of a small contiguous map as a product of its large weight as that lies in
     memory, which costs less here than looking at a packed one; in channels-last it would convert the weight first."""
     plain = not step.spec.transposed and step.upsample is None
-    return plain and _as_it_lies(step.spec, _padded(step, tuple(shape)), dtype, process())
+    return plain and taken_as_it_lies(step.spec, _padded(step, tuple(shape)), dtype, process())
 
 
-def _as_it_lies(s: ConvSpec, padded: tuple[int, ...], dtype: torch.dtype, now: Process) -> bool:
+def taken_as_it_lies(s: ConvSpec, padded: tuple[int, ...], dtype: torch.dtype, now: Process) -> bool:
+    """`as_it_lies` of a plain convolution whose border is already repeated."""
     large = math.prod(s.weight_shape) >= 2**19
     return (
         now.full_width and large and dtype == torch.float32 and s.ndim == 2 and s.groups == 1 and passed_over(s, padded)

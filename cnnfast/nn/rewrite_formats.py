@@ -7,17 +7,19 @@ channel (N or 1, C, 1, ...) or for each position (N or 1, 1, *size).
 
 from __future__ import annotations
 
-import math
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from ..cpu.inference import taken_as_it_lies
 from ..cpu.isa import process
 from ..cpu.norm_inference import SMALL
 from ..dispatch import outsized
+from ..spec import ConvSpec
 from .rewrite_calls import call_kind
 from .rewrite_effects import numel, sizes, value
 from .rewrite_norm import NormCall
@@ -31,10 +33,10 @@ __all__ = [
     "keeps",
     "maps_of",
     "one_shape",
-    "wants_contiguous",
     "pooled_to_one",
     "reads",
     "splits",
+    "wants_contiguous",
     "wants_dense",
     "writes_at_each_place",
 ]
@@ -204,14 +206,13 @@ def wants_contiguous(node: fx.Node) -> bool:
     plain = all(
         c.kind.name == "conv2d" and b is not None and b["groups"] == 1 for c, b in zip(calls, bound, strict=True)
     )
-    small = shape[0] == 1 and math.prod(shape) <= 20480 and process().full_width
-    return small and plain and all(_as_it_lies(w) for w in weights)
+    return plain and all(_taken_as_it_lies(w, shape) for w in weights)
 
 
-def _as_it_lies(weight: Tensor) -> bool:
-    """Whether ATen's product with a small map takes it without a copy, and that is much (`cpu.onednn.passed_over`)."""
-    of_three = min(weight.shape[2:]) <= 3 < 2 * max(weight.shape[2:])
-    return of_three and weight.dtype == torch.float32 and weight.is_contiguous() and weight.numel() >= 2**19
+def _taken_as_it_lies(weight: Tensor, shape: Sequence[int]) -> bool:
+    c_out, c_in, *kernel = weight.shape
+    spec = ConvSpec.make(c_in, c_out, tuple(kernel), transposed=False)
+    return weight.is_contiguous() and taken_as_it_lies(spec, tuple(shape), weight.dtype, process())
 
 
 # --- what is made of one map, and is none -----------------------------------------------------------------------------
