@@ -91,7 +91,7 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
     if "cnnfast frozen" in own:
         yield (
             'All in channels-last for cnnfast. "Frozen": with `cnnfast.freeze(model)` weights count as constant, as '
-            "they do for onnxruntime and OpenVINO; without, every bit of them is compared on every call."
+            "they do for onnxruntime and OpenVINO; without, each call sees whether somebody has written to them."
         )
         yield ""
     yield (

@@ -3,10 +3,10 @@
 Inference repacks a layer's weight (other memory order, BatchNorm folded in) and uses it many times. What makes that
 dangerous: a pointer and ``Tensor._version`` are no identity (a second model is often loaded to the same address with
 the same version), and writes through ``.data``, NumPy, DLPack, another Parameter over the same memory or another
-process change no version. So the content decides: on every call a hash of every bit of the weight, in the order of its
-memory, and of the small vectors that were folded into it is compared with that of the call before (XXH3 of 128 bits:
-no edit of a weight meets the same by chance). It runs at the speed of memory; docs/facts.md has its cost. `freeze` is
-for who knows that weights are constant.
+process change no version. So the content decides (`content`): on every call, a hash of every bit of the weight and of
+the small vectors that were folded into it is compared with that of the call before. Memory that PyTorch has handed to
+nobody since (`watch`) is not read for it; other memory is, at its speed (docs/facts.md), which `freeze` saves who knows
+that weights are constant.
 
 A weight is packed when it is met for the second time: one that changes between any two calls (a generator whose
 optimiser steps between them) would be packed for a single use, which costs several times what it saves.
@@ -20,32 +20,25 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
-from .content import content_of, known_ahead, pays_ahead, why_no_hash
+from .content import content_of, why_no_hash
+from .watch import address, end_watch, end_watches
+from .watch import owner as owner_of
 
-__all__ = ["PACKS", "Frozen", "PackCache", "all_at_once", "freeze", "invalidate", "unfreeze", "why_not_cacheable"]
+__all__ = ["PACKS", "Frozen", "PackCache", "freeze", "invalidate", "unfreeze", "why_not_cacheable"]
 
 T = TypeVar("T")
 
 
-def _owner(weight: torch.Tensor) -> torch.Tensor:
-    """The tensor that ``weight`` is a view of, or itself: 1-D layers pass their Parameter as a view of height 1."""
-    base: torch.Tensor | None = weight._base
-    if base is None:
-        base = getattr(weight, "viewed", None)
-    return weight if base is None else base
-
-
 def why_not_cacheable(weight: torch.Tensor) -> str | None:
     """Why no pack of ``weight`` may be kept, or None where it may: for a Parameter or a view of one."""
-    if type(_owner(weight)) is not nn.Parameter:
+    if type(owner_of(weight)) is not nn.Parameter:
         return "the weight is not an nn.Parameter (a temporary has no identity to cache by)"
     return why_no_hash()
 
@@ -58,7 +51,7 @@ def _form(t: torch.Tensor) -> tuple[Hashable, ...]:
 
 
 def _memory(t: torch.Tensor) -> tuple[Hashable, ...]:
-    return t.data_ptr(), *_form(t)
+    return address(t), *_form(t)
 
 
 def _vector(t: torch.Tensor | None) -> Hashable:
@@ -123,7 +116,7 @@ class PackCache:
         ``key()`` says everything else that the value depends on; it is asked where there is a value, or is to be one.
         The number of vectors is the same for the same key. The weight is one that `why_not_cacheable` accepts.
         """
-        owner = _owner(weight)
+        owner = owner_of(weight)
         memory = _memory(owner)
         slot = self._slot(owner, memory)
         versions: tuple[Hashable, ...] | None = None
@@ -198,11 +191,6 @@ class PackCache:
                 slot = self._slots[ident] = _Slot(weakref.ref(owner, forget), memory)
             return slot
 
-    def looks_at(self, weight: torch.Tensor) -> bool:
-        """Whether the next `get` reads the weight: it is neither frozen nor our own."""
-        slot = self._slots.get(id(_owner(weight)))
-        return slot is None or slot.frozen is None and not slot.own
-
     def own(self, weight: nn.Parameter) -> None:
         """Let a Parameter that nobody else can write to count as met already, and as constant: a value of this cache
         from which others are made. (The vectors that go with it are looked at on every call.)"""
@@ -212,6 +200,10 @@ class PackCache:
         """Drop the values made from ``target`` (a Parameter, or all Parameters of a module); returns how many there
         were. What was frozen is so no longer."""
         dropped = 0
+        if isinstance(target, nn.Module):
+            end_watches(target)
+        elif isinstance(target, torch.Tensor):
+            end_watch(target)
         with self._lock:
             for t in _tensors("invalidate", target):
                 slot = self._slots.get(id(t))
@@ -247,7 +239,7 @@ def _tensors(what: str, target: nn.Module | torch.Tensor) -> list[torch.Tensor]:
     if isinstance(target, nn.Module):
         return list(target.parameters())
     if isinstance(target, torch.Tensor) and what == "invalidate":
-        return [_owner(target)]
+        return [owner_of(target)]
     allowed = "an nn.Module or a Tensor" if what == "invalidate" else "an nn.Module"
     raise TypeError(f"{what}() takes {allowed}, got {type(target).__name__}")
 
@@ -255,25 +247,14 @@ def _tensors(what: str, target: nn.Module | torch.Tensor) -> list[torch.Tensor]:
 PACKS = PackCache()
 
 
-@contextmanager
-def all_at_once(weights: Iterable[torch.Tensor]) -> Iterator[None]:
-    """Inside, the first `PackCache.get` of each of them goes by what it held at the beginning, where all are hashed by
-    all threads, if that is faster: while one thread hashes, the others wait. For who knows that nothing writes to them
-    ahead of that."""
-    weights = [w for w in weights if PACKS.looks_at(w)]
-    if pays_ahead(w.nbytes for w in weights):
-        with known_ahead(weights):
-            yield
-    else:
-        yield
-
-
 def invalidate(target: nn.Module | torch.Tensor) -> int:
     """Forget the packed weights of a module (its children included) or of a Parameter; returns how many there were.
 
-    Needed where a weight that `freeze` made constant was written to past its version, and ahead of a conversion that
-    swaps Parameters (`torch.__future__.set_swap_module_params_on_conversion`): PyTorch refuses to swap one to which
-    there is a weak reference, as the cache has. Every other change is seen.
+    Needed where a weight that `freeze` made constant was written to past its version; after a write by an address that
+    was taken (``data_ptr()``, as a number) ahead of a call; ahead of a conversion that swaps Parameters
+    (`torch.__future__.set_swap_module_params_on_conversion`): PyTorch refuses to swap one to which there is a weak
+    reference, as the cache has; and ahead of giving a weight's storage another size (``resize_``), after which PyTorch
+    2.13 cannot write to it (`cpu.watch`). Every other change is seen.
     """
     return PACKS.invalidate(target)
 

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
+from ..cpu.watch import end_watches
 from ..messages import CnnfastWarning, UsageError, one_line
 from .accelerate_worth import Calls, as_it_stands, judged, stands, stands_here
 from .layers import plain_now
@@ -70,6 +71,7 @@ def restore(model: M) -> M:
     for module in model.modules():
         if record_of(module) is not None:
             del module.__dict__[_CALL]
+            end_watches(module)
     return model
 
 

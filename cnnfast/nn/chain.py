@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from .. import memory_format
 from ..activations import Activation
 from ..cpu import tuned
-from ..cpu.content import pays_ahead
-from ..cpu.packing import all_at_once
 from ..dispatch import (
     Planned,
     Ready,
@@ -85,7 +83,6 @@ class Bound(NamedTuple):
     of_gradient: bool
     as_is: bool
     both: bool
-    at_once: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -206,12 +203,7 @@ class Chain:
         entered = x.unsqueeze(2) if first.ndim == 1 else x
         as_is = not convert and is_channels_last(entered) == of_gradient and not has_both(shapes[0][1], shapes[0][2:])
         both = has_both(shapes[-1][1], shapes[-1][2:])
-        at_once: tuple[int, ...] = ()
-        if all(run.simple and run.ready is not None for run in runs):  # nobody else's code runs in between
-            given = {s.conv: reading.tensors[s.conv][0] for s in self.steps}
-            weights = {k: w.nbytes for k, w in given.items() if isinstance(w, Tensor)}
-            at_once = tuple(weights) if pays_ahead(weights.values()) else ()
-        return Bound(tuple(runs), low, convert, of_gradient, as_is, both, at_once)
+        return Bound(tuple(runs), low, convert, of_gradient, as_is, both)
 
     def _last(self, run: Run, x: Tensor, backend: str, low: torch.dtype | None, gradient: bool) -> Run:
         """The last step's run, with what its user can tell from eager mode."""
@@ -245,12 +237,6 @@ class Chain:
             for k in self.slots:
                 x = reading.modules[k](x)
             return x
-        if bound.at_once:
-            with all_at_once(w for k in bound.at_once if isinstance(w := reading.tensors[k][0], Tensor)):
-                return self._run_as(bound, x, reading)
-        return self._run_as(bound, x, reading)
-
-    def _run_as(self, bound: Bound, x: Any, reading: Reading) -> Any:
         ndim = self.steps[0].ndim
         x = _enter(x, ndim, bound)
         for s, run in zip(self.steps, bound.runs, strict=True):

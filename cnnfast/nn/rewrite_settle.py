@@ -15,14 +15,10 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..cpu import inference, training
-from ..cpu.content import pays_ahead
-from ..cpu.packing import all_at_once
 from ..memory_format import reformatted
-from .rewrite_effects import Everything, numel, storages, value, written
-from .rewrite_norm import NormCall
+from .rewrite_effects import value
 from .rewrite_quick import Planned, Quick
 from .rewrite_site import Call, Site, entered, filled
-from .rewrite_weights import Computed
 
 __all__ = ["settled"]
 
@@ -43,41 +39,7 @@ def settled(gm: fx.GraphModule, now: object, *, gradients: bool) -> Callable[...
         else:
             new[node] = _written(graph, node, quick, [new[n] for n in node.args], gradients)
     graph.lint()
-    forward = fx.GraphModule(gm, graph).forward
-    places = () if gradients else _places_of_weights(gm.graph, known)
-    return _WithWeightsKnown(forward, places) if places else forward
-
-
-def _places_of_weights(graph: fx.Graph, known: dict[fx.Node, Quick | None]) -> tuple[int, ...]:
-    """The arguments of the graph that are weights of packed steps, or what those are computed from, and are looked at
-    faster all at once: none where the graph may write to them."""
-    others = (n for n in graph.nodes if not isinstance(n.target, (Site, NormCall)))
-    changed: set[Any] = set().union(*map(written, others))
-    if Everything in changed:
-        return ()
-    weights = {n.args[n.target.owner] for n in graph.nodes if isinstance(n.target, Computed)}
-    for node, quick in known.items():
-        for part in quick.parts if quick is not None else ():
-            if part.packed:
-                weights.add(node.args[1 + part.places[0]])  # type: ignore[operator]
-    given = [n for n in graph.nodes if n.op == "placeholder"]
-    found = [k for k, n in enumerate(given) if n in weights and not storages(n) & changed]
-    sizes = {k: numel(given[k]) * value(given[k]).element_size() for k in found}
-    return tuple(k for k in found if sizes[k] >= _LEAST_AHEAD) if pays_ahead(sizes.values()) else ()
-
-
-_LEAST_AHEAD = 2**16  # bytes
-
-
-class _WithWeightsKnown:
-    """A settled graph whose weights, these arguments, are looked at `all_at_once`."""
-
-    def __init__(self, forward: Callable[..., Any], places: tuple[int, ...]) -> None:
-        self._forward, self._places = forward, places
-
-    def __call__(self, *args: Any) -> Any:
-        with all_at_once(args[k] for k in self._places):
-            return self._forward(*args)
+    return fx.GraphModule(gm, graph).forward
 
 
 def _written(graph: fx.Graph, node: fx.Node, quick: Quick, args: Sequence[fx.Node], gradients: bool) -> fx.Node:
