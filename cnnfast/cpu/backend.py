@@ -53,8 +53,6 @@ def arrange(
     inside, as_eager = channels_last_inside(eager).channels_last, tuple(eager[1:])
     elements = [shape.numel() for shape in shapes]
     contiguous = gradient and not any(eager) and any(map(_stays_contiguous, steps, shapes))
-    if not (gradient or any(eager)):
-        contiguous = all(inference.as_it_lies(s.step, shape, s.dtype) for s, shape in zip(steps, shapes, strict=False))
     saves = not contiguous and (three or any(eager) or _saves_conversions(steps, elements, gradient))
     if not saves:
         inside = as_eager

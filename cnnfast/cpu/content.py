@@ -19,7 +19,7 @@ try:
 except ImportError:  # a machine where nothing can be installed
     xxh3_128_digest = None  # type: ignore[assignment]
 
-__all__ = ["content_of", "why_no_hash"]
+__all__ = ["content_of", "watched_content", "why_no_hash"]
 
 
 def why_no_hash() -> str | None:
@@ -32,7 +32,7 @@ def why_no_hash() -> str | None:
 _LEAST_WATCHED = 2**14  # bytes, less than which are read as fast
 _MAX_KNOWN = 2**13
 
-_known: dict[Hashable, tuple[Watch, bytes]] = {}  # of large tensors, by where and in which form they are
+_known: dict[Hashable, tuple[bytes, Watch]] = {}  # by where tensors are, and in which form
 
 
 def content_of(t: torch.Tensor | None) -> bytes | None:
@@ -41,17 +41,22 @@ def content_of(t: torch.Tensor | None) -> bytes | None:
         return None
     if t.numel() * t.element_size() < _LEAST_WATCHED:
         return _hash(t)
+    return watched_content(t)[0]
+
+
+def watched_content(t: torch.Tensor) -> tuple[bytes, Watch | None]:
+    """`content_of` a tensor, which stays that while nobody writes to it, as the watch tells where there is one."""
     where = address(t), t.storage_offset(), t.dtype, t.shape, t.stride()
     known = _known.get(where)
-    if known is not None and unwritten(t, known[0]):
-        return known[1]
+    if known is not None and unwritten(t, known[1]):
+        return known
     watched = watch(t)  # ahead of reading
     found = _hash(t)
     if watched is not None:
         if len(_known) >= _MAX_KNOWN:
             _known.clear()
-        _known[where] = watched, found
-    return found
+        _known[where] = found, watched
+    return found, watched
 
 
 def _hash(t: torch.Tensor) -> bytes:

@@ -12,7 +12,7 @@ tells, at the price of reading it once: under 1 % of the step) is not finite, th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -28,18 +28,16 @@ from .finish import activated
 from .isa import InstructionSet, Process, instruction_set, lowered_products, process, products_dtype
 from .methods import METHODS, applicable, by_rule, moving, winograd_gain
 from .onednn import Convolution, Deconvolution, Method, PostOp, Projection, layout, passed_over, post_op, why_missing
-from .packing import PACKS, why_not_cacheable
+from .packing import Leased, why_not_cacheable
 from .weight import summed_weight
 from .winograd import Winograd
 
 __all__ = [
     "Ready",
-    "as_it_lies",
     "method_name",
     "methods_of",
     "ready",
     "run",
-    "taken_as_it_lies",
     "why_not",
     "why_slower_plain",
     "why_slower_transposed",
@@ -164,12 +162,9 @@ def _why_slower_plain(
     if few := _too_few(s, padded, 25e6 if dtype == torch.float32 and after < 4 * before else 2e6):
         return few
     weights = math.prod(s.weight_shape)
-    # Where memory is the slower, looking at a weight takes as long as ATen's product of it.
-    of_one = now.full_width and dtype == torch.float32 and max(s.kernel_size) == 1 and s.groups == 1
-    as_it_lies = of_one or nchw and taken_as_it_lies(s, padded, dtype, now)
-    if weights >= max(elements, 2**17) and not as_it_lies:
+    if weights >= max(elements, 2**17):
         return None  # ATen brings the weight into oneDNN's layout on every call
-    large = not as_it_lies and weights >= (2**17 if now.full_width else 2**15) and s.macs(shape[0], padded[2:]) >= 1.5e8
+    large = weights >= (2**17 if now.full_width else 2**15) and s.macs(shape[0], padded[2:]) >= 1.5e8
     if not (nchw or last) and dtype == torch.float32 and s.ndim == 2 and now.threads > 1 and large:
         return None  # and ahead of that into channels-last, by one thread
     intense = s.macs(padded[0], padded[2:]) >= 64 * elements
@@ -196,21 +191,6 @@ def _why_slower_plain(
     if saved < least:
         return "a pass over memory saved is too little or none, and the weight is small"
     return None
-
-
-def as_it_lies(step: Step, shape: Sequence[int], dtype: torch.dtype) -> bool:
-    """Whether ATen takes a plain convolution of a small contiguous map as a product of its large weight as that lies in
-    memory, which costs less here than looking at a packed one; in channels-last it would convert the weight first."""
-    plain = not step.spec.transposed and step.upsample is None
-    return plain and taken_as_it_lies(step.spec, _padded(step, tuple(shape)), dtype, process())
-
-
-def taken_as_it_lies(s: ConvSpec, padded: tuple[int, ...], dtype: torch.dtype, now: Process) -> bool:
-    """`as_it_lies` of a plain convolution whose border is already repeated."""
-    large = math.prod(s.weight_shape) >= 2**19
-    return (
-        now.full_width and large and dtype == torch.float32 and s.ndim == 2 and s.groups == 1 and passed_over(s, padded)
-    )
 
 
 class Way(NamedTuple):
@@ -380,6 +360,7 @@ class Ready:
         self.step, self.channels_last, self.way, self.now = step, channels_last, way, process()
         self._key: tuple[Any, ...] | None = None
         self._of = shape, dtype
+        self._leased = Leased()
 
     @classmethod
     def of(
@@ -402,17 +383,13 @@ class Ready:
         return self._key
 
     def run(self, o: Operands) -> torch.Tensor | None:
-        return _run(self.step, self.way, self.key, o, self.channels_last)
+        vectors = o.bias, o.mean, o.var, o.scale, o.shift
+        found = self._leased.get(o.weight, self.key, vectors, lambda: _pack(self.way.method, self.step, o))
+        return None if found is None else _run(self.step, self.way, found, o, self.channels_last)
 
 
-def _run(
-    step: Step, way: Way, key: Callable[[], tuple[Any, ...]], o: Operands, channels_last: bool
-) -> torch.Tensor | None:
-    x, method = o.x, way.method
-    found = PACKS.get(o.weight, key, (o.bias, o.mean, o.var, o.scale, o.shift), lambda: _pack(method, step, o))
-    if found is None:
-        return None
-    packed, finite = found
+def _run(step: Step, way: Way, found: tuple[Any, bool], o: Operands, channels_last: bool) -> torch.Tensor | None:
+    x, method, (packed, finite) = o.x, way.method, found
     x = convert(step.pad_input(x), method.dtype, True)
     post = _post(step, way.post, o)
     fused = post.fused and method.takes_post

@@ -22,16 +22,16 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from .content import content_of, why_no_hash
-from .watch import address, end_watch, end_watches
+from .content import content_of, watched_content, why_no_hash
+from .watch import Watch, address, end_watch, end_watches, unwritten
 from .watch import owner as owner_of
 
-__all__ = ["PACKS", "Frozen", "PackCache", "freeze", "invalidate", "unfreeze", "why_not_cacheable"]
+__all__ = ["PACKS", "Frozen", "Leased", "PackCache", "freeze", "invalidate", "unfreeze", "why_not_cacheable"]
 
 T = TypeVar("T")
 
@@ -71,10 +71,29 @@ def _written(t: torch.Tensor, memory: tuple[Hashable, ...]) -> Hashable:
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-class _Pack(NamedTuple):
+@dataclass(eq=False)
+class _Pack:
     vectors: Hashable  # their content
     versions: tuple[Hashable, ...] | None  # of all tensors where the weight is frozen
     value: object  # None: these vectors were met once
+
+
+class _Known:
+    """A tensor in its form, while nobody writes to it (``watch``; None: nobody can)."""
+
+    __slots__ = ("dtype", "offset", "ref", "shape", "strides", "watch")
+
+    def __init__(self, t: torch.Tensor, watch: Watch | None) -> None:
+        self.ref, self.watch = weakref.ref(owner_of(t)), watch
+        self.offset, self.shape, self.strides, self.dtype = _form(t)
+
+    def holds(self, t: torch.Tensor) -> bool:
+        if self.ref() is not t and self.ref() is not owner_of(t):
+            return False
+        if self.watch is not None and not unwritten(t, self.watch):
+            return False
+        same = t.stride() == self.strides and t.shape == self.shape and t.storage_offset() == self.offset
+        return same and t.dtype is self.dtype
 
 
 @dataclass
@@ -172,6 +191,30 @@ class PackCache:
                     slot.packs.popitem(last=False)
         return value
 
+    def known(
+        self, weight: torch.Tensor, key: Hashable, vectors: Sequence[torch.Tensor | None]
+    ) -> tuple[weakref.ref[_Pack], list[_Known | None]] | None:
+        """The value that is kept for these, and them, while nobody writes to them; None where there is none, or a
+        write might go unseen."""
+        owner = owner_of(weight)
+        slot, form = self._slot(owner, _memory(owner)), _form(weight)
+        pack = slot.packs.get((form, key))
+        if pack is None or pack.value is None:
+            return None
+        known: list[_Known | None] = []
+        for k, t in enumerate((weight, *vectors)):
+            if t is None or k == 0 and slot.own:
+                known.append(None if t is None else _Known(t, None))
+                continue
+            content, watched = watched_content(t)
+            if watched is None:
+                return None
+            what: Hashable = content if k == 0 else (t.shape, t.stride(), t.dtype, content)
+            if what != (slot.contents.get(form) if k == 0 else pack.vectors[k - 1]):  # type: ignore[index]
+                return None  # frozen, and written to; or written to by another thread
+            known.append(_Known(t, watched))
+        return weakref.ref(pack), known
+
     def _slot(self, owner: torch.Tensor, memory: tuple[Hashable, ...]) -> _Slot:
         """That of a Parameter, whose `_memory` is this; a new one where it got another."""
         ident = id(owner)
@@ -245,6 +288,39 @@ def _tensors(what: str, target: nn.Module | torch.Tensor) -> list[torch.Tensor]:
 
 
 PACKS = PackCache()
+
+
+class Leased:
+    """`PackCache.get` for who asks for the same again and again: from the third time on, the tensors are looked at for
+    who may have written to them, and for nothing else. It keeps no value alive."""
+
+    __slots__ = ("_asked", "_known")
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._known: tuple[weakref.ref[_Pack], list[_Known | None]] | None = None
+
+    def get(
+        self,
+        weight: torch.Tensor,
+        key: Callable[[], Hashable],
+        vectors: Sequence[torch.Tensor | None],
+        build: Callable[[], T],
+    ) -> T | None:
+        if self._known is not None:
+            ref, known = self._known
+            pack = ref()
+            if pack is not None and all(map(_holds, known, (weight, *vectors))):
+                return pack.value  # type: ignore[return-value]
+        found = PACKS.get(weight, key, vectors, build)
+        if found is not None and self._asked:
+            self._known = PACKS.known(weight, key(), vectors)
+        self._asked = found is not None
+        return found
+
+
+def _holds(known: _Known | None, t: torch.Tensor | None) -> bool:
+    return t is None if known is None else t is not None and known.holds(t)
 
 
 def invalidate(target: nn.Module | torch.Tensor) -> int:

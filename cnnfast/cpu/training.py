@@ -34,7 +34,7 @@ from .conv_autograd import (
 )
 from .isa import instruction_set, lowered_products, products_dtype
 from .norm import normalised
-from .weight import summed_weight
+from .weight import KeptLike, summed_weight
 
 __all__ = ["Ready", "collapses", "packs", "run", "stays_contiguous", "why_slower_3d"]
 
@@ -64,7 +64,12 @@ def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> T
         x = convert(x, x.dtype, True)
     o = o._replace(x=x)
     given = step.norm is not None and not step.measured
-    packed = None if new or given or not packs(step, o) else inference.run(step.bare, _bare(o), True)
+    packed = None
+    if not (new or given):
+        if packs(step, o):
+            packed = inference.run(step.bare, _bare(o), True)
+        elif step.upsample is None and not (torch.is_grad_enabled() and o.weight.requires_grad):
+            o = o._replace(weight=KeptLike()(x, o.weight))
     y = _convolved(step, x, o) if packed is None else packed
     y = _finished(step, o._replace(x=y if step.norm is not None else plain(y, channels_last)))
     return convert(y, y.dtype, channels_last)
@@ -76,6 +81,7 @@ class Ready:
 
     def __init__(self, step: Step, packed: inference.Ready | None, channels_last: bool) -> None:
         self._step, self._packed, self._channels_last = step, packed, channels_last
+        self._kept = KeptLike() if packed is None and step.upsample is None else None
 
     @classmethod
     def of(cls, step: Step, o: Operands, channels_last: bool) -> Ready | None:
@@ -92,6 +98,8 @@ class Ready:
 
     def run(self, o: Operands) -> Tensor:
         o = o._replace(x=convert(o.x, o.x.dtype, True))
+        if self._kept is not None:
+            o = o._replace(weight=self._kept(o.x, o.weight))
         y = None if self._packed is None else self._packed.run(_bare(o))
         y = _finished(self._step, o._replace(x=_convolved(self._step, o.x, o) if y is None else y))
         return convert(y, y.dtype, self._channels_last)

@@ -27,12 +27,12 @@ __all__ = ["Watch", "address", "end_watch", "end_watches", "owner", "unwritten",
 
 
 class Watch:
-    """Of a storage, from `watch` on; ``over`` once another has begun."""
+    """Of the storage at the address ``start``, from `watch` on; ``over`` once another has begun."""
 
-    __slots__ = ("__weakref__", "over")
+    __slots__ = ("__weakref__", "over", "start")
 
-    def __init__(self) -> None:
-        self.over = False
+    def __init__(self, start: int) -> None:
+        self.start, self.over = start, False
 
 
 _latest: weakref.WeakValueDictionary[int, Watch] = weakref.WeakValueDictionary()  # by the storage's address
@@ -80,8 +80,8 @@ def address(t: torch.Tensor) -> int:
 
 
 def unwritten(t: torch.Tensor, watch: Watch) -> bool:
-    """Whether nobody has written to the storage of ``t``, which is the one that is watched, since the watch began."""
-    return not watch.over and _is_flagged(t)
+    """Whether ``t`` has the storage that is watched, and nobody has written to that since the watch began."""
+    return not watch.over and _is_flagged(t) and _start(t) == watch.start
 
 
 def watch(t: torch.Tensor) -> Watch | None:
@@ -97,11 +97,11 @@ def watch(t: torch.Tensor) -> Watch | None:
             _lazy_clone(t)
         except RuntimeError:  # not of PyTorch's allocation
             return None
-        where = _start(t)
-        before, found = _latest.get(where), Watch()
+        found = Watch(_start(t))
+        before = _latest.get(found.start)
         if before is not None:
             before.over = True
-        _latest[where] = found
+        _latest[found.start] = found
     return found
 
 

@@ -9,9 +9,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory_format import format_of, has_both, is_channels_last
 from ..spec import summed_taps
+from .packing import Leased, why_not_cacheable
 
-__all__ = ["summed_weight"]
+__all__ = ["KeptLike", "outlives", "summed_weight"]
+
+
+# --- in the format of the maps ----------------------------------------------------------------------------------------
+
+_LEAST_KEPT = 2**12  # numbers, less than which ATen brings into another format as fast as they are looked up
+
+
+class KeptLike:
+    """A convolution's weight, of which no gradient is needed, in channels-last where its input is: ATen would copy a
+    contiguous one on every call. The copy is kept as a packed weight is, from the second call on."""
+
+    __name__ = __qualname__ = "kept_like"  # as FX writes it into code
+
+    def __init__(self) -> None:
+        self._leased = Leased()
+        self._strides: tuple[int, ...] | None = None  # of an input that is channels-last
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        strides = x.stride()
+        if strides != self._strides:
+            if x.dim() != 4 or not is_channels_last(x) or not outlives(weight):
+                return weight
+            self._strides = strides
+        if why_not_cacheable(weight) is not None:
+            return weight
+        kept = self._leased.get(weight, _key, (), lambda: _copied(weight))
+        return weight if kept is None else kept
+
+
+def _key() -> str:
+    return "channels_last"
+
+
+def outlives(weight: Tensor) -> bool:
+    """Whether a copy of ``weight`` in channels-last is worth keeping."""
+    large = weight.dim() == 4 and weight.numel() >= _LEAST_KEPT
+    return large and weight.is_contiguous() and not has_both(weight.shape[1], weight.shape[2:])
+
+
+def _copied(weight: Tensor) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():  # kept for calls in other modes, too
+        return weight.detach().clone(memory_format=format_of(4, True))
+
+
+# --- of an upsampling -------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=64)

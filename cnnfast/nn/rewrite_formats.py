@@ -8,18 +8,14 @@ channel (N or 1, C, 1, ...) or for each position (N or 1, 1, *size).
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..cpu.inference import taken_as_it_lies
-from ..cpu.isa import process
 from ..cpu.norm_inference import SMALL
 from ..dispatch import outsized
-from ..spec import ConvSpec
 from .rewrite_calls import call_kind
 from .rewrite_effects import numel, sizes, value
 from .rewrite_norm import NormCall
@@ -36,7 +32,7 @@ __all__ = [
     "pooled_to_one",
     "reads",
     "splits",
-    "wants_contiguous",
+    "outsized_site",
     "wants_dense",
     "writes_at_each_place",
 ]
@@ -131,7 +127,7 @@ def writes_at_each_place(node: fx.Node) -> bool:
 def keeps(node: fx.Node, inference: bool) -> bool:
     """Whether it gives the format that it gets, and the same numbers in each (a mean but for its rounding)."""
     target = node.target
-    if converts_itself(node) or wants_contiguous(node):
+    if converts_itself(node) or outsized_site(node):
         return False
     if isinstance(target, Site):
         return target.any_format(inference)
@@ -192,27 +188,15 @@ def converts_itself(node: fx.Node) -> bool:
     return instance and numel(node) <= SMALL["instance"] * value(node).shape[0]
 
 
-def wants_contiguous(node: fx.Node) -> bool:
-    """Whether it is a site whose convolutions are much faster of contiguous maps: a transposed one that is `outsized`,
-    or those of a small map that ATen takes as products of large contiguous weights, which it would convert first."""
-    if not isinstance(node.target, Site):
+def outsized_site(node: fx.Node) -> bool:
+    """Whether it is a site whose first call is a transposed convolution that is `outsized`."""
+    if not isinstance(node.target, Site) or node.target.calls[0].kind.name != "conv_transpose3d":
         return False
-    calls = [call for call in node.target.calls if call.kind.name.startswith("conv")]
-    bound = [call.kind.bind(call.args, call.kwargs) for call in calls]
-    weights = [value(node.args[1 + b["weight"].place]) for b in bound if b is not None]
-    shape = sizes(node.args[0])
-    if calls[0] is node.target.calls[0] and calls[0].kind.name == "conv_transpose3d":
-        return bound[0] is not None and outsized(bound[0]["groups"], weights[0].shape[2:], shape[2:])
-    plain = all(
-        c.kind.name == "conv2d" and b is not None and b["groups"] == 1 for c, b in zip(calls, bound, strict=True)
-    )
-    return plain and all(_taken_as_it_lies(w, shape) for w in weights)
-
-
-def _taken_as_it_lies(weight: Tensor, shape: Sequence[int]) -> bool:
-    c_out, c_in, *kernel = weight.shape
-    spec = ConvSpec.make(c_in, c_out, tuple(kernel), transposed=False)
-    return weight.is_contiguous() and taken_as_it_lies(spec, tuple(shape), weight.dtype, process())
+    call = node.target.calls[0]
+    bound = call.kind.bind(call.args, call.kwargs)
+    assert bound is not None
+    kernel = value(node.args[1 + bound["weight"].place]).shape[2:]
+    return outsized(bound["groups"], kernel, sizes(node.args[0])[2:])
 
 
 # --- what is made of one map, and is none -----------------------------------------------------------------------------

@@ -34,10 +34,10 @@ from .rewrite_formats import (
     is_part,
     keeps,
     maps_of,
+    outsized_site,
     pooled_to_one,
     reads,
     splits,
-    wants_contiguous,
     wants_dense,
     writes_at_each_place,
 )
@@ -246,7 +246,7 @@ class _Layout:
         of one dimension follows no format: of one channel it may be, too.)"""
         if not isinstance(user.target, Site) or not user.target.any_format(self.inference):
             return False
-        if converts_itself(user) or wants_contiguous(user):
+        if converts_itself(user) or outsized_site(user):
             return False
         told = self.inference and value(user).dim() == 3 and user not in self.untold and value(user).is_contiguous()
         if not (self._is_map(user) or told):

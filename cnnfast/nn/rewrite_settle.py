@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from ..cpu import inference, training
+from ..cpu.weight import KeptLike, outlives
 from ..memory_format import reformatted
 from .rewrite_effects import value
 from .rewrite_quick import Planned, Quick
@@ -59,7 +60,7 @@ def _written(graph: fx.Graph, node: fx.Node, quick: Quick, args: Sequence[fx.Nod
         if part.converts:
             x = graph.call_function(reformatted, (x, True))
         for run in part.calls:
-            x = _call(graph, calls[run], x, operands, exactly=site.converts)
+            x = _call(graph, calls[run], x, operands, exactly=site.converts, gradients=gradients)
         if part.step is not None and part.channels_last is not None:
             x = graph.call_function(reformatted, (x, part.channels_last))
     return graph.call_function(reformatted, (x, False)) if site.channels_last is False else x
@@ -88,12 +89,28 @@ class _Settled:
         return part.finished(o, None if self._ready is None else self._ready.run(o))
 
 
-def _call(graph: fx.Graph, call: Call, x: fx.Node, operands: Sequence[fx.Node], *, exactly: bool) -> fx.Node:
+def _call(
+    graph: fx.Graph, call: Call, x: fx.Node, operands: Sequence[fx.Node], *, exactly: bool, gradients: bool
+) -> fx.Node:
     """What `Call.exactly` does, or `Call.run`."""
     if exactly and call.norm is not None:
         function, weight, bias = call.norm
         return graph.call_function(function, (x, filled(weight, x, operands), filled(bias, x, operands)))
+    operands = operands if gradients else _kept(graph, call, x, operands)
     args, kwargs = (filled(a, x, operands) for a in (call.args, call.kwargs))
     if isinstance(call.target, str):
         return graph.call_method(call.target, args, kwargs)
     return graph.call_function(call.target, args, kwargs)
+
+
+def _kept(graph: fx.Graph, call: Call, x: fx.Node, operands: Sequence[fx.Node]) -> Sequence[fx.Node]:
+    """The operands of a convolution with its weight as `KeptLike` has it."""
+    bound = call.kind.bind(call.args, call.kwargs) if call.kind.name in _WITH_WEIGHT else None
+    place = -1 if bound is None else bound["weight"].place
+    if place < 0 or not outlives(value(operands[place])):
+        return operands
+    kept = graph.call_function(KeptLike(), (x, operands[place]))
+    return [kept if k == place else t for k, t in enumerate(operands)]
+
+
+_WITH_WEIGHT = ("conv2d", "conv_transpose2d")

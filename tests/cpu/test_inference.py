@@ -707,37 +707,3 @@ def test_inference_mode_and_no_grad_share_a_pack() -> None:
         second = packed(PLAIN.step, o)
     assert torch.equal(first, second) and len(PACKS) == packs
     assert not second.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("channels", "kernel", "size", "full_width", "nchw", "packs"),
-    [
-        pytest.param((512, 512), 3, 6, False, True, True, id="narrow"),
-        pytest.param((512, 512), 3, 6, True, True, False, id="a_product"),
-        pytest.param((512, 512), 3, 6, True, False, True, id="whose_weight_would_be_converted"),
-        pytest.param((512, 512), 3, 8, True, True, True, id="larger"),
-        pytest.param((2048, 512), 1, 8, False, False, True, id="1x1_narrow"),
-        pytest.param((2048, 512), 1, 8, True, False, False, id="1x1"),
-        pytest.param((2048, 512), 1, 8, True, True, False, id="1x1_contiguous"),
-    ],
-)
-def test_weights_that_atens_products_take_as_they_lie(
-    channels: tuple[int, int], kernel: int, size: int, full_width: bool, nchw: bool, packs: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """Where memory is slow beside products, looking at such a weight costs what the product does."""
-    monkeypatch.setattr(methods, "winograd_gain", lambda *_: 1.0)
-    monkeypatch.setattr(inference, "process", lambda: Process(False, 1, full_width))
-    clear = (inference._why_slower_plain.cache_clear, inference._way.cache_clear)
-    pad = kernel // 2
-    step = Step(ConvSpec(False, *channels, (kernel,) * 2, (1, 1), (pad, pad), (0, 0), (1, 1)), Activation("relu"))
-    shape = (1, channels[0], size, size)
-    for cleared in clear:
-        cleared()
-    try:
-        why = inference.why_slower_plain(step, shape, torch.float32, norm=False, slopes=0, nchw=nchw)
-        lies = inference.as_it_lies(step, shape, torch.float32)
-    finally:
-        for cleared in clear:
-            cleared()
-    assert (why is None) is packs and lies is (full_width and kernel == 3 and size == 6)

@@ -7,7 +7,9 @@ import gc
 import io
 import pickle
 import threading
+import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch import nn
 import cnnfast
 import cnnfast.cpu.packing
 import cnnfast.nn.layers
+from cnnfast.cpu import packing, watch
 from cnnfast.cpu.packing import PackCache, invalidate, why_not_cacheable
 
 
@@ -39,8 +42,8 @@ class Counted:
         return value
 
 
-def fresh(weight: torch.Tensor, vectors: Sequence[torch.Tensor] = ()) -> torch.Tensor:
-    return torch.cat([t.detach().reshape(-1) for t in (weight, *vectors)])
+def fresh(weight: torch.Tensor, vectors: Sequence[torch.Tensor | None] = ()) -> torch.Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in (weight, *vectors) if t is not None])
 
 
 @pytest.fixture
@@ -558,3 +561,85 @@ def test_what_nobody_else_has_is_met_already_and_not_read(counted: Counted, weig
     assert second is not None and torch.equal(second, fresh(weight, (vector,))) and get() is second
     gc.collect()
     assert len(counted.cache) == 1
+
+
+# --- who asks again and again -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The cache's own lookups."""
+    seen: list[str] = []
+    real = packing.PACKS.get
+    monkeypatch.setattr(packing.PACKS, "get", lambda *args: seen.append("get") or real(*args))
+    return seen
+
+
+LEASED: dict[str, Callable[[nn.Parameter, list[torch.Tensor]], object]] = {
+    "the weight": lambda p, v: p.data.view(-1)[77].add_(1),
+    "a vector": lambda p, v: v[2].data[3].add_(1),
+    "through NumPy": lambda p, v: v[1].detach().numpy().__setitem__(3, 7),
+    "other data": lambda p, v: setattr(p, "data", torch.randn(p.shape)),
+    "other data of a vector": lambda p, v: setattr(v[0], "data", torch.randn(32)),
+    "the same memory in another order": lambda p, v: setattr(p, "data", p.data.transpose(2, 3)),
+    "no vector": lambda p, v: v.__setitem__(1, torch.randn(32) if v[1] is None else None),
+    "another vector": lambda p, v: v.__setitem__(1, torch.randn(32)),
+    "vectors in each other's place": lambda p, v: v.reverse(),
+    "a training step": lambda p, v: nn.functional.batch_norm(torch.randn(4, 32, 3, 3), v[0], v[1], training=True),
+}
+
+
+@pytest.mark.skipif(not watch._POSSIBLE, reason="this PyTorch has no such storages")
+@pytest.mark.parametrize("change", LEASED)
+def test_who_asks_again_gets_the_same_until_somebody_writes(change: str, asked: list[str]) -> None:
+    weight = nn.Parameter(torch.randn(64, 32, 4, 4))
+    vectors: list[Any] = [torch.randn(32) for _ in range(4)]
+    leased = packing.Leased()
+
+    def get() -> torch.Tensor | None:
+        return leased.get(weight, lambda: "k", tuple(vectors), lambda: fresh(weight, tuple(vectors)))
+
+    for _ in range(1 if change == "through NumPy" else 3):  # whose memory is read from then on
+        found = [get() for _ in range(4)][-1]
+        asked.clear()
+        assert get() is found and not asked
+        LEASED[change](weight, vectors)
+        again = get()
+        assert asked and (again is None or torch.equal(again, fresh(weight, tuple(vectors))))
+        assert torch.equal([get() for _ in range(3)][-1], fresh(weight, tuple(vectors)))
+
+
+@pytest.mark.skipif(not watch._POSSIBLE, reason="this PyTorch has no such storages")
+def test_who_asks_again_keeps_nothing_alive(asked: list[str]) -> None:
+    weight, leased, value = nn.Parameter(torch.randn(64, 32, 4, 4)), packing.Leased(), []
+
+    def build() -> object:
+        made = Counted()
+        value.append(weakref.ref(made))
+        return made
+
+    for _ in range(4):
+        leased.get(weight, lambda: "k", (), build)
+    asked.clear()
+    assert leased.get(weight, lambda: "k", (), build) is value[0]() and not asked
+    packing.PACKS.invalidate(weight)
+    gc.collect()
+    assert value[0]() is None
+    for _ in range(4):
+        leased.get(weight, lambda: "k", (), build)
+    del weight
+    gc.collect()
+    assert value[-1]() is None
+
+
+def test_a_frozen_weight_is_not_leased_past_a_write(layer: cnnfast.Sequential) -> None:
+    """What freezing means holds for who asks again, too."""
+    weight, leased = layer[0].weight, packing.Leased()
+    packing.PACKS.freeze(layer)
+    for _ in range(4):
+        assert leased.get(weight, lambda: "k", (), lambda: "old") == "old"
+    weight.data.add_(1)
+    assert leased.get(weight, lambda: "k", (), lambda: "new") == "old"
+    with torch.no_grad():
+        weight.add_(1)
+    assert leased.get(weight, lambda: "k", (), lambda: "new") != "old"

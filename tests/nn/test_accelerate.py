@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import cnnfast
-from cnnfast.cpu import isa, norm_inference
+from cnnfast.cpu import norm_inference
 from cnnfast.cpu.packing import PACKS
 from cnnfast.messages import CnnfastWarning, UsageError
 from cnnfast.nn import rewrite, rewrite_layout
@@ -1556,36 +1556,3 @@ def test_functions_of_a_part_get_dense_memory(
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert a.stride() == b.stride() and bool(copies) is copied
     torch.testing.assert_close(ours(x), b, rtol=1e-5, atol=1e-5)
-
-
-class Deep(nn.Module):
-    """A block of few positions and large weights between larger maps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.down, self.up = nn.Conv2d(64, 256, 3, 4, 1), nn.ConvTranspose2d(256, 64, 4, 4)
-        self.first, self.second = (nn.Conv2d(256, 256, 3, padding=1) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.down(x))
-        y = F.relu(self.second(F.relu(self.first(y)) * 2) + y)
-        return self.up(y * 1.5)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("full_width", [False, True])
-def test_products_of_large_weights_get_contiguous_maps(full_width: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ATen takes these with the weight as it lies, and of a channels-last map converts the weight on every call."""
-    monkeypatch.setattr(isa, "full_width", lambda: full_width)
-    ours, plain = pair(Deep())
-    x, given = images(1, 64, 32, 32), []
-    for _ in range(3):
-        a, b = ours(x), plain(x)
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert a.stride() == b.stride()
-    record = record_of(ours)
-    assert record is not None
-    for site in record.graphs[-1].sites:
-        if {"first", "second"} & set(site.paths):
-            given.append(site.channels_last)
-    assert given and (set(given) == {None}) is full_width, given

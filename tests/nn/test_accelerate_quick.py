@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.cpu import backend, content, watch
-from cnnfast.memory_format import reformatted
+from cnnfast.cpu import backend, content, watch, weight
+from cnnfast.memory_format import is_channels_last, reformatted
 from cnnfast.nn import rewrite_quick
 from cnnfast.nn.accelerate_call import plain_call, record_of
 from cnnfast.nn.rewrite_quick import Planned
@@ -316,3 +316,57 @@ def test_a_hook_of_a_sequential_that_writes_to_a_later_weight() -> None:
         want = F.conv2d(F.conv2d(F.conv2d(x, ours[0].weight, ours[0].bias, 1, 1), ours[1].weight, ours[1].bias, 1, 1),
                         ours[2].weight, ours[2].bias, 1, 1)  # fmt: skip
         torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4)
+
+
+# --- weights in the format of the maps --------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Convolutions that stay ATen's, in a stretch that is channels-last."""
+
+    def __init__(self, norm: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(32, 32, 3, padding=1) for _ in range(6))
+        self.norm = norm()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = x + 0.5 * self.norm(conv(F.relu(x)))
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("norm", [nn.Identity, lambda: nn.GroupNorm(4, 32)], ids=["bare", "norm"])
+def test_weights_of_channels_last_maps_are_kept_in_that_format(
+    norm: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ATen would copy them on every call."""
+    torch.manual_seed(0)
+    ours, kept = cnnfast.accelerate(Small(norm).eval()), []
+    x = images(1, 32, 24, 24).to(memory_format=torch.channels_last)
+    real = weight.KeptLike.__call__
+
+    def noted(self: weight.KeptLike, x: Tensor, w: Tensor) -> Tensor:
+        found = real(self, x, w)
+        kept.append((is_channels_last(x), is_channels_last(found), torch.equal(found, w)))
+        return found
+
+    monkeypatch.setattr(weight.KeptLike, "__call__", noted)
+    strides = [p.stride() for p in ours.parameters()]
+
+    def check(times: int) -> None:
+        for _ in range(times):
+            kept.clear()
+            same(ours, x)
+            assert all(of_x and equal for of_x, _, equal in kept), kept
+        assert len(kept) == 6 and all(of_weight for _, of_weight, _ in kept), kept
+
+    check(4)
+    for conv in ours.convs:
+        conv.weight.data.view(-1)[7] += 1  # which no version tells
+        check(2)
+    ours.convs[2].weight = nn.Parameter(torch.randn(32, 32, 3, 3) / 17)
+    check(3)
+    ours.convs[4].weight.data = torch.randn(32, 32, 3, 3) / 17
+    check(3)
+    assert [p.stride() for p in ours.parameters()] == strides, "the model's own are left as they are"
