@@ -384,7 +384,9 @@ class Ready:
 
     def run(self, o: Operands) -> torch.Tensor | None:
         vectors = o.bias, o.mean, o.var, o.scale, o.shift
-        found = self._leased.get(o.weight, self.key, vectors, lambda: _pack(self.way.method, self.step, o))
+        found = self._leased.held(o.weight, *vectors)
+        if found is None:
+            found = self._leased.get(o.weight, self.key, vectors, lambda: _pack(self.way.method, self.step, o))
         return None if found is None else _run(self.step, self.way, found, o, self.channels_last)
 
 

@@ -22,7 +22,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -294,11 +294,25 @@ class Leased:
     """`PackCache.get` for who asks for the same again and again: from the third time on, the tensors are looked at for
     who may have written to them, and for nothing else. It keeps no value alive."""
 
-    __slots__ = ("_asked", "_known")
+    __slots__ = ("_asked", "_known", "_pack")
 
     def __init__(self) -> None:
         self._asked = False
-        self._known: tuple[weakref.ref[_Pack], list[_Known | None]] | None = None
+        self._pack: weakref.ref[_Pack] | None = None
+        self._known: list[_Known | None] = []
+
+    def held(self, *tensors: torch.Tensor | None) -> Any:
+        """The value that `get` gave for these, weight first, where they hold the same; else None."""
+        pack = None if self._pack is None else self._pack()
+        if pack is None:
+            return None
+        for known, t in zip(self._known, tensors, strict=True):
+            if known is None:
+                if t is not None:
+                    return None
+            elif t is None or not known.holds(t):
+                return None
+        return pack.value
 
     def get(
         self,
@@ -307,20 +321,12 @@ class Leased:
         vectors: Sequence[torch.Tensor | None],
         build: Callable[[], T],
     ) -> T | None:
-        if self._known is not None:
-            ref, known = self._known
-            pack = ref()
-            if pack is not None and all(map(_holds, known, (weight, *vectors))):
-                return pack.value  # type: ignore[return-value]
+        """`PackCache.get` of what is not `held`."""
         found = PACKS.get(weight, key, vectors, build)
         if found is not None and self._asked:
-            self._known = PACKS.known(weight, key(), vectors)
+            self._pack, self._known = PACKS.known(weight, key(), vectors) or (None, [])
         self._asked = found is not None
         return found
-
-
-def _holds(known: _Known | None, t: torch.Tensor | None) -> bool:
-    return t is None if known is None else t is not None and known.holds(t)
 
 
 def invalidate(target: nn.Module | torch.Tensor) -> int:

@@ -32,11 +32,14 @@ class KeptLike:
         self._strides: tuple[int, ...] | None = None  # of an input that is channels-last
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        strides = x.stride()
-        if strides != self._strides:
-            if x.dim() != 4 or not is_channels_last(x) or not outlives(weight):
-                return weight
-            self._strides = strides
+        if x.stride() == self._strides:
+            kept = self._leased.held(weight)
+            if kept is not None:
+                return kept
+        elif x.dim() == 4 and is_channels_last(x) and outlives(weight):
+            self._strides = x.stride()
+        else:
+            return weight
         if why_not_cacheable(weight) is not None:
             return weight
         kept = self._leased.get(weight, _key, (), lambda: _copied(weight))
