@@ -294,19 +294,19 @@ class Leased:
     """`PackCache.get` for who asks for the same again and again: from the third time on, the tensors are looked at for
     who may have written to them, and for nothing else. It keeps no value alive."""
 
-    __slots__ = ("_asked", "_known", "_pack")
+    __slots__ = ("_asked", "_known")
 
     def __init__(self) -> None:
         self._asked = False
-        self._pack: weakref.ref[_Pack] | None = None
-        self._known: list[_Known | None] = []
+        self._known: tuple[weakref.ref[_Pack], list[_Known | None]] | None = None
 
     def held(self, *tensors: torch.Tensor | None) -> Any:
         """The value that `get` gave for these, weight first, where they hold the same; else None."""
-        pack = None if self._pack is None else self._pack()
-        if pack is None:
+        both = self._known  # read once: another thread may set it
+        pack = None if both is None else both[0]()
+        if both is None or pack is None:
             return None
-        for known, t in zip(self._known, tensors, strict=True):
+        for known, t in zip(both[1], tensors, strict=True):
             if known is None:
                 if t is not None:
                     return None
@@ -324,7 +324,7 @@ class Leased:
         """`PackCache.get` of what is not `held`."""
         found = PACKS.get(weight, key, vectors, build)
         if found is not None and self._asked:
-            self._pack, self._known = PACKS.known(weight, key(), vectors) or (None, [])
+            self._known = PACKS.known(weight, key(), vectors)
         self._asked = found is not None
         return found
 

@@ -645,3 +645,27 @@ def test_a_frozen_weight_is_not_leased_past_a_write(layer: cnnfast.Sequential) -
     with torch.no_grad():
         weight.add_(1)
     assert leased.get(weight, lambda: "k", (), lambda: "new") != "old"
+
+
+def test_many_threads_ask_again_and_again() -> None:
+    weights, wrong = [nn.Parameter(torch.randn(8, 8, 4, 4)) for _ in range(3)], []
+    leased = [packing.Leased() for _ in weights]
+
+    def ask(n: int) -> None:
+        for _ in range(60):
+            for w, own in zip(weights, leased, strict=True):
+                found = own.held(w, None)
+                if found is None:
+                    found = own.get(w, lambda: "k", (None,), lambda w=w: fresh(w))
+                if found is not None and not torch.equal(found, fresh(w)):
+                    wrong.append(n)
+
+    for _ in range(3):
+        threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for w in weights:
+            w.data.add_(1)
+    assert not wrong
