@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .content import content_of, watched_content, why_no_hash
+from .content import content_of, sure_content, why_no_hash
 from .watch import Watch, address, end_watch, end_watches, unwritten
 from .watch import owner as owner_of
 
@@ -201,18 +201,19 @@ class PackCache:
         pack = slot.packs.get((form, key))
         if pack is None or pack.value is None:
             return None
+        wanted = slot.contents.get(form), *pack.vectors  # type: ignore[misc]
         known: list[_Known | None] = []
-        for k, t in enumerate((weight, *vectors)):
+        sure = True
+        for k, (t, want) in enumerate(zip((weight, *vectors), wanted, strict=True)):
             if t is None or k == 0 and slot.own:
                 known.append(None if t is None else _Known(t, None))
                 continue
-            content, watched = watched_content(t)
-            if watched is None:
-                return None
-            what: Hashable = content if k == 0 else (t.shape, t.stride(), t.dtype, content)
-            if what != (slot.contents.get(form) if k == 0 else pack.vectors[k - 1]):  # type: ignore[index]
-                return None  # frozen, and written to; or written to by another thread
-            known.append(_Known(t, watched))
+            found = sure_content(t)  # of all of them, so that they become sure together
+            held = None if found is None else found[0] if k == 0 else (t.shape, t.stride(), t.dtype, found[0])
+            sure &= held is not None and held == want  # otherwise frozen, and written to
+            known.append(_Known(t, None if found is None else found[1]))
+        if not sure:
+            return None
         return weakref.ref(pack), known
 
     def _slot(self, owner: torch.Tensor, memory: tuple[Hashable, ...]) -> _Slot:

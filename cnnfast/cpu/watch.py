@@ -8,9 +8,12 @@ through whatever tensor, view, ``.data`` or Parameter over the same memory, and 
 
 A pointer that was handed out before is the way past it. So nobody watches memory that NumPy has had, that something
 beside the tensor has (DLPack; another tensor, too, which looks the same), or that is not of PyTorch's own allocation (a
-mapped file, shared memory, NumPy's array). What is not seen: a write by an address that was taken as a number before.
-What fails: PyTorch 2.13 gives memory of another size to a watched storage (``resize_``) and then cannot write to it
-("ctx != nullptr INTERNAL ASSERT FAILED"); `end_watch` comes ahead of that.
+mapped file, shared memory, NumPy's array). What is not seen: a write by an address that
+was taken as a number before, and one of another thread that had begun. So what is watched has held the same for a
+while, and is relied on after as long again (`content`).
+
+What fails: PyTorch 2.13 and 2.14 give memory of another size to a watched storage (``resize_``) and then cannot write
+to it ("ctx != nullptr INTERNAL ASSERT FAILED"); `end_watch` comes ahead of that.
 """
 
 from __future__ import annotations

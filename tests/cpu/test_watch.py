@@ -8,6 +8,7 @@ import io
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,17 @@ pytestmark = [
     pytest.mark.skipif(content.why_no_hash() is not None, reason=str(content.why_no_hash())),
     pytest.mark.skipif(not module._POSSIBLE, reason="this PyTorch has no such storages: memory is read"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds the same for three looks is relied on."""
+    monkeypatch.setattr(content, "_STEADY", 0.0)
+
+
+def settled(t: torch.Tensor) -> bytes | None:
+    """Its content, looked at until it is known."""
+    return [content_of(t) for _ in range(3)][-1]
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -112,12 +124,12 @@ WRITES: dict[str, Callable[[nn.Parameter], object]] = {
 @pytest.mark.parametrize("write", WRITES)
 def test_a_write_is_seen(write: str) -> None:
     p = parameter()
-    assert content_of(p) == content_of(p.detach().clone())
+    assert settled(p) == content_of(p.detach().clone())
     assert is_known(p)
     for _ in range(3):
         WRITES[write](p)
         assert content_of(p) == content_of(p.detach().clone())
-        assert content_of(p) == content_of(p.detach().clone()), "again, as it is known now, or read"
+        assert settled(p) == content_of(p.detach().clone()), "again, as it is known now, or read"
 
 
 READS: dict[str, Callable[[nn.Parameter], object]] = {
@@ -135,9 +147,8 @@ READS: dict[str, Callable[[nn.Parameter], object]] = {
 @pytest.mark.parametrize("read", READS)
 def test_reading_ends_no_watch(read: str) -> None:
     p = parameter()
-    content_of(p)
     where = p.data_ptr()
-    content_of(p)
+    settled(p)
     READS[read](p)
     gc.collect()
     assert is_known(p) and address(p) == where, "the memory stays where it is"
@@ -147,7 +158,7 @@ def test_memory_is_not_copied() -> None:
     p = parameter(512, 512)
     where = p.data_ptr()
     for _ in range(3):
-        content_of(p)
+        settled(p)
         assert is_known(p) and address(p) == where
         p.data.add_(1)
         assert not is_known(p) and p.data_ptr() == where
@@ -155,15 +166,15 @@ def test_memory_is_not_copied() -> None:
 
 def test_what_models_do_with_parameters_goes_on() -> None:
     layer = nn.Linear(96, 96)
-    content_of(layer.weight)
+    settled(layer.weight)
     kept = io.BytesIO()
     torch.save(layer.state_dict(), kept)
     other = nn.Linear(96, 96)
     other.load_state_dict(torch.load(io.BytesIO(kept.getvalue())))
     assert torch.equal(other.weight, layer.weight)
-    content_of(layer.weight)
+    settled(layer.weight)
     layer.half().float()
-    content_of(layer.weight)
+    settled(layer.weight)
     layer.share_memory()
     assert layer.weight.is_shared() and watch(layer.weight) is None
 
@@ -179,7 +190,8 @@ def test_an_ended_watch_leaves_an_ordinary_storage(end: Callable[[nn.Module], ob
     """PyTorch 2.13 cannot write to memory that it resized while it was watched (an assertion of its own)."""
     layer = nn.Linear(96, 96)
     p = layer.weight
-    content_of(p)
+    settled(p)
+    assert is_known(p)
     end(layer)
     assert not is_known(p)
     storage = p.untyped_storage()
@@ -196,7 +208,7 @@ def test_an_ended_watch_leaves_an_ordinary_storage(end: Callable[[nn.Module], ob
 def test_memory_that_numpy_has_is_read() -> None:
     p = parameter()
     array = p.detach().numpy()
-    content_of(p)
+    settled(p)
     assert watch(p) is None and not is_known(p)
     array[3, 3] += 1
     assert content_of(p) == content_of(p.detach().clone())
@@ -208,10 +220,10 @@ def test_memory_that_numpy_has_is_read() -> None:
 def test_memory_that_another_library_has_is_read() -> None:
     p = parameter()
     array = numpy.from_dlpack(p.detach())
-    content_of(p)
+    settled(p)
     assert watch(p) is None and not is_known(p)
     del array
-    content_of(p)
+    settled(p)
     assert is_known(p)
 
 
@@ -221,7 +233,7 @@ def test_memory_that_is_not_of_pytorchs_allocation_is_read(tmp_path: Any) -> Non
     mapped = torch.from_file(str(file), shared=True, size=96 * 96)
     for t in (torch.from_numpy(numpy.zeros((96, 96), numpy.float32)), mapped, torch.zeros(96, 96).share_memory_()):
         assert watch(t) is None
-        before = content_of(t)
+        before = settled(t)
         t.add_(1)
         assert content_of(t) != before
 
@@ -236,7 +248,7 @@ t.fill_(5)
     file = tmp_path / "weights"
     file.write_bytes(bytes(4 * 96 * 96))
     p = nn.Parameter(torch.from_file(str(file), shared=True, size=96 * 96))
-    before = content_of(p)
+    before = settled(p)
     subprocess.run([sys.executable, "-c", code, str(file)], check=True, capture_output=True)
     assert p[0] == 5 and content_of(p) != before
 
@@ -285,7 +297,7 @@ def test_a_watch_ends_with_its_memory() -> None:
         if before is not None:
             met += 1
             assert not unwritten(p, before)
-        assert content_of(p) == content_of(p.detach().clone())
+        assert settled(p) == content_of(p.detach().clone())
         found = watch(p)
         assert found is not None
         where[address(p)] = found
@@ -298,7 +310,7 @@ def test_another_tensor_in_the_middle_of_what_was_watched() -> None:
     flat = torch.randn(4 * 96 * 96)
     old = [nn.Parameter(flat[k * 9216 :][:9216].view(96, 96)) for k in range(4)]
     del flat
-    before = [content_of(p) for p in old]
+    before = [settled(p) for p in old]
     old[2].data.add_(1)
     after = [content_of(p) for p in old]
     assert [a != b for a, b in zip(after, before, strict=True)] == [False, False, True, False]
@@ -310,13 +322,40 @@ def test_a_view_of_height_one() -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             row = in_rows(p)
-            before = content_of(row)
+            before = settled(row)
             assert is_known(row)
             p.data.add_(1)
             assert content_of(row) != before
 
 
-def test_many_threads_watch_at_once() -> None:
+def test_a_write_that_had_begun_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a thread that has its pointer already, and writes after the first look."""
+    monkeypatch.setattr(content, "_STEADY", 0.2)
+    p = parameter()
+    where = p.data_ptr()
+    for value in (1, 2, 3):
+        for _ in range(3):
+            content_of(p)
+        ctypes.memset(where + 400, value, 40)
+        assert content_of(p) == content_of(p.detach().clone())
+        assert watch_of(p) is None, "it has not held the same for a while"
+    time.sleep(0.2)
+    content_of(p)
+    assert watch_of(p) is not None and not is_known(p)
+    ctypes.memset(where + 400, 4, 40)
+    assert content_of(p) == content_of(p.detach().clone())
+    for _ in range(2):
+        time.sleep(0.2)
+        content_of(p)
+    assert is_known(p)
+
+
+def watch_of(t: torch.Tensor) -> Watch | None:
+    return content._known[content._where(t)].watch
+
+
+def test_threads_that_write_and_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content, "_STEADY", 0.5)
     weights, wrong = [parameter() for _ in range(4)], []
 
     def work(k: int) -> None:
@@ -340,7 +379,7 @@ def test_a_watch_under_fake_tensors_is_of_the_real_one() -> None:
 
     p = parameter()
     with FakeTensorMode():
-        content_of(p)
+        settled(p)
     assert is_known(p)
     p.data.add_(1)
     assert content_of(p) == content_of(p.detach().clone())
