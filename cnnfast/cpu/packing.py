@@ -337,7 +337,7 @@ def invalidate(target: nn.Module | torch.Tensor) -> int:
     was taken (``data_ptr()``, as a number) ahead of a call; ahead of a conversion that swaps Parameters
     (`torch.__future__.set_swap_module_params_on_conversion`): PyTorch refuses to swap one to which there is a weak
     reference, as the cache has; and ahead of giving a weight's storage another size (``resize_``), after which PyTorch
-    2.13 cannot write to it (`cpu.watch`). Every other change is seen.
+    2.13 and 2.14 cannot write to it (`cpu.watch`). Every other change is seen.
     """
     return PACKS.invalidate(target)
 
