@@ -20,7 +20,7 @@ try:
 except ImportError:  # a machine where nothing can be installed
     xxh3_128_digest = None  # type: ignore[assignment]
 
-__all__ = ["content_of", "sure_content", "why_no_hash"]
+__all__ = ["content_of", "form_of", "memory_of", "sure_content", "why_no_hash"]
 
 
 def why_no_hash() -> str | None:
@@ -60,7 +60,7 @@ def sure_content(t: torch.Tensor) -> tuple[bytes, Watch] | None:
     """`content_of` a tensor that stays that while nobody writes to it, as the watch tells; None where that is not known
     now. Of a large tensor it is what the last `content_of` found."""
     if t.numel() * t.element_size() >= _LEAST_WATCHED:
-        seen = _known.get(_where(t))
+        seen = _known.get(memory_of(t))
     else:
         seen = _look(t)
     if seen is None or not seen.sure or seen.watch is None or not unwritten(t, seen.watch):
@@ -68,12 +68,18 @@ def sure_content(t: torch.Tensor) -> tuple[bytes, Watch] | None:
     return seen.content, seen.watch
 
 
-def _where(t: torch.Tensor) -> Hashable:
-    return address(t), t.storage_offset(), t.dtype, t.shape, t.stride()
+def form_of(t: torch.Tensor) -> tuple[Hashable, ...]:
+    """How its elements lie in its storage."""
+    return t.storage_offset(), t.shape, t.stride(), t.dtype
+
+
+def memory_of(t: torch.Tensor) -> tuple[Hashable, ...]:
+    """Where they are, and how they lie."""
+    return address(t), *form_of(t)
 
 
 def _look(t: torch.Tensor) -> _Seen:
-    where = _where(t)
+    where = memory_of(t)
     seen = _known.get(where)
     if seen is not None and seen.watch is not None and not unwritten(t, seen.watch):
         seen = None

@@ -32,16 +32,7 @@ from .packing import Leased, why_not_cacheable
 from .weight import summed_weight
 from .winograd import Winograd
 
-__all__ = [
-    "Ready",
-    "method_name",
-    "methods_of",
-    "ready",
-    "run",
-    "why_not",
-    "why_slower_plain",
-    "why_slower_transposed",
-]
+__all__ = ["Ready", "method_name", "methods_of", "ready", "run", "why_not", "why_slower_plain", "why_slower_transposed"]
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .content import content_of, sure_content, why_no_hash
-from .watch import Watch, address, end_watch, end_watches, unwritten
+from .content import content_of, form_of, memory_of, sure_content, why_no_hash
+from .watch import Watch, end_watch, end_watches, unwritten
 from .watch import owner as owner_of
 
 __all__ = ["PACKS", "Frozen", "Leased", "PackCache", "freeze", "invalidate", "unfreeze", "why_not_cacheable"]
@@ -46,25 +46,21 @@ def why_not_cacheable(weight: torch.Tensor) -> str | None:
 # --- what is known of a tensor ----------------------------------------------------------------------------------------
 
 
-def _form(t: torch.Tensor) -> tuple[Hashable, ...]:
-    return t.storage_offset(), t.shape, t.stride(), t.dtype
-
-
-def _memory(t: torch.Tensor) -> tuple[Hashable, ...]:
-    return address(t), *_form(t)
-
-
 def _vector(t: torch.Tensor | None) -> Hashable:
-    return None if t is None else (t.shape, t.stride(), t.dtype, content_of(t))
+    return None if t is None else _holding(t, content_of(t))
+
+
+def _holding(vector: torch.Tensor, content: bytes | None) -> Hashable:
+    return vector.shape, vector.stride(), vector.dtype, content
 
 
 def _version(t: torch.Tensor | None) -> Hashable:
     """What tells most writes to a frozen tensor without reading it: not those through ``.data`` and the like."""
-    return None if t is None else _written(t, _memory(t))
+    return None if t is None else _written(t, memory_of(t))
 
 
 def _written(t: torch.Tensor, memory: tuple[Hashable, ...]) -> Hashable:
-    """`_version` of a tensor whose `_memory` is this."""
+    """`_version` of a tensor whose `memory_of` is this."""
     return memory, None if t.is_inference() else t._version
 
 
@@ -85,7 +81,7 @@ class _Known:
 
     def __init__(self, t: torch.Tensor, watch: Watch | None) -> None:
         self.ref, self.watch = weakref.ref(owner_of(t)), watch
-        self.offset, self.shape, self.strides, self.dtype = _form(t)
+        self.offset, self.shape, self.strides, self.dtype = form_of(t)
 
     def holds(self, t: torch.Tensor) -> bool:
         if self.ref() is not t and self.ref() is not owner_of(t):
@@ -98,7 +94,7 @@ class _Known:
 
 @dataclass
 class _Slot:
-    """What is known of one Parameter and of views of it, each by its `_form`."""
+    """What is known of one Parameter and of views of it, each by its `form_of`."""
 
     ref: weakref.ref[torch.Tensor]
     memory: tuple[Hashable, ...]  # where and in which form the Parameter is
@@ -136,12 +132,12 @@ class PackCache:
         The number of vectors is the same for the same key. The weight is one that `why_not_cacheable` accepts.
         """
         owner = owner_of(weight)
-        memory = _memory(owner)
+        memory = memory_of(owner)
         slot = self._slot(owner, memory)
         versions: tuple[Hashable, ...] | None = None
         if slot.frozen is not None:
             versions = (_written(owner, memory), *map(_version, vectors))
-            pack = slot.packs.get((memory[1:] if weight is owner else _form(weight), key()))
+            pack = slot.packs.get((memory[1:] if weight is owner else form_of(weight), key()))
             if pack is not None and pack.versions == versions:
                 return pack.value  # type: ignore[return-value]
             written = pack is not None and pack.versions is not None and pack.versions[0] == slot.frozen
@@ -159,7 +155,7 @@ class PackCache:
         build: Callable[[], T],
     ) -> T | None:
         """As `get`, by content; ``versions`` where the weight is frozen."""
-        form, content = _form(weight), b"own" if slot.own else content_of(weight)
+        form, content = form_of(weight), b"own" if slot.own else content_of(weight)
         if slot.contents.get(form) != content:
             with self._lock:
                 for name in [name for name in slot.packs if name[0] == form]:
@@ -197,27 +193,27 @@ class PackCache:
         """The value that is kept for these, and them, while nobody writes to them; None where there is none, or a
         write might go unseen."""
         owner = owner_of(weight)
-        slot, form = self._slot(owner, _memory(owner)), _form(weight)
+        slot, form = self._slot(owner, memory_of(owner)), form_of(weight)
         pack = slot.packs.get((form, key))
         if pack is None or pack.value is None:
             return None
-        wanted = slot.contents.get(form), *pack.vectors  # type: ignore[misc]
-        known: list[_Known | None] = []
-        sure = True
-        for k, (t, want) in enumerate(zip((weight, *vectors), wanted, strict=True)):
-            if t is None or k == 0 and slot.own:
-                known.append(None if t is None else _Known(t, None))
-                continue
-            found = sure_content(t)  # of all of them, so that they become sure together
-            held = None if found is None else found[0] if k == 0 else (t.shape, t.stride(), t.dtype, found[0])
-            sure &= held is not None and held == want  # otherwise frozen, and written to
-            known.append(_Known(t, None if found is None else found[1]))
-        if not sure:
+        known: list[_Known | None] = [_Known(weight, None)]
+        if not slot.own:
+            found = sure_content(weight)
+            if found is None or found[0] != slot.contents.get(form):  # frozen, and written to
+                return None
+            known = [_Known(weight, found[1])]
+        vectors_sure = True
+        for t, want in zip(vectors, pack.vectors, strict=True):  # type: ignore[call-overload]
+            found = None if t is None else sure_content(t)  # of each, so that they become sure together
+            vectors_sure &= t is None or found is not None and _holding(t, found[0]) == want
+            known.append(None if t is None else _Known(t, None if found is None else found[1]))
+        if not vectors_sure:
             return None
         return weakref.ref(pack), known
 
     def _slot(self, owner: torch.Tensor, memory: tuple[Hashable, ...]) -> _Slot:
-        """That of a Parameter, whose `_memory` is this; a new one where it got another."""
+        """That of a Parameter, whose `memory_of` is this; a new one where it got another."""
         ident = id(owner)
         slot = self._slots.get(ident)
         if slot is not None and slot.ref() is owner and slot.memory == memory:
@@ -238,7 +234,7 @@ class PackCache:
     def own(self, weight: nn.Parameter) -> None:
         """Let a Parameter that nobody else can write to count as met already, and as constant: a value of this cache
         from which others are made. (The vectors that go with it are looked at on every call.)"""
-        self._slot(weight, _memory(weight)).own = True
+        self._slot(weight, memory_of(weight)).own = True
 
     def invalidate(self, target: nn.Module | torch.Tensor) -> int:
         """Drop the values made from ``target`` (a Parameter, or all Parameters of a module); returns how many there
@@ -260,7 +256,7 @@ class PackCache:
         """Let the Parameters count as constant while their versions stay. Those of them that did not."""
         found = []
         for t in _tensors("freeze", module):
-            slot = self._slot(t, _memory(t))
+            slot = self._slot(t, memory_of(t))
             if slot.frozen is None or slot.frozen != _version(t):
                 slot.frozen = _version(t)
                 found.append(t)

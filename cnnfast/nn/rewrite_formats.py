@@ -29,10 +29,10 @@ __all__ = [
     "keeps",
     "maps_of",
     "one_shape",
+    "outsized_site",
     "pooled_to_one",
     "reads",
     "splits",
-    "outsized_site",
     "wants_dense",
     "writes_at_each_place",
 ]

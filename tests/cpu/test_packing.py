@@ -634,12 +634,16 @@ def test_who_asks_again_keeps_nothing_alive(asked: list[str]) -> None:
     assert value[-1]() is None
 
 
-def test_a_frozen_weight_is_not_leased_past_a_write(layer: cnnfast.Sequential) -> None:
+@pytest.mark.skipif(not watch._POSSIBLE, reason="this PyTorch has no such storages")
+def test_a_frozen_weight_is_not_leased_past_a_write(layer: cnnfast.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
     """What freezing means holds for who asks again, too."""
+    monkeypatch.setattr(content, "_STEADY", 0.0)
     weight, leased = layer[0].weight, packing.Leased()
     packing.PACKS.freeze(layer)
     for _ in range(4):
         assert leased.get(weight, lambda: "k", (), lambda: "old") == "old"
+        content.content_of(weight)
+    assert leased.held(weight) == "old"
     weight.data.add_(1)
     assert leased.held(weight) is None
     assert leased.get(weight, lambda: "k", (), lambda: "new") == "old"
@@ -648,8 +652,10 @@ def test_a_frozen_weight_is_not_leased_past_a_write(layer: cnnfast.Sequential) -
     assert leased.get(weight, lambda: "k", (), lambda: "new") != "old"
 
 
-def test_many_threads_ask_again_and_again() -> None:
-    weights, wrong = [nn.Parameter(torch.randn(8, 8, 4, 4)) for _ in range(3)], []
+@pytest.mark.skipif(not watch._POSSIBLE, reason="this PyTorch has no such storages")
+def test_many_threads_ask_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content, "_STEADY", 0.0)
+    weights, wrong, ended = [nn.Parameter(torch.randn(8, 8, 4, 4)) for _ in range(3)], [], []
     leased = [packing.Leased() for _ in weights]
 
     def ask(n: int) -> None:
@@ -660,6 +666,7 @@ def test_many_threads_ask_again_and_again() -> None:
                     found = own.get(w, lambda: "k", (None,), lambda w=w: fresh(w))
                 if found is not None and not torch.equal(found, fresh(w)):
                     wrong.append(n)
+        ended.append(n)
 
     for _ in range(3):
         threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
@@ -667,6 +674,7 @@ def test_many_threads_ask_again_and_again() -> None:
             thread.start()
         for thread in threads:
             thread.join()
+        assert all(own.held(w, None) is not None for w, own in zip(weights, leased, strict=True))
         for w in weights:
             w.data.add_(1)
-    assert not wrong
+    assert not wrong and len(ended) == 12

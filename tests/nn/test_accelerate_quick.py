@@ -372,3 +372,18 @@ def test_weights_of_channels_last_maps_are_kept_in_that_format(
     ours.convs[4].weight.data = torch.randn(32, 32, 3, 3) / 17
     check(3)
     assert [p.stride() for p in ours.parameters()] == strides, "the model's own are left as they are"
+
+
+@torch.no_grad()
+def test_a_sequential_keeps_weights_in_the_format_of_its_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    ours, kept = cnnfast.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.GroupNorm(4, 32), nn.ReLU()).eval(), []
+    x = images(1, 32, 24, 24).to(memory_format=torch.channels_last)
+    real = weight.KeptLike.__call__
+    monkeypatch.setattr(weight.KeptLike, "__call__", lambda *args: kept.append(real(*args)) or kept[-1])
+    for _ in range(3):
+        torch.testing.assert_close(ours(x), nn.Sequential(*ours)(x), rtol=1e-5, atol=1e-5)
+        ours[0].weight.data.mul_(1.0)
+    assert len(kept) == 3 and [is_channels_last(w) for w in kept] == [False, True, True]
+    ours[0].weight.data.mul_(2.0)
+    torch.testing.assert_close(ours(x), nn.Sequential(*ours)(x), rtol=1e-5, atol=1e-5)
