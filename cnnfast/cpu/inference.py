@@ -18,18 +18,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..activations import Activation
 from ..dispatch import by_loops
-from ..memory_format import convert, format_of, is_channels_last
+from ..memory_format import format_of, is_channels_last
 from ..spec import DTYPES, ConvSpec
 from ..step import Operands, Step
 from . import tuned
-from .finish import activated
-from .isa import InstructionSet, Process, instruction_set, lowered_products, process, products_dtype
+from .isa import InstructionSet, Process, instruction_set, process, products_dtype
 from .methods import METHODS, applicable, by_rule, moving, winograd_gain
-from .onednn import Convolution, Deconvolution, Method, PostOp, Projection, layout, passed_over, post_op, why_missing
+from .onednn import Deconvolution, Method, PostOp, Projection, layout, passed_over, post_op, why_missing
+from .packed import Call, Packed, packed
 from .packing import Leased, why_not_cacheable
-from .weight import summed_weight
 from .winograd import Winograd
 
 __all__ = ["Ready", "method_name", "methods_of", "ready", "run", "why_not", "why_slower_plain", "why_slower_transposed"]
@@ -207,12 +205,12 @@ def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, now: Process, c
     isa, padded = instruction_set(), _padded(step, shape)
     compute, right = products_dtype(dtype, isa), methods_of(step, shape, dtype, now)
     if chosen is not None and chosen in right:
-        known: Method = METHODS[chosen](step.spec, padded, compute)  # type: ignore[call-arg]
+        known: Method = METHODS[chosen](step.spec, padded, compute)
         return Way(known, post_op(step.activation), None, _check_pays(step, shape, dtype), chosen)
     kind = by_rule(step.spec, padded, compute, isa, now, right)
     if kind.__name__ not in right:
         return "oneDNN has no deconvolution whose output padding reaches the stride"
-    method = kind(step.spec, padded, compute)  # type: ignore[call-arg]
+    method = kind(step.spec, padded, compute)
     slower = _why_slower(step, tuple(shape), method, isa)
     return Way(method, post_op(step.activation), slower, _check_pays(step, shape, dtype))
 
@@ -288,41 +286,6 @@ def method_name(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> str:
 # --- packing and running ----------------------------------------------------------------------------------------------
 
 
-def _pack(method: Method, step: Step, o: Operands) -> tuple[Any, bool]:
-    """The packed weight of one step, and whether all of it is finite."""
-    weight, u = o.weight.detach().float(), step.upsample
-    if u is not None:
-        weight = summed_weight(weight, u.scale, step.spec.groups, lowered=lowered_products())
-    scale, shift = o.folded(step.norm)
-    if scale is not None:
-        s = step.spec
-        if s.transposed:  # (C_in, C_out/g, *kernel): the input channels of a group share that group's outputs
-            rows = scale.view(s.groups, 1, -1).expand(-1, s.in_channels // s.groups, -1)
-            weight = weight * rows.reshape(s.in_channels, -1, *(1,) * s.ndim)
-        else:
-            weight = weight * scale.view(-1, *(1,) * (s.ndim + 1))
-    finite = math.isfinite(weight.sum().item()) and (shift is None or math.isfinite(shift.sum().item()))
-    return method.pack(weight, shift), finite
-
-
-def _post(step: Step, post: PostOp, o: Operands) -> PostOp:
-    """What of the activation runs on the accumulator for these operands: nothing where a residual comes first."""
-    if o.residual is not None:
-        return PostOp()
-    if step.activation.name == "prelu" and o.slope is not None and o.slope.numel() == 1:
-        slope = o.slope.item()
-        if slope and math.isfinite(slope):
-            return PostOp("leaky_relu", (slope,), "", True)
-    return post
-
-
-def _finish(y: torch.Tensor, activation: Activation, o: Operands) -> torch.Tensor:
-    """Residual and activation after the convolution, on a tensor that is ours: in float32 where there is a residual."""
-    if o.residual is not None:
-        y = y.float().add_(o.residual)
-    return activated(y, activation, o.slope)
-
-
 def run(step: Step, operands: Operands, channels_last: bool) -> torch.Tensor | None:
     """The step, for operands that `why_not` accepts. No gradient flows.
 
@@ -373,35 +336,24 @@ class Ready:
             self._key = _key(self.step, *self._of, self.now, self.way.chosen)
         return self._key
 
+    def held(self, *tensors: torch.Tensor | None) -> Packed | None:
+        """What `run` packed of these (weight, bias, mean, var, scale and shift), where it is known that nobody has
+        written to them since."""
+        return self._leased.held(*tensors)
+
     def run(self, o: Operands) -> torch.Tensor | None:
         vectors = o.bias, o.mean, o.var, o.scale, o.shift
         found = self._leased.held(o.weight, *vectors)
         if found is None:
-            found = self._leased.get(o.weight, self.key, vectors, lambda: _pack(self.way.method, self.step, o))
-        return None if found is None else _run(self.step, self.way, found, o, self.channels_last)
+            found = self._leased.get(o.weight, self.key, vectors, lambda: packed(self.way.method, self.step, o))
+        return None if found is None else self.run_with(found, o.x, o.residual, o.slope)
 
-
-def _run(step: Step, way: Way, found: tuple[Any, bool], o: Operands, channels_last: bool) -> torch.Tensor | None:
-    x, method, (packed, finite) = o.x, way.method, found
-    x = convert(step.pad_input(x), method.dtype, True)
-    post = _post(step, way.post, o)
-    fused = post.fused and method.takes_post
-    if fused and (step.activation.row.loses_nan or post.scalars == (0.0,)):  # leaky_relu's slope, which then does, too
-        fused = (
-            way.check_pays
-            and finite
-            and math.isfinite(x.sum(dtype=torch.float32 if x.dtype == torch.float16 else None).item())
-        )
-    y = None
-    if o.residual is not None and isinstance(method, Convolution):
-        y = method.run_adding(x, packed, o.residual)
-    if y is None:
-        y = method.run(x, packed, post if fused else PostOp(), channels_last)
-        if y is None:
-            return None
-    else:
-        o = o._replace(residual=None)
-    if not fused:
-        y = _finish(y, step.activation, o)
-    y = convert(y, o.x.dtype, channels_last)
-    return y.detach() if y._is_view() else y  # autograd lets nobody write to a view that was made without gradients
+    def run_with(
+        self, found: Packed, x: torch.Tensor, residual: torch.Tensor | None, slope: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """`run` with what is packed for it."""
+        call = found.calls.get(self)
+        if call is None:
+            call = Call(self.step, self.way.method, self.way.post, self.way.check_pays, found, self.channels_last)
+            found.keep(self, call)
+        return call(x, residual, slope)

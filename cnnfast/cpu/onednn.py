@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -85,16 +86,27 @@ def post_op(activation: Activation) -> PostOp:
 # --- methods ----------------------------------------------------------------------------------------------------------
 
 
-class Method(Protocol):
+class Method(ABC):
+    """Runs the convolution of a spec on an x of this shape, with products in this dtype."""
+
     dtype: torch.dtype
     takes_post: bool  # an activation; else it is left to the caller
 
+    @abstractmethod
+    def __init__(self, spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None: ...
+
+    @abstractmethod
     def pack(self, weight: torch.Tensor, shift: torch.Tensor | None) -> Any:
         """The weight as `run` wants it; see the head of this file."""
 
+    @abstractmethod
     def run(self, x: torch.Tensor, packed: Any, post: PostOp, channels_last: bool) -> torch.Tensor | None:
         """(N, C_out, H_out, W_out), ours to overwrite; ``channels_last``: the format that costs the caller no copy.
         None where this x takes PyTorch's own operator."""
+
+    def bound(self, packed: Any, post: PostOp, channels_last: bool) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        """`run` of any x with these."""
+        return lambda x: self.run(x, packed, post, channels_last)
 
 
 def layout(packed: Any) -> int:
@@ -121,10 +133,23 @@ def _vectors(channels: int) -> int:
     return -(-channels // 16) * 16
 
 
-class Deconvolution:
-    """oneDNN's deconvolution."""
+class _Operator(Method):
+    """A method that is one operator of oneDNN's: ``op``, which gets ``geometry`` behind the weight."""
 
     takes_post = True
+    op: Any
+    geometry: tuple[Any, ...]
+
+    def run(self, x: torch.Tensor, packed: Any, post: PostOp, channels_last: bool) -> torch.Tensor:
+        return self.op(x, *packed, *self.geometry, post.attr, post.scalars, post.algorithm)
+
+    def bound(self, packed: Any, post: PostOp, channels_last: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+        op, constant = self.op, (*packed, *self.geometry, post.attr, post.scalars, post.algorithm)
+        return lambda x: op(x, *constant)
+
+
+class Deconvolution(_Operator):
+    """oneDNN's deconvolution."""
 
     def __init__(self, spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         s = spec
@@ -141,14 +166,9 @@ class Deconvolution:
         weight = weight.to(self.dtype)
         return _mkldnn._reorder_convolution_transpose_weight(weight, *self.geometry, self.shape), shift
 
-    def run(self, x: torch.Tensor, packed: Any, post: PostOp, channels_last: bool) -> torch.Tensor:
-        return self.op(x, *packed, *self.geometry, post.attr, post.scalars, post.algorithm)
 
-
-class Convolution:
+class Convolution(_Operator):
     """oneDNN's convolution."""
-
-    takes_post = True
 
     def __init__(self, spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.dtype, self.shape = dtype, list(shape)
@@ -157,9 +177,6 @@ class Convolution:
 
     def pack(self, weight: torch.Tensor, shift: torch.Tensor | None) -> Any:
         return _mkldnn._reorder_convolution_weight(weight.to(self.dtype), *self.geometry, self.shape), shift
-
-    def run(self, x: torch.Tensor, packed: Any, post: PostOp, channels_last: bool) -> torch.Tensor:
-        return self.op(x, *packed, *self.geometry, post.attr, post.scalars, post.algorithm)
 
     def run_adding(self, x: torch.Tensor, packed: Any, residual: torch.Tensor) -> torch.Tensor | None:
         """``run`` with ``residual`` (of the result's shape) added to the accumulator and no activation (of those that
@@ -180,7 +197,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor | None, p
     return _mkldnn._linear_pointwise.default(x, weight, shift, post.attr, post.scalars, post.algorithm)
 
 
-class Projection:
+class Projection(Method):
     """A transposed convolution of 1x1 inputs where each output has one tap: one matrix product,
     (N, C_in) x (C_in, H_out * W_out * C_out)."""
 
@@ -219,7 +236,7 @@ class Projection:
         return _linear(x.reshape(n, -1), weight, shift, post).view(n, *self.out).permute(0, 3, 1, 2)
 
 
-class Gathered:
+class Gathered(Method):
     """One matrix product per phase on gathered patches, (N*Q_h*Q_w, taps * C_in) x (taps * C_in, C_out).
 
     Every phase has taps, groups is 1.
@@ -285,7 +302,7 @@ def _union(dim: tuple[Phase, ...]) -> tuple[int, int, int]:
     return low, step, (max(offsets) - low) // step + 1
 
 
-class Merged:
+class Merged(Method):
     """Few output channels: all phases as the channels of one stride-1 convolution over the union of their
     neighbourhoods, then a pixel shuffle. groups is 1.
     """

@@ -75,21 +75,24 @@ class _Pack:
 
 
 class _Known:
-    """A tensor in its form, while nobody writes to it (``watch``; None: nobody can)."""
+    """A tensor, or what it is a view of, in its form, while nobody writes to it (``watch``; None: nobody can)."""
 
-    __slots__ = ("dtype", "offset", "ref", "shape", "strides", "watch")
+    __slots__ = ("form", "of_owner", "ref", "watch")
 
     def __init__(self, t: torch.Tensor, watch: Watch | None) -> None:
-        self.ref, self.watch = weakref.ref(owner_of(t)), watch
-        self.offset, self.shape, self.strides, self.dtype = form_of(t)
+        owner = owner_of(t)
+        self.ref, self.watch = weakref.ref(owner), watch
+        self.form, self.of_owner = form_of(t), form_of(owner)
 
     def holds(self, t: torch.Tensor) -> bool:
-        if self.ref() is not t and self.ref() is not owner_of(t):
+        owner = self.ref()
+        if t is owner:
+            form = self.of_owner
+        elif owner is not None and owner_of(t) is owner:
+            form = self.form
+        else:
             return False
-        if self.watch is not None and not unwritten(t, self.watch):
-            return False
-        same = t.stride() == self.strides and t.shape == self.shape and t.storage_offset() == self.offset
-        return same and t.dtype is self.dtype
+        return (self.watch is None or unwritten(t, self.watch)) and form_of(t) == form
 
 
 @dataclass

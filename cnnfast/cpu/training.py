@@ -34,6 +34,7 @@ from .conv_autograd import (
 )
 from .isa import instruction_set, lowered_products, products_dtype
 from .norm import normalised
+from .packed import Packed
 from .weight import KeptLike, summed_weight
 
 __all__ = ["Ready", "collapses", "packs", "run", "stays_contiguous", "why_slower_3d"]
@@ -96,11 +97,25 @@ class Ready:
         packed = inference.ready(step.bare, bare, True) if packs(step, bare) else None
         return cls(step, packed, channels_last)
 
-    def run(self, o: Operands) -> Tensor:
+    def held(self, *tensors: Tensor | None) -> Packed | Tensor | None:
+        """As `inference.Ready.held`: what is packed or kept of these."""
+        weight, bias, *_ = tensors
+        assert weight is not None
+        if self._packed is not None:
+            return self._packed.held(weight, bias, None, None, None, None)
+        return None if self._kept is None else self._kept.held(weight)
+
+    def run(self, o: Operands, found: Packed | Tensor | None = None) -> Tensor:
+        """``found``: what `held` just gave."""
         o = o._replace(x=convert(o.x, o.x.dtype, True))
         if self._kept is not None:
-            o = o._replace(weight=self._kept(o.x, o.weight))
-        y = None if self._packed is None else self._packed.run(_bare(o))
+            o = o._replace(weight=self._kept(o.x, o.weight, found if isinstance(found, Tensor) else None))
+        y = None
+        if isinstance(found, Packed):
+            assert self._packed is not None
+            y = self._packed.run_with(found, o.x, None, None)
+        elif self._packed is not None:
+            y = self._packed.run(_bare(o))
         y = _finished(self._step, o._replace(x=_convolved(self._step, o.x, o) if y is None else y))
         return convert(y, y.dtype, self._channels_last)
 

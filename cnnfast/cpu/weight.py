@@ -31,9 +31,14 @@ class KeptLike:
         self._leased = Leased()
         self._strides: tuple[int, ...] | None = None  # of an input that is channels-last
 
-    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+    def held(self, weight: Tensor) -> Tensor | None:
+        """What is kept of ``weight``, where it is known that nobody has written to it since."""
+        return self._leased.held(weight)
+
+    def __call__(self, x: Tensor, weight: Tensor, found: Tensor | None = None) -> Tensor:
+        """``found``: what `held` just gave."""
         if x.stride() == self._strides:
-            kept = self._leased.held(weight)
+            kept = self._leased.held(weight) if found is None else found
             if kept is not None:
                 return kept
         elif x.dim() == 4 and is_channels_last(x) and outlives(weight):

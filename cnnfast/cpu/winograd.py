@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..spec import ConvSpec
-from .onednn import Convolution, Deconvolution, PostOp, passed_over
+from .onednn import Convolution, Deconvolution, Method, PostOp, passed_over
 from .toom_cook import blocks_of, cheapest, windows_of, workspace
 
 __all__ = ["Winograd"]
 
 
-class Winograd:
+class Winograd(Method):
     """See the head of this file. Tensors are (N, before..., length, behind..., C) inside, ``length`` the dimension of
     the filters: the last, whose tiles lie in memory as they are read, or the first, for maps too narrow for that."""
 
@@ -143,8 +143,15 @@ class Winograd:
         return self.inner.pack(points.contiguous(), shift)
 
     def run(self, x: torch.Tensor, packed: Any, post: PostOp, channels_last: bool) -> torch.Tensor | None:
-        """See `onednn.Method`. None where the result is not finite: an infinity meets its negative in a transform, and
-        reaches outputs that are not its own."""
+        return self.bound(packed, post, channels_last)(x)
+
+    def bound(self, packed: Any, post: PostOp, channels_last: bool) -> Callable[[torch.Tensor], torch.Tensor | None]:
+        multiply = self.inner.bound(packed, PostOp(), True)
+        return lambda x: self._run(x, multiply)
+
+    def _run(self, x: torch.Tensor, multiply: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor | None:
+        """None where the result is not finite: an infinity meets its negative in a transform, and reaches outputs that
+        are not its own. ``multiply``: the products."""
         x = x.movedim(1, -1).contiguous()
         y = torch.empty((x.shape[0], *self.out, self.spec.out_channels), dtype=torch.float32, device=x.device)
         made, axis, total = self.tiles * len(self.outputs), self.axis, 0.0
@@ -158,11 +165,18 @@ class Winograd:
                 part = part[:, row : row + self.rows]
             if made < self.out[axis]:
                 part = part.narrow(1 + axis, place, min(made, self.out[axis] - place))
-            self._block(of, row, place // len(self.outputs), packed, part)
+            self._block(of, row, place // len(self.outputs), multiply, part)
             total += part.sum().item()
         return y.movedim(-1, 1) if math.isfinite(total) else None
 
-    def _block(self, x: torch.Tensor, row: int, tile: int, packed: Any, y: torch.Tensor) -> None:
+    def _block(
+        self,
+        x: torch.Tensor,
+        row: int,
+        tile: int,
+        multiply: Callable[[torch.Tensor], torch.Tensor],
+        y: torch.Tensor,
+    ) -> None:
         """Outputs from ``row`` and ``tile`` on into y, of images x."""
         c, c_out, points = x.shape[-1], y.shape[-1], len(self.inputs)
         tiles = math.prod(self.size)
@@ -176,7 +190,7 @@ class Winograd:
             v[:, : a - first], v[:, b - first :], x = 0, 0, x[:, a:b]
         x = x.view(-1, self.length, self.behind, c)
         self._transform(x, tile, into.view(-1, points, c), memory[tiles * c * points :])
-        m = self.inner.run(v.movedim(-1, 1), packed, PostOp(), True).movedim(1, -1)
+        m = multiply(v.movedim(-1, 1)).movedim(1, -1)
         m = m.reshape(-1, self.outputs.shape[1], c_out)
         count, length, of = len(m), y.shape[1 + self.axis], len(self.outputs)
         straight = self.behind_out == 1 and length == self.tiles * of and y.is_contiguous()

@@ -8,6 +8,7 @@ as in eager mode, so that the next call gets it again (a map in new pages costs 
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,39 +32,115 @@ def settled(gm: fx.GraphModule, now: object, *, gradients: bool) -> Callable[...
     known = {node: node.target.known(now) for node in sites}
     if not any(known.values()):
         return None
-    graph = fx.Graph()
+    writer = _Writer(gradients)
     new: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         quick = known.get(node)
         if quick is None:
-            new[node] = graph.node_copy(node, new.__getitem__)
+            new[node] = writer.graph.node_copy(node, new.__getitem__)
         else:
-            new[node] = _written(graph, node, quick, [new[n] for n in node.args], gradients)
-    graph.lint()
-    return fx.GraphModule(gm, graph).forward
+            new[node] = writer.site(node, quick, [new[n] for n in node.args])
+    writer.look_ahead()
+    writer.graph.lint()
+    return fx.GraphModule(gm, writer.graph).forward
 
 
-def _written(graph: fx.Graph, node: fx.Node, quick: Quick, args: Sequence[fx.Node], gradients: bool) -> fx.Node:
-    """What `Site.__call__` does in such a case, as nodes."""
-    site: Site = node.target  # type: ignore[assignment]
-    x, *operands = args
-    if site.converts and value(node.args[0]).dim() > 3:
-        x = graph.call_function(reformatted, (x, True))
-    if gradients:
-        operands = [graph.call_function(entered, (t,)) if k in site.added else t for k, t in enumerate(operands)]
-    calls = dict(zip(site.runs, site.calls, strict=True))
-    for part in quick.parts:
-        if part.step is not None and not part.calls:
-            used = list(dict.fromkeys(k for k in part.places if k is not None))
-            x = graph.call_function(_Settled(part, used, dict(quick.same)), (x, *[operands[k] for k in used]))
-            continue
-        if part.converts:
-            x = graph.call_function(reformatted, (x, True))
-        for run in part.calls:
-            x = _call(graph, calls[run], x, operands, exactly=site.converts, gradients=gradients)
-        if part.step is not None and part.channels_last is not None:
-            x = graph.call_function(reformatted, (x, part.channels_last))
-    return graph.call_function(reformatted, (x, False)) if site.channels_last is False else x
+class _Writer:
+    """Writes ``graph``."""
+
+    def __init__(self, gradients: bool) -> None:
+        self.graph, self.gradients = fx.Graph(), gradients
+        self._ahead: list[tuple[fx.Node, list[fx.Node | None]]] = []
+
+    def site(self, node: fx.Node, quick: Quick, args: Sequence[fx.Node]) -> fx.Node:
+        """What `Site.__call__` does in such a case, as nodes."""
+        site: Site = node.target  # type: ignore[assignment]
+        call = self.graph.call_function
+        x, *operands = args
+        if site.converts and value(node.args[0]).dim() > 3:
+            x = call(reformatted, (x, True))
+        if self.gradients:
+            operands = [call(entered, (t,)) if k in site.added else t for k, t in enumerate(operands)]
+        calls = dict(zip(site.runs, site.calls, strict=True))
+        for part in quick.parts:
+            if part.step is not None and not part.calls:
+                used = list(dict.fromkeys(k for k in part.places if k is not None))
+                x = call(_Settled(part, used, dict(quick.same)), (x, *[operands[k] for k in used]))
+                self._look(x, [None if k is None else operands[k] for k in part.places[:_LOOKED_AT]])
+                continue
+            if part.converts:
+                x = call(reformatted, (x, True))
+            for run in part.calls:
+                x = self._call(calls[run], x, operands, exactly=site.converts)
+            if part.step is not None and part.channels_last is not None:
+                x = call(reformatted, (x, part.channels_last))
+        return call(reformatted, (x, False)) if site.channels_last is False else x
+
+    def _call(self, call: Call, x: fx.Node, operands: Sequence[fx.Node], *, exactly: bool) -> fx.Node:
+        """What `Call.exactly` does, or `Call.run`."""
+        if exactly and call.norm is not None:
+            function, weight, bias = call.norm
+            args: Any = (x, filled(weight, x, operands), filled(bias, x, operands))
+            return self.graph.call_function(function, args)
+        operands = operands if self.gradients else self._kept(call, x, operands)
+        args, kwargs = (filled(a, x, operands) for a in (call.args, call.kwargs))
+        if isinstance(call.target, str):
+            return self.graph.call_method(call.target, args, kwargs)
+        return self.graph.call_function(call.target, args, kwargs)
+
+    def _kept(self, call: Call, x: fx.Node, operands: Sequence[fx.Node]) -> Sequence[fx.Node]:
+        """The operands of a convolution with its weight as `KeptLike` has it."""
+        bound = call.kind.bind(call.args, call.kwargs) if call.kind.name in _WITH_WEIGHT else None
+        place = -1 if bound is None else bound["weight"].place
+        if place < 0 or not outlives(value(operands[place])):
+            return operands
+        kept = self.graph.call_function(KeptLike(), (x, operands[place]))
+        self._look(kept, [operands[place]])
+        return [kept if k == place else t for k, t in enumerate(operands)]
+
+    def _look(self, node: fx.Node, tensors: list[fx.Node | None]) -> None:
+        """Have it known ahead of ``node`` whether these tensors are what they were: at the start of the graph where
+        they are there. (What a graph writes to is known of in none of its calls: each ends the watch.)"""
+        if all(t is None or t.op == "placeholder" for t in tensors):
+            self._ahead.append((node, tensors))
+        else:
+            with self.graph.inserting_before(node):
+                self._looked([(node, tensors)])
+
+    def look_ahead(self) -> None:
+        """Write what the nodes so far want to know at the start."""
+        if self._ahead:
+            inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+            with self.graph.inserting_after(inputs[-1]):
+                self._looked(self._ahead)
+
+    def _looked(self, of: list[tuple[fx.Node, list[fx.Node | None]]]) -> None:
+        looks = _Looks([(node.target.held, len(tensors)) for node, tensors in of])  # type: ignore[union-attr]
+        found = self.graph.call_function(looks, tuple([t for _, tensors in of for t in tensors]))
+        for k, (node, _) in enumerate(of):
+            with self.graph.inserting_before(node):
+                node.update_kwarg("found", self.graph.call_function(operator.getitem, (found, k)))
+
+
+_WITH_WEIGHT = ("conv2d", "conv_transpose2d")
+_LOOKED_AT = 6  # of a step's operands, those that are packed: weight, bias, mean, var, scale and shift
+
+
+class _Looks:
+    """For each step, what is packed of its weight and vectors, where it is known that these are what they were. One
+    loop, which stays in the cache: between convolutions, each step's own would take ten times as long."""
+
+    __name__ = __qualname__ = "looks"  # as FX writes it into code
+
+    def __init__(self, of: list[tuple[Callable[..., Any], int]]) -> None:
+        self._of = of
+
+    def __call__(self, *tensors: Tensor | None) -> list[Any]:
+        found, at = [], 0
+        for held, count in self._of:
+            found.append(held(*tensors[at : at + count]))
+            at += count
+        return found
 
 
 class _Settled:
@@ -72,12 +149,35 @@ class _Settled:
     __name__ = __qualname__ = "step"  # as FX writes it into code
 
     def __init__(self, part: Planned, used: list[int], same: dict[int, weakref.ref[Tensor]]) -> None:
-        self._part = part._replace(places=tuple([None if k is None else used.index(k) for k in part.places]))
+        self._part = part = part._replace(places=tuple([None if k is None else used.index(k) for k in part.places]))
+        self._residual, self._slope = part.places[_LOOKED_AT:]
         self._weight = same[used[0]]
         self._ready: inference.Ready | training.Ready | None = None
 
-    def __call__(self, x: Tensor, *operands: Tensor) -> Tensor:
+    def held(self, *tensors: Tensor | None) -> tuple[inference.Ready | training.Ready, Any] | None:
+        """What is packed of weight and vectors that are known to be what they were, and who runs with it."""
+        ready = self._ready  # read once: another thread may set it
+        found = None if ready is None else ready.held(*tensors)
+        return None if ready is None or found is None else (ready, found)
+
+    def __call__(
+        self, x: Tensor, *operands: Tensor, found: tuple[inference.Ready | training.Ready, Any] | None
+    ) -> Tensor:
         part, weight = self._part, operands[0]
+        if found is not None:
+            ready, packed = found
+            if isinstance(ready, training.Ready):
+                o = part.operands(x, operands)
+                return part.finished(o, ready.run(o, packed))
+            residual = None if self._residual is None else operands[self._residual]
+            slope = None if self._slope is None else operands[self._slope]
+            if not part.one:
+                y = ready.run_with(packed, x, residual, slope)
+            else:
+                residual = None if residual is None else residual.unsqueeze(2)
+                y = ready.run_with(packed, x.unsqueeze(2), residual, slope)
+                y = None if y is None else y.squeeze(2)
+            return part.finished(part.operands(x, operands), None) if y is None else y
         if weight is not self._weight():  # of the same kind, as the graph's guards say
             part = self._part = part.again(x, operands)
             self._weight, self._ready = weakref.ref(weight), None
@@ -87,30 +187,3 @@ class _Settled:
             assert step is not None
             self._ready = inference.ready(step, o, last) if part.packed else training.Ready.of(step, o, last)
         return part.finished(o, None if self._ready is None else self._ready.run(o))
-
-
-def _call(
-    graph: fx.Graph, call: Call, x: fx.Node, operands: Sequence[fx.Node], *, exactly: bool, gradients: bool
-) -> fx.Node:
-    """What `Call.exactly` does, or `Call.run`."""
-    if exactly and call.norm is not None:
-        function, weight, bias = call.norm
-        return graph.call_function(function, (x, filled(weight, x, operands), filled(bias, x, operands)))
-    operands = operands if gradients else _kept(graph, call, x, operands)
-    args, kwargs = (filled(a, x, operands) for a in (call.args, call.kwargs))
-    if isinstance(call.target, str):
-        return graph.call_method(call.target, args, kwargs)
-    return graph.call_function(call.target, args, kwargs)
-
-
-def _kept(graph: fx.Graph, call: Call, x: fx.Node, operands: Sequence[fx.Node]) -> Sequence[fx.Node]:
-    """The operands of a convolution with its weight as `KeptLike` has it."""
-    bound = call.kind.bind(call.args, call.kwargs) if call.kind.name in _WITH_WEIGHT else None
-    place = -1 if bound is None else bound["weight"].place
-    if place < 0 or not outlives(value(operands[place])):
-        return operands
-    kept = graph.call_function(KeptLike(), (x, operands[place]))
-    return [kept if k == place else t for k, t in enumerate(operands)]
-
-
-_WITH_WEIGHT = ("conv2d", "conv_transpose2d")

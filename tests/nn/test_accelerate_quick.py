@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.cpu import backend, content, watch, weight
+from cnnfast.cpu import backend, content, inference, packing, watch, weight
 from cnnfast.memory_format import is_channels_last, reformatted
-from cnnfast.nn import rewrite_quick
+from cnnfast.nn import rewrite_quick, rewrite_settle
 from cnnfast.nn.accelerate_call import plain_call, record_of
 from cnnfast.nn.rewrite_quick import Planned
 from cnnfast.nn.rewrite_site import Site
@@ -181,7 +182,8 @@ def test_the_input_of_a_first_call_that_stands_is_converted_not_its_result() -> 
     first = quick.parts[0]
     assert first.calls and first.converts and not any(part.converts for part in quick.parts[1:])
     settled = graph._seen[2].__self__.graph  # type: ignore[union-attr]
-    called = [n for n in settled.nodes if n.op == "call_function"]
+    looks, *called = (n for n in settled.nodes if n.op == "call_function" and n.target is not operator.getitem)
+    assert isinstance(looks.target, rewrite_settle._Looks) and all(n.op == "placeholder" for n in looks.all_input_nodes)
     assert called[0].target is reformatted and called[0].args[0].op == "placeholder"
     assert called[1].target is torch.conv2d and called[1].args[0] is called[0]
 
@@ -263,6 +265,53 @@ def test_sources_of_computed_weights_are_read_once(read: list[int]) -> None:
     same(ours, x)
     same(ours, x)
     assert read
+
+
+class Wide(nn.Module):
+    """Steps that gain by a packed weight on any processor: with a norm, and with a bias and a sum."""
+
+    def __init__(self, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(128, 128, 3, padding=1, bias=False), norm(128)
+        self.second = nn.Conv2d(128, 128, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm(self.first(x)))
+        return F.relu(y + self.second(y))
+
+
+@watched
+@torch.no_grad()
+@pytest.mark.parametrize("computed", [False, True], ids=["", "weight_norm"])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d], ids=["batch", "instance"])
+def test_steps_run_with_what_was_looked_at_ahead_of_them(
+    norm: Callable[[int], nn.Module], computed: bool, read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is looked up in the cache while nobody writes: no operator gets at a weight or a vector to write to it,
+    as some of oneDNN's do with what they are given as a bias."""
+    torch.manual_seed(0)
+    model, x = randomized(Wide(norm)).eval(), images(1, 128, 16, 16)
+    if computed:
+        nn.utils.parametrizations.weight_norm(model.second)
+    ours, ahead = cnnfast.accelerate(model), []
+    for _ in range(8):
+        want = ours(x)
+    looks = rewrite_settle._Looks.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(packing.Leased, "get", None)
+        patch.setattr(inference.Ready, "run", None)
+        patch.setattr(rewrite_settle._Looks, "__call__", lambda *args: ahead.append(looks(*args)) or ahead[-1])
+        assert torch.equal(ours(x), want)
+    assert [len(found) for found in ahead] == ([1, 1] if computed else [2]) and not any(
+        None in found for found in ahead
+    )
+    ours.second.bias.data.add_(1)
+    for _ in range(6):
+        same(ours, x)
+    ours.first.weight.data.view(-1)[7] += 1
+    for _ in range(6):
+        same(ours, x)
+    assert (ours(x) - want).abs().max() > 1e-3
 
 
 class Writes(nn.Module):
@@ -348,8 +397,8 @@ def test_weights_of_channels_last_maps_are_kept_in_that_format(
     x = images(1, 32, 24, 24).to(memory_format=torch.channels_last)
     real = weight.KeptLike.__call__
 
-    def noted(self: weight.KeptLike, x: Tensor, w: Tensor) -> Tensor:
-        found = real(self, x, w)
+    def noted(self: weight.KeptLike, x: Tensor, w: Tensor, found: Tensor | None = None) -> Tensor:
+        found = real(self, x, w, found)
         kept.append((is_channels_last(x), is_channels_last(found), torch.equal(found, w)))
         return found
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.cpu import inference, onednn
+from cnnfast.cpu import inference, onednn, packed
 from cnnfast.memory_format import in_format, to_format
 from cnnfast.nn.accelerate_call import plain_call, record_of
 
@@ -120,17 +120,17 @@ def test_maps_stay_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
     for a packed weight.)"""
     ours = cnnfast.accelerate(randomized(Blocks(64)).eval())
     seen: list[tuple[bool, bool]] = []
-    plain_run = inference._run
+    plain_call = packed.Call.__call__
 
-    def run(step, way, key, o, channels_last):  # type: ignore[no-untyped-def]
-        added = o.residual is None or o.residual.is_contiguous(memory_format=torch.channels_last)
-        seen.append((o.x.is_contiguous(memory_format=torch.channels_last), added))
-        return plain_run(step, way, key, o, channels_last)
+    def call(self: packed.Call, x: Tensor, residual: Tensor | None, slope: Tensor | None) -> Tensor | None:
+        added = residual is None or residual.is_contiguous(memory_format=torch.channels_last)
+        seen.append((x.is_contiguous(memory_format=torch.channels_last), added))
+        return plain_call(self, x, residual, slope)
 
     x = torch.randn(1, 7, 400)
     with torch.no_grad():
         ours(x), ours(x)
-        monkeypatch.setattr(inference, "_run", run)
+        monkeypatch.setattr(packed.Call, "__call__", call)
         ours(x)
     assert len(seen) == 7 and seen[0] == (False, True) and set(seen[1:]) == {(True, True)}
 
@@ -216,8 +216,8 @@ def test_sizes_cost_few_graphs() -> None:
 def test_parameters_made_in_inference_mode_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The view that a step takes of such a weight knows no base."""
     packs: list[object] = []
-    plain_pack = inference._pack
-    monkeypatch.setattr(inference, "_pack", lambda m, s, o: packs.append(s) or plain_pack(m, s, o))
+    plain_pack = inference.packed
+    monkeypatch.setattr(inference, "packed", lambda m, s, o: packs.append(s) or plain_pack(m, s, o))
     with torch.inference_mode():
         seq = cnnfast.Sequential(nn.ConvTranspose1d(32, 32, 8, 4, 2), nn.LeakyReLU(0.1)).eval()
         x = torch.randn(2, 32, 800)  # one sample would run as it stands

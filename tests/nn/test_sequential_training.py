@@ -354,9 +354,9 @@ def test_autocast_without_gradients(steps: list[str]) -> None:
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 def test_autocast_without_gradients_packs_the_parameters(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     packed: list[torch.dtype] = []
-    pack = inference._pack
+    pack = inference.packed
     monkeypatch.setattr(
-        inference, "_pack", lambda method, step, o: packed.append(o.weight.dtype) or pack(method, step, o)
+        inference, "packed", lambda method, step, o: packed.append(o.weight.dtype) or pack(method, step, o)
     )
     plain = nn.Sequential(nn.ConvTranspose2d(64, 32, 4, 2, 1), NORMS[norm][0](32), nn.ReLU()).eval()
     ours = cnnfast.Sequential(*copy.deepcopy(plain))
