@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -100,27 +101,38 @@ def test_matrices_are_transposed_where_that_is_faster(
 
 LARGE = [(1, 64, 1, 2048), (3, 64, 24, 25), (1, 32, 65, 64), (2, 32, 8, 16, 16), (1, 64, 72, 72), (2, 256, 1, 130)]
 SMALL = [(1, 3, 128, 128), (1, 1, 256, 256), (2, 4096, 1, 8), (1, 64, 1, 1), (0, 64, 32, 32), (2, 16, 5, 7)]
+# In float32: parts of rows, rows, several, whole images; a prime number of positions is one run.
+SHUFFLED = [(1, 64, 1, 2048), (1, 32, 65, 64), (2, 32, 8, 16, 16), (1, 64, 72, 72), (1, 10, 127, 129), (3, 9, 1, 20011)]
+WHOLE = [(1, 9, 1, 20011)]
 
 
 @pytest.mark.parametrize("to", [True, False], ids=["to channels-last", "back"])
 @pytest.mark.parametrize("dtypes", [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.float16)])
-@pytest.mark.parametrize("shape", LARGE + SMALL, ids=str)
+@pytest.mark.parametrize("shape", LARGE + SMALL + SHUFFLED[-2:] + WHOLE, ids=str)
 def test_conversions(
     shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], to: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Values, strides and gradients; and that many channels go as matrices."""
-    found: list[torch.Tensor] = []
-    transposed = memory_format._transposed
+    """Values, strides and gradients; and that many channels go as matrices, or shuffled."""
+    found: list[str] = []
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    monkeypatch.setattr(memory_format, "_transposed", lambda t, to: found.append(t) or transposed(t, to))  # type: ignore[func-returns-value]
+    for real in (memory_format._transposed, memory_format._shuffled):
+
+        def way(t: torch.Tensor, to: bool, real: Any = real) -> torch.Tensor:
+            found.append(real.__name__)
+            return real(t, to)
+
+        monkeypatch.setattr(memory_format, real.__name__, way)
     before, after = dtypes
     x = torch.randn(shape).to(before, memory_format=format_of(len(shape), not to))
     y = convert(x, after, to)
     assert torch.equal(y, x.to(after)) and y.dtype == after
     if x.numel() and len(shape) == 4 and shape[1] > 1 and shape[2] * shape[3] > 1:
         assert y.stride() == new_strides(shape, to)
-    if to:
-        assert bool(found) == (shape in LARGE)
+    assert not y._is_view(), "its user may write to it"
+    shuffled = shape in SHUFFLED and before == after == torch.float32
+    assert ("_shuffled" in found) == shuffled
+    if to and not shuffled:
+        assert ("_transposed" in found) == (shape in LARGE or shape in SHUFFLED and shape[1] >= 16)
     given = x.float().requires_grad_()
     grad = torch.randn(shape)
     convert(given, after, to).backward(grad.to(after))
