@@ -313,6 +313,7 @@ class Ready:
     def __init__(self, step: Step, shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, way: Way) -> None:
         self.step, self.channels_last, self.way, self.now = step, channels_last, way, process()
         self._key: tuple[Any, ...] | None = None
+        self._call = way.method, channels_last
         self._of = shape, dtype
         self._leased = Leased()
 
@@ -352,8 +353,8 @@ class Ready:
         self, found: Packed, x: torch.Tensor, residual: torch.Tensor | None, slope: torch.Tensor | None
     ) -> torch.Tensor | None:
         """`run` with what is packed for it."""
-        call = found.calls.get(self)
+        call = found.calls.get(self._call)
         if call is None:
             call = Call(self.step, self.way.method, self.way.post, self.way.check_pays, found, self.channels_last)
-            found.keep(self, call)
+            found.keep(self._call, call)
         return call(x, residual, slope)

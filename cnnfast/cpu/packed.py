@@ -22,7 +22,8 @@ _MAX_CALLS = 16  # that are kept with one packed weight
 
 
 class Packed:
-    """The ``weight`` of a step as its method wants it, whether all of it is ``finite``, and the ``calls`` by it."""
+    """The ``weight`` of a step as its method wants it, whether all of it is ``finite``, and the ``calls`` by it, for
+    each size of an input that one is."""
 
     __slots__ = ("calls", "finite", "weight")
 
@@ -63,7 +64,8 @@ class Call:
         self, step: Step, method: Method, post: PostOp, check_pays: bool, found: Packed, channels_last: bool
     ) -> None:
         dims = step.spec.ndim + 2
-        self._step, self._method, self._found, self._channels_last = step, method, found, channels_last
+        self._step, self._method, self._channels_last = step, method, channels_last
+        self._weight = found.weight  # not ``found``, which keeps this: it would be garbage to collect
         self._dtype, self._last, self._result = method.dtype, format_of(dims, True), format_of(dims, channels_last)
         self._pads, self._activates = any(step.pad), step.activation.name != "identity"
         self._post = post if post.fused and method.takes_post and not step.residual else PostOp()
@@ -75,7 +77,7 @@ class Call:
         self._fused = self._with(self._post)
 
     def _with(self, post: PostOp) -> Callable[[torch.Tensor], torch.Tensor | None]:
-        return self._method.bound(self._found.weight, post, self._channels_last)
+        return self._method.bound(self._weight, post, self._channels_last)
 
     def __call__(
         self, x: torch.Tensor, residual: torch.Tensor | None, slope: torch.Tensor | None
@@ -89,7 +91,7 @@ class Call:
         y, fused = None, False
         if residual is not None:
             if isinstance(self._method, Convolution):
-                y = self._method.run_adding(x, self._found.weight, residual)
+                y = self._method.run_adding(x, self._weight, residual)
             if y is None:
                 y = self._plain(x)
                 y = None if y is None else y.float().add_(residual)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import math
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,7 @@ from cnnfast.activations import ACTIVATIONS, Activation
 from cnnfast.cpu import inference, isa, methods, onednn
 from cnnfast.cpu.isa import InstructionSet, Process, instruction_set
 from cnnfast.cpu.methods import applicable, by_rule
+from cnnfast.cpu.packed import Packed
 from cnnfast.cpu.packing import PACKS
 from cnnfast.cpu.winograd import Winograd
 from cnnfast.norms import Norm
@@ -707,3 +709,27 @@ def test_inference_mode_and_no_grad_share_a_pack() -> None:
         second = packed(PLAIN.step, o)
     assert torch.equal(first, second) and len(PACKS) == packs
     assert not second.requires_grad
+
+
+def test_a_pack_that_is_dropped_is_gone_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the next collection of garbage: packs are as large as weights. The calls that it keeps stay few."""
+    kept: list[Packed] = []
+    keep = Packed.keep
+    monkeypatch.setattr(Packed, "keep", lambda self, *rest: kept.append(self) or keep(self, *rest))
+    step = Step(ConvSpec.make(16, 16, 3, 1, 1, transposed=False))
+    weight = nn.Parameter(torch.randn(16, 16, 3, 3))
+    with torch.no_grad():
+        for height in range(9, 45):
+            x = torch.randn(1, 16, height, 9).contiguous(memory_format=torch.channels_last)
+            for _ in range(2):
+                inference.run(step, Operands(x, weight), True)
+    assert len(kept) == 36 and max(len(pack.calls) for pack in kept) <= 16
+    gone = [weakref.ref(pack.weight[0]) for pack in kept]  # type: ignore[index]
+    gc.collect()
+    gc.disable()
+    try:
+        kept.clear()
+        PACKS.invalidate(weight)
+        assert not any(ref() is not None for ref in gone)
+    finally:
+        gc.enable()
