@@ -159,12 +159,13 @@ def _transposed(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
     return y
 
 
-_SHUFFLED = range(2**17, 2**24 + 1)  # numbers: below that calls cost more, above it memory (as much again is taken)
+_SHUFFLED = 2**17, 2**24  # numbers, from and to: fewer cost more calls, more memory (as much again is taken)
 
 
 def _by_shuffle(t: torch.Tensor, channels_last: bool) -> bool:
     """Whether `_shuffled` is faster than `_transposed` and ATen's copy (docs/facts.md)."""
-    if t.device.type != "cpu" or t.dtype != torch.float32 or t.numel() not in _SHUFFLED or t.shape[1] < 8:
+    least, most = _SHUFFLED
+    if t.device.type != "cpu" or t.dtype != torch.float32 or t.shape[1] < 8 or not least <= t.numel() <= most:
         return False
     if not t.is_contiguous(memory_format=format_of(t.dim(), not channels_last)):
         return False
