@@ -692,7 +692,7 @@ def test_warmup_packs_the_weights_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> N
     cnnfast.warmup(model, x)
     gc.collect()  # what models of other tests left
     packs = len(PACKS)
-    monkeypatch.setattr(inference, "_pack", lambda *args: pytest.fail("packed after warmup"))
+    monkeypatch.setattr(inference, "packed", lambda *args: pytest.fail("packed after warmup"))
     with torch.inference_mode():
         model(x)
     assert len(PACKS) == packs and (packs or methods.why_missing() is not None)
