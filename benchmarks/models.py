@@ -37,7 +37,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 OURS, FROZEN = "accelerate", "accelerate, frozen"
 WARM = 2.0
 """Seconds in which each implementation is called ahead of the timing: a weight counts as one that nobody writes to once
-it has held the same for a second (`cnnfast.cpu.watch`)."""
+it has held the same for a second (`cnnfast.cpu.content`)."""
 
 
 @dataclass

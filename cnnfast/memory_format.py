@@ -161,6 +161,8 @@ def _transposed(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
 
 _SHUFFLED = 2**17, 2**24  # numbers, from and to: fewer cost more calls, more memory (as much again is taken)
 
+_LEAST_RUN = 64  # positions: more than a kernel has, as the shuffle reads like one who writes, ending a weight's watch
+
 
 def _by_shuffle(t: torch.Tensor, channels_last: bool) -> bool:
     """Whether `_shuffled` is faster than `_transposed` and ATen's copy (docs/facts.md)."""
@@ -170,7 +172,7 @@ def _by_shuffle(t: torch.Tensor, channels_last: bool) -> bool:
     if not t.is_contiguous(memory_format=format_of(t.dim(), not channels_last)):
         return False
     run = _run_length(t.shape[2:].numel(), t.shape[-1])
-    return run >= 16 and t.shape[0] * t.shape[2:].numel() >= 2 * run
+    return run >= _LEAST_RUN and t.shape[0] * t.shape[2:].numel() >= 2 * run
 
 
 def _shuffled(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
