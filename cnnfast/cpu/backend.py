@@ -242,7 +242,7 @@ def _no_gain(
         return tuned.FASTER if chosen == tuned.MODULES else None
     if s.step.spec.ndim == 3 and s.step.spec.transposed:
         return inference.why_slower_transposed(s.step, shape, s.dtype)
-    if before and after and s.step.measured and s.step.norm.per_image and s.dtype == torch.float32:  # type: ignore[union-attr]
+    if before and after and s.step.measured and s.step.norm.per_image:  # type: ignore[union-attr]
         return None  # the module of an InstanceNorm would convert twice, statistics of a GroupNorm's are less exact
     step, norm, slopes = s.step, s.step.norm is not None, s.slopes
     if s.step.measured or s.step.residual:  # what follows the convolution takes its passes anyway

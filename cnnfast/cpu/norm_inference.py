@@ -26,8 +26,8 @@ __all__ = ["SMALL", "finished", "why_not"]
 
 
 def why_not(norm: Norm | None, o: Operands) -> str | None:
-    """Why `finished` does not apply, or None: it does to a dense float32 map of several positions, channels-last, and
-    a norm by the statistics of each image that moves no others."""
+    """Why `finished` does not apply, or None: it does to a dense map of several positions, channels-last, in float32 or
+    16 bits, and a norm by the statistics of each image that moves no others."""
     x = o.x
     if norm is None or not norm.measured or not norm.per_image:
         return "it does not measure each image"
@@ -35,9 +35,9 @@ def why_not(norm: Norm | None, o: Operands) -> str | None:
         return "a gradient is wanted"
     if o.mean is not None or o.var is not None:
         return "it moves running statistics"
-    tensors = [t for t in (x, o.scale, o.shift, o.residual, o.slope) if t is not None]
-    if any(t.dtype != torch.float32 for t in tensors):
-        return "it is not all float32"
+    tensors = [t for t in (o.scale, o.shift, o.residual, o.slope) if t is not None]
+    if x.dtype not in _DTYPES or any(t.dtype != x.dtype for t in tensors):
+        return "it is not all float32, bfloat16 or float16"
     if x.dim() not in (4, 5) or x.is_contiguous() or not x.is_contiguous(memory_format=format_of(x.dim(), True)):
         return "the map is not channels-last"
     if x.numel() == 0 or o.residual is not None and o.residual.shape != x.shape:
@@ -57,28 +57,34 @@ def finished(norm: Norm, o: Operands, activation: Activation, *, ours: bool) -> 
     return activated(y, activation, o.slope)
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = {"group": 2**14, "instance": 2**15}  # numbers of an image, in the time of which it is converted and back
 _SHORT = 4096  # positions whose squares ATen may add up one after the other
 _FAR = 8.0  # deviations of a mean from 0: beyond, sums and products are rounded at a size that the result has not
 _NEAR = 0.5  # deviations of a mean from 0 that E[x^2] - E[x]^2 bears without a loss to speak of
+_NEAR_16 = 3.0  # likewise, where the result is rounded to 16 bits
+_VECTOR_16, _WIDE_16 = 32, 512  # channels that ATen takes at once in 16 bits; so many are as good as more
 
 
 def _by_aten(norm: Norm, o: Operands) -> Tensor | None:
     """The norm by ATen: of small images with the contiguous copy that it is exact on, and that costs less than a few
-    calls; GroupNorm where its sums are short. Of what has a mean far from 0, less that mean."""
-    x, last = o.x, format_of(o.x.dim(), True)
+    calls; GroupNorm where its sums are short, or its result is rounded to 16 bits. Of what has a mean far from 0, less
+    that mean; None in 16 bits, where a difference would be rounded."""
+    x, last, narrow = o.x, format_of(o.x.dim(), True), o.x.dtype != torch.float32
     n, c, *size = x.shape
     small = x.shape[1:].numel() <= SMALL[norm.kind]
     if norm.kind != "group":
         y = F.instance_norm(x, weight=o.scale, bias=o.shift, eps=norm.eps) if small else None
         return None if y is None else y.contiguous(memory_format=last)
-    if math.prod(size) > _SHORT and not small:
+    if not small and (c % _VECTOR_16 if narrow else math.prod(size) > _SHORT):
         return None
     # Sizes of one have strides of any size.
     x = x.contiguous() if small else x.as_strided(x.shape, new_strides(x.shape, True))
     affine = o.scale, o.shift, n, c, math.prod(size), norm.groups, norm.eps
     y, mean, rstd = torch.native_group_norm(x, *affine)
-    if is_far(mean, rstd, _FAR if small else _NEAR):
+    if not (narrow and small) and is_far(mean, rstd, _NEAR_16 if narrow else _FAR if small else _NEAR):
+        if narrow:
+            return None
         mean = mean.repeat_interleave(c // norm.groups, 1).view(n, c, *(1,) * len(size))
         y, _, _ = torch.native_group_norm(x - mean, *affine)
     return y.contiguous(memory_format=last)
@@ -87,20 +93,40 @@ def _by_aten(norm: Norm, o: Operands) -> Tensor | None:
 def _normalise(norm: Norm, o: Operands, y: Tensor) -> None:
     """Each image with the statistics of its channels: y, which x may be."""
     x, join = o.x, norm.join(o.x.shape[1])
+    narrow = x.dtype != torch.float32
+    scale, shift = (t if t is None or not narrow else t.float() for t in (o.scale, o.shift))
     for k, image in enumerate(x.split(1)):
         mean, var = _of_groups(_rows(image), join)
-        if (mean.square().sub_(var, alpha=_FAR**2) > norm.eps * _FAR**2).any():
+        if not narrow and (mean.square().sub_(var, alpha=_FAR**2) > norm.eps * _FAR**2).any():
             image = image - _of_channels(mean, join).view(1, -1, *(1,) * (x.dim() - 2))
             mean, var = _of_groups(_rows(image), join)
         # ATen's BatchNorm by given statistics: a product and a sum, in one pass over a channels-last map.
-        out = y[k : k + 1], x.new_empty(0), x.new_empty(0)
-        given = _of_channels(mean, join), _of_channels(var, join)
-        torch.native_batch_norm(image, o.scale, o.shift, *given, False, 0.0, norm.eps, out=out)
+        vectors = scale, shift, _of_channels(mean, join), _of_channels(var, join)
+        of, into = image, y[k : k + 1]
+        if narrow and (times := _positions_at_once(*_rows(image).shape)) > 1:
+            vectors = tuple([None if v is None else v.repeat(times) for v in vectors])
+            of, into = _joined(_rows(image), times), _joined(_rows(into), times)
+        out = into, mean.new_empty(0, dtype=torch.float32), mean.new_empty(0, dtype=torch.float32)
+        torch.native_batch_norm(of, *vectors, False, 0.0, norm.eps, out=out)
 
 
 def _rows(image: Tensor) -> Tensor:
     """(1, C, *size), channels-last, as (positions, C)."""
     return image.movedim(1, -1).view(-1, image.shape[1])
+
+
+def _joined(rows: Tensor, times: int) -> Tensor:
+    """(positions, C) as (1, times * C, 1, positions / times), channels-last: so many positions are one with more
+    channels."""
+    return rows.view(1, 1, -1, times * rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def _positions_at_once(positions: int, channels: int) -> int:
+    """How many are taken as one in 16 bits, of which ATen leaves channels that fill no vector to scalar code."""
+    times = 1
+    while channels % _VECTOR_16 and times * channels < _WIDE_16 and positions % (2 * times) == 0:
+        times *= 2
+    return times
 
 
 def _of_channels(v: Tensor, join: int) -> Tensor:
@@ -132,8 +158,10 @@ def _of_groups(rows: Tensor, join: int) -> tuple[Tensor, Tensor]:
 def _merged(rows: Tensor, parts: int, join: int) -> tuple[Tensor, Tensor]:
     """`_of_groups` of ``parts`` times as many rows as each of the parts has: every ``parts``-th row is of one."""
     # PyTorch's BatchNorm of parts * C channels takes their means and variances in two readings.
-    wide = rows.view(1, 1, -1, parts * rows.shape[1]).permute(0, 3, 1, 2)
-    means, variances = torch.batch_norm_update_stats(wide, None, None, 0.0)
+    wide = _joined(rows, parts)
+    # Of 16 bits, statistics are float32 where there are running ones in it.
+    running = None if rows.dtype == torch.float32 else rows.new_zeros(wide.shape[1], dtype=torch.float32)
+    means, variances = torch.batch_norm_update_stats(wide, running, running, 0.0)
     between, mean = torch.var_mean(means.view(parts, -1, join).double(), (0, 2), correction=0)
     return mean, between.add_(variances.view(parts, -1, join).mean((0, 2), dtype=torch.float64))
 

@@ -33,15 +33,21 @@ def plain(norm: Norm, x: Tensor, o: Operands) -> Tensor:
     return F.instance_norm(x, weight=scale, bias=shift, eps=norm.eps)
 
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("mean", [0.0, 3.0, 300.0])
 @pytest.mark.parametrize("norm", [Norm("group", 2), Norm("group", 1), Norm("instance")], ids=["2", "1", "instance"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_as_exact_as_of_contiguous_maps(shape: tuple[int, ...], norm: Norm, mean: float) -> None:
+def test_as_exact_as_of_contiguous_maps(
+    shape: tuple[int, ...], norm: Norm, mean: float, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     c = shape[1]
-    x = torch.randn(shape) * (1 + torch.rand(c).view(-1, *(1,) * (len(shape) - 2))) + mean
+    x = (torch.randn(shape) * (1 + torch.rand(c).view(-1, *(1,) * (len(shape) - 2))) + mean).to(dtype)
     last = x.contiguous(memory_format=format_of(len(shape), True))
-    o = Operands(last, scale=torch.randn(c), shift=torch.randn(c))
+    o = Operands(last, scale=torch.randn(c).to(dtype), shift=torch.randn(c).to(dtype))
     assert norm_inference.why_not(norm, o) is None
     kept = last.clone()
     y = run_step(norm_step(norm), o, channels_last=True)
@@ -49,12 +55,13 @@ def test_as_exact_as_of_contiguous_maps(shape: tuple[int, ...], norm: Norm, mean
     assert verdict(y, plain(norm, x.double(), o), plain(norm, x, o)) is None
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("activation", ["relu", "silu", "mish", "gelu", "prelu", "tanh"])
-def test_what_follows(activation: str) -> None:
+def test_what_follows(activation: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    x, added = (torch.randn(2, 16, 20, 30).contiguous(memory_format=torch.channels_last) for _ in range(2))
-    slope = torch.rand(16) if activation == "prelu" else None
-    o = Operands(x, scale=torch.randn(16), residual=added.contiguous(), slope=slope)
+    x, added = (torch.randn(2, 16, 20, 30).to(dtype).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    slope = torch.rand(16).to(dtype) if activation == "prelu" else None
+    o = Operands(x, scale=torch.randn(16).to(dtype), residual=added.contiguous(), slope=slope)
     act = Activation(activation)
     y = run_step(norm_step(Norm("group", 4), True, act), o, channels_last=True)
     exact = act(
@@ -68,6 +75,7 @@ def test_what_it_does_not_take() -> None:
     norm = Norm("group", 2)
     assert "gradient" in str(norm_inference.why_not(norm, Operands(x.clone().requires_grad_())))
     assert "channels-last" in str(norm_inference.why_not(norm, Operands(x.contiguous())))
-    assert "float32" in str(norm_inference.why_not(norm, Operands(x.bfloat16())))
+    assert "float32" in str(norm_inference.why_not(norm, Operands(x.double())))
+    assert "float32" in str(norm_inference.why_not(norm, Operands(x.bfloat16(), scale=torch.ones(8))))
     assert "running" in str(norm_inference.why_not(Norm("instance"), Operands(x, mean=torch.zeros(8))))
     assert norm_inference.why_not(Norm("batch"), Operands(x)) and norm_inference.why_not(None, Operands(x))
