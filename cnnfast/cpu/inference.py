@@ -43,6 +43,9 @@ def methods_of(step: Step, shape: tuple[int, ...], dtype: torch.dtype, now: Proc
 
 
 _CONVERSION = 150  # multiply-adds, times `moving`, while ATen brings a number into or out of channels-last
+# Numbers of a weight in 16 bits from which ATen takes longer to bring it into oneDNN's layout than a packed step's
+# calls (docs/facts.md).
+_LEAST_WEIGHT_16 = 2**12
 # Multiply-adds from which packed operators beat ATen's own loops in three dimensions: plain, transposed, upsampled.
 _LEAST_3D, _LEAST_3D_TRANSPOSED, _LEAST_3D_UPSAMPLED = 2e6, 2e7, 2e5
 
@@ -169,6 +172,9 @@ def _why_slower_plain(
         if isa < InstructionSet.AVX512 and intense and s.out_channels < 8:
             return None  # ATen takes two to four times as long as in channels-last
         return "the conversions to channels-last and back cost what packed operators save"
+    apart = step.activation.name != "identity" and slopes != 1 and post_op(step.activation).attr == "none"
+    if dtype != torch.float32 and weights >= (2**17 if apart else _LEAST_WEIGHT_16):
+        return None
     loses_nan = step.activation.row.loses_nan
     # A folded norm costs nothing, an activation its post-op; both save a pass, and cost Python with cold caches.
     norms, least = (2, 2**20) if dtype == torch.float32 else (1, 2**18)

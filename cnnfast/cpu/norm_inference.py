@@ -63,6 +63,7 @@ _SHORT = 4096  # positions whose squares ATen may add up one after the other
 _FAR = 8.0  # deviations of a mean from 0: beyond, sums and products are rounded at a size that the result has not
 _NEAR = 0.5  # deviations of a mean from 0 that E[x^2] - E[x]^2 bears without a loss to speak of
 _NEAR_16 = 3.0  # likewise, where the result is rounded to 16 bits
+_FAR_16 = 32.0  # likewise, that sums of one value after the other bear
 _VECTOR_16, _WIDE_16 = 32, 512  # channels that ATen takes at once in 16 bits; so many are as good as more
 
 
@@ -96,17 +97,20 @@ def _normalise(norm: Norm, o: Operands, y: Tensor) -> None:
     narrow = x.dtype != torch.float32
     scale, shift = (t if t is None or not narrow else t.float() for t in (o.scale, o.shift))
     for k, image in enumerate(x.split(1)):
-        mean, var = _of_groups(_rows(image), join)
-        if not narrow and (mean.square().sub_(var, alpha=_FAR**2) > norm.eps * _FAR**2).any():
-            image = image - _of_channels(mean, join).view(1, -1, *(1,) * (x.dim() - 2))
+        found = _at_once(image, norm.eps) if narrow and join == 1 else None
+        if found is None:
             mean, var = _of_groups(_rows(image), join)
+            if not narrow and (mean.square().sub_(var, alpha=_FAR**2) > norm.eps * _FAR**2).any():
+                image = image - _of_channels(mean, join).view(1, -1, *(1,) * (x.dim() - 2))
+                mean, var = _of_groups(_rows(image), join)
+            found = _of_channels(mean, join), _of_channels(var, join)
         # ATen's BatchNorm by given statistics: a product and a sum, in one pass over a channels-last map.
-        vectors = scale, shift, _of_channels(mean, join), _of_channels(var, join)
+        vectors = scale, shift, *found
         of, into = image, y[k : k + 1]
         if narrow and (times := _positions_at_once(*_rows(image).shape)) > 1:
             vectors = tuple([None if v is None else v.repeat(times) for v in vectors])
             of, into = _joined(_rows(image), times), _joined(_rows(into), times)
-        out = into, mean.new_empty(0, dtype=torch.float32), mean.new_empty(0, dtype=torch.float32)
+        out = into, found[0].new_empty(0), found[0].new_empty(0)
         torch.native_batch_norm(of, *vectors, False, 0.0, norm.eps, out=out)
 
 
@@ -155,13 +159,25 @@ def _of_groups(rows: Tensor, join: int) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
+def _at_once(image: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    """Mean and (biased) variance of each channel of an image in 16 bits, in float32; None where ATen's sums of one
+    value after the other, in float32, do not bear its means, or its vectors are not filled."""
+    if image.shape[1] % _VECTOR_16:
+        return None
+    mean, var = _float32_statistics(image)
+    return None if is_far(mean, (var + eps).rsqrt_(), _FAR_16) else (mean, var)
+
+
+def _float32_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """ATen's of a BatchNorm: it has float32 ones of 16 bits where the running ones are."""
+    running = None if x.dtype == torch.float32 else x.new_zeros(x.shape[1], dtype=torch.float32)
+    return torch.batch_norm_update_stats(x, running, running, 0.0)
+
+
 def _merged(rows: Tensor, parts: int, join: int) -> tuple[Tensor, Tensor]:
     """`_of_groups` of ``parts`` times as many rows as each of the parts has: every ``parts``-th row is of one."""
     # PyTorch's BatchNorm of parts * C channels takes their means and variances in two readings.
-    wide = _joined(rows, parts)
-    # Of 16 bits, statistics are float32 where there are running ones in it.
-    running = None if rows.dtype == torch.float32 else rows.new_zeros(wide.shape[1], dtype=torch.float32)
-    means, variances = torch.batch_norm_update_stats(wide, running, running, 0.0)
+    means, variances = _float32_statistics(_joined(rows, parts))
     between, mean = torch.var_mean(means.view(parts, -1, join).double(), (0, 2), correction=0)
     return mean, between.add_(variances.view(parts, -1, join).mean((0, 2), dtype=torch.float64))
 

@@ -473,8 +473,16 @@ def plain(id: str, c_in: int, c_out: int, k: int, *args: int, size: tuple[int, i
 PLAIN_RULES: list[tuple[Case, torch.dtype, str, bool, str | None]] = [
     (plain("leaky", 64, 64, 3, 1, 1, size=(128, 128), activation="leaky_relu"), torch.float32, "AMX", False, None),
     (plain("leaky", 64, 64, 3, 1, 1, size=(127, 128), activation="leaky_relu"), torch.float32, "AMX", False, "a pass"),
-    (plain("leaky", 64, 64, 3, 1, 1, size=(64, 64), activation="leaky_relu"), torch.bfloat16, "AMX", False, None),
-    (plain("leaky", 64, 64, 3, 1, 1, size=(63, 64), activation="leaky_relu"), torch.bfloat16, "AMX", False, "a pass"),
+    (plain("leaky", 24, 24, 3, 1, 1, size=(64, 64), activation="leaky_relu"), torch.bfloat16, "AMX", False, None),
+    (plain("leaky", 16, 16, 3, 1, 1, size=(64, 64), activation="leaky_relu"), torch.bfloat16, "AMX", False, "a pass"),
+    (plain("nothing", 24, 24, 3, 1, 1, size=(64, 64), activation="identity"), torch.bfloat16, "AMX", False, None),
+    (
+        plain("slopes", 64, 64, 3, 1, 1, size=(96, 96), activation="prelu", slopes=64),
+        torch.bfloat16,
+        "AMX",
+        False,
+        "a pass",
+    ),
     (plain("tanh", 64, 3, 7, 1, 3, size=(600, 600), activation="tanh"), torch.float32, "AVX2", False, None),
     (plain("tanh_little", 64, 3, 7, 1, 3, size=(64, 64), activation="tanh"), torch.float32, "AMX", False, "a pass"),
     (plain("strided", 64, 128, 4, 2, 1, size=(96, 96), activation="silu"), torch.bfloat16, "AMX", False, None),
