@@ -40,9 +40,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("mean", [0.0, 3.0, 300.0])
 @pytest.mark.parametrize("norm", [Norm("group", 2), Norm("group", 1), Norm("instance")], ids=["2", "1", "instance"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_as_exact_as_of_contiguous_maps(
-    shape: tuple[int, ...], norm: Norm, mean: float, dtype: torch.dtype
-) -> None:
+def test_as_exact_as_of_contiguous_maps(shape: tuple[int, ...], norm: Norm, mean: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     c = shape[1]
     x = (torch.randn(shape) * (1 + torch.rand(c).view(-1, *(1,) * (len(shape) - 2))) + mean).to(dtype)
