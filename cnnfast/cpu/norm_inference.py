@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ __all__ = ["SMALL", "finished", "why_not"]
 
 def why_not(norm: Norm | None, o: Operands) -> str | None:
     """Why `finished` does not apply, or None: it does to a dense map of several positions, channels-last, in float32 or
-    16 bits, and a norm by the statistics of each image that moves no others."""
+    16 bits (whose weight and bias may be float32: autocast), and a norm by the statistics of each image that moves no
+    others."""
     x = o.x
     if norm is None or not norm.measured or not norm.per_image:
         return "it does not measure each image"
@@ -35,9 +37,10 @@ def why_not(norm: Norm | None, o: Operands) -> str | None:
         return "a gradient is wanted"
     if o.mean is not None or o.var is not None:
         return "it moves running statistics"
-    tensors = [t for t in (o.scale, o.shift, o.residual, o.slope) if t is not None]
-    if x.dtype not in _DTYPES or any(t.dtype != x.dtype for t in tensors):
-        return "it is not all float32, bfloat16 or float16"
+    affine = {t.dtype for t in (o.scale, o.shift) if t is not None}
+    others = {t.dtype for t in (o.residual, o.slope) if t is not None}
+    if x.dtype not in _DTYPES or not (others <= {x.dtype} and (affine <= {x.dtype} or affine == {torch.float32})):
+        return "it is not all float32, or in 16 bits but for weight and bias"
     if x.dim() not in (4, 5) or x.is_contiguous() or not x.is_contiguous(memory_format=format_of(x.dim(), True)):
         return "the map is not channels-last"
     if x.numel() == 0 or o.residual is not None and o.residual.shape != x.shape:
@@ -105,13 +108,14 @@ def _normalise(norm: Norm, o: Operands, y: Tensor) -> None:
                 mean, var = _of_groups(_rows(image), join)
             found = _of_channels(mean, join), _of_channels(var, join)
         # ATen's BatchNorm by given statistics: a product and a sum, in one pass over a channels-last map.
-        vectors = scale, shift, *found
+        vectors: list[Any] = [scale, shift, *found]
         of, into = image, y[k : k + 1]
         if narrow and (times := _positions_at_once(*_rows(image).shape)) > 1:
-            vectors = tuple([None if v is None else v.repeat(times) for v in vectors])
+            vectors = [None if v is None else v.repeat(times) for v in vectors]
             of, into = _joined(_rows(image), times), _joined(_rows(into), times)
         out = into, found[0].new_empty(0), found[0].new_empty(0)
-        torch.native_batch_norm(of, *vectors, False, 0.0, norm.eps, out=out)
+        weight, bias, mean, var = vectors
+        torch.native_batch_norm(of, weight, bias, mean, var, False, 0.0, norm.eps, out=out)
 
 
 def _rows(image: Tensor) -> Tensor:

@@ -95,6 +95,21 @@ class _Known:
         return (self.watch is None or unwritten(t, self.watch)) and form_of(t) == form
 
 
+class _Constant(_Known):
+    """A tensor beside which a weight is frozen (``slot``), or that weight, while it has this version."""
+
+    __slots__ = ("slot", "version")
+
+    def __init__(self, t: torch.Tensor, slot: _Slot) -> None:
+        super().__init__(t, None)
+        self.slot, self.version = weakref.ref(slot), _version(self.ref())
+
+    def holds(self, t: torch.Tensor) -> bool:
+        slot = self.slot()
+        frozen = slot is not None and slot.frozen is not None
+        return frozen and super().holds(t) and _version(self.ref()) == self.version
+
+
 @dataclass
 class _Slot:
     """What is known of one Parameter and of views of it, each by its `form_of`."""
@@ -193,17 +208,19 @@ class PackCache:
     def known(
         self, weight: torch.Tensor, key: Hashable, vectors: Sequence[torch.Tensor | None]
     ) -> tuple[weakref.ref[_Pack], list[_Known | None]] | None:
-        """The value that is kept for these, and them, while nobody writes to them; None where there is none, or a
-        write might go unseen."""
+        """The value that is kept for these, and them, while nobody writes to them, or while a frozen weight is that;
+        None where there is none, or a write might go unseen."""
         owner = owner_of(weight)
         slot, form = self._slot(owner, memory_of(owner)), form_of(weight)
         pack = slot.packs.get((form, key))
         if pack is None or pack.value is None:
             return None
+        if slot.frozen is not None and pack.versions == (_version(owner), *map(_version, vectors)):
+            return weakref.ref(pack), [None if t is None else _Constant(t, slot) for t in (weight, *vectors)]
         known: list[_Known | None] = [_Known(weight, None)]
         if not slot.own:
             found = sure_content(weight)
-            if found is None or found[0] != slot.contents.get(form):  # frozen, and written to
+            if found is None or found[0] != slot.contents.get(form):
                 return None
             known = [_Known(weight, found[1])]
         vectors_sure = True

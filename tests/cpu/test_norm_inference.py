@@ -33,6 +33,20 @@ def plain(norm: Norm, x: Tensor, o: Operands) -> Tensor:
     return F.instance_norm(x, weight=scale, bias=shift, eps=norm.eps)
 
 
+@pytest.mark.parametrize("norm", [Norm("group", 2), Norm("instance")], ids=["group", "instance"])
+@pytest.mark.parametrize("shape", [(2, 24, 40, 42), (1, 64, 48, 40), (1, 8, 4, 4)], ids=str)
+def test_of_16_bits_with_float32_vectors(shape: tuple[int, ...], norm: Norm) -> None:
+    """As autocast has them."""
+    torch.manual_seed(0)
+    x = torch.randn(shape).add_(2).bfloat16().contiguous(memory_format=torch.channels_last)
+    o = Operands(x, scale=torch.randn(shape[1]), shift=torch.randn(shape[1]))
+    assert norm_inference.why_not(norm, o) is None
+    y = run_step(norm_step(norm), o, channels_last=True)
+    assert y.dtype == torch.bfloat16 and y.is_contiguous(memory_format=torch.channels_last)
+    exact = plain(norm, x.double(), o)
+    assert verdict(y, exact, exact.bfloat16()) is None
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -74,6 +88,8 @@ def test_what_it_does_not_take() -> None:
     assert "gradient" in str(norm_inference.why_not(norm, Operands(x.clone().requires_grad_())))
     assert "channels-last" in str(norm_inference.why_not(norm, Operands(x.contiguous())))
     assert "float32" in str(norm_inference.why_not(norm, Operands(x.double())))
-    assert "float32" in str(norm_inference.why_not(norm, Operands(x.bfloat16(), scale=torch.ones(8))))
+    mixed = Operands(x.bfloat16(), scale=torch.ones(8), shift=torch.ones(8, dtype=torch.bfloat16))
+    assert "float32" in str(norm_inference.why_not(norm, mixed))
+    assert "float32" in str(norm_inference.why_not(norm, Operands(x.bfloat16(), residual=x)))
     assert "running" in str(norm_inference.why_not(Norm("instance"), Operands(x, mean=torch.zeros(8))))
     assert norm_inference.why_not(Norm("batch"), Operands(x)) and norm_inference.why_not(None, Operands(x))

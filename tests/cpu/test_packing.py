@@ -634,22 +634,24 @@ def test_who_asks_again_keeps_nothing_alive(asked: list[str]) -> None:
     assert value[-1]() is None
 
 
-@pytest.mark.skipif(not watch._POSSIBLE, reason="this PyTorch has no such storages")
-def test_a_frozen_weight_is_not_leased_past_a_write(layer: cnnfast.Sequential, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What freezing means holds for who asks again, too."""
-    monkeypatch.setattr(content, "_STEADY", 0.0)
-    weight, leased = layer[0].weight, packing.Leased()
-    packing.PACKS.freeze(layer)
-    for _ in range(4):
-        assert leased.get(weight, lambda: "k", (), lambda: "old") == "old"
-        content.content_of(weight)
-    assert leased.held(weight) == "old"
+@pytest.mark.parametrize("end", ENDS)
+def test_who_asks_again_for_a_frozen_weight(
+    layer: cnnfast.Sequential, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not looked at from the third time on, until its version is another or it is frozen no more."""
+    monkeypatch.setattr(packing, "PACKS", packing.PackCache())
+    monkeypatch.setattr(cnnfast.nn.layers, "PACKS", packing.PACKS)
+    weight, vectors, leased = layer[0].weight, (layer[0].bias, layer[1].running_mean), packing.Leased()
+    cnnfast.freeze(layer)
+    for _ in range(2):
+        assert leased.get(weight, lambda: "k", vectors, lambda: "old") == "old"
+    assert leased.held(weight, *vectors) == "old"
     weight.data.add_(1)
-    assert leased.held(weight) is None
-    assert leased.get(weight, lambda: "k", (), lambda: "new") == "old"
-    with torch.no_grad():
-        weight.add_(1)
-    assert leased.get(weight, lambda: "k", (), lambda: "new") != "old"
+    layer[1].running_mean.data.add_(1)
+    assert leased.held(weight, *vectors) == "old", "this is what freezing means"
+    assert leased.held(weight, vectors[0], vectors[1].clone()) is None
+    ENDS[end](layer)
+    assert leased.held(layer[0].weight, layer[0].bias, layer[1].running_mean) is None
 
 
 @pytest.mark.skipif(not watch._POSSIBLE, reason="this PyTorch has no such storages")
