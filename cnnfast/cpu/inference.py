@@ -230,7 +230,7 @@ def _key(
     assert isinstance(plan, Way)
     # Device and dtype are named: a default may be set (`torch.set_default_device`).
     sample = plan.method.pack(torch.zeros(step.spec.weight_shape, dtype=torch.float32, device="cpu"), None)
-    return step, plan.method.dtype, type(plan.method), layout(sample)
+    return step, dtype, plan.method.dtype, type(plan.method), layout(sample)
 
 
 def why_slower_transposed(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:

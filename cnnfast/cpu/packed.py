@@ -38,7 +38,10 @@ class Packed:
 
 
 def packed(method: Method, step: Step, o: Operands) -> Packed:
-    """The weight of ``step`` for ``method``, with the scale of a norm in it and its shift beside it."""
+    """The weight of ``step`` for ``method``, with the scale of a norm in it and its shift beside it. (Of an input in 16
+    bits, a float32 bias is rounded first, as autocast does.)"""
+    if o.bias is not None and o.bias.dtype != o.x.dtype:
+        o = o._replace(bias=o.bias.to(o.x.dtype))
     weight, u = o.weight.detach().float(), step.upsample
     if u is not None:
         weight = summed_weight(weight, u.scale, step.spec.groups, lowered=lowered_products())

@@ -78,7 +78,8 @@ def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> T
 
 class Ready:
     """`run` without gradients of a step whose norm measures each image and moves no others, where everything is known
-    that does not change from call to call, as `inference.Ready`, with which it shares who may use it."""
+    that does not change from call to call, as `inference.Ready`, with which it shares who may use it (the bias may be
+    float32, too)."""
 
     def __init__(self, step: Step, packed: inference.Ready | None, channels_last: bool) -> None:
         self._step, self._packed, self._channels_last = step, packed, channels_last
@@ -90,8 +91,6 @@ class Ready:
         norm = step.norm
         moves = not (o.mean is o.var is o.batches is None)
         if step.spec is None or norm is None or not (norm.measured and norm.per_image) or moves or needs_gradient(o):
-            return None
-        if torch.is_autocast_enabled("cpu"):
             return None
         bare = _bare(o._replace(x=convert(o.x, o.x.dtype, True)))
         packed = inference.ready(step.bare, bare, True) if packs(step, bare) else None
@@ -116,7 +115,10 @@ class Ready:
             y = self._packed.run_with(found, o.x, None, None)
         elif self._packed is not None:
             y = self._packed.run(_bare(o))
-        y = _finished(self._step, o._replace(x=_convolved(self._step, o.x, o) if y is None else y))
+        if y is None:
+            o = o if o.bias is None else o._replace(bias=o.bias.to(o.x.dtype))
+            y = _convolved(self._step, o.x, o)
+        y = _finished(self._step, o._replace(x=y))
         return convert(y, y.dtype, self._channels_last)
 
 

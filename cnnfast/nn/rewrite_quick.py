@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,9 @@ __all__ = ["Planned", "Quick", "kind_of", "parts_of", "state", "state_of"]
 
 def state() -> tuple[object, ...]:
     """What decisions hold for, of the process."""
-    switches = torch._C._is_any_autocast_enabled(), torch._C._get_mkldnn_enabled()
+    autocast = torch._C._is_any_autocast_enabled()
+    low = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") if autocast else None
+    switches = autocast, low, torch._C._get_mkldnn_enabled()
     return process(), tuned.generation(), resolve_backend(None), switches
 
 
@@ -45,12 +48,13 @@ def state_of(kind: tuple[object, ...]) -> object:
 
 
 Run = Callable[[Any, Sequence[Any]], Any]
+_PLAIN = nullcontext()
 
 
 class Planned(NamedTuple):
     """A ``step``, of ``one`` dimension or more; ``places`` of its operands among the site's, from the weight on;
     whether its weight is ``packed``. Or ``calls`` that run as they stand, on an input that ``converts`` to
-    channels-last. ``channels_last``: the result."""
+    channels-last. ``channels_last``: the result. ``low``: autocast's dtype, under which the step runs, or None."""
 
     step: Step | None
     channels_last: bool | None
@@ -59,13 +63,14 @@ class Planned(NamedTuple):
     one: bool
     calls: tuple[Run, ...] = ()
     converts: bool = False
+    low: torch.dtype | None = None
 
     def met(self, shape: Sequence[int], x: Tensor, operands: Sequence[Any]) -> Planned:
         """This for inputs of ``shape``, otherwise like x, and these operands: whether a weight is packed depends on
         whose memory it is, too."""
         if self.step is None or self.calls or self.step.measured:
             return self
-        like = x.new_empty(shape).contiguous(memory_format=format_of(len(shape), True))
+        like = x.new_empty(shape, dtype=self.low).contiguous(memory_format=format_of(len(shape), True))
         o = Operands(like, *[None if k is None else operands[k] for k in self.places])  # type: ignore[arg-type]
         o = o._replace(weight=in_rows(o.weight)) if self.one else o
         return self._replace(packed=inference.why_not(self.step, o, bool(self.channels_last)) is None)
@@ -75,8 +80,11 @@ class Planned(NamedTuple):
         return self.met(_in_rows(x.shape, self.one), x, operands)
 
     def operands(self, x: Tensor, operands: Sequence[Any]) -> Operands:
-        """Those of the step."""
+        """Those of the step. (A bias that autocast would round is left to who packs it, or to `finished`.)"""
+        x = x if self.low is None else x.to(self.low)
         o = Operands(x, *[None if k is None else operands[k] for k in self.places])  # type: ignore[arg-type]
+        if self.low is not None and o.slope is not None:
+            o = o._replace(slope=o.slope.to(self.low))
         if not self.one:
             return o
         residual = None if o.residual is None else o.residual.unsqueeze(2)
@@ -89,13 +97,20 @@ class Planned(NamedTuple):
             for call in self.calls:
                 x = call(x, operands)
             return x if last is None else reformatted(x, last)
-        o = self.operands(x, operands)
-        return self.finished(o, inference.run(step, o, bool(last)) if self.packed else None)
+        with self.context():
+            o = self.operands(x, operands)
+            return self.finished(o, inference.run(step, o, bool(last)) if self.packed else None)
+
+    def context(self) -> AbstractContextManager[object]:
+        """What the step runs in: autocast has chosen its dtypes."""
+        return _PLAIN if self.low is None else torch._C._DisableAutocast()
 
     def finished(self, o: Operands, y: Tensor | None) -> Tensor:
         """The result, where a packed weight gave y, or, with None, gave nothing."""
         assert self.step is not None
         if y is None:
+            if self.low is not None and o.bias is not None:
+                o = o._replace(bias=o.bias.to(self.low))
             y = run_step(self.step, o, channels_last=self.channels_last)
         return y.squeeze(2) if self.one else y
 
@@ -137,7 +152,7 @@ def parts_of(
     None where it is more than these."""
     if isinstance(bound, str):
         return [Planned(None, None, (), False, False, tuple(calls[k] for k in chain.slots))]
-    if bound.low is not None or bound.both or not on_cpu(x) or by_kernels(x, resolve_backend(None)):
+    if bound.both or not on_cpu(x) or by_kernels(x, resolve_backend(None)):
         return None
     one = chain.steps[0].ndim == 1
     shape = _in_rows(x.shape, one)
@@ -155,7 +170,7 @@ def parts_of(
         places = (*tensors[s.conv], *norm, *more)
         as_modules = tuple(calls[k] for k in s.slots) if run.as_modules is not None else ()
         first = bound.convert and bool(as_modules) and not parts
-        part = Planned(s.step, run.channels_last, places, False, one, as_modules, first)
+        part = Planned(s.step, run.channels_last, places, False, one, as_modules, first, bound.low)
         parts.append(part.met(shape, x, operands))
         shape = (shape[0], s.step.spec.out_channels, *s.step.output_size(shape[2:]))
     return parts

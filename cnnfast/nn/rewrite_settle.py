@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from ..cpu import inference, training
@@ -89,9 +90,10 @@ class _Writer:
         return self.graph.call_function(call.target, args, kwargs)
 
     def _kept(self, call: Call, x: fx.Node, operands: Sequence[fx.Node]) -> Sequence[fx.Node]:
-        """The operands of a convolution with its weight as `KeptLike` has it."""
+        """The operands of a convolution with its weight as `KeptLike` has it. (Autocast keeps a Parameter in another
+        dtype; what is made of one it would cast in every call.)"""
         bound = call.kind.bind(call.args, call.kwargs) if call.kind.name in _WITH_WEIGHT else None
-        place = -1 if bound is None else bound["weight"].place
+        place = -1 if bound is None or torch._C._is_any_autocast_enabled() else bound["weight"].place
         if place < 0 or not outlives(value(operands[place])):
             return operands
         kept = self.graph.call_function(KeptLike(), (x, operands[place]))
@@ -163,6 +165,14 @@ class _Settled:
     def __call__(
         self, x: Tensor, *operands: Tensor, found: tuple[inference.Ready | training.Ready, Any] | None
     ) -> Tensor:
+        if self._part.low is None:
+            return self._run(x, operands, found)
+        with self._part.context():
+            return self._run(x, operands, found)
+
+    def _run(
+        self, x: Tensor, operands: Sequence[Tensor], found: tuple[inference.Ready | training.Ready, Any] | None
+    ) -> Tensor:
         part, weight = self._part, operands[0]
         if found is not None:
             ready, packed = found
@@ -171,11 +181,14 @@ class _Settled:
                 return part.finished(o, ready.run(o, packed))
             residual = None if self._residual is None else operands[self._residual]
             slope = None if self._slope is None else operands[self._slope]
+            given = x
+            if part.low is not None:
+                given, slope = x.to(part.low), None if slope is None else slope.to(part.low)
             if not part.one:
-                y = ready.run_with(packed, x, residual, slope)
+                y = ready.run_with(packed, given, residual, slope)
             else:
                 residual = None if residual is None else residual.unsqueeze(2)
-                y = ready.run_with(packed, x.unsqueeze(2), residual, slope)
+                y = ready.run_with(packed, given.unsqueeze(2), residual, slope)
                 y = None if y is None else y.squeeze(2)
             return part.finished(part.operands(x, operands), None) if y is None else y
         if weight is not self._weight():  # of the same kind, as the graph's guards say

@@ -314,6 +314,63 @@ def test_steps_run_with_what_was_looked_at_ahead_of_them(
     assert (ours(x) - want).abs().max() > 1e-3
 
 
+class Signals(nn.Module):
+    """Of one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Conv1d(128, 128, 3, padding=1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.leaky_relu(self.first(x.flatten(2)), 0.1)
+        return F.leaky_relu(y + self.second(y), 0.1)
+
+
+MODELS_16: dict[str, Callable[[], nn.Module]] = {
+    "batch": lambda: Wide(nn.BatchNorm2d),
+    "instance": lambda: Wide(lambda c: nn.InstanceNorm2d(c, affine=True)),
+    "group": lambda: Wide(lambda c: nn.GroupNorm(8, c)),
+    "few channels": lambda: Model(lambda: nn.GroupNorm(4, 32), 128),
+    "slope": lambda: nn.Sequential(nn.Conv2d(128, 64, 3, padding=1), nn.PReLU(), nn.Conv2d(64, 128, 3, padding=1)),
+    "slopes": lambda: nn.Sequential(nn.Conv2d(128, 512, 3, padding=1), nn.PReLU(512)),
+    "signals": Signals,
+}
+
+
+@watched
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("name", MODELS_16)
+def test_steps_under_autocast_are_settled(
+    name: str, dtype: torch.dtype, read: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the results of the calls before, in eager mode's dtype; out of it, the model runs in float32 again."""
+    torch.manual_seed(0)
+    model, x = randomized(MODELS_16[name]()).eval(), images(1, 128, 16, 16)
+    ours = cnnfast.accelerate(copy.deepcopy(model))
+    alone, exact = model(x), copy.deepcopy(model).double()(x.double())
+    with torch.autocast("cpu", dtype):
+        want = model(x)
+        for _ in range(8):
+            got = ours(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(packing.Leased, "get", None)
+            patch.setattr(Site, "__call__", None)
+            assert torch.equal(ours(x), got)
+    assert got.dtype == want.dtype and got.stride() == want.stride()
+    error, allowed = ((y.double() - exact).square().mean().sqrt() for y in (got, want))
+    assert error < 1.5 * allowed
+    for _ in range(4):
+        torch.testing.assert_close(ours(x), alone, rtol=1e-5, atol=1e-5)
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    with torch.autocast("cpu", other):
+        assert ours(x).dtype == model(x).dtype
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(ours(x), got)
+        ours.get_submodule("0" if name.startswith("slope") else "second").bias.data.add_(1)
+        assert not torch.equal(ours(x), got)
+
+
 class Writes(nn.Module):
     """Sets its weight to what it is given."""
 
