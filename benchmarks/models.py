@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from .report import environment, machine_name, table
 from .timers import RATIOS, paired, wall_clock
 from .workload import TOLERANCES, NotAvailable
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS, FROZEN = "accelerate", "accelerate, frozen"
 WARM = 2.0
@@ -54,12 +55,13 @@ class Entry:
 
 @dataclass
 class Row:
-    """Of a model on so many threads. ``cpu_seconds``: of `accelerate` and of the first two calls after it, less what
-    two calls take then. ``fused``, ``found``, ``convolutions``: as `cnnfast.explain` counts them."""
+    """Of a model on so many threads, in a dtype. ``cpu_seconds``: of `accelerate` and of the first two calls after it,
+    less what two calls take then. ``fused``, ``found``, ``convolutions``: as `cnnfast.explain` counts them."""
 
     model: str
     title: str
     threads: int
+    dtype: str = "float32"
     entries: list[Entry] = field(default_factory=list)
     cpu_seconds: float = 0.0
     fused: int = 0
@@ -87,6 +89,19 @@ class Row:
 # --- the implementations ----------------------------------------------------------------------------------------------
 
 
+class Given(NamedTuple):
+    """A ``model`` and its input ``x`` in the dtype that is measured, and both in float32, which runtimes of other
+    projects take."""
+
+    model: nn.Module
+    x: Tensor
+    source: nn.Module
+    source_x: Tensor
+
+
+Prepare = Callable[[Given], Callable[[], Any]]
+
+
 def _last(x: Tensor) -> Tensor:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if x.dim() not in formats:
@@ -94,22 +109,33 @@ def _last(x: Tensor) -> Tensor:
     return x.to(memory_format=formats[x.dim()])
 
 
-def _channels_last(model: nn.Module, x: Tensor) -> Callable[[], Any]:
-    x = _last(x)
-    twin = copy.deepcopy(model)
+def _channels_last(given: Given) -> Callable[[], Any]:
+    x = _last(given.x)
+    twin = copy.deepcopy(given.model)
     twin.to(memory_format=torch.channels_last_3d if x.dim() == 5 else torch.channels_last)  # type: ignore[call-overload]
     return lambda: twin(x)
 
 
-def _compiled(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+def _compiled(given: Given) -> Callable[[], Any]:
     require_compiler()
-    compiled = torch.compile(copy.deepcopy(model), dynamic=False)
-    return lambda: compiled(x)
+    compiled = torch.compile(copy.deepcopy(given.model), dynamic=False)
+    return lambda: compiled(given.x)
 
 
-def _accelerated(model: nn.Module, x: Tensor, row: Row) -> Callable[[], Any]:
+def _onnxruntime(given: Given) -> Callable[[], Any]:
+    if given.x.dtype != torch.float32:
+        raise NotAvailable("onnxruntime has no bfloat16 convolutions on a CPU")
+    return onnxruntime_call(traced_onnx(given.source, given.x), given.x)
+
+
+def _openvino(given: Given) -> Callable[[], Any]:
+    return openvino_call(traced_onnx(given.source, given.source_x), given.source_x, given.x.dtype)
+
+
+def _accelerated(given: Given, row: Row) -> Callable[[], Any]:
+    x = given.x
     start = time.process_time()
-    ours = cnnfast.accelerate(copy.deepcopy(model))
+    ours = cnnfast.accelerate(copy.deepcopy(given.model))
     ours(x), ours(x)
     middle = time.process_time()
     ours(x), ours(x)
@@ -120,20 +146,20 @@ def _accelerated(model: nn.Module, x: Tensor, row: Row) -> Callable[[], Any]:
     return lambda: ours(x)
 
 
-def _frozen(model: nn.Module, x: Tensor) -> Callable[[], Any]:
-    ours = cnnfast.accelerate(copy.deepcopy(model))
+def _frozen(given: Given) -> Callable[[], Any]:
+    ours = cnnfast.accelerate(copy.deepcopy(given.model))
     cnnfast.freeze(ours)
-    return lambda: ours(x)
+    return lambda: ours(given.x)
 
 
-def _implementations(row: Row) -> dict[str, Callable[[nn.Module, Tensor], Callable[[], Any]]]:
+def _implementations(row: Row) -> dict[str, Prepare]:
     return {
-        "eager": lambda model, x: lambda: model(x),
+        "eager": lambda given: lambda: given.model(given.x),
         "eager channels_last": _channels_last,
         "torch.compile": _compiled,
-        "onnxruntime": lambda model, x: onnxruntime_call(traced_onnx(model, x), x),
-        "OpenVINO": lambda model, x: openvino_call(traced_onnx(model, x), x),
-        OURS: lambda model, x: _accelerated(model, x, row),
+        "onnxruntime": _onnxruntime,
+        "OpenVINO": _openvino,
+        OURS: lambda given: _accelerated(given, row),
         FROZEN: _frozen,
     }
 
@@ -144,20 +170,24 @@ NAMES = tuple(_implementations(Row("", "", 0)))
 # --- a row ------------------------------------------------------------------------------------------------------------
 
 
-def measured(name: str, published: Published, names: tuple[str, ...], seconds: float) -> Row:
-    """The row of a model. What is off by more than the tolerance of float32 is not timed."""
-    row = Row(name, published.title, torch.get_num_threads())
+def measured(
+    name: str, published: Published, names: tuple[str, ...], seconds: float, dtype: torch.dtype = torch.float32
+) -> Row:
+    """The row of a model, with weights and input in ``dtype``. What is off by more than its tolerance is not timed."""
+    row = Row(name, published.title, torch.get_num_threads(), str(dtype).removeprefix("torch."))
     torch._dynamo.reset()
     with torch.inference_mode():
         try:
-            model, x = published.model(), published.input()
-            expected = leaves(model(x))
+            source, x = published.model(), published.input()
+            expected = leaves(source(x))
         except NotAvailable as missing:
             row.entries = [Entry(n, note=str(missing)) for n in names]
             return row
+        model = source if dtype == torch.float32 else copy.deepcopy(source).to(dtype)
+        given = Given(model, x.to(dtype), source, x)
         for n, prepare in _implementations(row).items():
             if n in names:
-                row.entries.append(_prepared(n, prepare, model, x, expected))
+                row.entries.append(_prepared(n, prepare, given, expected))
         timed = {e.name: e.call for e in row.entries if e.call is not None}
         for call in timed.values():
             until = time.monotonic() + WARM
@@ -168,12 +198,10 @@ def measured(name: str, published: Published, names: tuple[str, ...], seconds: f
     return row
 
 
-def _prepared(
-    name: str, prepare: Callable[[nn.Module, Tensor], Callable[[], Any]], model: nn.Module, x: Tensor, expected: Any
-) -> Entry:
+def _prepared(name: str, prepare: Prepare, given: Given, expected: Any) -> Entry:
     entry = Entry(name)
     try:
-        call = prepare(model, x)
+        call = prepare(given)
         call()
         found = leaves(call())
         error = max(
@@ -188,7 +216,7 @@ def _prepared(
         print(f"{name}: {entry.note}", file=sys.stderr)
         return entry
     entry.error = error
-    if error > 2 * TOLERANCES[torch.float32]:  # of two results that are each within it
+    if error > 2 * TOLERANCES[given.x.dtype]:  # of two results that are each within it
         entry.note = f"off by {error:.1e}"
         return entry
     entry.call = call
@@ -199,12 +227,28 @@ def _prepared(
 
 
 def merged(before: Mapping[str, Any], rows: list[dict[str, Any]], env: dict[str, str]) -> dict[str, Any]:
-    """The results with these rows in place of those of the same models and threads, in the list's order."""
-    by = {(row["model"], row["threads"]): row for row in (*before.get("rows", ()), *rows)}
-    order = list(MODELS)
-    ordered = sorted(by.values(), key=lambda row: (row["threads"], order.index(row["model"])))
+    """The results with these rows in place of those of the same models, threads and dtype, in the list's order."""
+    by = {(row["model"], row["threads"], dtype_of(row)): row for row in (*before.get("rows", ()), *rows)}
+    order, dtypes = list(MODELS), list(DTYPES)
+    ordered = sorted(
+        by.values(), key=lambda row: (dtypes.index(dtype_of(row)), row["threads"], order.index(row["model"]))
+    )
     env = {k: v for k, v in env.items() if k not in ("threads", "load at the start")}
     return {"schema": 1, "environment": env, "rows": ordered}
+
+
+def dtype_of(row: Mapping[str, Any]) -> str:
+    """Of the results' row. (Those written before December 2026 name none.)"""
+    return row.get("dtype", "float32")
+
+
+def columns_of(rows: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    """The dtypes and threads that these are of."""
+    return sorted({(dtype_of(row), row["threads"]) for row in rows}, key=lambda of: (list(DTYPES).index(of[0]), of[1]))
+
+
+def heading(dtype: str, threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}" + f", {dtype}" * (dtype != "float32")
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -220,16 +264,15 @@ def _lines(results: Mapping[str, Any]) -> Iterator[str]:
         yield f"- {name}: {value}"
     yield ""
     yield (
-        "Median ms, float32, inference; every model with its weights from a seed, in PyTorch's default layout but for "
-        f"eager channels_last, after {WARM:g} s of calls by each. "
-        + RATIOS
-        + " Ratios are over the better of the two eager columns."
+        "Median ms, float32 unless said otherwise, inference; every model with its weights from a seed, in PyTorch's "
+        f"default layout but for eager channels_last, after {WARM:g} s of calls by each. bfloat16: of weights and "
+        "input, for OpenVINO of its products. " + RATIOS + " Ratios are over the better of the two eager columns."
     )
-    for threads in sorted({row["threads"] for row in results["rows"]}):
-        rows = [row for row in results["rows"] if row["threads"] == threads]
+    for dtype, threads in columns_of(results["rows"]):
+        rows = [row for row in results["rows"] if (dtype_of(row), row["threads"]) == (dtype, threads)]
         names = [n for n in NAMES if any(e["name"] == n for row in rows for e in row["entries"])]
         yield ""
-        yield f"## {threads} thread{'s' * (threads > 1)}"
+        yield f"## {heading(dtype, threads)}"
         yield ""
         body = []
         for row in rows:
@@ -263,6 +306,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__)
     p.add_argument("--model", action="append", choices=list(MODELS), help="only this one; may be repeated")
     p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of weights and input (default float32)")
     p.add_argument("--implementation", action="append", choices=NAMES, help="only this one; may be repeated")
     p.add_argument("--seconds", type=float, default=20.0, help="of timing for each model (default 20)")
     p.add_argument("--output", type=Path, help="folder of models.json and models.md (default: this machine's results)")
@@ -283,9 +327,9 @@ def main(argv: list[str] | None = None) -> None:
     for name in arguments.model or MODELS:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning)
-            row = measured(name, MODELS[name], names, arguments.seconds).as_json()
+            row = measured(name, MODELS[name], names, arguments.seconds, DTYPES[arguments.dtype]).as_json()
         shown = ", ".join(f"{e['name']} {_milliseconds(e)} ({ratio(e)})" for e in row["entries"])
-        print(f"{name}, {arguments.threads} threads: {shown}", flush=True)
+        print(f"{name}, {heading(arguments.dtype, arguments.threads)}: {shown}", flush=True)
         results = merged(results, [row], environment() | kept)
         write_atomically(path, json.dumps(results, indent=1) + "\n")
         write_atomically(folder / "models.md", markdown(results))

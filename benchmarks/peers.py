@@ -214,22 +214,29 @@ def _onnxruntime(w: Workload) -> Prepared:
 
 
 def _openvino(w: Workload) -> Prepared:
-    hint = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(w.dtype)
-    if hint is None:
-        raise NotAvailable(f"not timed in {w.dtype_name}")
+    hint = _openvino_hint(w.dtype)
     _require("openvino", w)
-    if hint == "bf16" and instruction_set() < InstructionSet.AVX512:
-        raise NotAvailable("OpenVINO compiles no bfloat16 for a processor of AVX2 only")
     from .onnx_graph import to_onnx
 
     model, call = _openvino_model(to_onnx(w.source, tuple(w.x.shape)), w.x.float(), hint)  # type: ignore[arg-type]
     return Prepared(call, lambda y: torch.from_numpy(y[0].copy()), lambda: _openvino_path(model))
 
 
-def openvino_call(model: bytes, x: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
-    """As `onnxruntime_call`."""
+def _openvino_hint(dtype: torch.dtype) -> str:
+    hint = {torch.float32: "f32", torch.bfloat16: "bf16"}.get(dtype)
+    if hint is None:
+        raise NotAvailable(f"not timed in {str(dtype).removeprefix('torch.')}")
+    if hint == "bf16" and instruction_set() < InstructionSet.AVX512:
+        raise NotAvailable("OpenVINO compiles no bfloat16 for a processor of AVX2 only")
+    return hint
+
+
+def openvino_call(
+    model: bytes, x: torch.Tensor, dtype: torch.dtype = torch.float32
+) -> Callable[[], list[torch.Tensor]]:
+    """As `onnxruntime_call`, with products in ``dtype``."""
     _require("openvino")
-    _, call = _openvino_model(model, x, "f32")
+    _, call = _openvino_model(model, x, _openvino_hint(dtype))
     return lambda: [torch.from_numpy(y) for y in call().values()]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from cnnfast.files import write_atomically
 
+from .models import columns_of, dtype_of, heading
+
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = ROOT / "benchmarks" / "results" / "amd-epyc-avx512-bf16" / "bench.json"
 MODELS = DEFAULT.with_name("models.json")
@@ -106,28 +108,28 @@ def table(results: dict[str, Any]) -> str:
 
 
 def models_table(results: dict[str, Any]) -> str:
-    """Of each accelerated model: how many times faster it is than the better of eager and eager channels_last, on one
-    and more threads, and how many of its convolutions are fused."""
+    """Of each accelerated model: how many times faster it is than the better of eager and eager channels_last, in each
+    dtype, on one and more threads, and how many of its convolutions are fused."""
     env = results["environment"]
-    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    rows: dict[str, dict[tuple[str, int], dict[str, Any]]] = {}
     for row in results["rows"]:
-        rows.setdefault(row["title"], {})[row["threads"]] = row
-    threads = sorted({n for of in rows.values() for n in of})
+        rows.setdefault(row["title"], {})[dtype_of(row), row["threads"]] = row
+    columns = columns_of(results["rows"])
     lines = [
-        f"{env['processor']}, {env['instruction set']}, torch {env['torch']}; {env['date']}. float32, inference, "
-        "over the better of eager and eager channels_last; freed memory "
+        f"{env['processor']}, {env['instruction set']}, torch {env['torch']}; {env['date']}. Inference, float32 unless "
+        "said otherwise, over the better of eager and eager channels_last in the same dtype; freed memory "
         f"{env.get('freed memory', 'as the C library does')}:",
         "",
-        "| | " + " | ".join(f"{n} thread{'s' * (n > 1)}" for n in threads) + " | fused of found |",
-        "|---|" + "---:|" * (len(threads) + 1),
+        "| | " + " | ".join(heading(*of) for of in columns) + " | fused of found |",
+        "|---|" + "---:|" * (len(columns) + 1),
     ]
     for title, of in rows.items():
         known = next(iter(of.values()))
-        cells = [_of_model(of.get(n)) for n in threads]
+        cells = [_of_model(of.get(column)) for column in columns]
         lines.append(f"| {title} | {' | '.join(cells)} | {known['fused']} of {known['found']} |")
     means = []
-    for n in threads:
-        entries = [_accelerated(of.get(n)) for of in rows.values()]
+    for column in columns:
+        entries = [_accelerated(of.get(column)) for of in rows.values()]
         ratios = [entry["over_best_eager"]["median"] for entry in entries if entry.get("over_best_eager")]
         means.append(f"{geometric_mean(ratios):.2f}x" if ratios else "-")
     lines.append(f"| geometric mean | {' | '.join(means)} | |")

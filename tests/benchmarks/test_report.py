@@ -237,12 +237,12 @@ def test_readme_names_every_generator_and_block():
 # --- models of others -------------------------------------------------------------------------------------------------
 
 
-def model_row(model, threads, ours, eager=2e-3, last=4e-3):
+def model_row(model, threads, ours, eager=2e-3, last=4e-3, dtype="float32"):
     entries = [
         models.Entry(name, timing=Timing((s,) * 5, 1), error=1e-7)
         for name, s in (("eager", eager), ("eager channels_last", last), (models.OURS, ours))
     ]
-    return models.Row(model, f"title of {model}", threads, entries, fused=3, found=4, convolutions=5).as_json()
+    return models.Row(model, f"title of {model}", threads, dtype, entries, fused=3, found=4, convolutions=5).as_json()
 
 
 def test_models_are_compared_with_the_better_eager():
@@ -264,6 +264,19 @@ def test_a_run_of_one_model_leaves_the_others():
     assert "## 2 threads" in models.markdown(after)
 
 
+def test_another_dtype_has_rows_of_its_own():
+    env = {"processor": "p", "instruction set": "i", "torch": "t", "date": "d"}
+    old = model_row("vae", 1, 1e-3)
+    del old["dtype"]  # as results of before have it
+    found = models.merged({"rows": [old]}, [model_row("vae", 1, 5e-4, dtype="bfloat16")], env)
+    found = models.merged(found, [model_row("vae", 1, 2e-3)], env)
+    text = readme.models_table(found)
+    assert "| | 1 thread | 1 thread, bfloat16 | fused of found |" in text
+    assert "| title of vae | 1.00x [1.00, 1.00] | 4.00x [4.00, 4.00] | 3 of 4 |" in text
+    assert "| geometric mean | 1.00x | 4.00x | |" in text
+    assert models.markdown(found).index("## 1 thread\n") < models.markdown(found).index("## 1 thread, bfloat16\n")
+
+
 def test_a_model_whose_package_is_missing_is_in_the_table():
     def missing():
         raise NotAvailable("monai is not installed")
@@ -274,13 +287,14 @@ def test_a_model_whose_package_is_missing_is_in_the_table():
     assert "| SegResNet | monai is not installed | 0 of 0 |" in readme.models_table(models.merged({}, [row], env))
 
 
-def test_a_model_is_measured_and_what_is_wrong_is_not():
+@pytest.mark.parametrize("dtype", models.DTYPES)
+def test_a_model_is_measured_and_what_is_wrong_is_not(dtype):
     published = Published("tiny", lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU()), (1, 3, 16, 16))
     names = ("eager", "eager channels_last", models.OURS)
-    row = models.measured("stack", published, names, 0.1)
+    row = models.measured("stack", published, names, 0.1, models.DTYPES[dtype])
     assert all(row.timing(name) is not None for name in names) and row.found == row.convolutions == 1
+    assert row.dtype == dtype and all(e.error < (1e-5 if dtype == "float32" else 0.02) for e in row.entries)
     expected = [torch.ones(2)]
-    entry = models._prepared(
-        "other", lambda model, x: lambda: torch.full((2,), 1.1), nn.Identity(), expected[0], expected
-    )
+    given = models.Given(nn.Identity(), expected[0].to(models.DTYPES[dtype]), nn.Identity(), expected[0])
+    entry = models._prepared("other", lambda given: lambda: torch.full((2,), 1.1), given, expected)
     assert entry.call is None and entry.note.startswith("off by 1.0e-01")
