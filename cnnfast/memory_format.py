@@ -167,13 +167,19 @@ def _transposed(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
 
 _SHUFFLED = 2**17, 2**24  # numbers, from and to: fewer cost more calls, more memory (as much again is taken)
 
+_DTYPES_16, _LEAST_SHUFFLED_16 = (torch.bfloat16, torch.float16), 2**20
+
 _LEAST_RUN = 64  # positions: more than a kernel has, as the shuffle reads like one who writes, ending a weight's watch
 
 
 def _by_shuffle(t: torch.Tensor, channels_last: bool) -> bool:
     """Whether `_shuffled` is faster than `_transposed` and ATen's copy (docs/facts.md)."""
     least, most = _SHUFFLED
-    if t.device.type != "cpu" or t.dtype != torch.float32 or t.shape[1] < 8 or not least <= t.numel() <= most:
+    if t.dtype in _DTYPES_16 and not channels_last and t.shape[1] < 64:
+        least = _LEAST_SHUFFLED_16
+    elif t.dtype != torch.float32:
+        return False
+    if t.device.type != "cpu" or t.shape[1] < 8 or not least <= t.numel() <= most:
         return False
     if not t.is_contiguous(memory_format=format_of(t.dim(), not channels_last)):
         return False

@@ -99,6 +99,19 @@ def test_matrices_are_transposed_where_that_is_faster(
     assert found == threads
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_large_maps_of_few_channels_are_shuffled_in_16_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, found = memory_format._shuffled, []
+    monkeypatch.setattr(memory_format, "_shuffled", lambda t, to: found.append(tuple(t.shape)) or real(t, to))
+    for shape in [(1, 16, 256, 256), (1, 16, 128, 256), (1, 64, 128, 128)]:
+        x = torch.randn(shape).to(dtype)
+        y = convert(convert(x, dtype, True), dtype, False)
+        assert y.is_contiguous() and torch.equal(y, x)
+    assert found == [(1, 16, 256, 256)]
+
+
 LARGE = [(1, 64, 1, 2048), (3, 64, 24, 25), (1, 32, 65, 64), (2, 32, 8, 16, 16), (1, 64, 72, 72), (2, 256, 1, 130)]
 SMALL = [(1, 3, 128, 128), (1, 1, 256, 256), (2, 4096, 1, 8), (1, 64, 1, 1), (0, 64, 32, 32), (2, 16, 5, 7),
          (256, 64, 4, 4)]  # fmt: skip

@@ -26,8 +26,9 @@ _FAR_BATCH, _FAR_GROUP = 8.0, 2.0
 
 
 def is_far(mean: Tensor, inverse: Tensor, limit: float) -> bool:
-    """Whether a mean is more than ``limit`` deviations from 0; ``inverse``: one over these."""
-    return bool((mean.detach().abs() * inverse.detach() > limit).any())
+    """Whether a mean is more than ``limit`` deviations from 0, or no number; ``inverse``: one over these."""
+    farthest = torch.linalg.vector_norm(mean.detach() * inverse.detach(), math.inf).item()
+    return not farthest <= limit
 
 
 def _shifted(o: Operands, mean: Tensor) -> Operands:

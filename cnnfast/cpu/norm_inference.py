@@ -67,6 +67,9 @@ _FAR = 8.0  # deviations of a mean from 0: beyond, sums and products are rounded
 _NEAR = 0.5  # deviations of a mean from 0 that E[x^2] - E[x]^2 bears without a loss to speak of
 _NEAR_16 = 3.0  # likewise, where the result is rounded to 16 bits
 _FAR_16 = 32.0  # likewise, that sums of one value after the other bear
+# Of fewer positions ATen takes a group in 16 bits by its channels alone, one by one where they fill no vector (ten
+# times slower), and converting an image up to so large costs less than calls for its statistics.
+_FEW_POSITIONS_16, _GROUP_16, _SMALL_BY_SCALARS = 1024, 16, 2**16
 _VECTOR_16, _WIDE_16 = 32, 512  # channels that ATen takes at once in 16 bits; so many are as good as more
 
 
@@ -76,11 +79,12 @@ def _by_aten(norm: Norm, o: Operands) -> Tensor | None:
     that mean; None in 16 bits, where a difference would be rounded."""
     x, last, narrow = o.x, format_of(o.x.dim(), True), o.x.dtype != torch.float32
     n, c, *size = x.shape
-    small = x.shape[1:].numel() <= SMALL[norm.kind]
+    by_scalars = narrow and math.prod(size) < _FEW_POSITIONS_16 and c // norm.groups % _GROUP_16 != 0
+    small = x.shape[1:].numel() <= (_SMALL_BY_SCALARS if by_scalars and norm.kind == "group" else SMALL[norm.kind])
     if norm.kind != "group":
         y = F.instance_norm(x, weight=o.scale, bias=o.shift, eps=norm.eps) if small else None
         return None if y is None else y.contiguous(memory_format=last)
-    if not small and (c % _VECTOR_16 if narrow else math.prod(size) > _SHORT):
+    if not small and (by_scalars or c % _VECTOR_16 if narrow else math.prod(size) > _SHORT):
         return None
     # Sizes of one have strides of any size.
     x = x.contiguous() if small else x.as_strided(x.shape, new_strides(x.shape, True))

@@ -23,6 +23,8 @@ SHAPES = {
     "three dimensions": (1, 16, 9, 20, 11),
     "two rows": (1, 64, 1, 2),
     "short sums": (2, 64, 20, 21),
+    "small groups": (1, 8, 30, 32),
+    "larger, small groups": (1, 72, 30, 32),
 }
 
 
