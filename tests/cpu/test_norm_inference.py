@@ -35,6 +35,20 @@ def plain(norm: Norm, x: Tensor, o: Operands) -> Tensor:
     return F.instance_norm(x, weight=scale, bias=shift, eps=norm.eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("norm", [Norm("group", 4), Norm("instance")], ids=["group", "instance"])
+def test_a_value_that_is_no_number_stays_in_its_group(norm: Norm, dtype: torch.dtype) -> None:
+    """Means far from 0 beside it are seen all the same."""
+    torch.manual_seed(0)
+    x = (torch.randn(1, 64, 48, 40) + 100).to(dtype)
+    x[0, 3, 5, 6] = torch.nan
+    y = run_step(norm_step(norm), Operands(x.contiguous(memory_format=torch.channels_last)), channels_last=True)
+    none = Operands(x)
+    exact, plainly = plain(norm, x.double(), none), plain(norm, x, none)
+    assert torch.equal(y.isnan(), exact.isnan())
+    assert verdict(y[:, 16:], exact[:, 16:], plainly[:, 16:]) is None
+
+
 @pytest.mark.parametrize("norm", [Norm("group", 2), Norm("instance")], ids=["group", "instance"])
 @pytest.mark.parametrize("shape", [(2, 24, 40, 42), (1, 64, 48, 40), (1, 8, 4, 4)], ids=str)
 def test_of_16_bits_with_float32_vectors(shape: tuple[int, ...], norm: Norm) -> None:
