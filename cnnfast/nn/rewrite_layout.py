@@ -135,7 +135,7 @@ class _Layout:
             if self._accepts(user, node):
                 continue
             with self.graph.inserting_before(user):
-                copy = self.graph.call_method("contiguous", (node,))
+                copy = self.graph.call_function(reformatted, (node, False))
             self.converted += _bytes(node)
             copy.meta = dict(node.meta)
             user.replace_input_with(node, copy)
