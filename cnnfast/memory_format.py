@@ -129,12 +129,12 @@ def in_rows(weight: torch.Tensor) -> torch.Tensor:
 
 def reformatted(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """`to_format` by `convert`, for where nothing but autograd watches. A map of one channel, which is in both formats,
-    tells ATen's next operator to go on channels-last where it is to be that."""
+    gets the strides of this one: they tell ATen's next operator which to go on in, and users what they look at."""
     if t.dim() == 3:
         return to_format(t, channels_last)
     t = convert(t, t.dtype, channels_last)
-    if channels_last and t.shape[1] == 1 and not (t.requires_grad or is_channels_last(t)):
-        return t.as_strided(t.shape, new_strides(t.shape, True))
+    if t.shape[1] == 1 and not t.requires_grad and is_channels_last(t) != channels_last:
+        t = t.as_strided(t.shape, new_strides(t.shape, channels_last)).detach()  # its user may write to it
     return t
 
 

@@ -248,7 +248,11 @@ class _Layout:
             return False
         if converts_itself(user) or outsized_site(user):
             return False
-        told = self.inference and value(user).dim() == 3 and user not in self.untold and value(user).is_contiguous()
+        y = value(user)
+        told = self.inference and user not in self.untold and y.is_contiguous()
+        if y.dim() != 3:  # of one channel: whatever it is made of, it gets eager mode's strides
+            told = told and y.dim() in (4, 5) and numel(user) > 1 and not suggests_channels_last(y.shape, y.stride())
+            told = told and y.shape[1] == 1 and in_format(y, True)
         if not (self._is_map(user) or told):
             return False
         added = user.target.added

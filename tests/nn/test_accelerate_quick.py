@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import cnnfast
 from cnnfast.cpu import backend, content, inference, packing, watch, weight
-from cnnfast.memory_format import is_channels_last, reformatted
+from cnnfast.memory_format import format_of, is_channels_last, reformatted
 from cnnfast.nn import rewrite_quick, rewrite_settle
 from cnnfast.nn.accelerate_call import plain_call, record_of
 from cnnfast.nn.rewrite_quick import Planned
@@ -369,6 +369,30 @@ def test_steps_under_autocast_are_settled(
         assert torch.equal(ours(x), got)
         ours.get_submodule("0" if name.startswith("slope") else "second").bias.data.add_(1)
         assert not torch.equal(ours(x), got)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("size", [(1, 1), (2, 5), (48, 64), (9, 11, 10)], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["", "channels_last"])
+def test_a_result_of_one_channel(size: tuple[int, ...], kernel: int, last: bool) -> None:
+    """It is in both formats, and has eager mode's strides, whatever the stretch that it ends is in."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d if len(size) == 2 else nn.Conv3d
+    norm = nn.BatchNorm2d if len(size) == 2 else nn.BatchNorm3d
+    model = nn.Sequential(conv(1, 64, 3, padding=1), norm(64), nn.ReLU(), conv(64, 64, 3, padding=1), nn.ReLU())
+    model = randomized(nn.Sequential(*model, conv(64, 1, kernel, padding=kernel // 2))).eval()
+    x = images(2, 1, *size)
+    if last:
+        memory_format = format_of(x.dim(), True)
+        model, x = model.to(memory_format=memory_format) if len(size) == 2 else model, x.to(memory_format=memory_format)
+    ours = cnnfast.accelerate(model)
+    for _ in range(5):
+        same(ours, x)
+    ours(x).add_(1)
+    with torch.enable_grad():
+        y = ours(x)
+    assert y.requires_grad
 
 
 class Writes(nn.Module):
