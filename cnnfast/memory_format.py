@@ -167,7 +167,7 @@ def _transposed(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
 
 _SHUFFLED = 2**17, 2**24  # numbers, from and to: fewer cost more calls, more memory (as much again is taken)
 
-_DTYPES_16, _LEAST_SHUFFLED_16 = (torch.bfloat16, torch.float16), 2**20
+_LEAST_SHUFFLED_16 = 2**20  # likewise, in 16 bits
 
 _LEAST_RUN = 64  # positions: more than a kernel has, as the shuffle reads like one who writes, ending a weight's watch
 
@@ -175,7 +175,7 @@ _LEAST_RUN = 64  # positions: more than a kernel has, as the shuffle reads like 
 def _by_shuffle(t: torch.Tensor, channels_last: bool) -> bool:
     """Whether `_shuffled` is faster than `_transposed` and ATen's copy (docs/facts.md)."""
     least, most = _SHUFFLED
-    if t.dtype in _DTYPES_16 and not channels_last and t.shape[1] < 64:
+    if t.is_floating_point() and t.element_size() == 2 and not channels_last and t.shape[1] < 64:
         least = _LEAST_SHUFFLED_16
     elif t.dtype != torch.float32:
         return False

@@ -19,6 +19,7 @@ from ..activations import Activation
 from ..dispatch import needs_gradient
 from ..memory_format import format_of, new_strides
 from ..norms import Norm
+from ..spec import DTYPES
 from ..step import Operands
 from .finish import activated
 from .norm import is_far
@@ -39,7 +40,7 @@ def why_not(norm: Norm | None, o: Operands) -> str | None:
         return "it moves running statistics"
     affine = {t.dtype for t in (o.scale, o.shift) if t is not None}
     others = {t.dtype for t in (o.residual, o.slope) if t is not None}
-    if x.dtype not in _DTYPES or not (others <= {x.dtype} and (affine <= {x.dtype} or affine == {torch.float32})):
+    if x.dtype not in DTYPES or not (others <= {x.dtype} and (affine <= {x.dtype} or affine == {torch.float32})):
         return "it is not all float32, or in 16 bits but for weight and bias"
     if x.dim() not in (4, 5) or x.is_contiguous() or not x.is_contiguous(memory_format=format_of(x.dim(), True)):
         return "the map is not channels-last"
@@ -60,7 +61,6 @@ def finished(norm: Norm, o: Operands, activation: Activation, *, ours: bool) -> 
     return activated(y, activation, o.slope)
 
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SMALL = {"group": 2**14, "instance": 2**15}  # numbers of an image, in the time of which it is converted and back
 _SHORT = 4096  # positions whose squares ATen may add up one after the other
 _FAR = 8.0  # deviations of a mean from 0: beyond, sums and products are rounded at a size that the result has not
@@ -79,8 +79,9 @@ def _by_aten(norm: Norm, o: Operands) -> Tensor | None:
     that mean; None in 16 bits, where a difference would be rounded."""
     x, last, narrow = o.x, format_of(o.x.dim(), True), o.x.dtype != torch.float32
     n, c, *size = x.shape
-    by_scalars = narrow and math.prod(size) < _FEW_POSITIONS_16 and c // norm.groups % _GROUP_16 != 0
-    small = x.shape[1:].numel() <= (_SMALL_BY_SCALARS if by_scalars and norm.kind == "group" else SMALL[norm.kind])
+    by_scalars = narrow and norm.kind == "group" and c // norm.groups % _GROUP_16 != 0
+    by_scalars = by_scalars and math.prod(size) < _FEW_POSITIONS_16
+    small = x.shape[1:].numel() <= (_SMALL_BY_SCALARS if by_scalars else SMALL[norm.kind])
     if norm.kind != "group":
         y = F.instance_norm(x, weight=o.scale, bias=o.shift, eps=norm.eps) if small else None
         return None if y is None else y.contiguous(memory_format=last)

@@ -374,21 +374,28 @@ def test_steps_under_autocast_are_settled(
 @torch.no_grad()
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (48, 64), (9, 11, 10)], ids=str)
-@pytest.mark.parametrize("last", [False, True], ids=["", "channels_last"])
-def test_a_result_of_one_channel(size: tuple[int, ...], kernel: int, last: bool) -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("last", ["", "weights", "weights and input"])
+def test_a_result_of_one_channel(size: tuple[int, ...], kernel: int, last: str, batch: int) -> None:
     """It is in both formats, and has eager mode's strides, whatever the stretch that it ends is in."""
     torch.manual_seed(0)
-    conv = nn.Conv2d if len(size) == 2 else nn.Conv3d
-    norm = nn.BatchNorm2d if len(size) == 2 else nn.BatchNorm3d
-    model = nn.Sequential(conv(1, 64, 3, padding=1), norm(64), nn.ReLU(), conv(64, 64, 3, padding=1), nn.ReLU())
-    model = randomized(nn.Sequential(*model, conv(64, 1, kernel, padding=kernel // 2))).eval()
-    x = images(2, 1, *size)
+    flat = len(size) == 2
+    conv, norm, pool = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d) if flat else (nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d)
+    first = conv(1, 64, 3, padding=1), norm(64), nn.ReLU(), pool(3, 1, 1)
+    second = conv(64, 64, 3, padding=1), nn.ReLU(), conv(64, 1, kernel, padding=kernel // 2)
+    model = randomized(nn.Sequential(*first, *second)).eval()
+    x = images(batch, 1, *size)
     if last:
-        memory_format = format_of(x.dim(), True)
-        model, x = model.to(memory_format=memory_format) if len(size) == 2 else model, x.to(memory_format=memory_format)
+        model = cnnfast.channels_last(model)
+    if last == "weights and input":
+        x = x.to(memory_format=format_of(x.dim(), True))
     ours = cnnfast.accelerate(model)
     for _ in range(5):
         same(ours, x)
+    record = record_of(ours)
+    assert record is not None
+    if size == (48, 64) and not last:
+        assert [site.channels_last for site in record.graphs[-1].sites] == [True, False], "one stretch"
     ours(x).add_(1)
     with torch.enable_grad():
         y = ours(x)
