@@ -356,11 +356,16 @@ class Ready:
         return None if found is None else self.run_with(found, o.x, o.residual, o.slope)
 
     def run_with(
-        self, found: Packed, x: torch.Tensor, residual: torch.Tensor | None, slope: torch.Tensor | None
+        self,
+        found: Packed,
+        x: torch.Tensor,
+        residual: torch.Tensor | None,
+        slope: torch.Tensor | None,
+        onto: bool = False,
     ) -> torch.Tensor | None:
-        """`run` with what is packed for it."""
+        """`run` with what is packed for it. ``onto``: the result may be written into the memory of ``residual``."""
         call = found.calls.get(self._call)
         if call is None:
             call = Call(self.step, self.way.method, self.way.post, self.way.check_pays, found, self.channels_last)
             found.keep(self._call, call)
-        return call(x, residual, slope)
+        return call(x, residual, slope, onto)

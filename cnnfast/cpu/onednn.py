@@ -43,6 +43,7 @@ __all__ = [
 _mkldnn = torch.ops.mkldnn
 _OPS = (
     "_convolution_pointwise",
+    "_convolution_pointwise_",
     "_convolution_transpose_pointwise",
     "_get_mkldnn_serialized_md",
     "_linear_pointwise",
@@ -173,15 +174,17 @@ class Convolution(_Operator):
     def __init__(self, spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self.dtype, self.shape = dtype, list(shape)
         self.geometry = (list(spec.padding), list(spec.stride), list(spec.dilation), spec.groups)
-        self.op, self.op_adding = _mkldnn._convolution_pointwise.default, _mkldnn._convolution_pointwise.binary
+        self.op = _mkldnn._convolution_pointwise.default
+        self.op_adding, self.op_onto = _mkldnn._convolution_pointwise.binary, _mkldnn._convolution_pointwise_.binary
 
     def pack(self, weight: torch.Tensor, shift: torch.Tensor | None) -> Any:
         return _mkldnn._reorder_convolution_weight(weight.to(self.dtype), *self.geometry, self.shape), shift
 
-    def run_adding(self, x: torch.Tensor, packed: Any, residual: torch.Tensor) -> torch.Tensor | None:
-        """``run`` with ``residual`` (of the result's shape) added to the accumulator and no activation (of those that
-        keep a NaN, the operator has none behind the sum); None where it does not take these: it wants all tensors in
-        one dtype, to which the shift must not be rounded, and would bring another memory format into its own."""
+    def run_adding(self, x: torch.Tensor, packed: Any, residual: torch.Tensor, onto: bool) -> torch.Tensor | None:
+        """``run`` with ``residual`` (of the result's shape) added to the accumulator, ``onto`` that itself, and no
+        activation (of those that keep a NaN, the operator has none behind the sum); None where it does not take these:
+        it wants all tensors in one dtype, to which the shift must not be rounded, and would bring another memory format
+        into its own."""
         weight, shift = packed
         if residual.dtype != self.dtype or not residual.is_contiguous(memory_format=format_of(residual.dim(), True)):
             return None
@@ -190,7 +193,8 @@ class Convolution(_Operator):
             low = shift.to(self.dtype)
             if not torch.equal(low.to(shift.dtype), shift):
                 return None
-        return self.op_adding(x, residual, weight, low, *self.geometry, "add", None, None, (), None)
+        after = weight, low, *self.geometry, "add", None, None, (), None
+        return self.op_onto(residual, x, *after) if onto else self.op_adding(x, residual, *after)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor | None, post: PostOp) -> torch.Tensor:

@@ -83,9 +83,10 @@ class Call:
         return self._method.bound(self._weight, post, self._channels_last)
 
     def __call__(
-        self, x: torch.Tensor, residual: torch.Tensor | None, slope: torch.Tensor | None
+        self, x: torch.Tensor, residual: torch.Tensor | None, slope: torch.Tensor | None, onto: bool
     ) -> torch.Tensor | None:
-        """None where the method has none for this x."""
+        """None where the method has none for this x. ``onto``: the result may be written into the memory of
+        ``residual``."""
         dtype = x.dtype
         if self._pads:
             x = self._step.pad_input(x)
@@ -94,7 +95,7 @@ class Call:
         y, fused = None, False
         if residual is not None:
             if isinstance(self._method, Convolution):
-                y = self._method.run_adding(x, self._weight, residual)
+                y = self._method.run_adding(x, self._weight, residual, onto)
             if y is None:
                 y = self._plain(x)
                 y = None if y is None else y.float().add_(residual)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Everything", "numel", "sizes", "storages", "touched", "value", "written"]
+__all__ = ["Everything", "is_known", "numel", "sizes", "storages", "touched", "value", "written"]
 
 
 class Everything:
@@ -74,7 +74,7 @@ def written(node: fx.Node) -> set[Any]:
     if isinstance(target, torch._ops.OpOverloadPacket):  # as torch 2.14 traces `.mH`
         mutable = any(getattr(target, name)._schema.is_mutable for name in target.overloads())
         return touched(node) if mutable else set()
-    if id(target) not in _known():
+    if not is_known(target):
         return touched(node) or {Everything}
     name = getattr(target, "__name__", "")
     if target in _IN_PLACE or _writes(name):
@@ -116,9 +116,14 @@ _IN_PLACE = frozenset(
 _SWITCHES = ("set_", "manual_seed", "seed", "use_deterministic", "autocast", "_")
 
 
+def is_known(target: Any) -> bool:
+    """Whether it is a function of PyTorch or of Python that does what its name says."""
+    return id(target) in _known()
+
+
 @lru_cache(maxsize=1)
 def _known() -> frozenset[int]:
-    """Functions of PyTorch and of Python that do what their names say. (By identity: not all can be compared.)"""
+    """Those functions. (By identity: not all can be compared.)"""
     found = {id(getattr), id(len), id(builtins.sum), id(min), id(max), id(abs), id(isinstance)}
     for module in (torch, F, torch._C._nn, torch.special, torch.fft, torch.linalg, operator, math):
         for name in dir(module):

@@ -24,7 +24,7 @@ from ..ops.run import run_step
 from ..step import Operands, Step
 from .chain import Bound, Chain
 
-__all__ = ["Planned", "Quick", "kind_of", "parts_of", "state", "state_of"]
+__all__ = ["Planned", "Quick", "Run", "kind_of", "parts_of", "state", "state_of"]
 
 
 def state() -> tuple[object, ...]:

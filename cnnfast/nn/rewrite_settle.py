@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from ..cpu import inference, training
 from ..cpu.weight import KeptLike, outlives
 from ..memory_format import reformatted
 from .rewrite_effects import value
-from .rewrite_quick import Planned, Quick
+from .rewrite_quick import Planned, Quick, Run
 from .rewrite_site import Call, Site, entered, filled
+from .rewrite_spare import Memory
 
 __all__ = ["settled"]
 
@@ -33,7 +34,7 @@ def settled(gm: fx.GraphModule, now: object, *, gradients: bool) -> Callable[...
     known = {node: node.target.known(now) for node in sites}
     if not any(known.values()):
         return None
-    writer = _Writer(gradients)
+    writer = _Writer(gradients, None if gradients else Memory(gm.graph))
     new: dict[fx.Node, fx.Node] = {}
     for node in gm.graph.nodes:
         quick = known.get(node)
@@ -47,10 +48,10 @@ def settled(gm: fx.GraphModule, now: object, *, gradients: bool) -> Callable[...
 
 
 class _Writer:
-    """Writes ``graph``."""
+    """Writes ``graph``. ``memory``: of the graph that it is written of, where its maps are needed by no gradient."""
 
-    def __init__(self, gradients: bool) -> None:
-        self.graph, self.gradients = fx.Graph(), gradients
+    def __init__(self, gradients: bool, memory: Memory | None) -> None:
+        self.graph, self.gradients, self._memory = fx.Graph(), gradients, memory
         self._ahead: list[tuple[fx.Node, list[fx.Node | None]]] = []
 
     def site(self, node: fx.Node, quick: Quick, args: Sequence[fx.Node]) -> fx.Node:
@@ -63,11 +64,12 @@ class _Writer:
         if self.gradients:
             operands = [call(entered, (t,)) if k in site.added else t for k, t in enumerate(operands)]
         calls = dict(zip(site.runs, site.calls, strict=True))
-        for part in quick.parts:
+        for k, part in enumerate(quick.parts):
             if part.step is not None and not part.calls:
-                used = list(dict.fromkeys(k for k in part.places if k is not None))
-                x = call(_Settled(part, used, dict(quick.same)), (x, *[operands[k] for k in used]))
-                self._look(x, [None if k is None else operands[k] for k in part.places[:_LOOKED_AT]])
+                used = list(dict.fromkeys(p for p in part.places if p is not None))
+                step = _Settled(part, used, dict(quick.same), self._onto(node, quick, k, calls))
+                x = call(step, (x, *[operands[p] for p in used]))
+                self._look(x, [None if p is None else operands[p] for p in part.places[:_LOOKED_AT]])
                 continue
             if part.converts:
                 x = call(reformatted, (x, True))
@@ -76,6 +78,18 @@ class _Writer:
             if part.step is not None and part.channels_last is not None:
                 x = call(reformatted, (x, part.channels_last))
         return call(reformatted, (x, False)) if site.channels_last is False else x
+
+    def _onto(self, node: fx.Node, quick: Quick, k: int, calls: Mapping[Run, Call]) -> bool:
+        """Whether a site's step ``k`` may write its result into the memory of the map that it adds."""
+        place = quick.parts[k].places[_ADDED]
+        if place is None or self._memory is None:
+            return False
+        for p in (*quick.parts[:k], *quick.parts[k + 1 :]):
+            if place in p.places or any(place in calls[run].reads for run in p.calls):
+                return False
+        added: fx.Node = node.args[1 + place]  # type: ignore[assignment]
+        read_first = any(p.step is not None and not p.calls for p in quick.parts[:k])
+        return self._memory.spare(added, node, read_first=read_first)
 
     def _call(self, call: Call, x: fx.Node, operands: Sequence[fx.Node], *, exactly: bool) -> fx.Node:
         """What `Call.exactly` does, or `Call.run`."""
@@ -126,6 +140,7 @@ class _Writer:
 
 _WITH_WEIGHT = ("conv2d", "conv_transpose2d")
 _LOOKED_AT = 6  # of a step's operands, those that are packed: weight, bias, mean, var, scale and shift
+_ADDED = 6  # and the one behind them
 
 
 class _Looks:
@@ -146,14 +161,15 @@ class _Looks:
 
 
 class _Settled:
-    """One fused step, of the operands that are ``used`` by it; ``same``: which those were."""
+    """One fused step, of the operands that are ``used`` by it; ``same``: which those were. ``onto``: its result may be
+    written into the memory of what it adds."""
 
     __name__ = __qualname__ = "step"  # as FX writes it into code
 
-    def __init__(self, part: Planned, used: list[int], same: dict[int, weakref.ref[Tensor]]) -> None:
+    def __init__(self, part: Planned, used: list[int], same: dict[int, weakref.ref[Tensor]], onto: bool) -> None:
         self._part = part = part._replace(places=tuple([None if k is None else used.index(k) for k in part.places]))
         self._residual, self._slope = part.places[_LOOKED_AT:]
-        self._weight = same[used[0]]
+        self._weight, self._onto = same[used[0]], onto
         self._ready: inference.Ready | training.Ready | None = None
 
     def held(self, *tensors: Tensor | None) -> tuple[inference.Ready | training.Ready, Any] | None:
@@ -185,10 +201,10 @@ class _Settled:
             if part.low is not None:
                 given, slope = x.to(part.low), None if slope is None else slope.to(part.low)
             if not part.one:
-                y = ready.run_with(packed, given, residual, slope)
+                y = ready.run_with(packed, given, residual, slope, self._onto)
             else:
                 residual = None if residual is None else residual.unsqueeze(2)
-                y = ready.run_with(packed, given.unsqueeze(2), residual, slope)
+                y = ready.run_with(packed, given.unsqueeze(2), residual, slope, self._onto)
                 y = None if y is None else y.squeeze(2)
             return part.finished(part.operands(x, operands), None) if y is None else y
         if weight is not self._weight():  # of the same kind, as the graph's guards say

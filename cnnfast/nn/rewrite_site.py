@@ -70,7 +70,7 @@ class Call:
     @cached_property
     def _flat(self) -> bool:
         """Whether operands stand among the positional arguments alone, and not inside of one."""
-        return not _refs(list(self.kwargs.values())) and not any(_refs(a) for a in self.args if type(a) is not Ref)
+        return not _refs(self.kwargs) and not any(_refs(a) for a in self.args if type(a) is not Ref)
 
     def part(self, x: Any, operands: Sequence[Any]) -> Part:
         """As planning sees it; x: what the call before gave, None where that is not known."""
@@ -91,6 +91,11 @@ class Call:
         bound = self.kind.bind(self.args, self.kwargs) if self.kind.name in NORMS else None
         norm = None if bound is None else norm_of(self.kind, bound)
         return None if bound is None or norm is None else (NormCall(norm), bound["weight"], bound["bias"])
+
+    @property
+    def reads(self) -> set[int]:
+        """The places of its operands."""
+        return {r.place for r in _refs([self.args, self.kwargs]) if r.place >= 0}
 
     @property
     def scalars(self) -> tuple[int, ...]:
@@ -117,7 +122,8 @@ def filled(v: Any, x: Any, operands: Sequence[Any]) -> Any:
 def _refs(v: Any) -> list[Ref]:
     if isinstance(v, Ref):
         return [v]
-    return [r for w in v for r in _refs(w)] if isinstance(v, (list, tuple)) else []
+    within = v.values() if isinstance(v, dict) else v if isinstance(v, (list, tuple)) else ()
+    return [r for w in within for r in _refs(w)]
 
 
 class _Bound:
