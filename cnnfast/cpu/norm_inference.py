@@ -71,6 +71,7 @@ _FAR_16 = 32.0  # likewise, that sums of one value after the other bear
 # times slower), and converting an image up to so large costs less than calls for its statistics.
 _FEW_POSITIONS_16, _GROUP_16, _SMALL_BY_SCALARS = 1024, 16, 2**16
 _VECTOR_16, _WIDE_16 = 32, 512  # channels that ATen takes at once in 16 bits; so many are as good as more
+_HALF_16 = 2**20  # numbers for each thread up to which it takes groups no slower where half a vector is left
 
 
 def _by_aten(norm: Norm, o: Operands) -> Tensor | None:
@@ -85,7 +86,7 @@ def _by_aten(norm: Norm, o: Operands) -> Tensor | None:
     if norm.kind != "group":
         y = F.instance_norm(x, weight=o.scale, bias=o.shift, eps=norm.eps) if small else None
         return None if y is None else y.contiguous(memory_format=last)
-    if not small and (by_scalars or c % _VECTOR_16 if narrow else math.prod(size) > _SHORT):
+    if not small and (by_scalars or _leaves_scalars(c, math.prod(size)) if narrow else math.prod(size) > _SHORT):
         return None
     # Sizes of one have strides of any size.
     x = x.contiguous() if small else x.as_strided(x.shape, new_strides(x.shape, True))
@@ -97,6 +98,14 @@ def _by_aten(norm: Norm, o: Operands) -> Tensor | None:
         mean = mean.repeat_interleave(c // norm.groups, 1).view(n, c, *(1,) * len(size))
         y, _, _ = torch.native_group_norm(x - mean, *affine)
     return y.contiguous(memory_format=last)
+
+
+def _leaves_scalars(channels: int, positions: int) -> bool:
+    """Whether ATen takes a group norm of an image in 16 bits slower than calls for its statistics are, as its channels
+    do not fill vectors."""
+    if channels % _VECTOR_16 == _VECTOR_16 // 2:
+        return channels * positions > _HALF_16 * torch.get_num_threads()
+    return channels % _VECTOR_16 != 0
 
 
 def _normalise(norm: Norm, o: Operands, y: Tensor) -> None:
@@ -185,10 +194,24 @@ def _float32_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _merged(rows: Tensor, parts: int, join: int) -> tuple[Tensor, Tensor]:
     """`_of_groups` of ``parts`` times as many rows as each of the parts has: every ``parts``-th row is of one."""
-    # PyTorch's BatchNorm of parts * C channels takes their means and variances in two readings.
-    means, variances = _float32_statistics(_joined(rows, parts))
+    means, variances = _of_parts(rows, parts)
     between, mean = torch.var_mean(means.view(parts, -1, join).double(), (0, 2), correction=0)
     return mean, between.add_(variances.view(parts, -1, join).mean((0, 2), dtype=torch.float64))
+
+
+_READ_TWICE = 2**22  # bytes that are still in a cache when they are read again
+
+
+def _of_parts(rows: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of each column of each part, (parts * C,)."""
+    # PyTorch's BatchNorm of parts * C channels takes their means and variances in two readings.
+    each = len(rows) // parts
+    at_once = max(1, _READ_TWICE // (each * rows.shape[1] * rows.element_size()))
+    if parts <= 2 * at_once:
+        return _float32_statistics(_joined(rows, parts))
+    found = [_float32_statistics(_joined(some, len(some) // each)) for some in rows.split(at_once * each)]
+    means, variances = zip(*found, strict=True)
+    return torch.cat(means), torch.cat(variances)
 
 
 @lru_cache(maxsize=1024)

@@ -25,6 +25,7 @@ SHAPES = {
     "short sums": (2, 64, 20, 21),
     "small groups": (1, 8, 30, 32),
     "larger, small groups": (1, 72, 30, 32),
+    "half a vector": (1, 48, 40, 40),
 }
 
 
@@ -81,6 +82,26 @@ def test_as_exact_as_of_contiguous_maps(shape: tuple[int, ...], norm: Norm, mean
     y = run_step(norm_step(norm), o, channels_last=True)
     assert y.is_contiguous(memory_format=format_of(len(shape), True)) and torch.equal(last, kept)
     assert verdict(y, plain(norm, x.double(), o), plain(norm, x, o)) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["many parts", "a rest"])
+def test_maps_larger_than_a_cache(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read in pieces, the last of which is smaller."""
+    torch.manual_seed(0)
+    shape, joined = SHAPES[name], []
+    statistics = norm_inference._float32_statistics
+    monkeypatch.setattr(norm_inference, "_float32_statistics", lambda x: joined.append(x.shape[1]) or statistics(x))
+    monkeypatch.setattr(norm_inference, "_READ_TWICE", 7 * 500 * shape[1] * dtype.itemsize)
+    monkeypatch.setattr(norm_inference, "_by_aten", lambda *given: None)
+    x = (torch.randn(shape) + 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    o = Operands(x, scale=torch.randn(shape[1]).to(dtype), shift=torch.randn(shape[1]).to(dtype))
+    y = run_step(norm_step(Norm("group", 2)), o, channels_last=True)
+    assert len(joined) > 2 and joined[0] == joined[1] > joined[-1]
+    assert (
+        verdict(y, F.group_norm(x.double(), 2, o.scale.double(), o.shift.double()), plain(Norm("group", 2), x, o))
+        is None
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16", "float16"])
