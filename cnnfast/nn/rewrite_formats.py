@@ -35,6 +35,7 @@ __all__ = [
     "splits",
     "wants_dense",
     "writes_at_each_place",
+    "writes_part",
 ]
 
 
@@ -262,15 +263,24 @@ def is_part(node: fx.Node) -> bool:
     if node.target is not operator.getitem:
         return False
     x, index = node.args
-    if not isinstance(x, fx.Node):
-        return False
-    if splits(x):
+    if isinstance(x, fx.Node) and splits(x):
         return type(index) is int
-    if not isinstance(value(x), Tensor) or value(x).dim() not in (4, 5) or not isinstance(index, tuple):
+    return _of_channels(x, index)
+
+
+def writes_part(node: fx.Node) -> bool:
+    """Whether it sets a slice of a map's channels."""
+    return node.target is operator.setitem and _of_channels(*node.args[:2])
+
+
+def _of_channels(x: Any, index: Any) -> bool:
+    """Whether this index of a map is a slice of its channels."""
+    if not isinstance(x, fx.Node) or not isinstance(value(x), Tensor) or value(x).dim() not in (4, 5):
         return False
     whole = slice(None)
     return (
-        1 < len(index) <= value(x).dim()
+        isinstance(index, tuple)
+        and 1 < len(index) <= value(x).dim()
         and all(isinstance(i, slice) for i in index)
         and all(i == whole for k, i in enumerate(index) if k != 1)
     )

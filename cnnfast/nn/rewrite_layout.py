@@ -40,6 +40,7 @@ from .rewrite_formats import (
     splits,
     wants_dense,
     writes_at_each_place,
+    writes_part,
 )
 from .rewrite_norm import NormCall, as_norms
 from .rewrite_site import Site
@@ -87,6 +88,8 @@ class _Layout:
         useful: set[fx.Node] = set()
         for node in reversed(nodes):
             if any(self._takes(user, node) or user in useful and user in kept for user in node.users):
+                useful.add(node)
+            elif any(writes_part(user) and user.args[0] in kept and user.args[2] is node for user in node.users):
                 useful.add(node)
             elif any(storages(node) & storages(n) for n in node.all_input_nodes if n in kept and n in useful):
                 useful.add(node)
@@ -227,9 +230,12 @@ class _Layout:
         return any(storages(user) & mine and user not in kept for user in node.users if user.op != "output")
 
     def _writes_own(self, node: fx.Node) -> bool:
-        """Whether it writes to the map that it is given, at every place from what is there, and returns it."""
+        """Whether it writes to the map that it is given: at every place from what is there, and returns it, or sets
+        some of its channels."""
         if not self.inference or node.op not in ("call_function", "call_method"):
             return False
+        if writes_part(node):
+            return self._is_map(node.args[0])  # type: ignore[arg-type]
         first = node.args[0] if node.args else None
         if not isinstance(first, fx.Node) or not self._is_map(node) or not self._is_map(first):
             return False
@@ -239,6 +245,8 @@ class _Layout:
         """Whether ``user`` may be given ``node`` channels-last."""
         if self._takes(user, node) or user in self.kept and not isinstance(user.target, Site):
             return True
+        if self.inference and writes_part(user):
+            return user.args[0] in self.kept and node in (user.args[0], user.args[2])
         return self.inference and reads(user, node)
 
     def _takes(self, user: fx.Node, node: fx.Node) -> bool:

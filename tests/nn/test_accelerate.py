@@ -782,6 +782,36 @@ def half_overwritten(y: Tensor) -> Tensor:
     return torch.cat([b, a], 1)
 
 
+def half_set(m: Any, y: Tensor) -> Tensor:
+    """As a partial convolution is written. (Who read a part sees what it is set to.)"""
+    z = y * 2
+    a = z[:, :16]
+    z[:, :16] = F.conv2d(F.relu(a), m.wide[:, :16], padding=1)
+    z[:, 20:24] = 0.25
+    return m.second(torch.cat([z[:, 16:], a], 1) + z)
+
+
+def half_set_between(m: Any, y: Tensor) -> Tensor:
+    """Somebody reads it in eager mode's format ahead of that, and somebody after it."""
+    z = y * 2
+    before = F.dropout(z, 0.5, training=True)
+    z[:, 8:] = z[:, :24] + 1
+    return m.second(z) + before.mean() * F.dropout(z, 0.5, training=True).sum()
+
+
+def half_set_of_a_view(m: Any, y: Tensor) -> Tensor:
+    z = y * 2
+    rows = z.view(*z.shape[:2], -1)
+    z[:, :16] = 0.5
+    return m.second(z) + rows.mean()
+
+
+def rows_set(m: Any, y: Tensor) -> Tensor:
+    z = y * 2
+    z[:, :16, 1:] = 0.5
+    return m.second(z)
+
+
 def half_normed(m: Any, y: Tensor) -> Tensor:
     a, b = y.chunk(2, dim=1)
     return m.second(torch.cat([F.group_norm(a, 4), F.conv2d(b, m.wide[:, :16], padding=1)], 1))
@@ -826,6 +856,10 @@ BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Any], list[bool | None]]] = {
     "a returned part of the channels": (half_returned, [None, None]),
     "an overwritten part of the channels": (lambda m, y: m.second(half_overwritten(y)), [None, None]),
     "a norm of a part": (half_normed, [None, None, None]),
+    "a part of the channels is set": (half_set, [None, None, None]),
+    "a part is set, and the map read": (half_set_between, [None, None]),
+    "a part is set, and viewed": (half_set_of_a_view, [None, None]),
+    "a part of the rows is set": (rows_set, [None, None]),
     "normalized": (lambda m, y: m.second(F.normalize(y, dim=1) + y.norm(dim=1, keepdim=True)), [None, None]),
     "a view is overwritten": (lambda m, y: m.second(twice(y * 2)), [None, None]),
 }
@@ -844,6 +878,8 @@ IN_INFERENCE: dict[str, list[bool | None]] = {
     "gates": [True, False],
     "parts of the channels": [True, False],
     "a norm of a part": [True, True, False],
+    "a part of the channels is set": [True, True, False],
+    "a part is set, and the map read": [True, False],
     "normalized": [True, False],
     "overwritten": [True, False],
     "added to": [True, False],

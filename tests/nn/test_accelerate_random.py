@@ -211,7 +211,7 @@ class Restored(nn.Module):
         self.deep = nn.Conv2d(2 * c_out, 2 * c_out, 3, padding=1, groups=2 * c_out)
         self.squeeze, self.last = nn.Conv2d(c_out, c_out, 1), nn.Conv2d(c_out, c_out, 1)
         self.scale = nn.Parameter(torch.linspace(0.5, 1.5, c_out).view(1, c_out, 1, 1))
-        self.hows = [r.randrange(n) for n in (4, 5, 5)]
+        self.hows = [r.randrange(n) for n in (4, 6, 5)]
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
@@ -233,9 +233,14 @@ class Restored(nn.Module):
         elif gate == 3:
             a, b = y.split([y.shape[1] // 2] * 2, 1)
             y = b.clamp(-1, 1) - a.flatten(2).mean(2)[:, :, None, None]
-        else:
+        elif gate == 4:
             half = y.shape[1] // 2
             y = y[:, :half].mul_(y[:, half:].detach()) if not torch.is_grad_enabled() else y[:, :half] * 2
+        else:
+            half = y.shape[1] // 2
+            z = y * 0.5
+            z[:, :half] = y[:, half:] + F.relu(z[:, :half])
+            y = z[:, 1 : half + 1]
         if squeeze == 0:
             y = self.squeeze(F.adaptive_avg_pool2d(y, 1)) * y
         elif squeeze == 1:
