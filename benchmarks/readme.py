@@ -16,7 +16,7 @@ from .models import columns_of, dtype_of, heading
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = ROOT / "benchmarks" / "results" / "amd-epyc-avx512-bf16" / "bench.json"
-MODELS = ROOT / "benchmarks" / "results" / "intel-xeon-processor-amx" / "models.json"
+MODELS = DEFAULT.with_name("models.json")
 # Whole generators and blocks, as a reader knows them.
 NAMES = {
     "dcgan64": "DCGAN 64x64",

@@ -18,9 +18,11 @@ its other operators return what is contiguous.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..dispatch import on_cpu
@@ -43,7 +45,7 @@ from .rewrite_formats import (
     writes_part,
 )
 from .rewrite_norm import NormCall, as_norms
-from .rewrite_site import Site
+from .rewrite_site import Call, Site
 
 __all__ = ["keep_channels_last"]
 
@@ -66,17 +68,19 @@ class _Layout:
         self.kept: set[fx.Node] = set()
         self.eager: dict[fx.Node, str] = {}
         self.untold: set[fx.Node] = set()
+        self.otherwise: set[fx.Node] = set()  # contiguous in eager mode, where Dynamo says something else
+        self.lost = False  # of what is made of those, it is not known how it lies in memory
         self.converted = 0
 
     def apply(self) -> None:
-        untrue = any(map(_untrue, self.graph.nodes))
+        untrue = any(_untrue(n) or _contiguous_norm(n) and not self._follows_from_norm(n) for n in self.graph.nodes)
         if self.inference:
             as_norms(self.graph)
-        if untrue:
-            return  # each site and norm goes by the input that it gets
         nodes = list(self.graph.nodes)
         for node in nodes:
             self.eager[node] = self._in_eager_mode(node)
+        if untrue or self.lost:
+            return  # each site and norm goes by the input that it gets
         others = [n for n in nodes if not isinstance(n.target, (Site, NormCall)) and not self._writes_own(n)]
         changed: set[Any] = set().union(*(written(n) for n in others))
         if Everything in changed:
@@ -186,6 +190,7 @@ class _Layout:
         the batch's one image that ATen does not take for that; "part" of a contiguous one's channels, or all parts; ""
         for what is no map. (Dynamo does not say the truth of odd ones.)"""
         if self.inference and (splits(node) or is_part(node)):
+            self.lost |= node.args[0] in self.otherwise
             of = self.eager.get(node.args[0], "")  # type: ignore[arg-type]
             return "part" if of == "contiguous" else of if of in ("part", "last") else ""
         t = value(node)
@@ -196,6 +201,8 @@ class _Layout:
         if t.dim() == 3 and self._untold(node):
             self.untold.add(node)
             return ""
+        if _contiguous_norm(node) or not self.otherwise.isdisjoint(node.all_input_nodes):
+            return self._otherwise(node)
         last = in_format(t, True)
         if last == t.is_contiguous():
             return ""
@@ -218,6 +225,48 @@ class _Layout:
         as_given = follows(node) or kind is not None and kind.name == "prelu"
         return given[0] if as_given or given[0] != "odd" else "contiguous"
 
+    def _otherwise(self, node: fx.Node) -> str:
+        """`_in_eager_mode` of a norm whose result is contiguous where Dynamo says something else, and of what is made
+        of such results, by PyTorch's rules for formats."""
+        said, found = _said(node), ""
+        if _contiguous_norm(node):
+            found = "contiguous"
+        elif node.target is torch.cat:
+            given = {self._truly(n) for n in maps_of(node)}
+            found = "" if "" in given else "last" if given == {"last"} else "contiguous"
+        elif isinstance(node.target, Site):
+            found = self._truly(node.args[0])
+            for call in node.target.calls:
+                found = found and self._behind(call, found, node.args[1:])
+        elif follows(node) or node.target is F.interpolate:
+            found = self._truly(maps_of(node)[0])
+            if found == "odd" and node.target is F.interpolate:
+                found = "contiguous"
+        t = value(node)
+        in_both = in_format(t, True) and t.is_contiguous()
+        if found == "contiguous" and (in_both or said != found):
+            self.otherwise.add(node)
+        elif found != said and not (in_both and found):
+            self.lost = True
+        return "" if in_both else found
+
+    def _truly(self, node: Any) -> str:
+        return "contiguous" if node in self.otherwise else self.eager.get(node, "")
+
+    def _behind(self, call: Call, given: str, operands: Sequence[Any]) -> str:
+        """How the result of a site's call lies in memory, by that of what it is ``given`` and of the site's operands;
+        "" where that is not known here."""
+        name, bound = call.kind.name, call.kind.bind(call.args, call.kwargs)
+        assert bound is not None
+        if name.startswith("conv"):
+            weight = value(operands[bound["weight"].place])
+            return "last" if given == "last" or suggests_channels_last(weight.shape, weight.stride()) else "contiguous"
+        if name == "add":
+            return self._truly(operands[bound["input"].place]) if call.through == "other" else given
+        if name == "interpolate":
+            return "contiguous" if given == "odd" else given
+        return given if call.kind.pointwise or name == "batch_norm" or "dropout" in name else ""
+
     def _ends(self, node: fx.Node) -> bool:
         """Whether a node of ``kept`` cannot be: what it is made of is not, or a user gives the same memory as
         something else."""
@@ -228,6 +277,14 @@ class _Layout:
             return True
         mine = storages(node)
         return any(storages(user) & mine and user not in kept for user in node.users if user.op != "output")
+
+    def _follows_from_norm(self, node: fx.Node) -> bool:
+        """Whether a result lies as the batch norm's in it does."""
+        if not self.inference or not isinstance(node.target, Site):
+            return self.inference
+        kinds = [call.kind for call in node.target.calls]
+        behind = kinds[max(k for k, kind in enumerate(kinds) if kind.name == "batch_norm") + 1 :]
+        return all(kind.pointwise or "dropout" in kind.name for kind in behind)
 
     def _writes_own(self, node: fx.Node) -> bool:
         """Whether it writes to the map that it is given: at every place from what is there, and returns it, or sets
@@ -270,23 +327,34 @@ class _Layout:
 
 def _untrue(node: fx.Node) -> bool:
     """Whether Dynamo says something else of a norm's result on a CPU than it is, and so of all that follows: a group
-    norm of channels-last maps keeps them so, which from torch 2.14 on is traced as contiguous, as on a GPU; a batch
-    norm of maps of one position, which are in both formats, is contiguous, and traced with the strides given."""
-    target = node.target
-    if isinstance(target, Site):
-        names = {call.kind.name for call in target.calls}
-    else:
-        kind = call_kind(target) if node.op == "call_function" else None
-        names = set() if kind is None else {kind.name}
+    norm of channels-last maps keeps them so, which from torch 2.14 on is traced as contiguous, as on a GPU."""
     y = value(node)
-    if not names & {"group_norm", "batch_norm"} or not isinstance(y, Tensor) or not on_cpu(y):
+    if "group_norm" not in _names(node) or not isinstance(y, Tensor) or not on_cpu(y):
         return False
-    if "batch_norm" in names and all(isinstance(n, int) and n == 1 for n in y.shape[2:]):
-        return y.stride()[1:] != (1,) * (y.dim() - 1)
     given = [value(n) for n in node.all_input_nodes]
     maps = (t for t in given if isinstance(t, Tensor) and t.dim() in (4, 5))
-    found = any(in_format(t, True) and not t.is_contiguous() for t in maps)
-    return found and "group_norm" in names and y.is_contiguous()
+    return any(in_format(t, True) and not t.is_contiguous() for t in maps) and y.is_contiguous()
+
+
+def _contiguous_norm(node: fx.Node) -> bool:
+    """Whether it is a batch norm of maps of one position, which are in both formats: on a CPU it is contiguous, and
+    traced with the strides given."""
+    y = value(node)
+    if "batch_norm" not in _names(node) or not isinstance(y, Tensor) or not on_cpu(y) or not _of_one_position(y):
+        return False
+    return y.stride()[1:] != (1,) * (y.dim() - 1)
+
+
+def _names(node: fx.Node) -> list[str]:
+    """The kinds of a site's calls, or the kind of a call."""
+    if isinstance(node.target, Site):
+        return [call.kind.name for call in node.target.calls]
+    kind = call_kind(node.target) if node.op == "call_function" else None
+    return [] if kind is None else [kind.name]
+
+
+def _of_one_position(t: Any) -> bool:
+    return isinstance(t, Tensor) and t.dim() > 2 and all(isinstance(n, int) and n == 1 for n in t.shape[2:])
 
 
 def _bytes(node: Any) -> int:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import cnnfast
@@ -950,30 +951,80 @@ def test_where_dynamo_says_a_group_norm_contiguous_that_is_not(last: bool, untru
 
 
 class Pooled(nn.Module):
-    """A global mean of maps that are channels-last in the default format, too, resized onto them."""
+    """A global mean of maps that are channels-last in the default format, too, resized onto them, and what is made of
+    both."""
 
-    def __init__(self) -> None:
+    def __init__(self, of: Callable[[Any, Tensor, Tensor], Any]) -> None:
         super().__init__()
         self.first, self.norm = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
         self.second, self.third = nn.Conv2d(32, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Conv2d(16, 1, 3, padding=1)
         self.relu = nn.ReLU()
+        self.of = of
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         y = self.relu(self.third(x))
         x = F.layer_norm(x.permute(0, 2, 3, 1), (16,)).permute(0, 3, 1, 2)
         mean = self.relu(self.norm(self.first(F.adaptive_avg_pool2d(x, 1))))
-        x = self.relu(self.second(torch.cat([x, F.interpolate(mean, size=x.shape[2:], mode="bilinear")], 1)))
-        return self.relu(self.third(x + y))
+        found = self.of(self, x, F.interpolate(mean, size=x.shape[2:], mode="bilinear"))
+        return (*found, mean, y) if isinstance(found, tuple) else self.relu(self.third(found + y))
 
 
-def test_a_batch_norm_of_one_position_is_contiguous_whatever_is_traced() -> None:
+def _kept_as_they_are(m: Any, x: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+    z = m.relu(m.second(torch.cat([up, x], 1)))
+    return z, up, m.relu(m.third(z)), z * 2, F.interpolate(z, scale_factor=2.0)
+
+
+OF_A_MEAN: dict[
+    str, tuple[Callable[[Any, Tensor, Tensor], Any], bool]
+] = {  # and whether a map is kept in another format
+    "joined": (lambda m, x, up: m.relu(m.second(torch.cat([x, up], 1))), True),
+    "joined with itself": (lambda m, x, up: m.relu(m.second(torch.cat([up, up], 1))), True),
+    "joined with what is channels-last": (
+        lambda m, x, up: m.relu(m.second(torch.cat([m.relu(m.third(x)), up], 1))),
+        True,
+    ),
+    "added": (lambda m, x, up: m.relu(m.third(x + up)), True),
+    "added to": (lambda m, x, up: m.relu(m.third(up + x)), True),
+    "a convolution added": (lambda m, x, up: m.relu(up + m.third(x)), True),
+    "added to a convolution": (lambda m, x, up: m.relu(m.third(x) + up), True),
+    "multiplied": (lambda m, x, up: m.third(F.silu(x * torch.sigmoid(up))), True),
+    "returned": (_kept_as_they_are, True),
+    "one channel": (
+        lambda m, x, up: (m.last(up + x), m.last(m.relu(m.third(up))), F.interpolate(m.last(up), size=9)),
+        False,
+    ),
+    "resized again": (
+        lambda m, x, up: m.third(F.interpolate(F.interpolate(up, size=5), scale_factor=2.0))[:, :, :1, :1],
+        False,
+    ),
+    "parts": (lambda m, x, up: m.third(torch.cat([t * 2 for t in up.chunk(2, 1)], 1)), False),
+    "pooled": (lambda m, x, up: m.third(F.max_pool2d(up, 3, 1, 1)), False),
+    "viewed": (lambda m, x, up: m.third(up.permute(0, 1, 3, 2).contiguous()), False),
+    "flat": (lambda m, x, up: (up.flatten(2), m.third(up).flatten(1), x), False),
+    "averaged": (lambda m, x, up: m.third(up * up.mean((2, 3), keepdim=True)), False),
+}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["", "channels_last"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("name", OF_A_MEAN)
+def test_a_batch_norm_of_one_position_is_contiguous_whatever_is_traced(name: str, batch: int, last: bool) -> None:
     """Dynamo gives it the strides of its input, and takes what follows for channels-last."""
-    ours, plain = pair(Pooled().eval())
-    x = images(2, 16, 24, 24)
+    of, kept = OF_A_MEAN[name]
+    model, x = Pooled(of).eval(), images(batch, 16, 24, 24)
+    if last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ours, plain = pair(model)
     with torch.no_grad():
-        found, want = ours(x), plain(x)
-    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
-    assert found.stride() == want.stride()
+        for _ in range(4):
+            for found, want in zip(tree_leaves(ours(x)), tree_leaves(plain(x)), strict=True):
+                torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+                assert found.stride() == want.stride()
+    record = record_of(ours)
+    assert record is not None
+    if not last:
+        assert any(site.channels_last is not None for site in record.graphs[-1].sites) is kept
 
 
 def test_an_operator_without_an_overload_writes_what_its_schemas_say() -> None:
