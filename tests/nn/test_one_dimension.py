@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -122,10 +124,10 @@ def test_maps_stay_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[bool, bool]] = []
     plain_call = packed.Call.__call__
 
-    def call(self: packed.Call, x: Tensor, residual: Tensor | None, slope: Tensor | None) -> Tensor | None:
+    def call(self: packed.Call, x: Tensor, residual: Tensor | None, *more: Any) -> Tensor | None:
         added = residual is None or residual.is_contiguous(memory_format=torch.channels_last)
         seen.append((x.is_contiguous(memory_format=torch.channels_last), added))
-        return plain_call(self, x, residual, slope)
+        return plain_call(self, x, residual, *more)
 
     x = torch.randn(1, 7, 400)
     with torch.no_grad():
