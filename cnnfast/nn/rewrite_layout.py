@@ -239,7 +239,7 @@ class _Layout:
             for call in node.target.calls:
                 found = found and self._behind(call, found, node.args[1:])
         elif follows(node) or node.target is F.interpolate:
-            found = self._truly(maps_of(node)[0])
+            found = self._truly(next(iter(maps_of(node)), None))
             if found == "odd" and node.target is F.interpolate:
                 found = "contiguous"
         t = value(node)

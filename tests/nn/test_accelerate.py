@@ -954,8 +954,9 @@ class Pooled(nn.Module):
     """A global mean of maps that are channels-last in the default format, too, resized onto them, and what is made of
     both."""
 
-    def __init__(self, of: Callable[[Any, Tensor, Tensor], Any]) -> None:
+    def __init__(self, of: Callable[[Any, Tensor, Tensor], Any], gated: bool = False) -> None:
         super().__init__()
+        self.gated = gated
         self.first, self.norm = nn.Conv2d(16, 16, 1), nn.BatchNorm2d(16)
         self.second, self.third = nn.Conv2d(32, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
         self.last = nn.Conv2d(16, 1, 3, padding=1)
@@ -966,6 +967,8 @@ class Pooled(nn.Module):
         y = self.relu(self.third(x))
         x = F.layer_norm(x.permute(0, 2, 3, 1), (16,)).permute(0, 3, 1, 2)
         mean = self.relu(self.norm(self.first(F.adaptive_avg_pool2d(x, 1))))
+        if self.gated:  # of broadcast tensors alone, and of a map and one
+            x = x * torch.sigmoid(self.first(mean)) + mean * x.mean(1, keepdim=True)
         found = self.of(self, x, F.interpolate(mean, size=x.shape[2:], mode="bilinear"))
         return (*found, mean, y) if isinstance(found, tuple) else self.relu(self.third(found + y))
 
@@ -1006,13 +1009,16 @@ OF_A_MEAN: dict[
 }
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["", "gated"])
 @pytest.mark.parametrize("last", [False, True], ids=["", "channels_last"])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", OF_A_MEAN)
-def test_a_batch_norm_of_one_position_is_contiguous_whatever_is_traced(name: str, batch: int, last: bool) -> None:
+def test_a_batch_norm_of_one_position_is_contiguous_whatever_is_traced(
+    name: str, batch: int, last: bool, gated: bool
+) -> None:
     """Dynamo gives it the strides of its input, and takes what follows for channels-last."""
     of, kept = OF_A_MEAN[name]
-    model, x = Pooled(of).eval(), images(batch, 16, 24, 24)
+    model, x = Pooled(of, gated).eval(), images(batch, 16, 24, 24)
     if last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ours, plain = pair(model)
@@ -1023,7 +1029,7 @@ def test_a_batch_norm_of_one_position_is_contiguous_whatever_is_traced(name: str
                 assert found.stride() == want.stride()
     record = record_of(ours)
     assert record is not None
-    if not last:
+    if not last and not gated:
         assert any(site.channels_last is not None for site in record.graphs[-1].sites) is kept
 
 
