@@ -348,12 +348,13 @@ class Ready:
         written to them since."""
         return self._leased.held(*tensors)
 
-    def run(self, o: Operands) -> torch.Tensor | None:
+    def run(self, o: Operands, onto: bool = False) -> torch.Tensor | None:
+        """``onto``: the result may be written into the memory of the residual."""
         vectors = o.bias, o.mean, o.var, o.scale, o.shift
         found = self._leased.held(o.weight, *vectors)
         if found is None:
             found = self._leased.get(o.weight, self.key, vectors, lambda: packed(self.way.method, self.step, o))
-        return None if found is None else self.run_with(found, o.x, o.residual, o.slope)
+        return None if found is None else self.run_with(found, o.x, o.residual, o.slope, onto)
 
     def run_with(
         self,
@@ -363,7 +364,7 @@ class Ready:
         slope: torch.Tensor | None,
         onto: bool = False,
     ) -> torch.Tensor | None:
-        """`run` with what is packed for it. ``onto``: the result may be written into the memory of ``residual``."""
+        """`run` with what is packed for it."""
         call = found.calls.get(self._call)
         if call is None:
             call = Call(self.step, self.way.method, self.way.post, self.way.check_pays, found, self.channels_last)

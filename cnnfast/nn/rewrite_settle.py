@@ -81,7 +81,7 @@ class _Writer:
 
     def _onto(self, node: fx.Node, quick: Quick, k: int, calls: Mapping[Run, Call]) -> bool:
         """Whether a site's step ``k`` may write its result into the memory of the map that it adds."""
-        place = quick.parts[k].places[_ADDED]
+        place, _ = quick.parts[k].places[_LOOKED_AT:]
         if place is None or self._memory is None:
             return False
         for p in (*quick.parts[:k], *quick.parts[k + 1 :]):
@@ -140,7 +140,6 @@ class _Writer:
 
 _WITH_WEIGHT = ("conv2d", "conv_transpose2d")
 _LOOKED_AT = 6  # of a step's operands, those that are packed: weight, bias, mean, var, scale and shift
-_ADDED = 6  # and the one behind them
 
 
 class _Looks:
@@ -215,4 +214,6 @@ class _Settled:
             step, last = part.step, bool(part.channels_last)
             assert step is not None
             self._ready = inference.ready(step, o, last) if part.packed else training.Ready.of(step, o, last)
+        if isinstance(self._ready, inference.Ready):
+            return part.finished(o, self._ready.run(o, self._onto))
         return part.finished(o, None if self._ready is None else self._ready.run(o))
