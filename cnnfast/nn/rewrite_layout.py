@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 from ..dispatch import on_cpu
 from ..memory_format import in_format, reformatted, suggests_channels_last
-from .rewrite_calls import call_kind, conv_functions
+from .rewrite_calls import AFFINE, call_kind, conv_functions
 from .rewrite_effects import Everything, numel, storages, value, written
 from .rewrite_formats import (
     SLOW_OF_CONTIGUOUS,
@@ -216,11 +216,7 @@ class _Layout:
         if said != "last" or not given or "odd" not in given and all(self.eager[n] == _said(n) for n in maps):
             return said
         if isinstance(node.target, Site):
-            leads = [self.eager[node.args[1 + k]] for k in node.target.leading]  # type: ignore[index]
-            if leads:
-                return leads[-1]
-            weights = [self.eager.get(a) for k, a in enumerate(node.args[1:]) if k not in node.target.added]  # type: ignore[arg-type]
-            return "last" if "last" in (given[0], *weights) else "contiguous"
+            return self._behind_all(node) or said
         kind = call_kind(node.target)
         as_given = follows(node) or kind is not None and kind.name == "prelu"
         return given[0] if as_given or given[0] != "odd" else "contiguous"
@@ -235,9 +231,7 @@ class _Layout:
             given = {self._truly(n) for n in maps_of(node)}
             found = "" if "" in given else "last" if given == {"last"} else "contiguous"
         elif isinstance(node.target, Site):
-            found = self._truly(node.args[0])
-            for call in node.target.calls:
-                found = found and self._behind(call, found, node.args[1:])
+            found = self._behind_all(node)
         elif follows(node) or node.target is F.interpolate:
             found = self._truly(next(iter(maps_of(node)), None))
             if found == "odd" and node.target is F.interpolate:
@@ -253,9 +247,15 @@ class _Layout:
     def _truly(self, node: Any) -> str:
         return "contiguous" if node in self.otherwise else self.eager.get(node, "")
 
+    def _behind_all(self, node: fx.Node) -> str:
+        """How the result of a site lies in memory, by PyTorch's rules; "" where that is not known here."""
+        found = self._truly(node.args[0])
+        for call in node.target.calls:  # type: ignore[union-attr]
+            found = found and self._behind(call, found, node.args[1:])
+        return found
+
     def _behind(self, call: Call, given: str, operands: Sequence[Any]) -> str:
-        """How the result of a site's call lies in memory, by that of what it is ``given`` and of the site's operands;
-        "" where that is not known here."""
+        """`_behind_all` of one call, of what lies as ``given``."""
         name, bound = call.kind.name, call.kind.bind(call.args, call.kwargs)
         assert bound is not None
         if name.startswith("conv"):
@@ -263,9 +263,10 @@ class _Layout:
             return "last" if given == "last" or suggests_channels_last(weight.shape, weight.stride()) else "contiguous"
         if name == "add":
             return self._truly(operands[bound["input"].place]) if call.through == "other" else given
-        if name == "interpolate":
+        if name in ("interpolate", "pad"):
             return "contiguous" if given == "odd" else given
-        return given if call.kind.pointwise or name == "batch_norm" or "dropout" in name else ""
+        keeps = call.kind.pointwise or name in ("batch_norm", "group_norm", *AFFINE) or "dropout" in name
+        return given if keeps else ""
 
     def _ends(self, node: fx.Node) -> bool:
         """Whether a node of ``kept`` cannot be: what it is made of is not, or a user gives the same memory as
@@ -340,9 +341,10 @@ def _contiguous_norm(node: fx.Node) -> bool:
     """Whether it is a batch norm of maps of one position, which are in both formats: on a CPU it is contiguous, and
     traced with the strides given."""
     y = value(node)
-    if "batch_norm" not in _names(node) or not isinstance(y, Tensor) or not on_cpu(y) or not _of_one_position(y):
+    if "batch_norm" not in _names(node) or not isinstance(y, Tensor) or not on_cpu(y):
         return False
-    return y.stride()[1:] != (1,) * (y.dim() - 1)
+    one = all(isinstance(n, int) and n == 1 for n in y.shape[2:])
+    return one and y.stride()[1:] != (1,) * (y.dim() - 1)
 
 
 def _names(node: fx.Node) -> list[str]:
@@ -351,10 +353,6 @@ def _names(node: fx.Node) -> list[str]:
         return [call.kind.name for call in node.target.calls]
     kind = call_kind(node.target) if node.op == "call_function" else None
     return [] if kind is None else [kind.name]
-
-
-def _of_one_position(t: Any) -> bool:
-    return isinstance(t, Tensor) and t.dim() > 2 and all(isinstance(n, int) and n == 1 for n in t.shape[2:])
 
 
 def _bytes(node: Any) -> int:

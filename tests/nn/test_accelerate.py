@@ -978,9 +978,8 @@ def _kept_as_they_are(m: Any, x: Tensor, up: Tensor) -> tuple[Tensor, ...]:
     return z, up, m.relu(m.third(z)), z * 2, F.interpolate(z, scale_factor=2.0)
 
 
-OF_A_MEAN: dict[
-    str, tuple[Callable[[Any, Tensor, Tensor], Any], bool]
-] = {  # and whether a map is kept in another format
+# What is made of both, and whether a map of it is kept in another format.
+OF_A_MEAN: dict[str, tuple[Callable[[Any, Tensor, Tensor], Any], bool]] = {
     "joined": (lambda m, x, up: m.relu(m.second(torch.cat([x, up], 1))), True),
     "joined with itself": (lambda m, x, up: m.relu(m.second(torch.cat([up, up], 1))), True),
     "joined with what is channels-last": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cnnfast
-from cnnfast.cpu import content, onednn
+from cnnfast.cpu import content, inference, methods, onednn
 from cnnfast.cpu.isa import instruction_set, products_dtype
 from cnnfast.nn import accelerate_call
 from cnnfast.nn.accelerate_call import record_of
@@ -21,7 +21,7 @@ from cnnfast.nn.rewrite_spare import Memory
 
 from .test_sequential_training import randomized
 
-CHANNELS = {1: 32, 2: 128, 3: 32}  # of which weights are packed in float32, too
+CHANNELS = {1: 32, 2: 128, 3: 32}  # whose weights are packed for maps like `_image`, in float32, too
 
 
 class Block(nn.Module):
@@ -53,9 +53,18 @@ def onto(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 @pytest.fixture(autouse=True)
-def _all_run_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls that gain little, too."""
-    monkeypatch.setattr(accelerate_call, "stands", lambda kind: False)
+def _all_run_packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls that gain little, too, and what Winograd's filters would take on some processors and threads."""
+    decided = inference._way, inference._why_slower_plain
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerate_call, "stands", lambda kind: False)
+        for module in (inference, methods):
+            patch.setattr(module, "winograd_gain", lambda *_: 1.0)
+        for cache in decided:
+            cache.cache_clear()
+        yield
+    for cache in decided:
+        cache.cache_clear()
 
 
 def _chained(m: Any, x: Tensor) -> Tensor:
@@ -187,7 +196,7 @@ NEEDED = {f.__name__.strip("_"): f for f in (
 
 def _image(dim: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, CHANNELS[dim], *{1: (2048,), 2: (32, 32), 3: (16, 16, 16)}[dim], generator=generator)
+    return torch.randn(1, CHANNELS[dim], *{1: (2048,), 2: (16, 16), 3: (16, 16, 16)}[dim], generator=generator)
 
 
 def _written_onto(model: nn.Module) -> int:
