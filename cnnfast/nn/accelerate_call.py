@@ -7,6 +7,7 @@ hooks and ``state_dict`` stay what they are, and copies and pickles are of the p
 from __future__ import annotations
 
 import itertools
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -126,7 +127,9 @@ def _set(module: nn.Module) -> None:
             if kind is not None and unknown:
                 judged(kind, module, before, _runs(module))
             return result
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except Exception as error:
+            if not _while_tracing(error):
+                raise
             problem = one_line(error)
         # An input that eager mode refuses ends here in eager mode's own error.
         result = module._call_impl(*args, **kwargs)
@@ -136,6 +139,12 @@ def _set(module: nn.Module) -> None:
 
     call.record = record  # type: ignore[attr-defined]
     module.__dict__[_CALL] = call
+
+
+def _while_tracing(error: Exception) -> bool:
+    """Whether Dynamo raised it at work. (It passes on some as they are: an assertion of its own, an IndexError.)"""
+    names = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException) or "torch._dynamo.convert_frame" in names
 
 
 def _runs(module: nn.Module) -> list[tuple[Graph, int]]:
@@ -155,7 +164,11 @@ def plain_call(model: nn.Module) -> Iterator[None]:
             m.__dict__[_CALL] = call
 
 
-_SETTINGS = {"skip_nnmodule_hook_guards": False, "recompile_limit": LIMIT}
+_SETTINGS = {
+    "skip_nnmodule_hook_guards": False,
+    "recompile_limit": LIMIT,
+    "rewrite_assert_with_torch_assert": False,  # it raises a RuntimeError for an AssertionError
+}
 
 
 @contextmanager

@@ -8,6 +8,7 @@ stood.
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ def rewritten(gm: fx.GraphModule) -> tuple[Callable[..., Any], Graph]:
     found = Graph(torch.is_grad_enabled())
     fixed = _fixed(gm)
     _rewrite(gm, found)
+    gm = fx.GraphModule(gm, gm.graph)  # of Dynamo's own kind the first call prints to stderr where it raises
 
     def run(*args: Any) -> Any:
         found.runs += 1
@@ -100,13 +102,15 @@ def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
     for child in gm.children():  # what operators of higher order run
         if isinstance(child, fx.GraphModule):
             _rewrite(child, found)
-    keep_weights(gm.graph)
-    nodes = list(gm.graph.nodes)
-    for node in nodes:
-        if node.target is torch.ops.higher_order.tag_activation_checkpoint:
+    for node in gm.graph.nodes:
+        if node.target is operator.pow and repr(node.args[0]).startswith("-"):
+            node.target = pow  # FX writes the operator as ``-1 ** x``, which Python reads as -(1 ** x)
+        elif node.target is torch.ops.higher_order.tag_activation_checkpoint:
             node.target = _checkpointed
         elif getattr(node.target, "__name__", "") == "_lower_version_count_by_1":
             node.target = _Lowered(node.target)
+    keep_weights(gm.graph)
+    nodes = list(gm.graph.nodes)
     finder = _Finder(nodes)
     taken: set[fx.Node] = set()
     for node in nodes:

@@ -23,6 +23,7 @@ from .rewrite_effects import value
 from .rewrite_quick import Planned, Quick, Run
 from .rewrite_site import Call, Site, entered, filled
 from .rewrite_spare import Memory
+from .rewrite_weights import Computed
 
 __all__ = ["settled"]
 
@@ -108,7 +109,7 @@ class _Writer:
         dtype; what is made of one it would cast in every call.)"""
         bound = call.kind.bind(call.args, call.kwargs) if call.kind.name in _WITH_WEIGHT else None
         place = -1 if bound is None or torch._C._is_any_autocast_enabled() else bound["weight"].place
-        if place < 0 or not outlives(value(operands[place])):
+        if place < 0 or not _keeps(operands[place]) or not outlives(value(operands[place])):
             return operands
         kept = self.graph.call_function(KeptLike(), (x, operands[place]))
         self._look(kept, [operands[place]])
@@ -140,6 +141,11 @@ class _Writer:
 
 _WITH_WEIGHT = ("conv2d", "conv_transpose2d")
 _LOOKED_AT = 6  # of a step's operands, those that are packed: weight, bias, mean, var, scale and shift
+
+
+def _keeps(weight: fx.Node) -> bool:
+    """Whether it may be the same tensor in the next call."""
+    return weight.op == "placeholder" or isinstance(weight.target, Computed)
 
 
 class _Looks:

@@ -373,6 +373,84 @@ def test_what_cannot_be_traced_runs_as_it_stands_with_a_warning(monkeypatch: pyt
     assert "a matcher with a bug" in str(cnnfast.explain(ours))
 
 
+_PLAIN: dict[str, Any] = {}
+exec("def check(x):\n    assert (x >= 0).all(), 'below zero'", _PLAIN)  # pytest would rewrite it
+
+
+class Checks(nn.Module):
+    def __init__(self, error: type[Exception]) -> None:
+        super().__init__()
+        self.error = error
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.register_buffer("table", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.error is AssertionError:
+            _PLAIN["check"](x)
+        elif self.error is IndexError:
+            return self.conv(x) * self.table[(x < 0).sum().reshape(1) + 3]
+        elif x.min() < 0:
+            raise self.error("below zero")
+        return self.conv(x).relu()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["at the first call", "later"])
+@pytest.mark.parametrize("error", [AssertionError, IndexError, KeyError, ValueError])
+def test_values_that_a_model_refuses_raise_what_they_raised(
+    error: type[Exception], first: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ours, plain = pair(Checks(error))
+    with torch.no_grad():
+        if not first:
+            for _ in range(3):
+                torch.testing.assert_close(ours(images().abs()), plain(images().abs()))
+        with pytest.raises(error) as expected:
+            plain(-images().abs())
+        with pytest.raises(error) as raised:
+            ours(-images().abs())
+        assert type(raised.value) is type(expected.value) and str(raised.value) == str(expected.value)
+        torch.testing.assert_close(ours(images().abs()), plain(images().abs()))
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("error", [AssertionError, IndexError])
+def test_errors_of_dynamos_own_are_no_users(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raises some as they are: "Guard failed on the same frame it was created" for NumPy's numbers in inference
+    mode."""
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise error("Guard failed on the same frame it was created")
+
+    monkeypatch.setattr("torch._dynamo.convert_frame.CheckFunctionManager", broken)
+    ours, plain = pair()
+    with pytest.warns(CnnfastWarning, match="Generator runs as it stands: .*Guard failed on the same frame"):
+        same(ours, plain, images())
+
+
+class Signs(nn.Module):
+    """Wavelets as Cosmos' VAE has them: a high pass by powers of -1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 3, padding=1)
+        self.register_buffer("wave", torch.rand(4))
+        self.register_buffer("at", torch.arange(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = (self.wave * (-1) ** self.at).reshape(1, 1, 1, 4).repeat(16, 1, 1, 1)
+        y = torch.nn.functional.conv2d(self.conv(x).relu(), high, groups=16)
+        return y * (-1.5) ** self.at[: y.shape[-1] // 4].sum() * (-2) ** (x.shape[-1] // 8)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_powers_of_numbers_below_zero(gradients: bool) -> None:
+    """FX writes them as ``-1 ** x``."""
+    ours, plain = pair(Signs())
+    with torch.set_grad_enabled(gradients):
+        for size in (16, 16, 16, 24, 32):
+            torch.testing.assert_close(ours(images(2, 16, size, size)), plain(images(2, 16, size, size)))
+
+
 # --- methods and parts ------------------------------------------------------------------------------------------------
 
 

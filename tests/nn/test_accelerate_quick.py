@@ -512,6 +512,30 @@ def test_weights_of_channels_last_maps_are_kept_in_that_format(
     assert [p.stride() for p in ours.parameters()] == strides, "the model's own are left as they are"
 
 
+class Filtered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.randn(32, 8, 3, 3) / 9)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        return F.relu(F.conv2d(x, F.conv2d(style, self.first, padding=1), padding=1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [8, 64])
+def test_a_weight_that_a_convolution_gives_is_not_kept(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is another tensor in each call."""
+    torch.manual_seed(0)
+    plain = Filtered().eval()
+    ours, kept = cnnfast.accelerate(copy.deepcopy(plain)), []
+    monkeypatch.setattr(weight.KeptLike, "__call__", lambda *args: kept.append(args))
+    x = images(1, 32, size, size).to(memory_format=torch.channels_last)
+    for k in range(5):
+        style = torch.randn(32, 8, 3, 3, generator=torch.Generator().manual_seed(k)) / 17
+        torch.testing.assert_close(ours(x, style), plain(x, style), rtol=1e-5, atol=1e-5)
+    assert kept == []
+
+
 @torch.no_grad()
 def test_a_sequential_keeps_weights_in_the_format_of_its_maps(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
