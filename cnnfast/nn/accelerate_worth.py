@@ -1,9 +1,9 @@
 """Calls that gain nothing: where what runs otherwise than in eager mode saves less time than graphs cost, the model
 runs as it stands.
 
-Dynamo asks some hundred questions ahead of a graph, with cold caches a quarter of a millisecond and more, and a model
-whose tracing is interrupted pays that dozens of times in a call. A kind of call is judged once its graphs have run
-twice as they are; by a rule, so that it does not depend on what else the machine does.
+Dynamo asks some hundred questions ahead of a graph, and a model whose tracing is interrupted pays that dozens of times
+in a call; what it saves of eager mode's own Python, a module's call each, makes up for most of that. A kind of call is
+judged once its graphs have run twice as they are; by a rule, so that it does not depend on what else the machine does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cpu import tuned
-from ..cpu.isa import process
+from ..cpu.isa import instruction_set, process, products_dtype
 from ..dispatch import on_cpu, resolve_backend
 from .chain import Chain
 from .fusion import FusedStep
@@ -42,13 +42,16 @@ __all__ = [
 
 STANDS = "the call runs as it stands: its steps save less time than finding them costs"
 
-FINDING = 2.5e-4
+FINDING = 1e-4
 """Seconds that a graph costs in a call, beside those of the modules in it."""
 
-_A_MODULE, _A_STEP = 5e-6, 3e-5  # seconds that each costs
-# Of the time of a step: in three dimensions, with a norm folded in, and others.
+# Seconds that each costs beyond what it does in eager mode: a module, a step, and one with a norm by the image's own
+# statistics (docs/facts.md).
+_A_MODULE, _A_STEP, _A_MEASURED_STEP = 2e-6, 1e-5, 1e-4
+# Of the time of a step: in three dimensions (but where the processor has instructions for its 16 bits), with a norm
+# folded in, and others.
 _SAVED_3D, _SAVED_FOLDED, _SAVED = 0.5, 0.3, 0.15
-_FLOPS, _BYTES = 1e11, 4e9  # in a second of one thread
+_FLOPS, _FLOPS_16, _BYTES = 1e11, 2.5e11, 4e9  # in a second of one thread; by instructions for 16 bits
 # Likewise, bytes of maps: that oneDNN brings into a layout of its own where they are contiguous, of a convolution and
 # of a grouped one; and that ATen does. Beside them, seconds of each such convolution on one thread, and on several.
 _BY_ONEDNN, _BY_ONEDNN_GROUPED, _BY_ATEN = 2.2e10, 1.4e10, 3.3e9
@@ -205,11 +208,12 @@ def _saved_by_chain(site: Site, chain: Chain, threads: int) -> float:
         if shape is None:
             return saved
         flops, moved, after = work(s, shape)
-        seconds = flops / _FLOPS + moved / _BYTES
+        fast_16 = s.dtype.itemsize == 2 and products_dtype(s.dtype, instruction_set()) == s.dtype
+        seconds = flops / (_FLOPS_16 if fast_16 else _FLOPS) + moved / _BYTES
         if not isinstance(bound, str) and bound.runs[k].as_modules is None:
             packed, folded = True, s.step.norm is not None and not s.step.measured
-            share = _SAVED_3D if s.ndim == 3 else _SAVED_FOLDED if folded else _SAVED
-            saved += share * seconds - _A_STEP * threads
+            share = _SAVED_3D if s.ndim == 3 and not fast_16 else _SAVED_FOLDED if folded else _SAVED
+            saved += share * seconds - (_A_MEASURED_STEP if s.step.measured else _A_STEP) * threads
         elif (alone or site.channels_last is not None and site.given_contiguous) and s.step.spec is not None:
             saved += _of_contiguous(s, seconds, moved, threads)
         shape = after

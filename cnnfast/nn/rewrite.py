@@ -109,6 +109,9 @@ def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
             node.target = _checkpointed
         elif getattr(node.target, "__name__", "") == "_lower_version_count_by_1":
             node.target = _Lowered(node.target)
+        elif _returns_input(node):
+            node.replace_all_uses_with(node.args[0])
+            gm.graph.erase_node(node)
     keep_weights(gm.graph)
     nodes = list(gm.graph.nodes)
     finder = _Finder(nodes)
@@ -136,6 +139,18 @@ def _checkpointed(body: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What Dynamo's operator leaves to a compiler of backwards. (Buffers are arguments, too, and not to be saved.)"""
     kwargs = {k: v for k, v in kwargs.items() if k in ("preserve_rng_state", "determinism_check")}
     return checkpoint(lambda: body(*args), use_reentrant=False, **kwargs)
+
+
+def _returns_input(node: fx.Node) -> bool:
+    """Whether it is a dropout in eval mode, which gives the very tensor that it is given."""
+    kind = _kind(node)
+    if kind is None or "dropout" not in kind.name:
+        return False
+    bound = kind.bind(node.args, node.kwargs)
+    if bound is None or bound["training"] is not False or node.args[:1] != (bound["input"],):
+        return False
+    x = value(node.args[0])
+    return isinstance(x, Tensor) and kind.part(bound).ndim in (0, x.dim() - 2)
 
 
 class _Lowered:

@@ -215,7 +215,7 @@ def _functions() -> Mapping[Any, CallKind]:
     table |= dict.fromkeys((operator.imul, "mul_"), mul._replace(input=("input",)))
     p = _p("input tensor1 tensor2 value", value=1)
     table[torch.addcmul] = CallKind("addcmul", p, ("input",), _addcmul, ("tensor1", "tensor2"))
-    for name, n in (("dropout", 0), ("dropout1d", 1), ("dropout2d", 2), ("alpha_dropout", 0)):
+    for name, n in (("dropout", 0), ("dropout1d", 1), ("dropout2d", 2), ("dropout3d", 3), ("alpha_dropout", 0)):
         p = _p("input p training inplace", p=0.5, training=name != "alpha_dropout", inplace=False)
         table[getattr(F, name)] = CallKind(name, p, (), _dropout(n))
     return table | _activations()

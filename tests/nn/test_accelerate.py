@@ -427,6 +427,36 @@ def test_errors_of_dynamos_own_are_no_users(error: type[Exception], monkeypatch:
         same(ours, plain, images())
 
 
+class Passed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.one, self.two = nn.Conv2d(3, 8, 3), nn.Dropout(0.3), nn.Dropout2d(0.3, inplace=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.conv(x)
+        return self.one(x), y, self.two(y), self.two(y[0].unsqueeze(0)), self.one(y).relu_()
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_dropout_that_is_off_gives_what_it_is_given(gradients: bool) -> None:
+    ours, plain = pair(Passed())
+    x = images()
+    with torch.set_grad_enabled(gradients):
+        for _ in range(3):
+            got, expected = ours(x), plain(x)
+            same_objects = [[a is b for b in (x, *ys)] for ys in (got, expected) for a in ys]
+            assert same_objects[:5] == same_objects[5:]
+            for a, b in zip(got, expected, strict=True):
+                torch.testing.assert_close(a, b)
+        for model in (ours, plain):
+            model.train()
+        torch.manual_seed(3)
+        got = ours(x)
+        torch.manual_seed(3)
+        for a, b in zip(got, plain(x), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 class Signs(nn.Module):
     """Wavelets as Cosmos' VAE has them: a high pass by powers of -1."""
 
@@ -913,6 +943,10 @@ BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Any], list[bool | None]]] = {
     "returned, too": (lambda m, y: (m.second(y), y), [True, False]),
     "returned": (lambda m, y: y, [None]),
     "dropout": (lambda m, y: m.second(F.dropout(y * 2, 0.5, training=True)), [None, None]),
+    "dropouts that are off": (
+        lambda m, y: m.second(F.dropout2d(F.alpha_dropout(F.dropout(y * 2, 0.5, False), 0.5), 0.5, False, True)),
+        [True, False],
+    ),
     "dropout in the next step": (
         lambda m, y: m.third(torch.cat([F.dropout(m.same(y), 0.5, training=True), y], 1)),
         [None, None, None],
