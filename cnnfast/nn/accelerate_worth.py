@@ -209,11 +209,15 @@ def _saved_by_chain(site: Site, chain: Chain, threads: int) -> float:
             return saved
         flops, moved, after = work(s, shape)
         fast_16 = s.dtype.itemsize == 2 and products_dtype(s.dtype, instruction_set()) == s.dtype
-        seconds = flops / (_FLOPS_16 if fast_16 else _FLOPS) + moved / _BYTES
+        rate = _FLOPS_16 if fast_16 else _FLOPS
+        seconds = flops / rate + moved / _BYTES
         if not isinstance(bound, str) and bound.runs[k].as_modules is None:
             packed, folded = True, s.step.norm is not None and not s.step.measured
             share = _SAVED_3D if s.ndim == 3 and not fast_16 else _SAVED_FOLDED if folded else _SAVED
             saved += share * seconds - (_A_MEASURED_STEP if s.step.measured else _A_STEP) * threads
+            if s.step.upsample is not None:
+                plain, size = s.step.unfused(shape[2:])
+                saved += (2 * plain.macs(shape[0], size) - flops) / rate
         elif (alone or site.channels_last is not None and site.given_contiguous) and s.step.spec is not None:
             saved += _of_contiguous(s, seconds, moved, threads)
         shape = after

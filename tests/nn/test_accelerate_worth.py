@@ -76,7 +76,7 @@ def test_small_calls_stand_and_large_ones_do_not() -> None:
     assert small.fused == 0 and small.reasons[accelerate_worth.STANDS] > 0 and small.found == 2
 
 
-def test_it_takes_two_calls_that_compile_nothing() -> None:
+def test_it_takes_two_calls_that_compile_nothing(whatever: None) -> None:
     ours, _ = pair()
     ran = []
     with torch.no_grad():
@@ -287,6 +287,14 @@ def test_a_norm_by_the_images_own_statistics_costs_a_step_more() -> None:
 
     assert 0 < saved(nn.Identity()) < saved(nn.BatchNorm2d(32))
     assert saved(nn.InstanceNorm2d(32)) < 0 and saved(nn.GroupNorm(4, 32)) < 0
+
+
+def test_an_upsampling_step_saves_the_products_that_it_leaves_out() -> None:
+    """Nearest x2 and 3x3: 4 products for 9."""
+    conv, shape = nn.Conv2d(32, 32, 3, padding=1), (1, 32, 32, 32)
+    saved = saved_if_packed(nn.Upsample(scale_factor=2), conv, nn.ReLU(), shape=shape)
+    left_out = 2 * 64 * 64 * 32 * 32 * (9 - 4)
+    assert left_out / accelerate_worth._FLOPS < saved < 1.3 * left_out / accelerate_worth._FLOPS
 
 
 @pytest.mark.parametrize("ndim", [2, 3])
