@@ -22,7 +22,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..cpu.packing import PACKS, why_not_cacheable
+from ..cpu.packing import PACKS, Leased, why_not_cacheable
 from ..dispatch import on_cpu, watched
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "is_patched",
     "kept",
     "made",
+    "owner_first",
     "owner_of",
 ]
 
@@ -50,12 +51,24 @@ def owner_of(sources: Sequence[Tensor]) -> int | None:
     return sizes.index(largest) if largest >= 0 else None
 
 
-def kept(sources: Sequence[Tensor], owner: int, key: Callable[[], Hashable], make: Callable[[], T]) -> T | None:
+def kept(
+    sources: Sequence[Tensor],
+    owner: int,
+    key: Callable[[], Hashable],
+    make: Callable[[], T],
+    leased: Leased | None = None,
+) -> T | None:
     """What ``make()`` gave for sources of this content (`made` among it, for a weight), met for the second time; None
-    where it is met for the first, or where nothing is kept now. ``key()`` says everything else that it depends on."""
+    where it is met for the first, or where nothing is kept now. ``key()`` says everything else that it depends on.
+    ``leased``: of who asks for the same again and again, and for what is held first."""
     if _why_not_kept(sources, owner) is not None:
         return None
-    return PACKS.get(sources[owner], key, [s for k, s in enumerate(sources) if k != owner], make)
+    weight, *others = owner_first(sources, owner)
+    return (PACKS if leased is None else leased).get(weight, key, others, make)
+
+
+def owner_first(sources: Sequence[T], owner: int) -> list[T]:
+    return [sources[owner], *sources[:owner], *sources[owner + 1 :]]
 
 
 def _why_not_kept(sources: Sequence[Tensor], owner: int) -> str | None:

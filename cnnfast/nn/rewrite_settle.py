@@ -41,6 +41,7 @@ def settled(gm: fx.GraphModule, now: object, *, gradients: bool) -> Callable[...
         quick = known.get(node)
         if quick is None:
             new[node] = writer.graph.node_copy(node, new.__getitem__)
+            writer.hold(new[node])
         else:
             new[node] = writer.site(node, quick, [new[n] for n in node.args])
     writer.look_ahead()
@@ -54,6 +55,11 @@ class _Writer:
     def __init__(self, gradients: bool, memory: Memory | None) -> None:
         self.graph, self.gradients, self._memory = fx.Graph(), gradients, memory
         self._ahead: list[tuple[fx.Node, list[fx.Node | None]]] = []
+
+    def hold(self, node: fx.Node) -> None:
+        """Have it known whether the sources of a computed weight are what they were."""
+        if isinstance(node.target, Computed) and not (self.gradients or torch._C._is_any_autocast_enabled()):
+            self._look(node, list(node.args))  # type: ignore[arg-type]
 
     def site(self, node: fx.Node, quick: Quick, args: Sequence[fx.Node]) -> fx.Node:
         """What `Site.__call__` does in such a case, as nodes."""

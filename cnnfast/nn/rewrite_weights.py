@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from .computed import kept, made, owner_of
+from ..cpu.packing import Leased
+from .computed import kept, made, owner_first, owner_of
 from .layers import why_not_now
 from .rewrite_calls import conv_functions
 from .rewrite_effects import Everything, storages, value, written
@@ -37,11 +38,20 @@ class Computed:
     def __post_init__(self) -> None:
         self.__name__ = self.__qualname__ = "computed_weight"  # as FX writes it into code
         self._key = "computed", self.graph.code
+        self._leased = Leased()
 
-    def __call__(self, *sources: Tensor) -> Tensor:
+    def held(self, *sources: Tensor) -> Tensor | None:
+        """What is kept of these, where it is known that nobody has written to them since."""
+        return self._leased.held(*owner_first(sources, self.owner))
+
+    def __call__(self, *sources: Tensor, found: Tensor | None = None) -> Tensor:
+        """``found``: what `held` just gave."""
+        if found is not None:
+            return found
         weight = None
         if not any(why_not_now(s) for s in sources):
-            weight = kept(sources, self.owner, lambda: self._key, lambda: made(lambda: self.graph.forward(*sources)))
+            make = lambda: made(lambda: self.graph.forward(*sources))  # noqa: E731
+            weight = kept(sources, self.owner, lambda: self._key, make, self._leased)
         return self.graph.forward(*sources) if weight is None else weight
 
 

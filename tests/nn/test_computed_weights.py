@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, remove_weight_norm, spectral_norm, weight_norm
 
 import cnnfast
+from cnnfast.cpu import content
 from cnnfast.cpu.packing import PACKS
+from cnnfast.nn import rewrite_weights
 from cnnfast.nn.rewrite_weights import Computed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
@@ -148,13 +150,37 @@ def sources(net: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_never_stale(how: str) -> None:
+def test_sources_that_nobody_writes_to_are_not_looked_up(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But at the start of the graph, with all weights, once they have held the same for a while."""
+    monkeypatch.setattr(content, "_STEADY", 0.0)
+    asked, real = [], rewrite_weights.kept
+    monkeypatch.setattr(rewrite_weights, "kept", lambda *args: asked.append(args) or real(*args))
+    plain, ours, x = pair(how)
+    with torch.no_grad():
+        for _ in range(8):
+            assert same(ours(x), plain(x))
+        before = len(asked)
+        assert 3 <= before <= 7
+        for _ in range(3):
+            assert same(ours(x), plain(x))
+        assert len(asked) == before
+        next(iter(sources(ours).values())).mul_(1.0)
+        assert same(ours(x), plain(x)) and len(asked) == before + 1
+    assert same(ours(x), plain(x)), "with gradients"
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(ours(x), plain(x), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("steady", [0.5, 0.0], ids=["read", "watched"])
+@pytest.mark.parametrize("how", HOW)
+def test_never_stale(how: str, steady: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever source is written to, and by whatever way."""
+    monkeypatch.setattr(content, "_STEADY", steady)
     plain, ours, x = pair(how)
     with torch.no_grad():
         for k, (name, a) in enumerate(sources(ours).items()):
             b = sources(plain)[name]
-            for _ in range(3):
+            for _ in range(3 if steady else 8):
                 assert same(ours(x), plain(x))
             for t in (a, b):
                 if t.dim() == 0:
