@@ -48,9 +48,12 @@ class Computed:
         """``found``: what `held` just gave."""
         if found is not None:
             return found
+
+        def make() -> Tensor:
+            return made(lambda: self.graph.forward(*sources))
+
         weight = None
         if not any(why_not_now(s) for s in sources):
-            make = lambda: made(lambda: self.graph.forward(*sources))  # noqa: E731
             weight = kept(sources, self.owner, lambda: self._key, make, self._leased)
         return self.graph.forward(*sources) if weight is None else weight
 
