@@ -22,6 +22,8 @@ __all__ = [
     "is_channels_last",
     "new_strides",
     "reformatted",
+    "reshaped_last",
+    "restrided",
     "suggests_channels_last",
     "to_format",
 ]
@@ -129,13 +131,31 @@ def in_rows(weight: torch.Tensor) -> torch.Tensor:
 
 def reformatted(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
     """`to_format` by `convert`, for where nothing but autograd watches. A map of one channel, which is in both formats,
-    gets the strides of this one: they tell ATen's next operator which to go on in, and users what they look at."""
+    gets the strides of this one: they tell ATen's next operator which to go on in, and users what they look at. So does
+    one of one image, which views may give a stride of the batch that ATen does not take for channels-last."""
     if t.dim() == 3:
         return to_format(t, channels_last)
     t = convert(t, t.dtype, channels_last)
-    if t.shape[1] == 1 and not t.requires_grad and is_channels_last(t) != channels_last:
+    odd = t.shape[1] == 1 or channels_last and t.shape[0] == 1 and t.stride(0) < t.numel()
+    if odd and not t.requires_grad and is_channels_last(t) != channels_last:
         t = t.as_strided(t.shape, new_strides(t.shape, channels_last)).detach()  # its user may write to it
     return t
+
+
+def reshaped_last(t: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """``t.reshape(shape)``, where that is a copy or a map already, channels-last."""
+    if t.shape == torch.Size(shape):
+        return reformatted(t, True)
+    y = torch.empty(shape, dtype=t.dtype, device=t.device, memory_format=format_of(len(shape), True))
+    y.view(t.shape).copy_(t)
+    return y
+
+
+def restrided(t: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    """t, or a copy of it, with these strides, of a tensor without gaps."""
+    if t.stride() == tuple(strides):
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
 def _by_matrices(t: torch.Tensor, channels_last: bool) -> bool:

@@ -75,13 +75,21 @@ def written(node: fx.Node) -> set[Any]:
         mutable = any(getattr(target, name)._schema.is_mutable for name in target.overloads())
         return touched(node) if mutable else set()
     if not is_known(target):
-        return touched(node) or {Everything}
+        return touched(node) or (set() if _is_numpy(target) else {Everything})
     name = getattr(target, "__name__", "")
     if target in _IN_PLACE or _writes(name):
         return _of(node.args[0] if node.args else None) or {Everything}
     if name in ("batch_norm", "instance_norm", "embedding", "embedding_bag"):  # running statistics; max_norm
         return set().union(*(storages(n) for n in node.all_input_nodes[1:]))
     return _marked(node, target)
+
+
+def _is_numpy(target: Any) -> bool:
+    """Whether it is a function of NumPy's, by PyTorch's own: none but those that draw numbers change how the rest
+    runs."""
+    module = str(getattr(getattr(target, "f", None), "__module__", ""))
+    wrapped = type(target).__name__ == "numpy_to_tensor_wrapper"
+    return wrapped and module.startswith("torch._numpy") and module != "torch._numpy.random"
 
 
 def _writes(name: str) -> bool:

@@ -28,18 +28,20 @@ __all__ = [
     "is_part",
     "keeps",
     "maps_of",
+    "named",
     "one_shape",
     "outsized_site",
     "pooled_to_one",
     "reads",
     "splits",
+    "takes_numbers",
     "wants_dense",
     "writes_at_each_place",
     "writes_part",
 ]
 
 
-def _named(names: str) -> frozenset[Any]:
+def named(names: str) -> frozenset[Any]:
     """The functions of these names in torch and torch.nn.functional, and the methods."""
     found: set[Any] = set(names.split())
     for name in names.split():
@@ -49,11 +51,11 @@ def _named(names: str) -> frozenset[Any]:
 
 # Of two or more maps of one shape, of one and numbers, or of one. (Not among them: what draws random numbers, whose
 # places follow the memory.)
-_SUMS = frozenset({operator.add, operator.sub, operator.mul, operator.truediv}) | _named("add sub mul div")
+_SUMS = frozenset({operator.add, operator.sub, operator.mul, operator.truediv}) | named("add sub mul div")
 _POINTWISE = (
     frozenset({operator.pow, operator.neg, operator.abs})
-    | _named("pow square sqrt rsqrt exp log neg abs sin cos reciprocal clamp clip maximum minimum rsub addcmul addcdiv")
-    | _named("lerp erf hardswish hardsigmoid softplus softsign celu selu threshold tanhshrink detach clone")
+    | named("pow square sqrt rsqrt exp log neg abs sin cos reciprocal clamp clip maximum minimum rsub addcmul addcdiv")
+    | named("lerp erf hardswish hardsigmoid softplus softsign celu selu threshold tanhshrink detach clone")
 )
 _POOLS = frozenset({torch.max_pool2d, F.max_pool2d, F.max_pool3d})
 _POOLED = frozenset({F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d})
@@ -61,14 +63,14 @@ _SHUFFLES = frozenset({torch.pixel_shuffle, torch.pixel_unshuffle})
 SLOW_OF_CONTIGUOUS = _POOLED | _SHUFFLES  # docs/facts.md
 _ONTO = frozenset({operator.iadd, operator.isub, operator.imul, operator.itruediv, "add_", "sub_", "mul_", "div_"})
 _OF_ONE_MAP = frozenset({F.batch_norm, torch.batch_norm, F.prelu, torch.prelu, "prelu"})  # and vectors
-_OVER = _named("mean sum amax amin var std norm max min")  # with ``dim``, second or by name
-_OVER_CHANNELS = _named("amax amin norm max min")  # of all positions, ATen takes these slower of channels-last maps
-_SPLITS = _named("chunk split tensor_split")
+_OVER = named("mean sum amax amin var std norm max min")  # with ``dim``, second or by name
+_OVER_CHANNELS = named("amax amin norm max min")  # of all positions, ATen takes these slower of channels-last maps
+_SPLITS = named("chunk split tensor_split")
 # Of functions that take many instructions for a number, those that ATen has by whole vectors of dense memory only;
 # and activations that take few.
 _COSTLY, _BY_DENSE = (
-    _named("exp log sin cos erf pow softplus softsign celu selu tanhshrink"),
-    _named("tanh exp log sin cos"),
+    named("exp log sin cos erf pow softplus softsign celu selu tanhshrink"),
+    named("tanh exp log sin cos"),
 )
 _CHEAP = frozenset({"relu", "relu6", "leaky_relu", "hardtanh", "hardswish", "hardsigmoid", "threshold"})
 _UNROLLED = 32  # numbers that ATen's loops take at once with AVX-512
@@ -81,6 +83,11 @@ def follows(node: fx.Node) -> bool:
     """Whether each number of the result is made of those at its place, so that it lies as the maps given do."""
     kind = call_kind(node.target)
     return node.target in _SUMS or node.target in _POINTWISE or kind is not None and kind.pointwise
+
+
+def takes_numbers(node: fx.Node) -> bool:
+    """Whether a number given beside a tensor is an operand like that."""
+    return node.target in _SUMS or node.target in named("rsub")
 
 
 def maps_of(node: fx.Node) -> list[fx.Node]:
@@ -227,7 +234,7 @@ def _over(node: fx.Node) -> set[int] | None:
     """The dimensions that are given to a function of `_OVER`."""
     if node.target not in _OVER:
         return None
-    place = 2 if node.target in _named("norm") else 1
+    place = 2 if node.target in named("norm") else 1
     dim = node.kwargs.get("dim", node.args[place] if len(node.args) > place else None)
     if type(dim) is int:
         return {dim}

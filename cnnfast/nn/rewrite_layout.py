@@ -18,7 +18,7 @@ its other operators return what is contiguous.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,9 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..dispatch import on_cpu
-from ..memory_format import in_format, reformatted, suggests_channels_last
+from ..memory_format import in_format, new_strides, reformatted, reshaped_last, restrided, suggests_channels_last
 from .rewrite_calls import AFFINE, call_kind, conv_functions
-from .rewrite_effects import Everything, numel, storages, value, written
+from .rewrite_effects import Everything, numel, storages, touched, value, written
 from .rewrite_formats import (
     SLOW_OF_CONTIGUOUS,
     converts_itself,
@@ -46,10 +46,10 @@ from .rewrite_formats import (
 )
 from .rewrite_norm import NormCall, as_norms
 from .rewrite_site import Call, Site
+from .rewrite_strides import Lies, copies_rows, is_fixed, lies, rearranges, strides_of, strides_over, takes_means, views
 
 __all__ = ["keep_channels_last"]
 
-_VIEWS = frozenset({"view", "reshape", "permute", "transpose", "unflatten"})
 _MAPS = 16  # numbers of maps for each of weights, from which on a graph with gradients has stretches
 
 
@@ -65,12 +65,25 @@ def keep_channels_last(graph: fx.Graph) -> int:
 class _Layout:
     def __init__(self, graph: fx.Graph, inference: bool) -> None:
         self.graph, self.inference = graph, inference
-        self.kept: set[fx.Node] = set()
         self.eager: dict[fx.Node, str] = {}
         self.untold: set[fx.Node] = set()
         self.otherwise: set[fx.Node] = set()  # contiguous in eager mode, where Dynamo says something else
         self.lost = False  # of what is made of those, it is not known how it lies in memory
         self.converted = 0
+        self.strides: dict[fx.Node, tuple[Any, ...] | None] = {}  # in eager mode; None where they are not known
+        # What is channels-last in a stretch, that is not so in eager mode or what is made of it lies otherwise; the
+        # strides of what does; and what is made of such, but is as in eager mode all the same.
+        self.maps: set[fx.Node] = set()
+        self.changed: dict[fx.Node, tuple[Any, ...]] = {}
+        self.same: set[fx.Node] = set()
+        self.rearranged: set[fx.Node] = set()  # of what is changed, what is so as tokens may be
+        self.copies: set[fx.Node] = set()  # of the maps, those that are copied from what is no map
+        self.odd: set[fx.Node] = set()  # of the maps, views with a stride of their one image that ATen does not take
+        self._lies: dict[object, Lies | None] = {}
+
+    @property
+    def kept(self) -> set[fx.Node]:
+        return self.maps | self.changed.keys()
 
     def apply(self) -> None:
         untrue = any(_untrue(n) or _contiguous_norm(n) and not self._follows_from_norm(n) for n in self.graph.nodes)
@@ -78,28 +91,26 @@ class _Layout:
             as_norms(self.graph)
         nodes = list(self.graph.nodes)
         for node in nodes:
+            if self.inference and rearranges(node) and is_fixed(node) and (views(node) or not self._trusted(node)):
+                found = self._how(node, self.strides.get)
+                self.strides[node] = None if found is None else found.strides
             self.eager[node] = self._in_eager_mode(node)
+            if node not in self.strides:
+                self.strides[node] = self._strides_in_eager_mode(node)
         if untrue or self.lost:
             return  # each site and norm goes by the input that it gets
         others = [n for n in nodes if not isinstance(n.target, (Site, NormCall)) and not self._writes_own(n)]
         changed: set[Any] = set().union(*(written(n) for n in others))
         if Everything in changed:
             return
-        kept = {n for n in nodes if self._is_map(n) and keeps(n, self.inference) and not storages(n) & changed}
-        self.kept = kept
-        while drop := {n for n in kept if self._ends(n)}:
-            kept -= drop
-        useful: set[fx.Node] = set()
-        for node in reversed(nodes):
-            if any(self._takes(user, node) or user in useful and user in kept for user in node.users):
-                useful.add(node)
-            elif any(writes_part(user) and user.args[0] in kept and user.args[2] is node for user in node.users):
-                useful.add(node)
-            elif any(storages(node) & storages(n) for n in node.all_input_nodes if n in kept and n in useful):
-                useful.add(node)
-        kept &= useful
-        while drop := {n for n in kept if self._ends(n)}:
-            kept -= drop
+        formats = {n for n in nodes if self._is_map(n) and keeps(n, self.inference) and not storages(n) & changed}
+        tokens = self._tokens(nodes)
+        starts = {n for n in tokens if self._is_copy(n)}
+        self._arrange(nodes, formats, tokens, starts)
+        while drop := self._dropped(nodes):
+            formats, tokens, starts = formats - drop, tokens - (drop - self.copies), starts - drop
+            self._arrange(nodes, formats, tokens, starts)
+        kept = self.kept
         if not (self.inference or self._outweigh(kept)):
             return
         for node in nodes:
@@ -114,13 +125,131 @@ class _Layout:
                         self.converted += _bytes(node)
             elif isinstance(node.target, NormCall):
                 node.target.channels_last = node in kept
+            elif node in self.same or node in self.rearranged:
+                self._count(node)
         for node in nodes:
-            if node in kept:
+            if node in self.copies:
+                node.op, node.target, node.kwargs = "call_function", reshaped_last, {}
+                node.args = (node.args[0], tuple(value(node).shape))
+            if node in self.maps:
                 self._end(node)
+                self._straighten(node)
                 self._pooled(node)
                 self._compact(node)
                 if node.target in SLOW_OF_CONTIGUOUS:
                     self.converted -= _bytes(maps_of(node)[0])
+            elif node in self.changed:
+                self._end(node)
+
+    def _dropped(self, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+        """What of `kept` cannot be there, or, where all can, is of no use: first of what is copied."""
+        if drop := {n for n in self.kept if self._ends(n)}:
+            return drop
+        useless = self.kept - self._useful(nodes)
+        return useless & self.copies or useless
+
+    def _useful(self, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+        """What somebody gains by."""
+        useful: set[fx.Node] = set()
+        for node in reversed(nodes):
+            if any(self._takes(user, node) or user in useful and user in self.kept for user in node.users):
+                useful.add(node)
+            elif any(user in self.same and not takes_means(user) for user in node.users):
+                useful.add(node)
+            elif any(writes_part(user) and user.args[0] in self.kept and user.args[2] is node for user in node.users):
+                useful.add(node)
+            elif any(storages(node) & storages(n) for n in node.all_input_nodes if n in self.kept and n in useful):
+                useful.add(node)
+        for node in nodes:  # and what costs nothing, or spares a copy of a view, which cannot be
+            given = [n for n in node.all_input_nodes if n in useful and n in self.kept] if node in self.kept else []
+            if given and not isinstance(node.target, Site):
+                if any(self._is_viewed(n) for n in given) or all(self._accepts(user, node) for user in node.users):
+                    useful.add(node)
+        return useful
+
+    def _tokens(self, nodes: Sequence[fx.Node]) -> set[fx.Node]:
+        """What may be in a stretch with other strides than in eager mode, or between two of its parts. (Not of memory
+        that is written to; nor is what is returned a view of it.)"""
+        if not self.inference:
+            return set()
+        writes: set[Any] = set().union(*(written(n) for n in nodes if not isinstance(n.target, (Site, NormCall))))
+        returned: set[Any] = set().union(*(storages(n) for n in nodes[-1].all_input_nodes))
+        found = set()
+        for node in nodes:
+            if not rearranges(node) or self.strides[node] is None or storages(node) & writes:
+                continue
+            if views(node) and (touched(node) & writes or storages(node) & returned):
+                continue
+            found.add(node)
+        return found
+
+    def _arrange(
+        self, nodes: Sequence[fx.Node], formats: set[fx.Node], tokens: set[fx.Node], starts: set[fx.Node]
+    ) -> None:
+        """Find `maps`, `changed` and `same`, where ``formats`` may be channels-last as what `keeps` the format,
+        ``tokens`` may lie otherwise, and ``starts`` may be copied to channels-last maps."""
+        self.maps, self.changed, self.same = set(), {}, set()
+        self.rearranged, self.copies, self.odd = set(), set(), set()
+        for node in nodes:
+            if node in formats and (isinstance(node.target, Site) or self.maps.issuperset(maps_of(node))):
+                self.maps.add(node)
+                if self.eager[node] == "contiguous":
+                    self.changed[node] = _channels_last(value(node))
+                elif self.eager[node] == "part" and (found := self._how(node, self._now)) is not None:
+                    self.changed[node] = found.strides
+            elif node in starts and copies_rows(node, self._now):
+                self.maps.add(node)
+                self.rearranged.add(node)
+                self.copies.add(node)
+                self.changed[node] = _channels_last(value(node))
+            elif node in tokens and any(n in self.changed for n in node.all_input_nodes):
+                found, before = self._how(node, self._now), self._how(node, self.strides.get)
+                if found is None or not views(node) and strides_over(node, self._now):
+                    continue
+                if found.strides == self.strides[node]:
+                    if found.is_view or before is None or not before.is_view:
+                        self.same.add(node)
+                    continue
+                self.changed[node], t = found.strides, value(node)
+                self.rearranged.add(node)
+                if self.eager[node] != "contiguous":
+                    continue
+                if in_format(torch.empty_strided(t.shape, found.strides, device="meta"), True):
+                    self.maps.add(node)
+                    if t.dim() > 3 and not suggests_channels_last(t.shape, found.strides):
+                        self.odd.add(node)
+                        self.changed[node] = _channels_last(t)
+
+    def _is_copy(self, node: fx.Node) -> bool:
+        """Whether it is a contiguous map with the numbers of something else."""
+        t, found = value(node), self._how(node, self.strides.get) if views(node) else None
+        is_map = self.eager[node] == "contiguous" and isinstance(t, Tensor) and t.dim() > 3
+        return is_map and found is not None and not found.is_view
+
+    def _now(self, node: fx.Node) -> tuple[Any, ...] | None:
+        """Its strides in the stretch, or in eager mode."""
+        return self.changed.get(node, self.strides.get(node))
+
+    def _how(self, node: fx.Node, given: Callable[[fx.Node], tuple[Any, ...] | None]) -> Lies | None:
+        if not is_fixed(node):
+            return None
+        key = (node, *[given(n) for n in node.all_input_nodes])
+        if key not in self._lies:
+            self._lies[key] = lies(node, given)
+        return self._lies[key]
+
+    def _trusted(self, node: fx.Node) -> bool:
+        """Whether Dynamo says of all that a call is given the strides that it has."""
+        return not is_fixed(node) or all(self.strides.get(n) == strides_of(value(n)) for n in node.all_input_nodes)
+
+    def _strides_in_eager_mode(self, node: fx.Node) -> tuple[Any, ...] | None:
+        """Of what rearranges nothing; None where they are not known."""
+        t, kind = value(node), self.eager[node]
+        if node in self.untold or kind == "odd":
+            return None
+        if isinstance(t, Tensor) and t.dim() > 3 and kind in ("contiguous", "last"):
+            return t.stride() if kind == _said(node) else new_strides(t.shape, kind == "last")
+        return strides_of(t) if node not in self.otherwise and self._trusted(node) else None
 
     @staticmethod
     def _outweigh(kept: set[fx.Node]) -> bool:
@@ -134,18 +263,38 @@ class _Layout:
                 weights += sum(numel(a) for a in others if isinstance(value(a), Tensor) and value(a).dim() == 4)
         return maps >= _MAPS * weights
 
+    def _count(self, node: fx.Node) -> None:
+        """What it saves that tokens lie otherwise."""
+        before, now = self._how(node, self.strides.get), self._how(node, self._now)
+        slow = before is not None and not before.is_view and strides_over(node, self.strides.get)
+        slow_now = now is not None and not now.is_view and node not in self.copies and strides_over(node, self._now)
+        self.converted += _bytes(node) * (slow_now - slow)
+
     def _end(self, node: fx.Node) -> None:
-        """A contiguous copy for each user that has to see it as it is in eager mode."""
-        if self.eager[node] != "contiguous":
+        """A copy for each user that has to see it as it is in eager mode."""
+        if node not in self.changed or self.eager[node] == "part":
             return
         for user in list(node.users):
             if self._accepts(user, node):
                 continue
             with self.graph.inserting_before(user):
-                copy = self.graph.call_function(reformatted, (node, False))
+                if node in self.maps:
+                    copy = self.graph.call_function(reformatted, (node, False))
+                else:
+                    copy = self.graph.call_function(restrided, (node, self.strides[node]))
             self.converted += _bytes(node)
             copy.meta = dict(node.meta)
             user.replace_input_with(node, copy)
+
+    def _straighten(self, node: fx.Node) -> None:
+        """The strides of its format, for those of its users that do not see to that."""
+        others = [user for user in node.users if not isinstance(user.target, Site) and user.target is not reformatted]
+        if node in self.odd and others:
+            with self.graph.inserting_after(node):
+                straight = self.graph.call_function(reformatted, (node, True))
+            straight.meta = dict(node.meta)
+            for user in others:
+                user.replace_input_with(node, straight)
 
     def _pooled(self, node: fx.Node) -> None:
         """Where each channel of it is pooled to one mean: to strides as of a contiguous map."""
@@ -201,6 +350,10 @@ class _Layout:
         if t.dim() == 3 and self._untold(node):
             self.untold.add(node)
             return ""
+        if (strides := self.strides.get(node)) is not None:
+            t = torch.empty_strided(t.shape, strides, device="meta")
+        elif t.dim() == 3 and self.inference and not self._trusted(node):
+            return ""
         if _contiguous_norm(node) or not self.otherwise.isdisjoint(node.all_input_nodes):
             return self._otherwise(node)
         last = in_format(t, True)
@@ -209,8 +362,10 @@ class _Layout:
         if t.dim() == 3:
             return "last" if last else "contiguous"
         said = _said(node)
-        if node.op == "call_method" and node.target in _VIEWS:
-            return said if suggests_channels_last(t.shape, _strides(node)) or said == "contiguous" else "odd"
+        if strides is not None:
+            return _kind_of(t)
+        if views(node):
+            return said
         maps = [n for n in maps_of(node) if self.eager.get(n)]
         given = [self.eager[n] for n in maps]
         if said != "last" or not given or "odd" not in given and all(self.eager[n] == _said(n) for n in maps):
@@ -269,15 +424,17 @@ class _Layout:
         return given if keeps else ""
 
     def _ends(self, node: fx.Node) -> bool:
-        """Whether a node of ``kept`` cannot be: what it is made of is not, or a user gives the same memory as
-        something else."""
-        kept = self.kept
-        if not isinstance(node.target, Site) and not kept.issuperset(maps_of(node)):
-            return True
-        if self.eager[node] == "part" and not all(self._accepts(user, node) for user in node.users):
-            return True
-        mine = storages(node)
-        return any(storages(user) & mine and user not in kept for user in node.users if user.op != "output")
+        """Whether a node of `kept` cannot be: a user gives the same memory as something else, or one of a view, of
+        which there is no copy, has to see it as it is in eager mode."""
+        if self.eager[node] == "part" or self._is_viewed(node):
+            if not all(self._accepts(user, node) for user in node.users):
+                return True
+        mine, there = storages(node), self.maps | self.changed.keys() | self.same
+        return any(storages(user) & mine and user not in there for user in node.users if user.op != "output")
+
+    def _is_viewed(self, node: fx.Node) -> bool:
+        """Whether it is changed, a view, and no map."""
+        return node in self.changed and node not in self.maps and views(node)
 
     def _follows_from_norm(self, node: fx.Node) -> bool:
         """Whether a result lies as the batch norm's in it does."""
@@ -301,8 +458,10 @@ class _Layout:
 
     def _accepts(self, user: fx.Node, node: fx.Node) -> bool:
         """Whether ``user`` may be given ``node`` channels-last."""
-        if self._takes(user, node) or user in self.kept and not isinstance(user.target, Site):
+        if self._takes(user, node) or user in self.same:
             return True
+        if not isinstance(user.target, Site) and user in self.kept:
+            return user in self.rearranged or node in self.maps or node not in maps_of(user)
         if self.inference and writes_part(user):
             return user.args[0] in self.kept and node in (user.args[0], user.args[2])
         return self.inference and reads(user, node)
@@ -311,6 +470,8 @@ class _Layout:
         """Whether ``user`` is a site with a result like `_is_map` that takes ``node``, and as that alone. (The result
         of one dimension follows no format: of one channel it may be, too.)"""
         if not isinstance(user.target, Site) or not user.target.any_format(self.inference):
+            return False
+        if node in self.changed and node not in self.maps:
             return False
         if converts_itself(user) or outsized_site(user):
             return False
@@ -359,22 +520,20 @@ def _bytes(node: Any) -> int:
     return numel(node) * value(node).element_size()
 
 
-def _strides(node: fx.Node) -> tuple[int, ...]:
-    """Of a view, as ATen itself has them."""
-    if any(isinstance(n, torch.SymInt) for t in (value(node), value(node.args[0])) for n in t.shape):
-        return value(node).stride()
-
-    def real(n: fx.Node) -> Any:
-        t = value(n)
-        return torch.empty_strided(t.shape, t.stride(), device="meta") if isinstance(t, Tensor) else t
-
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), real)
-    return getattr(args[0], node.target)(*args[1:], **kwargs).stride()  # type: ignore[arg-type]
+def _channels_last(t: Tensor) -> tuple[int, ...]:
+    """Strides of such a map in that format."""
+    if t.dim() > 3:
+        return new_strides(t.shape, True)
+    _, c, length = t.shape
+    return (c * length, 1, c)
 
 
 def _said(node: fx.Node) -> str:
     """What Dynamo says of `_Layout._in_eager_mode`."""
-    t = value(node)
+    return _kind_of(value(node))
+
+
+def _kind_of(t: Tensor) -> str:
     return "contiguous" if t.is_contiguous() else "last" if suggests_channels_last(t.shape, t.stride()) else "odd"
 
 

@@ -922,6 +922,41 @@ def rows_set(m: Any, y: Tensor) -> Tensor:
     return m.second(z)
 
 
+def attended(y: Tensor) -> Tensor:
+    """A residual stream of tokens, which starts as a view of a map and ends as one."""
+    tokens = y.flatten(2).transpose(1, 2)
+    tokens = tokens + F.layer_norm(tokens, tokens.shape[2:])
+    tokens = tokens + F.gelu(F.linear(F.layer_norm(tokens, tokens.shape[2:]), torch.eye(32, device=y.device) * 2))
+    return tokens.transpose(1, 2).view(y.shape)
+
+
+def windowed(y: Tensor) -> Tensor:
+    n, c, h, w = y.shape
+    windows = y.view(n, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1)
+    rows = F.layer_norm(windows.reshape(-1, 16, c), (c,)).view(windows.shape) + windows
+    return rows.permute(0, 5, 1, 3, 2, 4).reshape(y.shape) + y
+
+
+def mixed(y: Tensor) -> Tensor:
+    """A sum that lies as its first operand does."""
+    tokens = y.permute(0, 2, 3, 1)
+    return tokens + F.layer_norm(tokens, (32,))
+
+
+def tokens_overwritten(y: Tensor) -> Tensor:
+    """A copy in eager mode."""
+    rows = y.permute(0, 2, 3, 1).reshape(-1, 32)
+    rows += 1
+    return y.mean() + rows.mean()
+
+
+def overwritten_after(y: Tensor) -> Tensor:
+    z = y * 2
+    rows = z.permute(0, 2, 3, 1).reshape(-1, 32)
+    z.mul_(3)
+    return z + rows.mean()
+
+
 def half_normed(m: Any, y: Tensor) -> Tensor:
     a, b = y.chunk(2, dim=1)
     return m.second(torch.cat([F.group_norm(a, 4), F.conv2d(b, m.wide[:, :16], padding=1)], 1))
@@ -956,7 +991,21 @@ BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Any], list[bool | None]]] = {
     "a sum of positions": (lambda m, y: m.second(y) * y.mean((1, 2, 3), keepdim=True), [True, False]),
     "a view": (lambda m, y: (m.second(y), y.view(y.shape[0], -1)), [None, None]),
     "written": (written, [None, None]),
-    "as a weight": (lambda m, y: F.conv2d(m.second(y), y[:, :16, :3, :3].contiguous()), [None, None]),
+    "as a weight": (lambda m, y: F.conv2d(m.second(y), y[:, :16, :3, :3]), [None, None]),
+    "a part copied": (lambda m, y: F.conv2d(m.second(y), y[:, :16, :3, :3].contiguous()), [None, None]),
+    "tokens": (lambda m, y: m.second(y) + F.layer_norm(y.permute(0, 2, 3, 1), (32,)).mean(), [None, None]),
+    "tokens by a linear layer": (
+        lambda m, y: m.second(y).mean() + F.linear(y.flatten(2).transpose(1, 2), torch.eye(32)),
+        [None, None],
+    ),
+    "tokens and back": (lambda m, y: m.second(attended(y)), [None, None]),
+    "windows and back": (lambda m, y: m.second(windowed(y)), [None, None]),
+    "tokens returned": (lambda m, y: (m.second(y), y.permute(0, 2, 3, 1)), [None, None]),
+    "tokens returned, normed": (lambda m, y: (m.second(y), mixed(y)), [None, None]),
+    "tokens overwritten": (lambda m, y: m.second(y) + tokens_overwritten(y), [None, None]),
+    "tokens of what is overwritten": (lambda m, y: m.second(overwritten_after(y)), [None, None]),
+    "tokens read by rows": (lambda m, y: m.second(y) + y.flatten(2).transpose(1, 2).softmax(1).mean(), [None, None]),
+    "flattened": (lambda m, y: m.second(y) + y.reshape(y.shape[0], -1).softmax(1).mean(), [None, None]),
     "a norm": (lambda m, y: m.second(F.silu(F.group_norm(y * 2, 4))), [None, None]),
     "a norm of each channel": (lambda m, y: m.second(F.relu_(F.instance_norm(y * 2))), [None, None]),
     "a norm by what was measured before": (lambda m, y: m.second(by_running(y * 2)), [None, None]),
@@ -968,6 +1017,7 @@ BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Any], list[bool | None]]] = {
     "parts of the channels": (lambda m, y: m.second(halves(y)), [None, None]),
     "a viewed part of the channels": (lambda m, y: m.second(half_viewed(y)), [None, None]),
     "a returned part of the channels": (half_returned, [None, None]),
+    "a returned view of a part": (lambda m, y: (m.second(y), y[:, :16].flatten(2)), [None, None]),
     "an overwritten part of the channels": (lambda m, y: m.second(half_overwritten(y)), [None, None]),
     "a norm of a part": (half_normed, [None, None, None]),
     "a part of the channels is set": (half_set, [None, None, None]),
@@ -979,6 +1029,15 @@ BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Any], list[bool | None]]] = {
 }
 # Without gradients, more stays.
 IN_INFERENCE: dict[str, list[bool | None]] = {
+    "cat along rows": [True, False],
+    "a part copied": [True, False],
+    "tokens": [True, False],
+    "tokens by a linear layer": [True, False],
+    "tokens read by rows": [True, False],
+    "a viewed part of the channels": [True, False],
+    "tokens and back": [True, False],
+    "windows and back": [True, False],
+    "tokens returned, normed": [True, False],
     "statistics in the next step": [True, False],
     "shuffled pixels": [True, False],
     "pixels shuffled back": [True, False],
