@@ -3,50 +3,51 @@ be converted at both ends of each.
 
 A map that is contiguous in eager mode is channels-last inside of a stretch, where nobody can tell (one that is so there
 stays it): its users are sites, which convolve or add it, and operators that keep the format, or take each
-(`rewrite_formats`); any other user gets a contiguous copy. What somebody views is contiguous as in eager mode, but for
-parts of its channels that only such users take, and so is what is written to, unless by such an operator. A stretch
-starts with the first site in it, and in inference that site's input is converted.
+(`rewrite_formats`); any other user gets a contiguous copy. What is written to is as in eager mode, unless by such an
+operator, and what is returned and viewed. A stretch starts with the first site in it, and in inference that site's
+input is converted.
+
+In inference it goes on through views and copies of maps as tokens (N, positions, C), windows or heads, and back
+(`rewrite_strides`): what such calls give may have other strides than in eager mode as long as each of its users does,
+or gives what is as in eager mode all the same (norms and products of rows; sums with what lies so). A copy that makes a
+contiguous map of what has each position's channels side by side starts a stretch, too: it is made in that format.
 
 With gradients, ATen brings a contiguous weight into this format in every step, and its gradient back: there are
 stretches where the maps that sites take and give outweigh the weights (`_MAPS`; docs/facts.md). Norms by a map's own
 statistics end a stretch then (of channels-last maps ATen takes them less exactly), and so do operators that resize by
 other rules than the nearest value, maps of three dimensions or one, and all writes.
 
-Of one dimension, (N, C, L), convolutions and pointwise operators alone are in a stretch: ATen has no such format, and
-its other operators return what is contiguous.
+Of one dimension, (N, C, L), convolutions, pointwise operators and tokens alone are in a stretch: ATen has no such
+format, and its other operators return what is contiguous.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..dispatch import on_cpu
 from ..memory_format import in_format, new_strides, reformatted, reshaped_last, restrided, suggests_channels_last
-from .rewrite_calls import AFFINE, call_kind, conv_functions
+from .rewrite_eager import Eager, taken, untold_norm
 from .rewrite_effects import Everything, numel, storages, touched, value, written
 from .rewrite_formats import (
     SLOW_OF_CONTIGUOUS,
     converts_itself,
-    follows,
     is_part,
     keeps,
     maps_of,
     outsized_site,
     pooled_to_one,
     reads,
-    splits,
     wants_dense,
     writes_at_each_place,
     writes_part,
 )
 from .rewrite_norm import NormCall, as_norms
-from .rewrite_site import Call, Site
-from .rewrite_strides import Lies, copies_rows, is_fixed, lies, rearranges, strides_of, strides_over, takes_means, views
+from .rewrite_site import Site
+from .rewrite_strides import copies_rows, rearranges, strides_over, takes_means, views
 
 __all__ = ["keep_channels_last"]
 
@@ -65,12 +66,7 @@ def keep_channels_last(graph: fx.Graph) -> int:
 class _Layout:
     def __init__(self, graph: fx.Graph, inference: bool) -> None:
         self.graph, self.inference = graph, inference
-        self.eager: dict[fx.Node, str] = {}
-        self.untold: set[fx.Node] = set()
-        self.otherwise: set[fx.Node] = set()  # contiguous in eager mode, where Dynamo says something else
-        self.lost = False  # of what is made of those, it is not known how it lies in memory
         self.converted = 0
-        self.strides: dict[fx.Node, tuple[Any, ...] | None] = {}  # in eager mode; None where they are not known
         # What is channels-last in a stretch, that is not so in eager mode or what is made of it lies otherwise; the
         # strides of what does; and what is made of such, but is as in eager mode all the same.
         self.maps: set[fx.Node] = set()
@@ -79,25 +75,19 @@ class _Layout:
         self.rearranged: set[fx.Node] = set()  # of what is changed, what is so as tokens may be
         self.copies: set[fx.Node] = set()  # of the maps, those that are copied from what is no map
         self.odd: set[fx.Node] = set()  # of the maps, views with a stride of their one image that ATen does not take
-        self._lies: dict[object, Lies | None] = {}
 
     @property
     def kept(self) -> set[fx.Node]:
         return self.maps | self.changed.keys()
 
     def apply(self) -> None:
-        untrue = any(_untrue(n) or _contiguous_norm(n) and not self._follows_from_norm(n) for n in self.graph.nodes)
+        untold = any(untold_norm(n, self.inference) for n in self.graph.nodes)
         if self.inference:
             as_norms(self.graph)
         nodes = list(self.graph.nodes)
-        for node in nodes:
-            if self.inference and rearranges(node) and is_fixed(node) and (views(node) or not self._trusted(node)):
-                found = self._how(node, self.strides.get)
-                self.strides[node] = None if found is None else found.strides
-            self.eager[node] = self._in_eager_mode(node)
-            if node not in self.strides:
-                self.strides[node] = self._strides_in_eager_mode(node)
-        if untrue or self.lost:
+        self.told = told = Eager(nodes, self.inference)
+        self.eager, self.strides = told.formats, told.strides
+        if untold or told.lost:
             return  # each site and norm goes by the input that it gets
         others = [n for n in nodes if not isinstance(n.target, (Site, NormCall)) and not self._writes_own(n)]
         changed: set[Any] = set().union(*(written(n) for n in others))
@@ -115,12 +105,14 @@ class _Layout:
             return
         for node in nodes:
             if isinstance(node.target, Site):
-                if node in kept or any(n in kept and self._takes(node, n) for n in _taken(node)):
+                if node in kept or any(n in kept and self._takes(node, n) for n in taken(node)):
                     node.target.channels_last = node in kept or self.eager[node] == "last"
                     node.target.converts = self.inference
                     node.target.given_contiguous = self.eager.get(node.args[0]) in ("contiguous", "part")
                     if node.target.given_contiguous and node.args[0] not in kept:
                         self.converted += _bytes(node.args[0])
+                    if self.eager.get(node.args[0]) == "odd":  # ATen makes it contiguous first
+                        self.converted -= _bytes(node.args[0])
                     if node.target.channels_last is False:
                         self.converted += _bytes(node)
             elif isinstance(node.target, NormCall):
@@ -186,7 +178,7 @@ class _Layout:
     def _arrange(
         self, nodes: Sequence[fx.Node], formats: set[fx.Node], tokens: set[fx.Node], starts: set[fx.Node]
     ) -> None:
-        """Find `maps`, `changed` and `same`, where ``formats`` may be channels-last as what `keeps` the format,
+        """Find ``maps``, ``changed`` and ``same``, where ``formats`` may be channels-last as what `keeps` the format,
         ``tokens`` may lie otherwise, and ``starts`` may be copied to channels-last maps."""
         self.maps, self.changed, self.same = set(), {}, set()
         self.rearranged, self.copies, self.odd = set(), set(), set()
@@ -195,7 +187,7 @@ class _Layout:
                 self.maps.add(node)
                 if self.eager[node] == "contiguous":
                     self.changed[node] = _channels_last(value(node))
-                elif self.eager[node] == "part" and (found := self._how(node, self._now)) is not None:
+                elif self.eager[node] == "part" and (found := self.told.how(node, self._now)) is not None:
                     self.changed[node] = found.strides
             elif node in starts and copies_rows(node, self._now):
                 self.maps.add(node)
@@ -203,7 +195,7 @@ class _Layout:
                 self.copies.add(node)
                 self.changed[node] = _channels_last(value(node))
             elif node in tokens and any(n in self.changed for n in node.all_input_nodes):
-                found, before = self._how(node, self._now), self._how(node, self.strides.get)
+                found, before = self.told.how(node, self._now), self.told.how(node, self.strides.get)
                 if found is None or not views(node) and strides_over(node, self._now):
                     continue
                 if found.strides == self.strides[node]:
@@ -222,34 +214,13 @@ class _Layout:
 
     def _is_copy(self, node: fx.Node) -> bool:
         """Whether it is a contiguous map with the numbers of something else."""
-        t, found = value(node), self._how(node, self.strides.get) if views(node) else None
+        t, found = value(node), self.told.how(node, self.strides.get) if views(node) else None
         is_map = self.eager[node] == "contiguous" and isinstance(t, Tensor) and t.dim() > 3
         return is_map and found is not None and not found.is_view
 
     def _now(self, node: fx.Node) -> tuple[Any, ...] | None:
         """Its strides in the stretch, or in eager mode."""
         return self.changed.get(node, self.strides.get(node))
-
-    def _how(self, node: fx.Node, given: Callable[[fx.Node], tuple[Any, ...] | None]) -> Lies | None:
-        if not is_fixed(node):
-            return None
-        key = (node, *[given(n) for n in node.all_input_nodes])
-        if key not in self._lies:
-            self._lies[key] = lies(node, given)
-        return self._lies[key]
-
-    def _trusted(self, node: fx.Node) -> bool:
-        """Whether Dynamo says of all that a call is given the strides that it has."""
-        return not is_fixed(node) or all(self.strides.get(n) == strides_of(value(n)) for n in node.all_input_nodes)
-
-    def _strides_in_eager_mode(self, node: fx.Node) -> tuple[Any, ...] | None:
-        """Of what rearranges nothing; None where they are not known."""
-        t, kind = value(node), self.eager[node]
-        if node in self.untold or kind == "odd":
-            return None
-        if isinstance(t, Tensor) and t.dim() > 3 and kind in ("contiguous", "last"):
-            return t.stride() if kind == _said(node) else new_strides(t.shape, kind == "last")
-        return strides_of(t) if node not in self.otherwise and self._trusted(node) else None
 
     @staticmethod
     def _outweigh(kept: set[fx.Node]) -> bool:
@@ -265,7 +236,7 @@ class _Layout:
 
     def _count(self, node: fx.Node) -> None:
         """What it saves that tokens lie otherwise."""
-        before, now = self._how(node, self.strides.get), self._how(node, self._now)
+        before, now = self.told.how(node, self.strides.get), self.told.how(node, self._now)
         slow = before is not None and not before.is_view and strides_over(node, self.strides.get)
         slow_now = now is not None and not now.is_view and node not in self.copies and strides_over(node, self._now)
         self.converted += _bytes(node) * (slow_now - slow)
@@ -317,112 +288,6 @@ class _Layout:
         found = ("contiguous", "last", "odd", "part") if self.inference else ("contiguous",)
         return self.eager.get(node) in found
 
-    def _untold(self, node: fx.Node) -> bool:
-        """Whether Dynamo does not say the truth of a result (N, C, L): of a convolution whose weight, or input of one
-        channel, has strides that say channels-last with a dimension more, which ATen gives it; and of what is made of
-        such a result."""
-        if not self.untold.isdisjoint(node.all_input_nodes):
-            return True
-        if not isinstance(node.target, Site) and (node.op != "call_function" or node.target not in conv_functions()):
-            return False
-        taken = _taken(node) if isinstance(node.target, Site) else {node.args[0] if node.args else None}
-        for n in node.all_input_nodes:
-            t = value(n)
-            if isinstance(t, Tensor) and t.dim() == 3 and (n not in taken or t.is_contiguous()):
-                a, c, length = t.shape
-                if suggests_channels_last((a, c, 1, length), (*t.stride()[:2], t.stride(2) * length, t.stride(2))):
-                    return True
-        return False
-
-    def _in_eager_mode(self, node: fx.Node) -> str:
-        """How eager mode's result lies in memory: "contiguous"; channels-last, "last"; so, but "odd", with a stride of
-        the batch's one image that ATen does not take for that; "part" of a contiguous one's channels, or all parts; ""
-        for what is no map. (Dynamo does not say the truth of odd ones.)"""
-        if self.inference and (splits(node) or is_part(node)):
-            self.lost |= node.args[0] in self.otherwise
-            of = self.eager.get(node.args[0], "")  # type: ignore[arg-type]
-            return "part" if of == "contiguous" else of if of in ("part", "last") else ""
-        t = value(node)
-        if not isinstance(t, Tensor) or t.dim() not in ((3, 4, 5) if self.inference else (4,)):
-            return ""
-        if not t.is_floating_point() or t.layout is not torch.strided:
-            return ""
-        if t.dim() == 3 and self._untold(node):
-            self.untold.add(node)
-            return ""
-        if (strides := self.strides.get(node)) is not None:
-            t = torch.empty_strided(t.shape, strides, device="meta")
-        elif t.dim() == 3 and self.inference and not self._trusted(node):
-            return ""
-        if _contiguous_norm(node) or not self.otherwise.isdisjoint(node.all_input_nodes):
-            return self._otherwise(node)
-        last = in_format(t, True)
-        if last == t.is_contiguous():
-            return ""
-        if t.dim() == 3:
-            return "last" if last else "contiguous"
-        said = _said(node)
-        if strides is not None:
-            return _kind_of(t)
-        if views(node):
-            return said
-        maps = [n for n in maps_of(node) if self.eager.get(n)]
-        given = [self.eager[n] for n in maps]
-        if said != "last" or not given or "odd" not in given and all(self.eager[n] == _said(n) for n in maps):
-            return said
-        if isinstance(node.target, Site):
-            return self._behind_all(node) or said
-        kind = call_kind(node.target)
-        as_given = follows(node) or kind is not None and kind.name == "prelu"
-        return given[0] if as_given or given[0] != "odd" else "contiguous"
-
-    def _otherwise(self, node: fx.Node) -> str:
-        """`_in_eager_mode` of a norm whose result is contiguous where Dynamo says something else, and of what is made
-        of such results, by PyTorch's rules for formats."""
-        said, found = _said(node), ""
-        if _contiguous_norm(node):
-            found = "contiguous"
-        elif node.target is torch.cat:
-            given = {self._truly(n) for n in maps_of(node)}
-            found = "" if "" in given else "last" if given == {"last"} else "contiguous"
-        elif isinstance(node.target, Site):
-            found = self._behind_all(node)
-        elif follows(node) or node.target is F.interpolate:
-            found = self._truly(next(iter(maps_of(node)), None))
-            if found == "odd" and node.target is F.interpolate:
-                found = "contiguous"
-        t = value(node)
-        in_both = in_format(t, True) and t.is_contiguous()
-        if found == "contiguous" and (in_both or said != found):
-            self.otherwise.add(node)
-        elif found != said and not (in_both and found):
-            self.lost = True
-        return "" if in_both else found
-
-    def _truly(self, node: Any) -> str:
-        return "contiguous" if node in self.otherwise else self.eager.get(node, "")
-
-    def _behind_all(self, node: fx.Node) -> str:
-        """How the result of a site lies in memory, by PyTorch's rules; "" where that is not known here."""
-        found = self._truly(node.args[0])
-        for call in node.target.calls:  # type: ignore[union-attr]
-            found = found and self._behind(call, found, node.args[1:])
-        return found
-
-    def _behind(self, call: Call, given: str, operands: Sequence[Any]) -> str:
-        """`_behind_all` of one call, of what lies as ``given``."""
-        name, bound = call.kind.name, call.kind.bind(call.args, call.kwargs)
-        assert bound is not None
-        if name.startswith("conv"):
-            weight = value(operands[bound["weight"].place])
-            return "last" if given == "last" or suggests_channels_last(weight.shape, weight.stride()) else "contiguous"
-        if name == "add":
-            return self._truly(operands[bound["input"].place]) if call.through == "other" else given
-        if name in ("interpolate", "pad"):
-            return "contiguous" if given == "odd" else given
-        keeps = call.kind.pointwise or name in ("batch_norm", "group_norm", *AFFINE) or "dropout" in name
-        return given if keeps else ""
-
     def _ends(self, node: fx.Node) -> bool:
         """Whether a node of `kept` cannot be: a user gives the same memory as something else, or one of a view, of
         which there is no copy, has to see it as it is in eager mode."""
@@ -435,14 +300,6 @@ class _Layout:
     def _is_viewed(self, node: fx.Node) -> bool:
         """Whether it is changed, a view, and no map."""
         return node in self.changed and node not in self.maps and views(node)
-
-    def _follows_from_norm(self, node: fx.Node) -> bool:
-        """Whether a result lies as the batch norm's in it does."""
-        if not self.inference or not isinstance(node.target, Site):
-            return self.inference
-        kinds = [call.kind for call in node.target.calls]
-        behind = kinds[max(k for k, kind in enumerate(kinds) if kind.name == "batch_norm") + 1 :]
-        return all(kind.pointwise or "dropout" in kind.name for kind in behind)
 
     def _writes_own(self, node: fx.Node) -> bool:
         """Whether it writes to the map that it is given: at every place from what is there, and returns it, or sets
@@ -464,7 +321,7 @@ class _Layout:
             return user in self.rearranged or node in self.maps or node not in maps_of(user)
         if self.inference and writes_part(user):
             return user.args[0] in self.kept and node in (user.args[0], user.args[2])
-        return self.inference and reads(user, node)
+        return self.inference and node in self.maps and reads(user, node)
 
     def _takes(self, user: fx.Node, node: fx.Node) -> bool:
         """Whether ``user`` is a site with a result like `_is_map` that takes ``node``, and as that alone. (The result
@@ -476,7 +333,7 @@ class _Layout:
         if converts_itself(user) or outsized_site(user):
             return False
         y = value(user)
-        told = self.inference and user not in self.untold and y.is_contiguous()
+        told = self.inference and user not in self.told.untold and y.is_contiguous()
         if y.dim() != 3:  # of one channel: whatever it is made of, it gets eager mode's strides
             told = told and y.dim() in (4, 5) and numel(user) > 1 and not suggests_channels_last(y.shape, y.stride())
             told = told and y.shape[1] == 1 and in_format(y, True)
@@ -484,36 +341,7 @@ class _Layout:
             return False
         added = user.target.added
         others = {a for k, a in enumerate(user.args[1:]) if k not in added}
-        return node in _taken(user) and node not in others
-
-
-def _untrue(node: fx.Node) -> bool:
-    """Whether Dynamo says something else of a norm's result on a CPU than it is, and so of all that follows: a group
-    norm of channels-last maps keeps them so, which from torch 2.14 on is traced as contiguous, as on a GPU."""
-    y = value(node)
-    if "group_norm" not in _names(node) or not isinstance(y, Tensor) or not on_cpu(y):
-        return False
-    given = [value(n) for n in node.all_input_nodes]
-    maps = (t for t in given if isinstance(t, Tensor) and t.dim() in (4, 5))
-    return any(in_format(t, True) and not t.is_contiguous() for t in maps) and y.is_contiguous()
-
-
-def _contiguous_norm(node: fx.Node) -> bool:
-    """Whether it is a batch norm of maps of one position, which are in both formats: on a CPU it is contiguous, and
-    traced with the strides given."""
-    y = value(node)
-    if "batch_norm" not in _names(node) or not isinstance(y, Tensor) or not on_cpu(y):
-        return False
-    one = all(isinstance(n, int) and n == 1 for n in y.shape[2:])
-    return one and y.stride()[1:] != (1,) * (y.dim() - 1)
-
-
-def _names(node: fx.Node) -> list[str]:
-    """The kinds of a site's calls, or the kind of a call."""
-    if isinstance(node.target, Site):
-        return [call.kind.name for call in node.target.calls]
-    kind = call_kind(node.target) if node.op == "call_function" else None
-    return [] if kind is None else [kind.name]
+        return node in taken(user) and node not in others
 
 
 def _bytes(node: Any) -> int:
@@ -526,18 +354,3 @@ def _channels_last(t: Tensor) -> tuple[int, ...]:
         return new_strides(t.shape, True)
     _, c, length = t.shape
     return (c * length, 1, c)
-
-
-def _said(node: fx.Node) -> str:
-    """What Dynamo says of `_Layout._in_eager_mode`."""
-    return _kind_of(value(node))
-
-
-def _kind_of(t: Tensor) -> str:
-    return "contiguous" if t.is_contiguous() else "last" if suggests_channels_last(t.shape, t.stride()) else "odd"
-
-
-def _taken(node: fx.Node) -> set[Any]:
-    """What a site convolves or adds."""
-    site: Site = node.target  # type: ignore[assignment]
-    return {node.args[0], *(node.args[1 + k] for k in site.added)}

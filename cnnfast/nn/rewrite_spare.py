@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..memory_format import reformatted
+from ..memory_format import reformatted, reshaped_last, restrided
 from .rewrite_calls import conv_functions
 from .rewrite_effects import Everything, is_known, storages, touched, value, written
 from .rewrite_formats import follows
@@ -69,5 +69,5 @@ def _makes(node: fx.Node) -> bool:
 def _is_view(node: fx.Node) -> bool:
     """Whether its result lies in the memory of its arguments, or in new."""
     if node.op == "call_function":
-        return node.target is reformatted or is_known(node.target)
+        return node.target in (reformatted, reshaped_last, restrided) or is_known(node.target)
     return node.op == "call_method" and hasattr(Tensor, str(node.target))

@@ -159,7 +159,7 @@ def _normalized(x: Tensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12) -> 
 
 def iterated(shape: Sequence[int], operands: Operands, *, alone: bool) -> tuple[int, ...]:
     """Strides of a new result of ATen's TensorIterator, of operands with their sizes and strides; ``alone``: no number
-    is an operand, too. (`compute_fast_setup_type` and `reorder_dimensions` of aten/src/ATen/TensorIterator.cpp.)"""
+    is an operand, too. (``compute_fast_setup_type`` and ``reorder_dimensions`` in aten/src/ATen/TensorIterator.cpp.)"""
     first = tuple(operands[0][1])
     if alone and all(tuple(size) == tuple(shape) for size, _ in operands):
         given = [torch.empty_strided(size, strides, device="meta") for size, strides in operands]

@@ -23,7 +23,7 @@ import cnnfast
 from cnnfast.cpu import norm_inference
 from cnnfast.cpu.packing import PACKS
 from cnnfast.messages import CnnfastWarning, UsageError
-from cnnfast.nn import rewrite, rewrite_layout
+from cnnfast.nn import rewrite, rewrite_eager, rewrite_layout
 from cnnfast.nn.accelerate_call import plain_call, record_of
 from cnnfast.nn.accelerate_verify import _Trial, differs
 from cnnfast.nn.rewrite import rewritten
@@ -1119,7 +1119,7 @@ def test_where_dynamo_says_a_group_norm_contiguous_that_is_not(last: bool, untru
         memory_format=torch.channels_last if last else torch.contiguous_format
     )
     norm.meta["example_value"] = images(2, 16, 8, 8)
-    assert rewrite_layout._untrue(norm) is untrue and not rewrite_layout._untrue(x)
+    assert rewrite_eager._untrue(norm) is untrue and not rewrite_eager._untrue(x)
 
 
 class Pooled(nn.Module):
