@@ -218,7 +218,7 @@ def _names(node: fx.Node) -> list[str]:
 
 
 def _said(node: fx.Node) -> str:
-    """What Dynamo says of `Eager.formats`."""
+    """What Dynamo says of ``Eager.formats``."""
     return _kind_of(value(node))
 
 
