@@ -19,7 +19,7 @@ from .rewrite_calls import AFFINE, call_kind, conv_functions
 from .rewrite_effects import value
 from .rewrite_formats import follows, is_part, maps_of, splits
 from .rewrite_site import Call, Site
-from .rewrite_strides import Lies, is_fixed, lies, rearranges, strides_of, views
+from .rewrite_strides import Lies, is_fixed, iterated, lies, rearranges, strides_of, views
 
 __all__ = ["Eager", "taken", "untold_norm"]
 
@@ -121,7 +121,8 @@ class Eager:
         if said != "last" or not given or "odd" not in given and all(self.formats[n] == _said(n) for n in maps):
             return said
         if isinstance(node.target, Site):
-            return self._behind_all(node) or said
+            strides = self.strides[node] = self._behind_all(node)
+            return said if strides is None else _kind_of(torch.empty_strided(t.shape, strides, device="meta"))
         kind = call_kind(node.target)
         as_given = follows(node) or kind is not None and kind.name == "prelu"
         return given[0] if as_given or given[0] != "odd" else "contiguous"
@@ -136,7 +137,8 @@ class Eager:
             given = {self._truly(n) for n in maps_of(node)}
             found = "" if "" in given else "last" if given == {"last"} else "contiguous"
         elif isinstance(node.target, Site):
-            found = self._behind_all(node)
+            strides = self._behind_all(node)
+            found = "" if strides is None else _kind_of(torch.empty_strided(value(node).shape, strides, device="meta"))
         elif follows(node) or node.target is F.interpolate:
             found = self._truly(next(iter(maps_of(node)), None))
             if found == "odd" and node.target is F.interpolate:
@@ -152,15 +154,23 @@ class Eager:
     def _truly(self, node: Any) -> str:
         return "contiguous" if node in self.otherwise else self.formats.get(node, "")
 
-    def _behind_all(self, node: fx.Node) -> str:
-        """How the result of a site lies in memory, by PyTorch's rules; "" where that is not known here."""
-        found = self._truly(node.args[0])
-        for call in node.target.calls:  # type: ignore[union-attr]
+    def _behind_all(self, node: fx.Node) -> tuple[int, ...] | None:
+        """Strides of a site's result, by PyTorch's rules; None where they are not known here."""
+        found, calls = self._truly(node.args[0]), node.target.calls  # type: ignore[union-attr]
+        resizing = [k for k, call in enumerate(calls) if call.kind.name.startswith("conv")][-1]
+        for call in calls[: resizing + 1]:
             found = found and self._behind(call, found, node.args[1:])
-        return found
+        if not found:
+            return None
+        shape = value(node).shape
+        strides: tuple[int, ...] | None = new_strides(shape, found == "last")
+        for call in calls[resizing + 1 :]:
+            if strides is not None and not call.in_place:
+                strides = self._beside(call, shape, strides, node.args[1:])
+        return strides
 
     def _behind(self, call: Call, given: str, operands: Sequence[Any]) -> str:
-        """`_behind_all` of one call, of what lies as ``given``."""
+        """The format of the result of one call, of what is ``given`` in one."""
         name, bound = call.kind.name, call.kind.bind(call.args, call.kwargs)
         assert bound is not None
         if name.startswith("conv"):
@@ -170,8 +180,29 @@ class Eager:
             return self._truly(operands[bound["input"].place]) if call.through == "other" else given
         if name in ("interpolate", "pad"):
             return "contiguous" if given == "odd" else given
-        keeps = call.kind.pointwise or name in ("batch_norm", "group_norm", *AFFINE) or "dropout" in name
-        return given if keeps else ""
+        return given if _keeps_format(call) else ""
+
+    def _beside(
+        self, call: Call, shape: Sequence[int], given: tuple[int, ...], operands: Sequence[Any]
+    ) -> tuple[int, ...] | None:
+        """Strides of the result of one call that is made of numbers at their places, of what has those that are
+        ``given``."""
+        if call.kind.name == "add":
+            bound = call.kind.bind(call.args, call.kwargs)
+            assert bound is not None
+            leads = call.through == "other"
+            other = self.strides.get(operands[bound["input" if leads else "other"].place])
+            if other is None:
+                return None
+            return iterated(shape, [(shape, s) for s in ((other, given) if leads else (given, other))], alone=True)
+        if call.kind.pointwise and call.kind.name not in ("prelu", "hardtanh", "relu6"):
+            return iterated(shape, [(shape, given)], alone=True)
+        return given if _keeps_format(call) else None
+
+
+def _keeps_format(call: Call) -> bool:
+    name = call.kind.name
+    return call.kind.pointwise or name in ("batch_norm", "group_norm", *AFFINE) or "dropout" in name
 
 
 def untold_norm(node: fx.Node, inference: bool) -> bool:

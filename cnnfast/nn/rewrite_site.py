@@ -7,6 +7,7 @@ every call, so that nothing can be stale. It is planned by `fusion` for the oper
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -91,6 +92,14 @@ class Call:
         bound = self.kind.bind(self.args, self.kwargs) if self.kind.name in NORMS else None
         norm = None if bound is None else norm_of(self.kind, bound)
         return None if bound is None or norm is None else (NormCall(norm), bound["weight"], bound["bias"])
+
+    @property
+    def in_place(self) -> bool:
+        """Whether it writes its result to its first argument."""
+        bound = self.kind.bind(self.args, self.kwargs)
+        assert bound is not None
+        name = self.target if isinstance(self.target, str) else getattr(self.target, "__name__", "")
+        return bound.get("inplace") is True or name.endswith("_") or self.target in (operator.iadd, operator.imul)
 
     @property
     def reads(self) -> set[int]:

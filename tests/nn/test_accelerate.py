@@ -23,7 +23,7 @@ import cnnfast
 from cnnfast.cpu import norm_inference
 from cnnfast.cpu.packing import PACKS
 from cnnfast.messages import CnnfastWarning, UsageError
-from cnnfast.nn import rewrite, rewrite_eager, rewrite_layout
+from cnnfast.nn import accelerate_worth, rewrite, rewrite_eager, rewrite_layout
 from cnnfast.nn.accelerate_call import plain_call, record_of
 from cnnfast.nn.accelerate_verify import _Trial, differs
 from cnnfast.nn.rewrite import rewritten
@@ -1093,6 +1093,67 @@ def test_channels_last_stays_between_steps_where_nobody_can_tell(
     assert record is not None
     expected = formats if gradients else IN_INFERENCE.get(name, formats)
     assert [site.channels_last for site in record.graphs[-1].sites] == expected
+
+
+def odd(x: Tensor) -> Tensor:
+    """A channels-last map of one image, of whose strides ATen does not say so."""
+    n, c, h, w = x.shape
+    return F.linear(x.flatten(2).transpose(1, 2), torch.eye(c, device=x.device)).transpose(1, 2).reshape(n, c, h, w)
+
+
+def summed(m: Any, x: Tensor) -> Tensor:
+    """A sum of two such maps, of which ATen says so: it has one loop for both."""
+    a = (odd(x) + m.same(x)) / 1.0
+    return odd(a) + a
+
+
+ODD: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "given": lambda m, x: m.same(odd(x)),
+    "added": lambda m, x: odd(x) + m.same(x),
+    "added to": lambda m, x: m.same(x) + odd(x),
+    "added, relu": lambda m, x: F.relu(odd(x) + m.same(x)),
+    "added, relu in place": lambda m, x: F.relu_(odd(x) + m.same(x)),
+    "added in place": lambda m, x: operator.iadd(odd(x), m.same(x)),
+    "a sum of two": lambda m, x: m.same(odd(x) + odd(x * 2)),
+    "scaled": lambda m, x: m.same(odd(x) / 2) + odd(x) * 2,
+    "a residual block behind another": lambda m, x: m.same(
+        F.silu((odd(odd(x) + m.same(F.silu(F.group_norm(odd(x), 4)))) + m.same(x)) / 1.0 + odd(x) / 1.0)
+    ),
+    "a sum with what a step made": lambda m, x: m.same(m.same(summed(m, x)).sin()),
+    "enlarged": lambda m, x: m.same(F.interpolate(odd(x) / 1.0 + odd(x) / 1.0, scale_factor=2.0)),
+    "pooled": lambda m, x: m.same(F.max_pool2d(odd(x), 2)),
+    "its tokens": lambda m, x: m.same(odd(x)) * F.layer_norm(odd(x).flatten(2).transpose(1, 2), (16,)).mean(),
+    "tokens of what is made of it": lambda m, x: m.same(odd(x)).flatten(2).transpose(1, 2) * 2,
+    "a sum of tokens": lambda m, x: (
+        m.same(odd(x)).flatten(2).transpose(1, 2) + F.layer_norm(odd(x).flatten(2).transpose(1, 2), (16,))
+    ),
+}
+
+
+class Same(nn.Module):
+    """``model(x) = f(model, x)``, with two convolutions from 16 channels to 16."""
+
+    def __init__(self, f: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.f, self.conv = f, nn.Conv2d(16, 16, 3, padding=1)
+
+    def same(self, x: Tensor) -> Tensor:
+        return self.conv(F.relu(self.conv(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(self, x)
+
+
+@pytest.mark.filterwarnings("error::cnnfast.messages.CnnfastWarning")
+@pytest.mark.parametrize("name", ODD)
+def test_strides_are_eager_modes_of_maps_that_aten_does_not_take_for_channels_last(name: str) -> None:
+    ours, plain = pair(Same(ODD[name]))
+    x = images(1, 16, 8, 8)
+    with torch.inference_mode(), accelerate_worth.never_standing():
+        for _ in range(3):
+            a, b = ours(x), plain(x)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            assert a.stride() == b.stride()
 
 
 @pytest.mark.parametrize(("size", "gradients", "last"), [(8, True, False), (64, True, True), (8, False, True)])
