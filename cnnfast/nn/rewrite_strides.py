@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from ..memory_format import format_of, new_strides
-from .rewrite_effects import value
+from .rewrite_effects import value, written
 from .rewrite_formats import follows, named, takes_numbers
 
 __all__ = [
@@ -78,7 +78,9 @@ def rearranges(node: fx.Node) -> bool:
         return False
     if views(node) or _reads_rows(node) or node.target is torch.cat or node.target in _OVER_MANY:
         return True
-    return follows(node) and isinstance(value(node), Tensor) and node.target not in _OTHERS
+    if node.target in _OTHERS or not (isinstance(node.args[0], fx.Node) or takes_numbers(node)):  # 2 ** x
+        return False
+    return follows(node) and isinstance(value(node), Tensor)
 
 
 def _is_basic(index: Any) -> bool:
@@ -120,6 +122,9 @@ def lies(node: fx.Node, given: Callable[[fx.Node], tuple[Any, ...] | None]) -> L
         tensors.append(torch.empty_strided(t.shape, given(n), dtype=t.dtype, device="meta"))  # type: ignore[arg-type]
         return tensors[-1]
 
+    if follows(node) and written(node):
+        strides = given(node.args[0])  # type: ignore[arg-type]
+        return None if strides is None else Lies(strides, True)
     if follows(node) and node.target not in _AS_THEY_SAY:
         return Lies(_at_each_place(node, given), False)
     args: Any = fx.node.map_arg(node.args, without_data)

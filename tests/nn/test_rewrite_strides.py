@@ -50,6 +50,8 @@ ONE: dict[str, Callable[[fx.Graph, fx.Node, fx.Node], fx.Node]] = {
         }.items()
     },
     "pow": lambda g, a, b: g.call_function(operator.pow, (a, 2)),
+    "relu in place": lambda g, a, b: g.call_function(F.relu, (a,), {"inplace": True}),
+    "tanh in place": lambda g, a, b: g.call_method("tanh_", (a,)),
     "pow of two": lambda g, a, b: g.call_function(operator.pow, (a, b)),
     "threshold": lambda g, a, b: g.call_function(F.threshold, (a, 0.1, 2.0)),
     "clamp": lambda g, a, b: g.call_method("clamp", (a, 0, 1)),
@@ -155,6 +157,15 @@ def test_views_that_strides_do_not_allow_are_not_known() -> None:
     view.meta["example_value"] = torch.empty(2, 12)
     assert lies(view, lambda n: (12, 4, 1)) is not None
     assert lies(view, lambda n: (12, 1, 3)) is None
+
+
+def test_powers_of_numbers_are_not_known() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.empty(2, 3)
+    power = graph.call_function(operator.pow, (2.0, x))
+    power.meta["example_value"] = torch.empty(2, 3)
+    assert not rearranges(power)
 
 
 def test_an_iterator_keeps_the_order_of_its_first_operand() -> None:
