@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cnnfast
 from cnnfast.cpu import norm_inference
 from cnnfast.cpu.packing import PACKS
+from cnnfast.memory_format import is_channels_last, reformatted
 from cnnfast.messages import CnnfastWarning, UsageError
 from cnnfast.nn import accelerate_worth, rewrite, rewrite_eager, rewrite_layout
 from cnnfast.nn.accelerate_call import plain_call, record_of
@@ -1881,3 +1883,26 @@ def test_functions_of_a_part_get_dense_memory(
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert a.stride() == b.stride() and bool(copies) is copied
     torch.testing.assert_close(ours(x), b, rtol=1e-5, atol=1e-5)
+
+
+def test_functions_of_numpy_end_no_stretch() -> None:
+    """Dynamo traces them as PyTorch's; none but those that draw numbers does anything to what is not given to it."""
+
+    def between(m: Any, y: Tensor) -> Tensor:
+        table = torch.tensor(np.array([[0.5, 1.0], [2.0, 3.0]]), dtype=y.dtype)
+        return m.second(y * 2) + table.sum()  # type: ignore[no-any-return]
+
+    ours, plain = pair(Maps(between))  # type: ignore[arg-type]
+    x = images(2, 16, 8, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
+    record = record_of(ours)
+    assert record is not None
+    assert [site.channels_last for site in record.graphs[-1].sites] == [True, False]
+
+
+def test_odd_maps_are_channels_last_without_a_copy() -> None:
+    x = odd(images(1, 16, 8, 8))
+    assert not is_channels_last(x) and x.is_contiguous(memory_format=torch.channels_last)
+    y = reformatted(x, True)
+    assert is_channels_last(y) and y.data_ptr() == x.data_ptr() and torch.equal(x, y)
