@@ -20,6 +20,7 @@ __all__ = [
     "in_format",
     "in_rows",
     "is_channels_last",
+    "is_dense",
     "new_strides",
     "reformatted",
     "reshaped_last",
@@ -72,8 +73,22 @@ def new_strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
     if len(shape) == 5:
         _, c, d, h, w = shape
         return (d * h * w * c, 1, h * w * c, w * c, c) if channels_last else (c * d * h * w, d * h * w, h * w, w, 1)
+    if len(shape) == 3:
+        _, c, length = shape
+        return (length * c, 1, c) if channels_last else (c * length, length, 1)
     _, c, h, w = shape
     return (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+
+
+@lru_cache(maxsize=4096)
+def is_dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the strides are a permutation of a contiguous tensor's: its elements are one run of memory."""
+    expected = 1
+    for stride, size in sorted((st, n) for st, n in zip(strides, shape, strict=True) if n != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def has_both(channels: int, size: Sequence[int]) -> bool:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Hashable
-from functools import lru_cache
 
 import torch
 
+from ..memory_format import is_dense
 from .watch import Watch, address, unwritten, watch
 
 try:
@@ -100,18 +100,7 @@ def _look(t: torch.Tensor) -> _Seen:
 
 
 def _hash(t: torch.Tensor) -> bytes:
-    if not _dense(t.shape, t.stride()):
+    if not is_dense(t.shape, t.stride()):
         t = t.detach().contiguous()
     size = t.numel() * t.element_size()
     return xxh3_128_digest((ctypes.c_ubyte * size).from_address(address(t))) if size else b""
-
-
-@lru_cache(maxsize=4096)
-def _dense(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
-    """Whether the strides are a permutation of a contiguous tensor's: its elements are one run of memory."""
-    expected = 1
-    for stride, size in sorted((st, n) for st, n in zip(strides, shape, strict=True) if n != 1):
-        if stride != expected:
-            return False
-        expected *= size
-    return True

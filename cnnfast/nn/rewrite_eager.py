@@ -19,7 +19,7 @@ from .rewrite_calls import AFFINE, call_kind, conv_functions
 from .rewrite_effects import value
 from .rewrite_formats import follows, is_part, maps_of, splits
 from .rewrite_site import Call, Site
-from .rewrite_strides import Lies, is_fixed, iterated, lies, rearranges, strides_of, views
+from .rewrite_strides import OF_THEIR_OWN, Lies, is_fixed, iterated, lies, rearranges, strides_of, views
 
 __all__ = ["Eager", "taken", "untold_norm"]
 
@@ -47,6 +47,7 @@ class Eager:
                 self.strides[node] = self._strides(node)
 
     def how(self, node: fx.Node, given: Callable[[fx.Node], tuple[Any, ...] | None]) -> Lies | None:
+        """`lies`, once for the same strides."""
         if not is_fixed(node):
             return None
         key = (node, *[given(n) for n in node.all_input_nodes])
@@ -85,9 +86,7 @@ class Eager:
         return False
 
     def _format(self, node: fx.Node) -> str:
-        """How eager mode's result lies in memory: "contiguous"; channels-last, "last"; so, but "odd", with a stride of
-        the batch's one image that ATen does not take for that; "part" of a contiguous one's channels, or all parts; ""
-        for what is no map. (Dynamo does not say the truth of odd ones.)"""
+        """Its entry in ``formats``. (Dynamo does not say the truth of odd ones.)"""
         if self.inference and (splits(node) or is_part(node)):
             self.lost |= node.args[0] in self.otherwise
             of = self.formats.get(node.args[0], "")  # type: ignore[arg-type]
@@ -121,8 +120,8 @@ class Eager:
         if said != "last" or not given or "odd" not in given and all(self.formats[n] == _said(n) for n in maps):
             return said
         if isinstance(node.target, Site):
-            strides = self.strides[node] = self._behind_all(node)
-            return said if strides is None else _kind_of(torch.empty_strided(t.shape, strides, device="meta"))
+            found, self.strides[node] = self._behind_all(node)
+            return found or said
         kind = call_kind(node.target)
         as_given = follows(node) or kind is not None and kind.name == "prelu"
         return given[0] if as_given or given[0] != "odd" else "contiguous"
@@ -137,8 +136,7 @@ class Eager:
             given = {self._truly(n) for n in maps_of(node)}
             found = "" if "" in given else "last" if given == {"last"} else "contiguous"
         elif isinstance(node.target, Site):
-            strides = self._behind_all(node)
-            found = "" if strides is None else _kind_of(torch.empty_strided(value(node).shape, strides, device="meta"))
+            found, _ = self._behind_all(node)
         elif follows(node) or node.target is F.interpolate:
             found = self._truly(next(iter(maps_of(node)), None))
             if found == "odd" and node.target is F.interpolate:
@@ -154,20 +152,23 @@ class Eager:
     def _truly(self, node: Any) -> str:
         return "contiguous" if node in self.otherwise else self.formats.get(node, "")
 
-    def _behind_all(self, node: fx.Node) -> tuple[int, ...] | None:
-        """Strides of a site's result, by PyTorch's rules; None where they are not known here."""
+    def _behind_all(self, node: fx.Node) -> tuple[str, tuple[int, ...] | None]:
+        """The format of a site's result, and its strides, by PyTorch's rules; "" and None where they are not known here
+        (strides: of fixed sizes alone)."""
         found, calls = self._truly(node.args[0]), node.target.calls  # type: ignore[union-attr]
         resizing = [k for k, call in enumerate(calls) if call.kind.name.startswith("conv")][-1]
-        for call in calls[: resizing + 1]:
+        fixed, shape = is_fixed(node), value(node).shape
+        for call in calls[: resizing + 1] if fixed else calls:
             found = found and self._behind(call, found, node.args[1:])
-        if not found:
-            return None
-        shape = value(node).shape
+        if not found or not fixed:
+            return found, None
         strides: tuple[int, ...] | None = new_strides(shape, found == "last")
         for call in calls[resizing + 1 :]:
             if strides is not None and not call.in_place:
                 strides = self._beside(call, shape, strides, node.args[1:])
-        return strides
+        if strides is None:
+            return "", None
+        return _kind_of(torch.empty_strided(shape, strides, device="meta")), strides
 
     def _behind(self, call: Call, given: str, operands: Sequence[Any]) -> str:
         """The format of the result of one call, of what is ``given`` in one."""
@@ -195,7 +196,7 @@ class Eager:
             if other is None:
                 return None
             return iterated(shape, [(shape, s) for s in ((other, given) if leads else (given, other))], alone=True)
-        if call.kind.pointwise and call.kind.name not in ("prelu", "hardtanh", "relu6"):
+        if call.kind.pointwise and call.target not in OF_THEIR_OWN:
             return iterated(shape, [(shape, given)], alone=True)
         return given if _keeps_format(call) else None
 

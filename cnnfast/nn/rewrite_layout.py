@@ -75,10 +75,7 @@ class _Layout:
         self.rearranged: set[fx.Node] = set()  # of what is changed, what is so as tokens may be
         self.copies: set[fx.Node] = set()  # of the maps, those that are copied from what is no map
         self.odd: set[fx.Node] = set()  # of the maps, views with a stride of their one image that ATen does not take
-
-    @property
-    def kept(self) -> set[fx.Node]:
-        return self.maps | self.changed.keys()
+        self.kept: set[fx.Node] = set()  # what is among the maps or changed
 
     def apply(self) -> None:
         untold = any(untold_norm(n, self.inference) for n in self.graph.nodes)
@@ -134,7 +131,7 @@ class _Layout:
                 self._end(node)
 
     def _dropped(self, nodes: Sequence[fx.Node]) -> set[fx.Node]:
-        """What of `kept` cannot be there, or, where all can, is of no use: first of what is copied."""
+        """What of ``kept`` cannot be there, or, where all can, is of no use: first of what is copied."""
         if drop := {n for n in self.kept if self._ends(n)}:
             return drop
         useless = self.kept - self._useful(nodes)
@@ -186,14 +183,14 @@ class _Layout:
             if node in formats and (isinstance(node.target, Site) or self.maps.issuperset(maps_of(node))):
                 self.maps.add(node)
                 if self.eager[node] == "contiguous":
-                    self.changed[node] = _channels_last(value(node))
+                    self.changed[node] = new_strides(value(node).shape, True)
                 elif self.eager[node] == "part" and (found := self.told.how(node, self._now)) is not None:
                     self.changed[node] = found.strides
             elif node in starts and copies_rows(node, self._now):
                 self.maps.add(node)
                 self.rearranged.add(node)
                 self.copies.add(node)
-                self.changed[node] = _channels_last(value(node))
+                self.changed[node] = new_strides(value(node).shape, True)
             elif node in tokens and any(n in self.changed for n in node.all_input_nodes):
                 found, before = self.told.how(node, self._now), self.told.how(node, self.strides.get)
                 if found is None or not views(node) and strides_over(node, self._now):
@@ -210,7 +207,8 @@ class _Layout:
                     self.maps.add(node)
                     if t.dim() > 3 and not suggests_channels_last(t.shape, found.strides):
                         self.odd.add(node)
-                        self.changed[node] = _channels_last(t)
+                        self.changed[node] = new_strides(t.shape, True)
+        self.kept = self.maps | self.changed.keys()
 
     def _is_copy(self, node: fx.Node) -> bool:
         """Whether it is a contiguous map with the numbers of something else."""
@@ -289,13 +287,13 @@ class _Layout:
         return self.eager.get(node) in found
 
     def _ends(self, node: fx.Node) -> bool:
-        """Whether a node of `kept` cannot be: a user gives the same memory as something else, or one of a view, of
+        """Whether a node of ``kept`` cannot be: a user gives the same memory as something else, or one of a view, of
         which there is no copy, has to see it as it is in eager mode."""
         if self.eager[node] == "part" or self._is_viewed(node):
             if not all(self._accepts(user, node) for user in node.users):
                 return True
-        mine, there = storages(node), self.maps | self.changed.keys() | self.same
-        return any(storages(user) & mine and user not in there for user in node.users if user.op != "output")
+        mine, others = storages(node), (user for user in node.users if user not in self.kept and user.op != "output")
+        return any(storages(user) & mine and user not in self.same for user in others)
 
     def _is_viewed(self, node: fx.Node) -> bool:
         """Whether it is changed, a view, and no map."""
@@ -346,11 +344,3 @@ class _Layout:
 
 def _bytes(node: Any) -> int:
     return numel(node) * value(node).element_size()
-
-
-def _channels_last(t: Tensor) -> tuple[int, ...]:
-    """Strides of such a map in that format."""
-    if t.dim() > 3:
-        return new_strides(t.shape, True)
-    _, c, length = t.shape
-    return (c * length, 1, c)

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from ..memory_format import format_of, new_strides
+from ..memory_format import format_of, is_dense, new_strides
 from .rewrite_effects import value, written
 from .rewrite_formats import follows, named, takes_numbers
 
 __all__ = [
+    "OF_THEIR_OWN",
     "Lies",
     "copies_rows",
     "is_fixed",
@@ -39,7 +40,7 @@ _VIEWS = named(
 _MEANS = named("mean sum var std")
 _OVER_MANY = named("matmul bmm softmax normalize") | _MEANS | {operator.matmul}
 _AS_THEY_SAY = named("detach clone")
-_OTHERS = named("prelu hardtanh relu6 softsign")  # made of the numbers at each place by rules of their own
+OF_THEIR_OWN = named("prelu hardtanh relu6 softsign")  # made of the numbers at each place by rules of their own
 _ROWS = frozenset({F.layer_norm, torch.layer_norm, F.linear})  # whose results are contiguous, whatever is given
 
 
@@ -78,7 +79,7 @@ def rearranges(node: fx.Node) -> bool:
         return False
     if views(node) or _reads_rows(node) or node.target is torch.cat or node.target in _OVER_MANY:
         return True
-    if node.target in _OTHERS or not (isinstance(node.args[0], fx.Node) or takes_numbers(node)):  # 2 ** x
+    if node.target in OF_THEIR_OWN or not (isinstance(node.args[0], fx.Node) or takes_numbers(node)):  # 2 ** x
         return False
     return follows(node) and isinstance(value(node), Tensor)
 
@@ -105,7 +106,7 @@ def lies(node: fx.Node, given: Callable[[fx.Node], tuple[Any, ...] | None]) -> L
     if not is_fixed(node):
         return None
     if _reads_rows(node):
-        return Lies(_contiguous(value(node).shape), False)
+        return Lies(torch.empty(value(node).shape, device="meta").stride(), False)
     if node.target is operator.getitem and not isinstance(value(node.args[0]), Tensor):
         each = given(node.args[0])  # type: ignore[arg-type]
         return None if each is None or type(node.args[1]) is not int else Lies(each[node.args[1]], True)
@@ -169,10 +170,10 @@ def iterated(shape: Sequence[int], operands: Operands, *, alone: bool) -> tuple[
     if alone and all(tuple(size) == tuple(shape) for size, _ in operands):
         given = [torch.empty_strided(size, strides, device="meta") for size, strides in operands]
         if all(t.is_contiguous() for t in given):
-            return _contiguous(shape)
+            return torch.empty(shape, device="meta").stride()
         if len(shape) == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in given):
             return new_strides(shape, True)
-        if all(tuple(strides) == first for _, strides in operands) and _is_dense(shape, first):
+        if all(tuple(strides) == first for _, strides in operands) and is_dense(tuple(shape), first):
             return first
     every = [_broadcast(shape, size, strides) for size, strides in operands]
 
@@ -201,17 +202,7 @@ def iterated(shape: Sequence[int], operands: Operands, *, alone: bool) -> tuple[
     for k in order:
         strides[k] = step
         step *= shape[k]
-    return _contiguous(shape) if order == list(range(len(shape)))[::-1] else tuple(strides)
-
-
-def _is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether there are no gaps, and nothing lies twice in memory; dimensions of one do not decide."""
-    step = 1
-    for s, n in sorted((s, n) for n, s in zip(shape, strides, strict=True) if n != 1):
-        if s != step:
-            return False
-        step *= n
-    return True
+    return torch.empty(shape, device="meta").stride() if order == list(range(len(shape)))[::-1] else tuple(strides)
 
 
 def _broadcast(shape: Sequence[int], size: Sequence[int], strides: Sequence[int]) -> list[int]:
@@ -272,11 +263,3 @@ def _densest(node: fx.Node, given: Callable[[fx.Node], tuple[Any, ...] | None]) 
     """The dimension of more than one of the least stride."""
     strides: Any = given(node)
     return min((k for k, n in enumerate(value(node).shape) if n > 1), key=lambda k: strides[k], default=None)
-
-
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for n in reversed(shape):
-        strides.append(step)
-        step *= max(n, 1)
-    return tuple(reversed(strides))
