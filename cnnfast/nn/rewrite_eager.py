@@ -17,9 +17,9 @@ from ..dispatch import on_cpu
 from ..memory_format import in_format, new_strides, suggests_channels_last
 from .rewrite_calls import AFFINE, call_kind, conv_functions
 from .rewrite_effects import value
-from .rewrite_formats import follows, is_part, maps_of, splits
+from .rewrite_formats import follows, is_part, keeps, maps_of, splits
 from .rewrite_site import Call, Site
-from .rewrite_strides import OF_THEIR_OWN, Lies, is_fixed, iterated, lies, rearranges, strides_of, views
+from .rewrite_strides import OF_THEIR_OWN, Lies, is_fixed, is_mistold, iterated, lies, rearranges, strides_of, views
 
 __all__ = ["Eager", "taken", "untold_norm"]
 
@@ -39,7 +39,8 @@ class Eager:
         self.lost = False
         self._lies: dict[object, Lies | None] = {}
         for node in nodes:
-            if inference and rearranges(node) and is_fixed(node) and (views(node) or not self._trusted(node)):
+            untrue = views(node) or is_mistold(node) or not self._trusted(node)
+            if inference and rearranges(node) and is_fixed(node) and untrue:
                 found = self.how(node, self.strides.get)
                 self.strides[node] = None if found is None else found.strides
             self.formats[node] = self._format(node)
@@ -62,11 +63,13 @@ class Eager:
     def _strides(self, node: fx.Node) -> tuple[Any, ...] | None:
         """Of what rearranges nothing; None where they are not known."""
         t, kind = value(node), self.formats[node]
-        if node in self.untold or kind == "odd":
+        if node in self.untold or kind == "odd" or not kind and _names(node) == ["batch_norm"]:
             return None
         if isinstance(t, Tensor) and t.dim() > 3 and kind in ("contiguous", "last"):
             return t.stride() if kind == _said(node) else new_strides(t.shape, kind == "last")
-        return strides_of(t) if node not in self.otherwise and self._trusted(node) else None
+        if node not in self.otherwise and self._trusted(node):
+            return None if is_mistold(node) else strides_of(t)
+        return self._behind_all(node)[1] if isinstance(node.target, Site) else None
 
     def _untold(self, node: fx.Node) -> bool:
         """Whether Dynamo does not say the truth of a result (N, C, L): of a convolution whose weight, or input of one
@@ -103,6 +106,11 @@ class Eager:
             t = torch.empty_strided(t.shape, strides, device="meta")
         elif t.dim() == 3 and self.inference and not self._trusted(node):
             return ""
+        elif is_mistold(node) and not isinstance(node.target, Site):
+            if node.target is torch.einsum:
+                return ""
+            given = [self.formats[n] for n in maps_of(node) if value(n).is_floating_point()]
+            self.lost |= not {"contiguous", "part"}.issuperset(given)
         if _contiguous_norm(node) or not self.otherwise.isdisjoint(node.all_input_nodes):
             return self._otherwise(node)
         last = in_format(t, True)
@@ -113,17 +121,22 @@ class Eager:
         said = _said(node)
         if strides is not None:
             return _kind_of(t)
-        if views(node):
+        if views(node):  # in training, or of what nothing is known
+            self.lost |= self.inference and is_fixed(node) and strides_of(value(node.args[0])) is not None
             return said
         maps = [n for n in maps_of(node) if self.formats.get(n)]
         given = [self.formats[n] for n in maps]
-        if said != "last" or not given or "odd" not in given and all(self.formats[n] == _said(n) for n in maps):
+        unsaid = is_mistold(node) or any(self.formats[n] == "last" != _said(n) for n in maps)
+        true = said != "last" or "odd" not in given and all(self.formats[n] == _said(n) for n in maps)
+        if not given or true and not unsaid:
             return said
         if isinstance(node.target, Site):
             found, self.strides[node] = self._behind_all(node)
+            self.lost |= unsaid and not found
             return found or said
         kind = call_kind(node.target)
         as_given = follows(node) or kind is not None and kind.name == "prelu"
+        self.lost |= unsaid and (len(set(given)) > 1 or not keeps(node, self.inference))
         return given[0] if as_given or given[0] != "odd" else "contiguous"
 
     def _otherwise(self, node: fx.Node) -> str:

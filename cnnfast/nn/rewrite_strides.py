@@ -2,7 +2,8 @@
 tokens (N, positions, C), windows of them and back, and what is computed of those at each place or for each token.
 
 ATen chooses strides by strides and sizes alone, so that a call on tensors without data tells. Not so of what is made of
-the numbers at each place: those calls go by PyTorch's own Python then, which has other strides of dimensions of one.
+the numbers at each place: those calls go by PyTorch's own Python then, which has other strides of dimensions of one;
+nor of some others on a CPU, of which it says that they are contiguous, or lie as what they are given (`is_mistold`).
 """
 
 from __future__ import annotations
@@ -16,15 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-from ..memory_format import format_of, is_dense, new_strides
+from ..dispatch import on_cpu
+from ..memory_format import format_of, is_dense, new_strides, suggests_channels_last
+from .rewrite_calls import call_kind
 from .rewrite_effects import value, written
 from .rewrite_formats import follows, named, takes_numbers
+from .rewrite_site import Call, Site
 
 __all__ = [
     "OF_THEIR_OWN",
     "Lies",
     "copies_rows",
     "is_fixed",
+    "is_mistold",
     "lies",
     "rearranges",
     "strides_of",
@@ -38,9 +43,16 @@ _VIEWS = named(
     "chunk split tensor_split narrow select unbind contiguous"
 )
 _MEANS = named("mean sum var std")
-_OVER_MANY = named("matmul bmm softmax normalize") | _MEANS | {operator.matmul}
+_OVER_MANY = named("matmul bmm einsum softmax normalize") | _MEANS | {operator.matmul}
 _AS_THEY_SAY = named("detach clone")
 OF_THEIR_OWN = named("prelu hardtanh relu6 softsign")  # made of the numbers at each place by rules of their own
+_ROLLS = named("roll")
+_SHUFFLES = named("channel_shuffle native_channel_shuffle")
+_PADS = frozenset({F.pad, torch._C._nn.pad})
+_MOVES = _ROLLS | _SHUFFLES | _PADS  # copies to other positions
+_POWERS = named("pow") | {operator.pow, pow}
+# Whose strides are not said by the fake mode, and not known here, of what is not contiguous.
+_UNKNOWN = named("rrelu index_fill max_unpool2d max_unpool3d") | {torch.fft.fftshift, torch.fft.ifftshift}
 _ROWS = frozenset({F.layer_norm, torch.layer_norm, F.linear})  # whose results are contiguous, whatever is given
 
 
@@ -77,11 +89,54 @@ def rearranges(node: fx.Node) -> bool:
         return False
     if not node.args:
         return False
-    if views(node) or _reads_rows(node) or node.target is torch.cat or node.target in _OVER_MANY:
+    if views(node) or _reads_rows(node) or node.target is torch.cat or node.target in _OVER_MANY | _MOVES:
         return True
-    if node.target in OF_THEIR_OWN or not (isinstance(node.args[0], fx.Node) or takes_numbers(node)):  # 2 ** x
+    if _is_contiguous_of_any(node):
+        return True
+    if node.target in OF_THEIR_OWN or not (isinstance(node.args[0], fx.Node) or takes_numbers(node)):
         return False
     return follows(node) and isinstance(value(node), Tensor)
+
+
+def _is_contiguous_of_any(node: fx.Node) -> bool:
+    """Whether its result is contiguous, of numbers made of those at their places: a power of a number."""
+    power = node.target in _POWERS and isinstance(value(node.args[0]), (int, float)) and isinstance(value(node), Tensor)
+    return power or node.target is F.logsigmoid
+
+
+def is_mistold(node: fx.Node) -> bool:
+    """Whether PyTorch's fake mode may say something else of it than what ATen does on a CPU."""
+    y = value(node)
+    if not isinstance(y, Tensor) or not on_cpu(y):
+        return False
+    if isinstance(node.target, Site):
+        return y.dim() == 5 and any(_pads_by_edges(call) for call in node.target.calls)
+    mistold = node.target in _ROLLS | _SHUFFLES | _UNKNOWN or node.target is torch.einsum
+    return mistold or _is_contiguous_of_any(node) or _pads_by_edges(node) and y.dim() == 5
+
+
+def _pads_by_edges(call: fx.Node | Call) -> bool:
+    """Whether it pads maps with what is in them, at their edges."""
+    if call.target not in _PADS:
+        return False
+    kind = call_kind(call.target)
+    bound = None if kind is None else kind.bind(call.args, call.kwargs)
+    return bound is None or bound["mode"] in ("reflect", "replicate")
+
+
+def _multiplies(node: fx.Node) -> bool:
+    """Whether it is an einsum of several tensors that sums over nothing, or may: it is made of the numbers at each
+    place then."""
+    if node.target is not torch.einsum or len(node.all_input_nodes) < 2 and len(node.args) < 3:
+        return False
+    equation, *operands = node.args
+    operands = operands[0] if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands  # type: ignore[assignment]
+    if not isinstance(equation, str) or "->" not in equation or "." in equation or len(operands) != 2:
+        return True
+    given, result = equation.replace(" ", "").split("->")
+    each = zip(given.split(","), operands, strict=True)
+    sizes = [dict(zip(labels, value(n).shape, strict=True)) for labels, n in each]
+    return not any(k not in result and all(size.get(k, 1) != 1 for size in sizes) for k in sizes[0])
 
 
 def _is_basic(index: Any) -> bool:
@@ -105,7 +160,7 @@ def lies(node: fx.Node, given: Callable[[fx.Node], tuple[Any, ...] | None]) -> L
     where that is not known, or where these do not allow it."""
     if not is_fixed(node):
         return None
-    if _reads_rows(node):
+    if _reads_rows(node) or _is_contiguous_of_any(node):
         return Lies(torch.empty(value(node).shape, device="meta").stride(), False)
     if node.target is operator.getitem and not isinstance(value(node.args[0]), Tensor):
         each = given(node.args[0])  # type: ignore[arg-type]
@@ -132,6 +187,11 @@ def lies(node: fx.Node, given: Callable[[fx.Node], tuple[Any, ...] | None]) -> L
     kwargs: Any = fx.node.map_arg(node.kwargs, without_data)
     if node.target is F.normalize:
         return Lies(_normalized(args[0], *args[1:], **kwargs), False)
+    if _multiplies(node):
+        return None
+    if node.target in _UNKNOWN | _ROLLS | _SHUFFLES or _pads_by_edges(node):
+        strides = _moved(node, args, kwargs)
+        return None if strides is None else Lies(strides, False)
     try:
         if node.op == "call_method":
             y = getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -143,6 +203,27 @@ def lies(node: fx.Node, given: Callable[[fx.Node], tuple[Any, ...] | None]) -> L
     memory = {t.untyped_storage()._cdata for t in tensors}
     shared = any(t.untyped_storage()._cdata in memory for t in tree_leaves(y))
     return None if strides is None else Lies(strides, shared)
+
+
+def _moved(node: fx.Node, args: Any, kwargs: Any) -> tuple[int, ...] | None:
+    """Strides of a copy to other positions, of which the fake mode may say others; None where they are not known."""
+    x, dense = args[0], torch.empty(value(node).shape, device="meta").stride()
+    if node.target in _UNKNOWN:
+        return dense if x.is_contiguous() else None
+    if node.target in _ROLLS:
+        return _rolled(x, *args[1:], **kwargs).stride()
+    return new_strides(value(node).shape, True) if suggests_channels_last(x.shape, x.stride()) else dense
+
+
+def _rolled(x: Tensor, shifts: Any, dims: Any = ()) -> Tensor:
+    """As ATen's ``roll_cpu`` does it."""
+    shifts, dims = ((a,) if isinstance(a, int) else tuple(a) for a in (shifts, dims))
+    if not dims:
+        return torch.empty(x.shape, device="meta")
+    for shift, dim in zip(shifts, dims, strict=True):
+        start = -shift % x.shape[dim] if x.shape[dim] else 0
+        x = torch.cat([x.narrow(dim, start, x.shape[dim] - start), x.narrow(dim, 0, start)], dim)
+    return x
 
 
 Operands = Sequence[tuple[Sequence[int], Sequence[int]]]
@@ -248,6 +329,9 @@ def strides_over(node: fx.Node, given: Callable[[fx.Node], tuple[Any, ...] | Non
         return _densest(x, given) != (wide[-1] if wide else None)
     if node.target in _OVER_MANY:
         return False
+    if node.target in _MOVES:
+        found = lies(node, given)
+        return found is not None and _densest(node, lambda n: found.strides) != _densest(node.args[0], given)  # type: ignore[arg-type]
     return len({_densest(n, given) for n in node.all_input_nodes if _is_of_shape(n, node)} - {None}) > 1
 
 

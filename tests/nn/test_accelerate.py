@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import cnnfast
 from cnnfast.cpu import norm_inference
 from cnnfast.cpu.packing import PACKS
-from cnnfast.memory_format import is_channels_last, reformatted
+from cnnfast.memory_format import LAST, is_channels_last, reformatted
 from cnnfast.messages import CnnfastWarning, UsageError
 from cnnfast.nn import accelerate_worth, rewrite, rewrite_eager, rewrite_layout
 from cnnfast.nn.accelerate_call import plain_call, record_of
@@ -1057,6 +1057,7 @@ IN_INFERENCE: dict[str, list[bool | None]] = {
     "a part is set, and the map read": [True, False],
     "normalized": [True, False],
     "overwritten": [True, False],
+    "padded by channels": [True, False],
     "added to": [True, False],
 }
 
@@ -1135,9 +1136,9 @@ ODD: dict[str, Callable[[Any, Tensor], Tensor]] = {
 class Same(nn.Module):
     """``model(x) = f(model, x)``, with two convolutions from 16 channels to 16."""
 
-    def __init__(self, f: Callable[[Any, Tensor], Tensor]) -> None:
+    def __init__(self, f: Callable[[Any, Tensor], Tensor], dims: int = 2) -> None:
         super().__init__()
-        self.f, self.conv = f, nn.Conv2d(16, 16, 3, padding=1)
+        self.f, self.conv = f, (nn.Conv2d if dims == 2 else nn.Conv3d)(16, 16, 3, padding=1)
 
     def same(self, x: Tensor) -> Tensor:
         return self.conv(F.relu(self.conv(x)))
@@ -1156,6 +1157,55 @@ def test_strides_are_eager_modes_of_maps_that_aten_does_not_take_for_channels_la
             a, b = ours(x), plain(x)
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
             assert a.stride() == b.stride()
+
+
+def unpooled(x: Tensor) -> Tensor:
+    return F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2) if x.dim() == 4 else x.roll(1, 2)
+
+
+def by_tokens(x: Tensor) -> Tensor:
+    t = x.flatten(2).transpose(1, 2)
+    return (t + F.layer_norm(t, (16,))).transpose(1, 2).view(x.shape)
+
+
+MISTOLD: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "rolled": lambda m, x: m.same(torch.roll(m.same(x), (1, -1), (2, 3))),
+    "rolled in one": lambda m, x: m.same(m.same(x).roll(3)),
+    "shifted by half": lambda m, x: m.same(torch.fft.ifftshift(m.same(x), dim=(-2, -1))),
+    "shuffled": lambda m, x: m.same(F.channel_shuffle(m.same(x), 4)),
+    "padded by edges": lambda m, x: m.same(F.pad(m.same(x), (1, 1) * (x.dim() - 2), "replicate")),
+    "padded by reflection, relu": lambda m, x: F.relu(F.pad(m.same(x), (1, 1) * (x.dim() - 2), mode="reflect")) * 2,
+    "unpooled": lambda m, x: m.same(unpooled(m.same(x))),
+    "logarithms": lambda m, x: m.same(F.logsigmoid(m.same(x))),
+    "a power of a number": lambda m, x: m.same(0.5 ** m.same(x)) + m.same(x),
+    "rolled tokens": lambda m, x: m.same(x) + m.same(m.same(x).movedim(1, -1).roll(-1, 1).movedim(-1, 1)),
+    "its parts": lambda m, x: m.same(torch.cat([m.same(x).roll(1, 2), x], 1)[:, 8:24]),
+    "tokens of what is rolled": lambda m, x: m.same(by_tokens(torch.roll(m.same(x), (1, -1), (2, 3)))),
+    "tokens of what is shuffled": lambda m, x: m.same(by_tokens(F.channel_shuffle(m.same(x), 4))),
+    "tokens of what is shifted": lambda m, x: m.same(by_tokens(torch.fft.fftshift(m.same(x)))),
+    "tokens of what is padded": lambda m, x: m.same(by_tokens(F.pad(m.same(x), (1, 1) * (x.dim() - 2), "reflect"))),
+    "tokens of what is unpooled": lambda m, x: m.same(by_tokens(unpooled(m.same(x)))),
+    "tokens of powers": lambda m, x: m.same(by_tokens(0.5 ** m.same(x))) + m.same(x),
+    "tokens of logarithms": lambda m, x: m.same(by_tokens(F.relu(F.logsigmoid(m.same(x)) + 1))),
+    "tokens by einsum": lambda m, x: m.same(torch.einsum("nlc->ncl", by_tokens(x).flatten(2).mT).reshape(x.shape)),
+}
+
+
+@pytest.mark.filterwarnings("error::cnnfast.messages.CnnfastWarning")
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("name", MISTOLD)
+def test_strides_are_eager_modes_where_the_fake_mode_says_others(name: str, last: bool, train: bool) -> None:
+    """As it does on a CPU of some calls of channels-last maps."""
+    for dims in (2, 3) if "pad" in name else (2,):
+        ours, plain = pair(Same(MISTOLD[name], dims))
+        with torch.set_grad_enabled(train), accelerate_worth.never_standing():
+            for size in (8, 8, 10):
+                x = images(2, 16, *[size] * dims)
+                x = x.contiguous(memory_format=LAST[x.dim()]) if last else x
+                a, b = ours(x), plain(x)
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+                assert a.stride() == b.stride()
 
 
 @pytest.mark.parametrize(("size", "gradients", "last"), [(8, True, False), (64, True, True), (8, False, True)])

@@ -269,6 +269,93 @@ class Vocoder(nn.Module):
         return torch.tanh(self.second(F.leaky_relu(y))).view(n, -1, h, w)
 
 
+class Tokens(nn.Module):
+    """Attention as image models write it: a map as tokens, windows of them, or its channels as such, and back, with
+    norms, sums and products of them, convolutions between, and writes in place to either."""
+
+    def __init__(self, r: random.Random, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.first, self.deep = nn.Conv2d(c_in, c_out, 3, padding=1), nn.Conv2d(c_out, c_out, 3, padding=1, groups=2)
+        self.wide, self.last = nn.Conv2d(c_out, 3 * c_out, 1), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm, self.qkv, self.out = nn.LayerNorm(c_out), nn.Linear(c_out, 3 * c_out), nn.Linear(c_out, c_out)
+        self.bias = nn.Parameter(torch.linspace(-1, 1, 16 * 16).view(16, 16))
+        self.hows = [r.randrange(n) for n in (5, 6, 5, 5, 4)]
+
+    def mixed(self, t: Tensor, how: int) -> Tensor:
+        """Of tokens (N, L, C), with two heads."""
+        n, length, c = t.shape
+        if how == 0:
+            q, k, v = self.qkv(t).reshape(n, length, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+            y = F.scaled_dot_product_attention(q, k, v)
+        elif how == 1:
+            q, k, v = self.qkv(t).reshape(n, length, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
+            scores = (q * 0.5) @ k.transpose(-2, -1)
+            if length == 16:
+                scores = scores + self.bias.unsqueeze(0)
+            y = scores.softmax(dim=-1) @ v
+        elif how == 2:
+            q, k, v = (p.view(n, length, 2, -1).transpose(1, 2) for p in self.qkv(t).chunk(3, dim=-1))
+            y = torch.einsum("bhij,bhjd->bhid", torch.einsum("bhid,bhjd->bhij", q, k).softmax(-1), v)
+        elif how == 3:  # of the channels
+            q, k, v = self.qkv(t).transpose(1, 2).chunk(3, dim=1)
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+            return self.out((torch.bmm(q, k.transpose(1, 2)).softmax(-1) @ v).transpose(1, 2))
+        else:
+            return self.out(F.relu6(t) + F.silu(self.qkv(t)[..., :c]))
+        return self.out(y.transpose(1, 2).reshape(n, length, c))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ahead, seen, within, back, behind = self.hows
+        x = self.first(x)
+        n, c, h, w = x.shape
+        if ahead == 1:
+            x = x + self.deep(F.gelu(x))
+        elif ahead == 2 and not torch.is_grad_enabled():
+            x += self.deep(x)
+        elif ahead == 3:
+            x = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        elif ahead == 4:
+            x = torch.roll(x, (1, -1), dims=(2, 3))
+        if seen == 0:
+            t = x.flatten(2).transpose(1, 2)
+        elif seen == 1:
+            t = x.permute(0, 2, 3, 1).reshape(n, h * w, c)
+        elif seen == 2:  # windows
+            t = x.view(n, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).contiguous().view(-1, 16, c)
+        elif seen == 3:
+            t = torch.roll(x.permute(0, 2, 3, 1), shifts=(-2, -2), dims=(1, 2))
+            t = t.view(n, h // 4, 4, w // 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 16, c)
+        elif seen == 4:
+            t = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, 4, 0, 4))[:, :h, :w].flatten(1, 2)
+        else:  # each row
+            t = x.permute(0, 2, 3, 1).flatten(0, 1)
+        t = t + self.mixed(self.norm(t), within)
+        if within == 1 and not torch.is_grad_enabled():
+            t += 1
+        if seen in (2, 3):
+            t = t.view(n, h // 4, w // 4, 4, 4, c).permute(0, 1, 3, 2, 4, 5).reshape(n, h * w, c)
+        elif seen == 5:
+            t = t.reshape(n, h * w, c)
+        if back == 0:
+            y = t.transpose(1, 2).view(n, c, h, w)
+        elif back == 1:
+            y = t.permute(0, 2, 1).contiguous().view(n, c, h, w)
+        elif back == 2:
+            y = t.view(n, h, w, c).permute(0, 3, 1, 2).contiguous()
+        elif back == 3:
+            y = torch.einsum("nlc->ncl", t).reshape(n, c, h, w)
+        else:
+            y = t.unflatten(1, (h, w)).movedim(-1, 1)
+        if behind == 0:
+            y = x + self.deep(y)
+        elif behind == 1:
+            q, k, v = self.wide(y).chunk(3, dim=1)
+            y = q * k.sigmoid() + v
+        elif behind == 2:
+            y = torch.cat([y, x], 1)[:, c // 2 : c // 2 + c]
+        return self.last(y)
+
+
 class Random(nn.Module):
     def __init__(self, r: random.Random, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -311,7 +398,7 @@ class Counting(nn.Module):
 
 PARTS: list[Part] = [
     Functional, Residual, Upsampled, Transposed, TwoConsumers, Overwritten, Shared, Computed, Random, Controlled,
-    Counting, Shuffled, Restored, Vocoder,
+    Counting, Shuffled, Restored, Vocoder, Tokens,
 ]  # fmt: skip
 
 
