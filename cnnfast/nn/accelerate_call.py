@@ -44,11 +44,16 @@ class Record:
     failed: str | None = None
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def compilations(self) -> int:
+        """How many graphs Dynamo has traced."""
+        return sum(not graph.again for graph in self.graphs)
+
     def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """The backend that Dynamo is given."""
-        run, graph = rewritten(gm)
+        run, graph = rewritten(gm, self.graphs.append, self.notes.append)
         self.graphs.append(graph)
-        if len(self.graphs) == LIMIT:
+        if self.compilations == LIMIT:
             warnings.warn(
                 f"cnnfast: {LIMIT} graphs of one accelerated module: what needs more runs as it stands",
                 CnnfastWarning,

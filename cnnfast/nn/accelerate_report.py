@@ -216,7 +216,7 @@ def explained(name: str, record: Record, graphs: Sequence[Graph]) -> Explanation
     if standing := sum(kind.gain is False for kind in record.calls.kinds.values()):
         notes.append(f"{STANDS}: so for {standing} of {len(record.calls.kinds)} kinds of calls")
     return Explanation(
-        name, tuple(rows), graphs=len(graphs), compilations=len(record.graphs), notes=(*notes, *record.notes)
+        name, tuple(rows), graphs=len(graphs), compilations=record.compilations, notes=(*notes, *record.notes)
     )
 
 

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from .layers import plain_now
@@ -27,6 +26,7 @@ from .rewrite_norm import NORMS
 from .rewrite_quick import state
 from .rewrite_settle import settled
 from .rewrite_site import Call, Place, Ref, Site
+from .rewrite_sizes import Sizes, has_sizes
 from .rewrite_weights import Computed, keep_weights
 
 __all__ = ["Apart", "Graph", "backend", "rewritten"]
@@ -43,9 +43,11 @@ class Apart:
 
 @dataclass
 class Graph:
-    """What became of one traced graph, which runs with ``gradients`` or without."""
+    """What became of one traced graph, which runs with ``gradients`` or without. ``again``: it is another one, of
+    symbolic sizes, with some that came again (`rewrite_sizes`)."""
 
     gradients: bool
+    again: bool = False
     sites: list[Site] = field(default_factory=list)
     apart: list[Apart] = field(default_factory=list)
     convolutions: int = 0
@@ -53,6 +55,14 @@ class Graph:
     converted: int = 0  # see `keep_channels_last`
     # The state that calls met, how many of them, and what the second settled on; set at once, for other threads.
     _seen: tuple[object, int, Callable[..., Any] | None] = (None, 0, None)
+    _off: tuple[int, bool] = (-1, False)
+
+    @property
+    def off(self) -> bool:
+        """Whether any of its sites is."""
+        if self._off[0] != Site.switched:
+            self._off = Site.switched, any(site.off for site in self.sites)
+        return self._off[1]
 
     def forward(self, gm: fx.GraphModule) -> Callable[..., Any]:
         """What a call runs: from the second in the same `state` on what its sites have `settled` on."""
@@ -72,10 +82,39 @@ def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]
     return rewritten(gm)[0]
 
 
-def rewritten(gm: fx.GraphModule) -> tuple[Callable[..., Any], Graph]:
-    """The graph as a function, and what became of it."""
+def rewritten(
+    gm: fx.GraphModule,
+    more: Callable[[Graph], object] = lambda graph: None,
+    note: Callable[[str], object] = lambda problem: None,
+) -> tuple[Callable[..., Any], Graph]:
+    """The graph as a function, and what became of it. Where its sizes are symbolic, ``more`` is given what becomes of
+    it for sizes that come again, and ``note`` why nothing does."""
     found = Graph(torch.is_grad_enabled())
-    fixed = _fixed(gm)
+    _prepare(gm)
+    if all(has_sizes(node) for node in gm.graph.nodes):
+        return _runner(gm, found), found
+
+    def make(gm: fx.GraphModule) -> Callable[..., Any]:
+        again = Graph(found.gradients, again=True)
+        run = _runner(gm, again)
+        more(again)
+        return run
+
+    sizes = Sizes(gm, make, note)
+    if (only := sizes.only()) is not None:
+        return _runner(only, found), found
+    of_any = _runner(gm, found)
+
+    def run(*args: Any) -> Any:
+        return ((None if found.off else sizes.met(args)) or of_any)(*args)
+
+    return run, found
+
+
+def _runner(gm: fx.GraphModule, found: Graph) -> Callable[..., Any]:
+    """The graph as a function; ``found`` is told what becomes of it."""
+    fixed = all(has_sizes(node) for node in gm.graph.nodes)
+    fixed = fixed and not any(isinstance(child, fx.GraphModule) for child in gm.children())
     _rewrite(gm, found)
     gm = fx.GraphModule(gm, gm.graph)  # of Dynamo's own kind the first call prints to stderr where it raises
 
@@ -83,25 +122,14 @@ def rewritten(gm: fx.GraphModule) -> tuple[Callable[..., Any], Graph]:
         found.runs += 1
         return (found.forward(gm) if fixed else gm.forward)(*args)
 
-    return run, found
+    return run
 
 
-def _fixed(gm: fx.GraphModule) -> bool:
-    """Whether its sizes cannot change, and so what its sites do; nor do operators run graphs inside of it."""
-    for t in (t for node in gm.graph.nodes for t in tree_leaves(value(node))):
-        if (
-            isinstance(t, Tensor)
-            and t.is_nested
-            or any(isinstance(n, torch.SymInt) for n in (t.shape if isinstance(t, Tensor) else (t,)))
-        ):
-            return False
-    return not any(isinstance(child, fx.GraphModule) for child in gm.children())
-
-
-def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
+def _prepare(gm: fx.GraphModule) -> None:
+    """What there is to do to a graph, whatever its sizes."""
     for child in gm.children():  # what operators of higher order run
         if isinstance(child, fx.GraphModule):
-            _rewrite(child, found)
+            _prepare(child)
     for node in gm.graph.nodes:
         if node.target is operator.pow and repr(node.args[0]).startswith("-"):
             node.target = pow  # FX writes the operator as ``-1 ** x``, which Python reads as -(1 ** x)
@@ -113,6 +141,12 @@ def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
             node.replace_all_uses_with(node.args[0])
             gm.graph.erase_node(node)
     keep_weights(gm.graph)
+
+
+def _rewrite(gm: fx.GraphModule, found: Graph) -> None:
+    for child in gm.children():
+        if isinstance(child, fx.GraphModule):
+            _rewrite(child, found)
     nodes = list(gm.graph.nodes)
     finder = _Finder(nodes)
     taken: set[fx.Node] = set()

@@ -121,8 +121,9 @@ class Eager:
         said = _said(node)
         if strides is not None:
             return _kind_of(t)
-        if views(node):  # in training, or of what nothing is known
-            self.lost |= self.inference and is_fixed(node) and strides_of(value(node.args[0])) is not None
+        if views(node):  # of strides that are not known: the one image's may be odd
+            if self.inference and strides_of(value(node.args[0])) is not None:
+                self.lost |= is_fixed(node) or said == "last" and type(t.shape[0]) is int and t.shape[0] == 1
             return said
         maps = [n for n in maps_of(node) if self.formats.get(n)]
         given = [self.formats[n] for n in maps]
@@ -132,7 +133,7 @@ class Eager:
             return said
         if isinstance(node.target, Site):
             found, self.strides[node] = self._behind_all(node)
-            self.lost |= unsaid and not found
+            self.lost |= not found
             return found or said
         kind = call_kind(node.target)
         as_given = follows(node) or kind is not None and kind.name == "prelu"
@@ -169,7 +170,8 @@ class Eager:
         """The format of a site's result, and its strides, by PyTorch's rules; "" and None where they are not known here
         (strides: of fixed sizes alone)."""
         found, calls = self._truly(node.args[0]), node.target.calls  # type: ignore[union-attr]
-        resizing = [k for k, call in enumerate(calls) if call.kind.name.startswith("conv")][-1]
+        resizes = [call.kind.name.startswith("conv") or call.kind.name in ("interpolate", "pad") for call in calls]
+        resizing = max(k for k, does in enumerate(resizes) if does)
         fixed, shape = is_fixed(node), value(node).shape
         for call in calls[: resizing + 1] if fixed else calls:
             found = found and self._behind(call, found, node.args[1:])

@@ -77,7 +77,7 @@ def written(node: fx.Node) -> set[Any]:
     if not is_known(target):
         return touched(node) or (set() if _is_numpy(target) else {Everything})
     name = getattr(target, "__name__", "")
-    if target in _IN_PLACE or _writes(name):
+    if target in _IN_PLACE or _writes(name) and target not in _KEYWORDS:
         return _of(node.args[0] if node.args else None) or {Everything}
     if name in ("batch_norm", "instance_norm", "embedding", "embedding_bag"):  # running statistics; max_norm
         return set().union(*(storages(n) for n in node.all_input_nodes[1:]))
@@ -121,6 +121,7 @@ def _inplace_at(target: Any) -> int | None:
 _IN_PLACE = frozenset(
     getattr(operator, name) for name in dir(operator) if name.startswith("i") and hasattr(operator, f"__{name}__")
 ) - {operator.index, operator.inv, operator.invert} | {operator.setitem, operator.delitem}  # fmt: skip
+_KEYWORDS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
 _SWITCHES = ("set_", "manual_seed", "seed", "use_deterministic", "autocast", "_")
 
 

@@ -470,7 +470,8 @@ def program(model: nn.Module, seed: int, dtype: torch.dtype) -> tuple[Outcome, l
     state = {name: t.clone() for name, t in model.state_dict().items()}
     model.eval()
     with torch.no_grad():
-        note("updated", *tensors(model(x(3, 1, 4, 16, 16))))
+        for k in range(3):  # sizes come again
+            note(f"updated {k}", *tensors(model(x(3, 1, 4, 16, 16))))
     model.load_state_dict({k: t * 0.9 if t.is_floating_point() else t for k, t in state.items()}, assign=bool(seed % 2))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d | nn.InstanceNorm2d | nn.GroupNorm):
@@ -480,7 +481,8 @@ def program(model: nn.Module, seed: int, dtype: torch.dtype) -> tuple[Outcome, l
         note("hooked", *tensors(model(x(4, 2, 4, 12, 12))))
         for handle in handles:
             handle.remove()
-        note("unhooked", *tensors(model(x(5, 2, 4, 20, 8))))
+        for k in range(3):
+            note(f"unhooked {k}", *tensors(model(x(5, 2, 4, 20, 8))))
     values |= {name: b.clone() for name, b in model.named_buffers() if b.is_floating_point()}
     exactly += [(name, int(b)) for name, b in model.named_buffers() if not b.is_floating_point()]
     return values, exactly
