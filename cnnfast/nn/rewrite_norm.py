@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from ..activations import Activation
 from ..dispatch import needs_gradient, watched
-from ..memory_format import format_of, reformatted
+from ..memory_format import format_of, is_channels_last, reformatted
 from ..norms import Norm
 from ..ops.run import run_step
 from ..step import Operands, Step, norm_step
@@ -46,8 +46,8 @@ class NormCall:
             if self.channels_last:
                 x = reformatted(x, True)  # it may be a part of a map's channels
             if x.is_contiguous(memory_format=format_of(x.dim(), True)):
-                # PyTorch's InstanceNorm gives a contiguous result, its GroupNorm, on a CPU, one like its input.
-                last = self.channels_last or self.norm.kind == "group"
+                # PyTorch's InstanceNorm gives a contiguous result, its GroupNorm, on a CPU, what its input suggests.
+                last = self.channels_last or self.norm.kind == "group" and is_channels_last(x)
                 return run_step(self._step, o._replace(x=x), channels_last=last)
         eps = self.norm.eps
         if self.norm.kind == "group":

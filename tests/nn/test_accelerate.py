@@ -30,7 +30,9 @@ from cnnfast.nn.accelerate_call import plain_call, record_of
 from cnnfast.nn.accelerate_verify import _Trial, differs
 from cnnfast.nn.rewrite import rewritten
 from cnnfast.nn.rewrite_effects import written as written_by
+from cnnfast.nn.rewrite_norm import NormCall
 from cnnfast.nn.rewrite_site import Call, Site
+from cnnfast.norms import Norm
 from cnnfast.tolerance import model_verdict
 
 from .test_sequential_training import randomized
@@ -1965,6 +1967,16 @@ def test_functions_of_numpy_end_no_stretch() -> None:
     record = record_of(ours)
     assert record is not None
     assert [site.channels_last for site in record.graphs[-1].sites] == [True, False]
+
+
+@pytest.mark.parametrize("norm", [Norm("group", 4), Norm("instance")])
+def test_norms_of_odd_maps_are_contiguous_as_in_eager_mode(norm: Norm) -> None:
+    x = odd(images(1, 16, 8, 8))
+    y = F.group_norm(x, 4) if norm.kind == "group" else F.instance_norm(x)
+    with torch.no_grad():
+        mine = NormCall(norm)(x, None, None)
+    torch.testing.assert_close(mine, y, rtol=1e-5, atol=1e-5)
+    assert mine.stride() == y.stride()
 
 
 def test_odd_maps_are_channels_last_without_a_copy() -> None:
