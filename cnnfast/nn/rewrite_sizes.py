@@ -80,7 +80,8 @@ class Sizes:
         return None if self._never or self._symbols else self._tried(self._given)
 
     def met(self, args: Sequence[Any]) -> Callable[..., Any] | None:
-        """The graph for the sizes of these arguments, where they have come before."""
+        """The graph for the sizes of these arguments, where they have come before, or are the first: tracing for them
+        has just taken longer than that."""
         if self._never:
             return None
         given = [args[k] for k in self._at]
@@ -88,7 +89,7 @@ class Sizes:
         found = self._met.get(key)
         if found is not None or plain_now():
             return found
-        if key not in self._met:
+        if self._met and key not in self._met:
             if len(self._met) >= _MAX_MET:
                 self._met = {k: run for k, run in self._met.items() if run is not None}
             self._met[key] = None

@@ -78,17 +78,19 @@ def test_sizes_that_come_again_have_what_fixed_ones_have() -> None:
     for size in ((8, 12), (16, 20)):
         same(ours, plain, images(*size))
     traced = record.compilations
-    assert traced <= 3 and not again(record)
-    for k, size in enumerate(((8, 12), (16, 20)), 1):
-        for _ in range(3):
+    assert traced <= 3 and len(again(record)) == traced - 1  # for the sizes that they were traced at
+    for k, size in enumerate(((12, 16), (20, 24)), 1):
+        for call in range(3):
             same(ours, plain, images(*size))
-        assert len(again(record)) == k and record.compilations == traced
+            assert len(again(record)) == traced - 1 + k - (call == 0)
+    assert record.compilations == traced
     for graph in again(record):
-        assert [site.channels_last for site in graph.sites] == fixed and graph.runs >= 2
-        assert graph._seen[2] is not None  # it has settled
+        assert [site.channels_last for site in graph.sites] == fixed
+    for graph in again(record)[-2:]:
+        assert graph.runs == 2 and graph._seen[2] is not None  # it has settled
     for model in (ours, plain):
         model.first.weight.mul_(-0.5)  # type: ignore[union-attr,operator]
-    for size in ((8, 8), (16, 20), (8, 12), (4, 4)):
+    for size in ((8, 8), (16, 20), (8, 12), (4, 4), (12, 16)):
         same(ours, plain, images(*size))
 
 
@@ -141,7 +143,7 @@ def test_where_the_graph_cannot_be_taken_again_it_runs_as_it_did(monkeypatch: py
     for size in ((8, 8), (8, 12), (16, 20), (16, 20), (16, 20)):
         same(ours, plain, images(*size))
     assert not again(record)
-    assert record.notes == ["sizes that come again run as all do: RuntimeError: no meta kernel"]
+    assert set(record.notes) == {"sizes that come again run as all do: RuntimeError: no meta kernel"}
     assert "no meta kernel" in str(cnnfast.explain(ours))
 
 
@@ -150,11 +152,12 @@ def test_sites_that_are_off_stay_so() -> None:
     ours, plain, record = pair()
     for size in ((8, 8), (8, 12), (16, 20)):
         same(ours, plain, images(*size))
+    before = len(record.graphs)
     for graph in record.graphs:
         graph.sites[0].off = "it was wrong"
     for _ in range(3):
-        same(ours, plain, images(16, 20))
-    assert not again(record)
+        same(ours, plain, images(12, 20))
+    assert len(record.graphs) == before
 
 
 @torch.inference_mode()
@@ -182,7 +185,7 @@ def test_with_gradients() -> None:
             model.zero_grad()
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    assert len(again(record)) == 2 and all(graph.gradients for graph in record.graphs)
+    assert len(again(record)) >= 2 and all(graph.gradients for graph in record.graphs)
 
 
 @torch.inference_mode()
@@ -196,7 +199,7 @@ def test_random_numbers_are_drawn_by_calls_alone() -> None:
         torch.manual_seed(3)
         torch.testing.assert_close(a, plain(images(*size)), rtol=1e-5, atol=1e-5)
         assert torch.equal(after, torch.get_rng_state())
-    assert len(again(record)) == 1
+    assert again(record)[-1].runs >= 3
 
 
 @torch.inference_mode()
