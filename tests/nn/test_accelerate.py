@@ -1867,7 +1867,7 @@ def test_a_graph_whose_sizes_depend_on_values_does_not_settle(asked: list[Site])
 
     ours, plain = pair(Picks())
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
-        for seed in range(4):
+        for seed in (0, 1, 2, 6):  # of which 2, 3, 4 and 5 are picked
             x = torch.randn(6, 16, 8, 8, generator=torch.Generator().manual_seed(seed))
             torch.testing.assert_close(ours(x), plain(x), rtol=1e-5, atol=1e-5)
     record = record_of(ours)
