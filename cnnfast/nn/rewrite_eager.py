@@ -127,7 +127,8 @@ class Eager:
             return said
         maps = [n for n in maps_of(node) if self.formats.get(n)]
         given = [self.formats[n] for n in maps]
-        unsaid = is_mistold(node) or any(self.formats[n] == "last" != _said(n) for n in maps)
+        unsaid = any(self.formats[n] == "last" != _said(n) for n in maps)
+        unsaid = unsaid or is_mistold(node) and not {"contiguous", "part"}.issuperset(given)
         true = said != "last" or "odd" not in given and all(self.formats[n] == _said(n) for n in maps)
         if not given or true and not unsaid:
             return said

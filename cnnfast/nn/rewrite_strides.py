@@ -110,9 +110,9 @@ def is_mistold(node: fx.Node) -> bool:
     if not isinstance(y, Tensor) or not on_cpu(y):
         return False
     if isinstance(node.target, Site):
-        return y.dim() == 5 and any(_pads_by_edges(call) for call in node.target.calls)
+        return y.dim() > 3 and any(_pads_by_edges(call) for call in node.target.calls)
     mistold = node.target in _ROLLS | _SHUFFLES | _UNKNOWN or node.target is torch.einsum
-    return mistold or _is_contiguous_of_any(node) or _pads_by_edges(node) and y.dim() == 5
+    return mistold or _is_contiguous_of_any(node) or y.dim() > 3 and _pads_by_edges(node)
 
 
 def _pads_by_edges(call: fx.Node | Call) -> bool:

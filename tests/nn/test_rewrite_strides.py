@@ -214,6 +214,8 @@ def resized(x: Tensor, how: str) -> Tensor:
 
 
 KNOWN = {"logsigmoid", "pad reflect", "pad replicate", "roll", "fftshift", "channel_shuffle", "power of a number"}
+if torch.__version__ < "2.12":
+    KNOWN.add("ifft")  # of volumes
 
 # Calls that a model may make of a map, with those that are `KNOWN` to be `is_mistold`. (Nor is a group norm's strides
 # what all releases say: `rewrite_eager._untrue`.)
