@@ -196,7 +196,7 @@ class Eager:
         if name == "add":
             return self._truly(operands[bound["input"].place]) if call.through == "other" else given
         if name in ("interpolate", "pad"):
-            return "contiguous" if given == "odd" else given
+            return "contiguous" if given == "odd" or bound["mode"] == "circular" else given
         return given if _keeps_format(call) else ""
 
     def _beside(

@@ -1181,6 +1181,9 @@ MISTOLD: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "shuffled": lambda m, x: m.same(F.channel_shuffle(m.same(x), 4)),
     "padded by edges": lambda m, x: m.same(F.pad(m.same(x), (1, 1) * (x.dim() - 2), "replicate")),
     "padded by reflection, relu": lambda m, x: F.relu(F.pad(m.same(x), (1, 1) * (x.dim() - 2), mode="reflect")) * 2,
+    "padded by edges, and around": lambda m, x: m.same(
+        m.conv(F.pad(m.conv(F.pad(x, (1, 1) * (x.dim() - 2), "replicate")), (1, 1) * (x.dim() - 2), "circular")).sin()
+    ),
     "unpooled": lambda m, x: m.same(unpooled(m.same(x))),
     "logarithms": lambda m, x: m.same(F.logsigmoid(m.same(x))),
     "a power of a number": lambda m, x: m.same(0.5 ** m.same(x)) + m.same(x),
