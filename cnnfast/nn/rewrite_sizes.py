@@ -9,7 +9,7 @@ call gives for these is asked of its fake mode, as in tracing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +20,8 @@ from .layers import plain_now
 from .rewrite_effects import Everything, value, written
 
 __all__ = ["Sizes", "has_sizes"]
+
+T = TypeVar("T")
 
 LIMIT = 8
 """Sizes of one graph: each takes some tenths of a second, and as much memory as a graph."""
@@ -77,7 +79,7 @@ class Sizes:
 
     def only(self) -> fx.GraphModule | None:
         """The graph of fixed sizes, where there are no others."""
-        return None if self._never or self._symbols else self._tried(self._given)
+        return None if self._never or self._symbols else self._tried(lambda: self._fixed(self._given))
 
     def met(self, args: Sequence[Any]) -> Callable[..., Any] | None:
         """The graph for the sizes of these arguments, where they have come before, or are the first: tracing for them
@@ -95,14 +97,13 @@ class Sizes:
             self._met[key] = None
         elif self._made < LIMIT:
             self._made += 1
-            if (gm := self._tried(given)) is not None:
-                found = self._met[key] = self._make(gm)
+            found = self._met[key] = self._tried(lambda: self._make(self._fixed(given)))
         return found
 
-    def _tried(self, given: Sequence[Any]) -> fx.GraphModule | None:
-        """`_fixed`, or None from now on."""
+    def _tried(self, take: Callable[[], T]) -> T | None:
+        """What ``take`` gives, or None from now on."""
         try:
-            return self._fixed(given)
+            return take()
         except Exception as error:  # of whatever the graph calls
             self._never = True
             self._note(f"sizes that come again run as all do: {one_line(error)}")

@@ -189,9 +189,8 @@ def lies(node: fx.Node, given: Callable[[fx.Node], tuple[Any, ...] | None]) -> L
         return Lies(_normalized(args[0], *args[1:], **kwargs), False)
     if _multiplies(node):
         return None
-    if node.target in _UNKNOWN | _ROLLS | _SHUFFLES or _pads_by_edges(node):
-        strides = _moved(node, args, kwargs)
-        return None if strides is None else Lies(strides, False)
+    if node.target in _ROLLS | _SHUFFLES or _pads_by_edges(node):
+        return Lies(_moved(node, args, kwargs), False) if on_cpu(value(node)) else None
     try:
         if node.op == "call_method":
             y = getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -205,14 +204,13 @@ def lies(node: fx.Node, given: Callable[[fx.Node], tuple[Any, ...] | None]) -> L
     return None if strides is None else Lies(strides, shared)
 
 
-def _moved(node: fx.Node, args: Any, kwargs: Any) -> tuple[int, ...] | None:
-    """Strides of a copy to other positions, of which the fake mode may say others; None where they are not known."""
-    x, dense = args[0], torch.empty(value(node).shape, device="meta").stride()
-    if node.target in _UNKNOWN:
-        return dense if x.is_contiguous() else None
+def _moved(node: fx.Node, args: Any, kwargs: Any) -> tuple[int, ...]:
+    """Strides of a copy to other positions on a CPU, of which the fake mode may say others."""
+    x, shape = args[0], value(node).shape
     if node.target in _ROLLS:
         return _rolled(x, *args[1:], **kwargs).stride()
-    return new_strides(value(node).shape, True) if suggests_channels_last(x.shape, x.stride()) else dense
+    suggested = suggests_channels_last(x.shape, x.stride())
+    return new_strides(shape, True) if suggested else torch.empty(shape, device="meta").stride()
 
 
 def _rolled(x: Tensor, shifts: Any, dims: Any = ()) -> Tensor:
