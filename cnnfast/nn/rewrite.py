@@ -92,18 +92,18 @@ def rewritten(
     found = Graph(torch.is_grad_enabled())
     _prepare(gm)
     if all(has_sizes(node) for node in gm.graph.nodes):
-        return _runner(gm, found), found
+        return _runner(gm, found, fixed=True), found
 
     def make(gm: fx.GraphModule) -> Callable[..., Any]:
         again = Graph(found.gradients, again=True)
-        run = _runner(gm, again)
+        run = _runner(gm, again, fixed=True)
         more(again)
         return run
 
     sizes = Sizes(gm, make, note)
     if (only := sizes.only()) is not None:
-        return _runner(only, found), found
-    of_any = _runner(gm, found)
+        return _runner(only, found, fixed=True), found
+    of_any = _runner(gm, found, fixed=False)
 
     def run(*args: Any) -> Any:
         return ((None if found.off else sizes.met(args)) or of_any)(*args)
@@ -111,9 +111,8 @@ def rewritten(
     return run, found
 
 
-def _runner(gm: fx.GraphModule, found: Graph) -> Callable[..., Any]:
-    """The graph as a function; ``found`` is told what becomes of it."""
-    fixed = all(has_sizes(node) for node in gm.graph.nodes)
+def _runner(gm: fx.GraphModule, found: Graph, *, fixed: bool) -> Callable[..., Any]:
+    """The graph as a function, of ``fixed`` sizes or of any; ``found`` is told what becomes of it."""
     fixed = fixed and not any(isinstance(child, fx.GraphModule) for child in gm.children())
     _rewrite(gm, found)
     gm = fx.GraphModule(gm, gm.graph)  # of Dynamo's own kind the first call prints to stderr where it raises

@@ -1149,6 +1149,10 @@ class Same(nn.Module):
     def same(self, x: Tensor) -> Tensor:
         return self.conv(F.relu(self.conv(x)))
 
+    def behind(self, x: Tensor) -> Tensor:
+        """Two steps, of which one gives its map to the other."""
+        return self.same(self.same(x).sin())
+
     def forward(self, x: Tensor) -> Tensor:
         return self.f(self, x)
 
@@ -1189,13 +1193,13 @@ MISTOLD: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a power of a number": lambda m, x: m.same(0.5 ** m.same(x)) + m.same(x),
     "rolled tokens": lambda m, x: m.same(x) + m.same(m.same(x).movedim(1, -1).roll(-1, 1).movedim(-1, 1)),
     "its parts": lambda m, x: m.same(torch.cat([m.same(x).roll(1, 2), x], 1)[:, 8:24]),
-    "tokens of what is rolled": lambda m, x: m.same(by_tokens(torch.roll(m.same(x), (1, -1), (2, 3)))),
-    "tokens of what is shuffled": lambda m, x: m.same(by_tokens(F.channel_shuffle(m.same(x), 4))),
-    "tokens of what is shifted": lambda m, x: m.same(by_tokens(torch.fft.fftshift(m.same(x)))),
-    "tokens of what is padded": lambda m, x: m.same(by_tokens(F.pad(m.same(x), (1, 1) * (x.dim() - 2), "reflect"))),
-    "tokens of what is unpooled": lambda m, x: m.same(by_tokens(unpooled(m.same(x)))),
-    "tokens of powers": lambda m, x: m.same(by_tokens(0.5 ** m.same(x))) + m.same(x),
-    "tokens of logarithms": lambda m, x: m.same(by_tokens(F.relu(F.logsigmoid(m.same(x)) + 1))),
+    "tokens of what is rolled": lambda m, x: m.behind(by_tokens(torch.roll(m.same(x), (1, -1), (2, 3)))),
+    "tokens of what is shuffled": lambda m, x: m.behind(by_tokens(F.channel_shuffle(m.same(x), 4))),
+    "tokens of what is shifted": lambda m, x: m.behind(by_tokens(torch.fft.fftshift(m.same(x)))),
+    "tokens of what is padded": lambda m, x: m.behind(by_tokens(F.pad(m.same(x), (1, 1) * (x.dim() - 2), "reflect"))),
+    "tokens of what is unpooled": lambda m, x: m.behind(by_tokens(unpooled(m.same(x)))),
+    "tokens of powers": lambda m, x: m.behind(by_tokens(0.5 ** m.same(x))) + m.same(x),
+    "tokens of logarithms": lambda m, x: m.behind(by_tokens(F.relu(F.logsigmoid(m.same(x)) + 1))),
     "tokens by einsum": lambda m, x: m.same(torch.einsum("nlc->ncl", by_tokens(x).flatten(2).mT).reshape(x.shape)),
 }
 

@@ -213,6 +213,30 @@ def resized(x: Tensor, how: str) -> Tensor:
     return F.interpolate(x, scale_factor=2.0, mode=mode)
 
 
+@pytest.mark.parametrize(
+    ("target", "more"),
+    [
+        (torch.roll, (1, 2)),
+        ("roll", (1, 2)),
+        (torch.fft.fftshift, ()),
+        (torch.fft.ifftshift, ()),
+        (F.channel_shuffle, (2,)),
+        (F.max_unpool2d, (torch.zeros(1), 2)),
+        (F.pad, ((1, 1, 1, 1), "reflect")),
+        (F.logsigmoid, ()),
+        (F.rrelu, ()),
+        (torch.einsum, ()),
+    ],
+)
+def test_what_the_fake_mode_says_is_not_taken(target: Any, more: tuple[Any, ...]) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta["example_value"] = torch.empty(2, 4, 4, 4)
+    node = (graph.call_method if isinstance(target, str) else graph.call_function)(target, (x, *more))
+    node.meta["example_value"] = torch.empty(2, 4, 4, 4)
+    assert is_mistold(node)
+
+
 KNOWN = {"logsigmoid", "pad reflect", "pad replicate", "roll", "fftshift", "channel_shuffle", "power of a number"}
 if torch.__version__ < "2.12":
     KNOWN.add("ifft")  # of volumes
