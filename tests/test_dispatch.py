@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -353,45 +353,58 @@ def test_precision_follows_the_switch_of_convolutions() -> None:
     assert not conv_tf32() and not precision_of(torch.float32).tf32
 
 
-SWITCHES = """
-    import torch
-    from cnnfast.gpu import devices
-    {lines}
-    print(devices.conv_tf32())
-"""
-
-
-@pytest.mark.parametrize(
-    "lines, expected",
-    [
-        ("pass", True),
-        ("torch.backends.cudnn.allow_tf32 = False", False),
-        ("torch.backends.cudnn.allow_tf32 = True", True),
-        ("torch.backends.cudnn.conv.fp32_precision = 'ieee'", False),
-        ("torch.backends.cudnn.allow_tf32 = True; torch.backends.cudnn.conv.fp32_precision = 'ieee'", False),
-        ("torch.backends.cudnn.conv.fp32_precision = 'ieee'; torch.backends.cudnn.allow_tf32 = True", True),
-        ("torch.backends.cudnn.allow_tf32 = False; torch.backends.cudnn.conv.fp32_precision = 'tf32'", True),
-        ("torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cudnn.allow_tf32 = False", False),
-        ("torch.backends.cudnn.fp32_precision = 'ieee'", None),
-        ("torch.backends.fp32_precision = 'ieee'", None),
-        ("torch.set_float32_matmul_precision('high')", True),
-    ],
-)
-def test_switches_old_and_new_mixed(lines: str, expected: bool | None) -> None:
-    """No mixture raises, and the convolution's own switch, written last, decides."""
-    code = textwrap.dedent(SWITCHES).format(lines=lines)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    if expected is not None:  # what the wider switches mean for a narrower one is torch's affair
-        assert done.stdout.strip() == str(expected)
-
-
-CONTEXT = """
+FORKED = """
     import os, sys, traceback
     import torch
     from cnnfast.gpu.devices import conv_tf32, tf32_convolutions
     cudnn = torch.backends.cudnn
 
+    def forked(lines, then):
+        sys.stdout.flush()
+        if os.fork() == 0:  # in a process of its own: some states cannot be left again
+            try:
+                exec(lines)
+                then()
+                sys.stdout.flush()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        assert os.wait()[1] == 0, lines
+"""
+SWITCHES = """
+    for lines in sys.argv[1:]:
+        forked(lines, lambda: print(conv_tf32()))
+"""
+
+
+def run_forked(code: str, states: Iterable[str]) -> str:
+    command = [sys.executable, "-c", textwrap.dedent(FORKED) + textwrap.dedent(code), *states]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_switches_old_and_new_mixed() -> None:
+    """No mixture raises, and the convolution's own switch, written last, decides."""
+    expected = {
+        "pass": True,
+        "cudnn.allow_tf32 = False": False,
+        "cudnn.allow_tf32 = True": True,
+        "cudnn.conv.fp32_precision = 'ieee'": False,
+        "cudnn.allow_tf32 = True; cudnn.conv.fp32_precision = 'ieee'": False,
+        "cudnn.conv.fp32_precision = 'ieee'; cudnn.allow_tf32 = True": True,
+        "cudnn.allow_tf32 = False; cudnn.conv.fp32_precision = 'tf32'": True,
+        "torch.backends.cuda.matmul.allow_tf32 = True; cudnn.allow_tf32 = False": False,
+        "cudnn.fp32_precision = 'ieee'": None,  # what the wider switches mean for a narrower one is torch's affair
+        "torch.backends.fp32_precision = 'ieee'": None,
+        "torch.set_float32_matmul_precision('high')": True,
+    }
+    found = dict(zip(expected, run_forked(SWITCHES, expected).split(), strict=True))
+    assert found == {lines: found[lines] if on is None else str(on) for lines, on in expected.items()}
+
+
+CONTEXT = """
     def old():
         try:
             return cudnn.allow_tf32
@@ -415,16 +428,8 @@ CONTEXT = """
             pass
         assert state() == before, (before, state())
 
-    for line in sys.argv[1:]:
-        if os.fork() == 0:  # each in a process of its own: some states cannot be left again
-            try:
-                exec(line)
-                check()
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        assert os.wait()[1] == 0, line
+    for lines in sys.argv[1:]:
+        forked(lines, check)
     print(len(sys.argv) - 1)
 """
 
@@ -441,9 +446,7 @@ def test_tf32_convolutions_leaves_every_switch_as_it_was() -> None:
         "cudnn.fp32_precision = 'ieee'",
         "torch.backends.fp32_precision = 'ieee'",
     ]
-    command = [sys.executable, "-c", textwrap.dedent(CONTEXT), *states]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.strip() == str(len(states)), done.stderr
+    assert run_forked(CONTEXT, states).strip() == str(len(states))
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
