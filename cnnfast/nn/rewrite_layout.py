@@ -237,7 +237,8 @@ class _Layout:
         before, now = self.told.how(node, self.strides.get), self.told.how(node, self._now)
         slow = before is not None and not before.is_view and strides_over(node, self.strides.get)
         slow_now = now is not None and not now.is_view and node not in self.copies and strides_over(node, self._now)
-        self.converted += _bytes(node) * (slow_now - slow)
+        if slow != slow_now:
+            self.converted += _bytes(node) * (slow_now - slow)
 
     def _end(self, node: fx.Node) -> None:
         """A copy for each user that has to see it as it is in eager mode."""

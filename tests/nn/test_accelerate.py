@@ -941,6 +941,14 @@ def windowed(y: Tensor) -> Tensor:
     return rows.permute(0, 5, 1, 3, 2, 4).reshape(y.shape) + y
 
 
+def parts_of_tokens(y: Tensor) -> Tensor:
+    tokens = y.permute(0, 2, 3, 1)
+    tokens = tokens + F.layer_norm(tokens, (32,))
+    a, b = tokens.chunk(2, dim=-1)
+    first, others = torch.cat([a * b.sigmoid(), b], -1).split([1, y.shape[2] - 1], dim=1)
+    return torch.cat([others.sin(), first], 1).permute(0, 3, 1, 2)
+
+
 def mixed(y: Tensor) -> Tensor:
     """A sum that lies as its first operand does."""
     tokens = y.permute(0, 2, 3, 1)
@@ -1004,6 +1012,7 @@ BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Any], list[bool | None]]] = {
     ),
     "tokens and back": (lambda m, y: m.second(attended(y)), [None, None]),
     "windows and back": (lambda m, y: m.second(windowed(y)), [None, None]),
+    "parts of tokens": (lambda m, y: m.second(parts_of_tokens(y)), [None, None]),
     "tokens returned": (lambda m, y: (m.second(y), y.permute(0, 2, 3, 1)), [None, None]),
     "tokens returned, normed": (lambda m, y: (m.second(y), mixed(y)), [None, None]),
     "tokens overwritten": (lambda m, y: m.second(y) + tokens_overwritten(y), [None, None]),
@@ -1041,6 +1050,7 @@ IN_INFERENCE: dict[str, list[bool | None]] = {
     "a viewed part of the channels": [True, False],
     "tokens and back": [True, False],
     "windows and back": [True, False],
+    "parts of tokens": [True, None],
     "tokens returned, normed": [True, False],
     "statistics in the next step": [True, False],
     "shuffled pixels": [True, False],

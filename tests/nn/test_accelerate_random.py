@@ -279,7 +279,7 @@ class Tokens(nn.Module):
         self.wide, self.last = nn.Conv2d(c_out, 3 * c_out, 1), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.norm, self.qkv, self.out = nn.LayerNorm(c_out), nn.Linear(c_out, 3 * c_out), nn.Linear(c_out, c_out)
         self.bias = nn.Parameter(torch.linspace(-1, 1, 16 * 16).view(16, 16))
-        self.hows = [r.randrange(n) for n in (5, 6, 5, 5, 4)]
+        self.hows = [r.randrange(n) for n in (5, 6, 7, 5, 4)]
 
     def mixed(self, t: Tensor, how: int) -> Tensor:
         """Of tokens (N, L, C), with two heads."""
@@ -329,7 +329,13 @@ class Tokens(nn.Module):
             t = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, 4, 0, 4))[:, :h, :w].flatten(1, 2)
         else:  # each row
             t = x.permute(0, 2, 3, 1).flatten(0, 1)
-        t = t + self.mixed(self.norm(t), within)
+        t = t + self.mixed(self.norm(t), within % 5)
+        if within == 5:
+            a, b = t.chunk(2, dim=-1)
+            t = torch.cat([a * b.sigmoid(), b], -1)
+        elif within == 6:
+            first, others = t.split([1, t.shape[1] - 1], dim=1)
+            t = torch.cat([others.sin(), first], 1)
         if within == 1 and not torch.is_grad_enabled():
             t += 1
         if seen in (2, 3):
