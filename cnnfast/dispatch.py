@@ -123,7 +123,7 @@ def refusal(reason: str) -> RuntimeError:
 class Planned(NamedTuple):
     """A step of a chain, as a backend arranges it. ``slopes``: elements of PReLU's weight; ``instance_norm``: that is
     its norm's module, in either mode; ``synchronised``: statistics are of all processes, as PyTorch's module takes them
-    on a GPU only."""
+    on a GPU only; ``bias``: its convolution has one."""
 
     step: Step
     ndim: int
@@ -132,6 +132,7 @@ class Planned(NamedTuple):
     instance_norm: bool
     synchronised: bool
     weight_channels_last: bool
+    bias: bool
 
 
 Ready = Callable[[Operands], "torch.Tensor | None"]

@@ -150,7 +150,7 @@ def _much_work(s: Planned, shape: Sequence[int]) -> bool:
         if inference.why_slower_plain(step.bare, shape, s.dtype, norm=False, slopes=0, nchw=False) is not None:
             return False
     if step.spec.transposed and step.upsample is None and max(shape[2:]) > 1:
-        return inference.why_slower_transposed(step.bare, tuple(shape), s.dtype) is None
+        return inference.why_slower_transposed(step.bare, tuple(shape), s.dtype, bias=s.bias) is None
     size = [n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)]
     return step.spec.macs(shape[0], size) >= (5e5 if step.spec.transposed else 25e6)
 
@@ -241,7 +241,7 @@ def _no_gain(
     if chosen is not None:
         return tuned.FASTER if chosen == tuned.MODULES else None
     if s.step.spec.ndim == 3 and s.step.spec.transposed:
-        return inference.why_slower_transposed(s.step, shape, s.dtype)
+        return inference.why_slower_transposed(s.step, shape, s.dtype, bias=s.bias)
     if before and after and s.step.measured and s.step.norm.per_image:  # type: ignore[union-attr]
         return None  # the module of an InstanceNorm would convert twice, statistics of a GroupNorm's are less exact
     step, norm, slopes = s.step, s.step.norm is not None, s.slopes

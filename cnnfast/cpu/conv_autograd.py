@@ -28,7 +28,7 @@ from ..spec import DTYPES, ConvSpec
 from . import columns, halves
 from .isa import InstructionSet, instruction_set, lowered_products, products_dtype
 from .methods import gathers
-from .onednn import Deconvolution, Gathered, Merged, PostOp, why_missing
+from .onednn import Deconvolution, Gathered, Merged, PostOp, adds_by_element, why_missing
 
 __all__ = [
     "Ways",
@@ -151,7 +151,8 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) 
     how = ways(spec, tuple(x.shape), x.dtype, lowered_products(), weight.is_contiguous())
     x = convert(x, x.dtype, True)
     weight = keep_strides(weight, True)
-    # ATen takes twice as long for a transposed convolution's weight gradient where it sums the bias's beside it.
+    # ATen takes twice as long for a transposed convolution's weight gradient where it sums the bias's beside it, and
+    # longer yet where it adds that element by element.
     apart = bias is not None and spec.transposed and _macs(spec, x.shape) >= _LEAST
     if how == ("aten", "aten", x.dtype) and (not apart or x.dtype == torch.float64):
         return convert(reference.conv(suited(x, weight), weight, bias, spec), x.dtype, True)
@@ -243,7 +244,9 @@ def suited(x: Tensor, weight: Tensor, times: int = 1) -> Tensor:
 
 
 def _forward_aten(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
-    return reference.conv(suited(x, weight), weight, bias, spec)
+    apart = bias is not None and adds_by_element(spec, tuple(x.shape), x.dtype)
+    y = reference.conv(suited(x, weight), weight, None if apart else bias, spec)
+    return y.add_(bias.view(-1, *(1,) * spec.ndim)) if apart else y  # type: ignore[union-attr]
 
 
 def _forward_product(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:

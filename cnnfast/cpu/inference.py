@@ -58,7 +58,7 @@ def _too_few(s: ConvSpec, shape: tuple[int, ...], least: float) -> str | None:
     return f"{macs} multiply-adds are too few to gain from packed operators" if few else None
 
 
-def _why_slower(step: Step, shape: tuple[int, ...], method: Method, isa: InstructionSet) -> str | None:
+def _why_slower(step: Step, shape: tuple[int, ...], method: Method) -> str | None:
     """Why PyTorch's own transposed convolution is expected to be as fast, or in three dimensions an upsampling (in two
     it does several times the arithmetic); a plain convolution's rule is `why_slower_plain`."""
     s, padded = step.spec, _padded(step, shape)
@@ -66,26 +66,32 @@ def _why_slower(step: Step, shape: tuple[int, ...], method: Method, isa: Instruc
         return None
     if s.groups > 1:
         return "grouped transposed convolutions have no fast packed implementation"
-    out = s.output_size(padded[2:])
-    fits = all(n % st == 0 and (st == 1 or d == 1) for n, st, d in zip(out, s.stride, s.dilation, strict=True))
-    covered = all(ph.taps for dim in s.phases for ph in dim)
-    if isinstance(method, Deconvolution) and not covered:
-        return "a stride that leaves outputs without taps has no fast packed implementation"
     conv, size = step.unfused(shape[2:])
     loops = by_loops(conv, (*shape[:2], *size), method.dtype)
-    faster = isa >= InstructionSet.AMX and method.dtype != torch.float32 or step.upsample is not None and loops
-    if isinstance(method, Deconvolution) and not fits and not faster:
-        # oneDNN then applies bias and post-ops element by element: ten times slower was seen.
-        return f"output size {out} is no multiple of stride {s.stride}, or there is a dilation"
     if step.upsample is not None:
         if max(conv.kernel_size) == 1:
             return "a kernel of one position has no taps that an upsampling could sum"
         return _too_few(s, padded, _LEAST_3D_UPSAMPLED if loops else _LEAST_3D)
     if loops:
         return _too_few(s, padded, _LEAST_3D_TRANSPOSED)
-    if s.ndim == 3:
+    if s.ndim == 3 and not _adds_apart(method):
         return "PyTorch's own transposed convolution by oneDNN is as fast in three dimensions"
     return _too_few(s, padded, 8e6)
+
+
+def _adds_apart(method: Method) -> bool:
+    """Whether it is oneDNN's deconvolution, and what is added to its result a pass of ours."""
+    return isinstance(method, Deconvolution) and not method.takes_post
+
+
+def _why_slower_unbiased(step: Step, shape: tuple[int, ...], method: Method) -> str | None:
+    """Why PyTorch's own transposed convolution without a bias is expected to be as fast, where ours with one would not
+    be: it adds nothing element by element."""
+    loops = step.spec.ndim == 3 and by_loops(step.spec, shape, method.dtype)
+    if step.upsample is not None or loops or not _adds_apart(method):
+        return None
+    large = math.prod(step.spec.weight_shape) >= max(_elements(step, shape))
+    return None if large else "without a bias PyTorch's own transposed convolution is as fast"
 
 
 def _padded(step: Step, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -217,7 +223,7 @@ def _way(step: Step, shape: tuple[int, ...], dtype: torch.dtype, now: Process, c
     if kind.__name__ not in right:
         return "oneDNN has no deconvolution whose output padding reaches the stride"
     method = kind(step.spec, padded, compute)
-    slower = _why_slower(step, tuple(shape), method, isa)
+    slower = _why_slower(step, tuple(shape), method)
     return Way(method, post_op(step.activation), slower, _check_pays(step, shape, dtype))
 
 
@@ -233,10 +239,12 @@ def _key(
     return step, dtype, plan.method.dtype, type(plan.method), layout(sample)
 
 
-def why_slower_transposed(step: Step, shape: tuple[int, ...], dtype: torch.dtype) -> str | None:
+def why_slower_transposed(step: Step, shape: tuple[int, ...], dtype: torch.dtype, *, bias: bool) -> str | None:
     """`why_slower_plain` of a transposed convolution."""
     plan = _way(step, shape, dtype, process())
-    return plan if isinstance(plan, str) else plan.slower
+    if isinstance(plan, str):
+        return plan
+    return plan.slower or (None if bias else _why_slower_unbiased(step, shape, plan.method))
 
 
 def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str | None:
@@ -263,8 +271,10 @@ def why_not(step: Step, operands: Operands, channels_last: bool = True) -> str |
         tuned.see(step, x.shape, x.dtype, _formats(x, channels_last), is_channels_last(weight), _slopes(operands))
     if chosen == tuned.MODULES:
         return tuned.FASTER
-    if plan.chosen is not None or plan.slower is not None or step.spec.transposed or step.upsample is not None:
+    if plan.chosen is not None or plan.slower is not None:
         return plan.slower
+    if step.spec.transposed or step.upsample is not None:
+        return None if operands.bias is not None else _why_slower_unbiased(step, tuple(x.shape), plan.method)
     norm = not step.residual and step.norm is not None
     nchw, last = not any(_formats(x, channels_last)), is_channels_last(weight)
     return why_slower_plain(step, x.shape, x.dtype, norm=norm, slopes=_slopes(operands), nchw=nchw, weight_last=last)

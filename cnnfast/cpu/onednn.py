@@ -33,6 +33,7 @@ __all__ = [
     "Method",
     "PostOp",
     "Projection",
+    "adds_by_element",
     "layout",
     "passed_over",
     "post_op",
@@ -130,6 +131,21 @@ def passed_over(spec: ConvSpec, shape: tuple[int, ...]) -> bool:
     return shape[0] == 1 and math.prod(shape) <= 20480 and min(spec.kernel_size) <= 3
 
 
+def adds_by_element(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether oneDNN's deconvolution of an x of this shape adds a bias, and applies an activation, one element after
+    the other, which takes several times as long as its products and two passes over the result (docs/facts.md): of
+    groups, where the output is no multiple of the stride, or there is a dilation beside one. (In 16 bits with AMX it
+    has other kernels, where every output has a tap.)"""
+    if not spec.transposed:
+        return False
+    out = spec.output_size(shape[2:])
+    fits = all(n % s == 0 and (s == 1 or d == 1) for n, s, d in zip(out, spec.stride, spec.dilation, strict=True))
+    covered = all(phase.taps for dim in spec.phases for phase in dim)
+    if fits and covered and spec.groups == 1:
+        return False
+    return dtype == torch.float32 or not covered or instruction_set() < InstructionSet.AMX
+
+
 def _vectors(channels: int) -> int:
     return -(-channels // 16) * 16
 
@@ -155,6 +171,7 @@ class Deconvolution(_Operator):
     def __init__(self, spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         s = spec
         self.dtype, self.shape = dtype, list(shape)
+        self.takes_post = not adds_by_element(s, shape, dtype)
         self.geometry = (list(s.padding), list(s.output_padding), list(s.stride), list(s.dilation), s.groups)
         self.op = _mkldnn._convolution_transpose_pointwise.default
 
@@ -165,7 +182,19 @@ class Deconvolution(_Operator):
 
     def pack(self, weight: torch.Tensor, shift: torch.Tensor | None) -> Any:
         weight = weight.to(self.dtype)
+        if shift is not None and not self.takes_post:
+            shift = shift.to(self.dtype).view(-1, *(1,) * (len(self.shape) - 2))
         return _mkldnn._reorder_convolution_transpose_weight(weight, *self.geometry, self.shape), shift
+
+    def run(self, x: torch.Tensor, packed: Any, post: PostOp, channels_last: bool) -> torch.Tensor:
+        return self.bound(packed, post, channels_last)(x)
+
+    def bound(self, packed: Any, post: PostOp, channels_last: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+        weight, shift = packed
+        if self.takes_post or shift is None:
+            return super().bound(packed, post, channels_last)
+        alone = super().bound((weight, None), PostOp(), channels_last)
+        return lambda x: alone(x).add_(shift)
 
 
 class Convolution(_Operator):

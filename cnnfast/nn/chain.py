@@ -222,7 +222,8 @@ class Chain:
     def _planned(s: FusedStep, reading: Reading, low: torch.dtype | None) -> Planned:
         slopes = 0 if s.slope is None else reading.tensors[s.slope][0].numel()  # type: ignore[union-attr]
         instance, synchronised = (s.rule.kind == "instance", s.rule.synchronised) if s.rule else (False, False)
-        return Planned(s.step, s.ndim, low or s.dtype, slopes, instance, synchronised, s.weight_channels_last)
+        bias = reading.tensors[s.conv][1] is not None
+        return Planned(s.step, s.ndim, low or s.dtype, slopes, instance, synchronised, s.weight_channels_last, bias)
 
     # --- running it ---------------------------------------------------------------------------------------------------
 

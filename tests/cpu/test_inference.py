@@ -49,6 +49,8 @@ GEOMETRY = [
     conv("k4s2p1_batch1", "Deconvolution", 64, 32, 4, 2, 1, size=(5, 7), batch=1),
     conv("k4s2p3", "Deconvolution", 32, 24, 4, 2, 3, size=(6, 5)),
     conv("k3s2p1op1", "Deconvolution", 48, 24, 3, 2, 1, 1, size=(6, 5)),
+    conv("k3s2p1", "Deconvolution", 48, 24, 3, 2, 1, size=(6, 5)),
+    conv("k2s3", "Deconvolution", 32, 24, 2, 3, size=(6, 5)),
     conv("k2s2", "Deconvolution", 32, 16, 2, 2, size=(5, 3)),
     conv("k3s1p1", "Deconvolution", 32, 16, 3, 1, 1, size=(7, 6)),
     conv("k5s3p2", "Deconvolution", 32, 16, 5, 3, 2, size=(4, 5)),
@@ -151,7 +153,7 @@ def test_upsampling(case: Case, dtype: torch.dtype, norm: bool) -> None:
     compare(case, o, run(case, o))
 
 
-EPILOGUES = [case for case in GEOMETRY if case.id in ("latent", "k4s2p1_odd", "rgb_odd", "plain")]
+EPILOGUES = [case for case in GEOMETRY if case.id in ("latent", "k4s2p1_odd", "k3s2p1", "rgb_odd", "plain")]
 # Wide enough bounds that the values of a test are not all clamped.
 ACTS = [Activation("hardtanh", (-2.0, 3.0)) if n == "hardtanh" else Activation(n) for n in ACTIVATIONS]
 ACTS += [Activation("leaky_relu", (0.2,)), Activation("elu", (0.5,)), Activation("hardtanh", (0.0, 6.0))]
@@ -445,10 +447,10 @@ def test_why_not(change: Any, reason: str) -> None:
     ("case", "reason"),
     [
         (conv("groups", "", 64, 64, 4, 2, 1, groups=4, size=(32, 32)), "grouped"),
-        (conv("dilated", "", 64, 64, 3, 2, 1, dilation=2, size=(32, 32)), "without taps"),
-        (conv("dilated_s3", "", 64, 64, 4, 3, 2, dilation=2, size=(32, 32)), "dilation"),
-        (conv("gaps", "", 64, 64, 2, 3, size=(32, 32)), "without taps"),
-        (conv("odd", "", 64, 64, 3, 2, size=(32, 32)), "no multiple of stride"),
+        (conv("dilated", "", 64, 64, 3, 2, 1, dilation=2, size=(32, 32)), None),
+        (conv("dilated_s3", "", 64, 64, 4, 3, 2, dilation=2, size=(32, 32)), None),
+        (conv("gaps", "", 64, 64, 2, 3, size=(32, 32)), None),
+        (conv("odd", "", 64, 64, 3, 2, size=(32, 32)), None),
         (conv("even", "", 64, 64, 3, 2, 1, 1, size=(32, 32)), None),
         (conv("padded", "", 64, 64, 3, 1, 1, 1, dilation=2, size=(32, 32)), "output padding reaches the stride"),
         (conv("tiny", "", 16, 16, 4, 2, 1, size=(4, 4)), "too few"),
@@ -463,6 +465,54 @@ def test_why_not(change: Any, reason: str) -> None:
 def test_aten_where_it_is_as_fast(case: Case, reason: str | None) -> None:
     found = inference.why_not(case.step, operands(case, torch.float32))
     assert found is None if reason is None else reason in str(found)
+
+
+ODD = conv("odd", "", 64, 64, 3, 2, 1, size=(32, 32))
+
+
+@pytest.mark.parametrize(
+    ("case", "apart"),
+    [
+        (ODD, True),
+        (conv("gaps", "", 64, 64, 2, 3, size=(8, 8)), True),
+        (conv("dilated", "", 64, 64, 3, 2, 2, 1, dilation=2, size=(8, 8)), True),
+        (conv("groups", "", 64, 64, 4, 2, 1, groups=4, size=(8, 8)), True),
+        (conv("even", "", 64, 64, 3, 2, 1, 1, size=(8, 8)), False),
+        (conv("dilated_s1", "", 64, 64, 3, 1, 2, dilation=2, size=(8, 8)), False),
+    ],
+    ids=lambda v: v.id if isinstance(v, Case) else "",
+)
+def test_nothing_is_added_element_by_element(case: Case, apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By oneDNN's deconvolution, which takes several times as long for that as for its products."""
+    case = replace(case, step=replace(case.step, activation=Activation("relu")))
+    method = onednn.Deconvolution(case.step.spec, (2, 64, *case.size), torch.float32)
+    given: list[tuple[Any, ...]] = []
+
+    def op(*args: Any) -> torch.Tensor:
+        given.append(args)
+        return operator(*args)
+
+    operator = method.op
+    monkeypatch.setattr(method, "op", op)
+    o = operands(case, torch.float32)
+    x = o.x.contiguous(memory_format=CHANNELS_LAST)
+    y = method.run(x, method.pack(o.weight, o.bias), onednn.post_op(case.step.activation), True)
+    (_, _, shift, *_, attr, _, _), *_ = given
+    assert (shift is None, attr) == ((True, "none") if apart else (False, "relu"))
+    assert method.takes_post is not apart
+    torch.testing.assert_close(y.relu(), run_reference(case.step, o), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_without_a_bias_atens_deconvolution_is_as_fast(bias: bool) -> None:
+    """But for a weight that it would bring into oneDNN's layout on every call."""
+    o = operands(ODD, torch.float32)
+    o = o if bias else o._replace(bias=None)
+    assert (inference.why_not(ODD.step, o) is None) is bias
+    assert (inference.why_slower_transposed(ODD.step, tuple(o.x.shape), torch.float32, bias=bias) is None) is bias
+    small = conv("small", "", 512, 256, 3, 2, 1, size=(4, 4))
+    o = operands(small, torch.float32)
+    assert inference.why_not(small.step, o if bias else o._replace(bias=None)) is None
 
 
 def plain(id: str, c_in: int, c_out: int, k: int, *args: int, size: tuple[int, int], **rest: Any) -> Case:
