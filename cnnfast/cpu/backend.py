@@ -13,6 +13,7 @@ from ..memory_format import convert, has_both
 from ..step import Operands, Step
 from . import inference, norm_inference, tuned
 from .isa import process
+from .onednn import adds_by_element
 from .training import run as by_layers
 from .training import stays_contiguous, why_slower_3d
 
@@ -127,11 +128,12 @@ def _too_small(
 
 def _gains_by_itself(s: Planned, shape: Sequence[int]) -> bool:
     """`_much_work` of a step whose tensors are channels-last: there oneDNN's own deconvolution, called from ATen,
-    converts nothing but the weight."""
+    converts nothing but the weight, and only a bias may take it long."""
     spec = s.step.spec
     if not spec.transposed:
         return True  # `_no_gain` knows
     small = s.step.upsample is None and math.prod(spec.weight_shape) * s.dtype.itemsize < _LARGE_WEIGHT
+    small = small and not (s.bias and adds_by_element(spec, tuple(shape), s.dtype))
     if small and inference.method_name(s.step.bare, tuple(shape), s.dtype) == f"Deconvolution in {s.dtype}":
         return False
     return _much_work(s, shape)

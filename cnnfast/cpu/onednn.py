@@ -4,8 +4,8 @@
 file alone, behind `why_missing`. A method packs a weight once and runs it many times; `methods` names them all.
 
 Every ``pack`` takes the weight of the convolution and its shift (C_out, or None) in float32, scales folded in, and
-rounds once to the method's dtype; the shift stays float32. Every ``run`` takes x (N, C_in, H, W) channels-last in that
-dtype.
+rounds once to the method's dtype; the shift stays float32, unless a pass of ours adds it. Every ``run`` takes x
+(N, C_in, H, W) channels-last in that dtype.
 """
 
 from __future__ import annotations

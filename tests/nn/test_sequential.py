@@ -1024,6 +1024,14 @@ def _transposed(c: int) -> list[nn.Module]:
     return [nn.ConvTranspose2d(c, c, 4, 2, 1), nn.BatchNorm2d(c), nn.ReLU()]
 
 
+def _odd(c: int) -> list[nn.Module]:
+    return [nn.ConvTranspose2d(c, c, 3, 2, 1), nn.BatchNorm2d(c), nn.ReLU()]
+
+
+def _odd_without_bias(c: int) -> list[nn.Module]:
+    return [nn.ConvTranspose2d(c, c, 3, 2, 1, bias=False), nn.BatchNorm2d(c), nn.ReLU()]
+
+
 def _grouped(c: int) -> list[nn.Module]:
     return [nn.Conv2d(c, c, 3, padding=1), nn.GroupNorm(8, c), nn.SiLU()] * 2
 
@@ -1042,6 +1050,8 @@ def _grouped(c: int) -> list[nn.Module]:
         pytest.param(_grouped, 64, 96, False, False, id="group-norm-larger"),
         pytest.param(_transposed, 64, 16, False, False, id="transposed"),
         pytest.param(_transposed, 8, 4, False, True, id="transposed-small"),
+        pytest.param(_odd, 64, 16, False, False, id="transposed-odd"),
+        pytest.param(_odd_without_bias, 64, 16, False, True, id="transposed-odd, no bias"),
     ],
 )
 def test_a_chain_that_is_too_small_runs_as_its_modules(
@@ -1098,6 +1108,8 @@ def test_in_training_a_transposed_convolution_by_itself_runs_as_its_module(
     ("layers", "size", "small"),
     [
         pytest.param([nn.ConvTranspose2d(96, 64, 4, 2, 1), nn.LeakyReLU(0.1)], 16, True, id="few-elements"),
+        pytest.param([nn.ConvTranspose2d(96, 64, 3, 2, 1), nn.LeakyReLU(0.1)], 16, False, id="odd"),
+        pytest.param([nn.ConvTranspose2d(96, 64, 3, 2, 1, bias=False), nn.LeakyReLU(0.1)], 16, True, id="odd, no bias"),
         pytest.param(_transposed(32), 64, False, id="passes-saved"),
         pytest.param([nn.ConvTranspose2d(512, 256, 4, 2, 1), nn.ReLU()], 4, False, id="large-weight"),
         pytest.param([nn.ConvTranspose2d(64, 3, 4, 2, 1), nn.Tanh()], 32, False, id="merged-phases"),
