@@ -46,6 +46,7 @@ from .rewrite_formats import (
     writes_part,
 )
 from .rewrite_norm import NormCall, as_norms
+from .rewrite_shuffle import as_shuffles
 from .rewrite_site import Site
 from .rewrite_strides import copies_rows, rearranges, strides_over, takes_means, views
 
@@ -81,6 +82,7 @@ class _Layout:
         untold = any(untold_norm(n, self.inference) for n in self.graph.nodes)
         if self.inference:
             as_norms(self.graph)
+            as_shuffles(self.graph)
         nodes = list(self.graph.nodes)
         self.told = told = Eager(nodes, self.inference)
         self.eager, self.strides = told.formats, told.strides
