@@ -31,7 +31,7 @@ app: $(call installed,app) ## the image tasks as a page in the browser, on this 
 train: $(call installed,demo) ## a GAN on 1,797 digits, about ten minutes on two cores: samples, losses, checkpoint in out/gan
 	$(RUN) -m cnnfast train gan
 
-test: $(call installed,test) ## the tests, ten to seventeen minutes on two cores
+test: $(call installed,test) ## the tests, ten to fifteen minutes on two cores
 	$(RUN) tests/run.py
 
 test-app: $(call installed,test) $(call installed,app) ## the tests of the page (it needs gradio), one minute

@@ -151,8 +151,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) 
     how = ways(spec, tuple(x.shape), x.dtype, lowered_products(), weight.is_contiguous())
     x = convert(x, x.dtype, True)
     weight = keep_strides(weight, True)
-    # ATen takes twice as long for a transposed convolution's weight gradient where it sums the bias's beside it, and
-    # longer yet where it adds that element by element.
+    # ATen takes twice as long for a transposed convolution's weight gradient where it sums the bias's beside it.
     apart = bias is not None and spec.transposed and _macs(spec, x.shape) >= _LEAST
     if how == ("aten", "aten", x.dtype) and (not apart or x.dtype == torch.float64):
         return convert(reference.conv(suited(x, weight), weight, bias, spec), x.dtype, True)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from ..activations import Activation
 from ..memory_format import format_of
-from ..spec import ConvSpec, Phase
+from ..spec import DTYPES, ConvSpec, Phase
 from .isa import InstructionSet, instruction_set
 
 __all__ = [
@@ -136,14 +136,19 @@ def adds_by_element(spec: ConvSpec, shape: tuple[int, ...], dtype: torch.dtype) 
     the other, which takes several times as long as its products and two passes over the result (docs/facts.md): of
     groups, where the output is no multiple of the stride, or there is a dilation beside one. (In 16 bits with AMX it
     has other kernels, where every output has a tap.)"""
-    if not spec.transposed:
+    if not spec.transposed or dtype not in DTYPES:
         return False
     out = spec.output_size(shape[2:])
     fits = all(n % s == 0 and (s == 1 or d == 1) for n, s, d in zip(out, spec.stride, spec.dilation, strict=True))
-    covered = all(phase.taps for dim in spec.phases for phase in dim)
+    covered = _covered(spec)
     if fits and covered and spec.groups == 1:
         return False
     return dtype == torch.float32 or not covered or instruction_set() < InstructionSet.AMX
+
+
+def _covered(spec: ConvSpec) -> bool:
+    """Whether every output has a tap."""
+    return all(phase.taps for dim in spec.phases for phase in dim)
 
 
 def _vectors(channels: int) -> int:
@@ -294,7 +299,7 @@ class Gathered(Method):
 
     @staticmethod
     def applies(spec: ConvSpec) -> bool:
-        return spec.transposed and spec.groups == 1 and all(ph.taps for dim in spec.phases for ph in dim)
+        return spec.transposed and spec.groups == 1 and _covered(spec)
 
     def pack(self, weight: torch.Tensor, shift: torch.Tensor | None) -> Any:
         packs = []

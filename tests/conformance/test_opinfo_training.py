@@ -98,10 +98,10 @@ def test_samples_on_the_device(name: str, dtype: torch.dtype, device: torch.devi
 @pytest.mark.parametrize("activation", list(cnnfast.activations.ACTIVATIONS))
 @pytest.mark.parametrize("name", [*NAMES, "upsample_conv2d"])
 def test_gradcheck_on_the_reference_path(name: str, activation: str) -> None:
-    """First and second derivatives in float64, by differences along random directions."""
+    """First and second derivatives in float64, by differences."""
     torch.manual_seed(0)
     ndim = 1 if name.endswith("1d") else 2
-    x = torch.randn(2, 2, *(4,) * ndim, dtype=torch.float64)
+    x = torch.randn(2, 2, *(5 - ndim,) * ndim, dtype=torch.float64)
     weight = torch.randn(2, 2, *(3,) * ndim, dtype=torch.float64)
     bias, scale, shift = (torch.randn(2, dtype=torch.float64) for _ in range(3))
     geometry = {} if name == "upsample_conv2d" else dict(stride=2, padding=1)
@@ -116,5 +116,5 @@ def test_gradcheck_on_the_reference_path(name: str, activation: str) -> None:
         )  # fmt: skip
 
     leaves = tuple(t.requires_grad_() for t in inputs)
-    assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)

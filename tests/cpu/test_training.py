@@ -385,6 +385,29 @@ def test_a_weight_that_outweighs_its_maps_meets_columns(
     contiguous_ways.cache_clear()
 
 
+@pytest.mark.parametrize(("output_padding", "apart"), [(0, True), (1, False)])
+def test_a_bias_that_onednn_adds_element_by_element_is_a_pass(
+    output_padding: int, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[bool] = []
+
+    def conv(x: Tensor, weight: Tensor, bias: Tensor | None, spec: ConvSpec) -> Tensor:
+        given.append(bias is None)
+        return by_torch(x, weight, bias, spec)
+
+    by_torch = reference.conv
+    spec = ConvSpec.make(32, 24, 3, 2, 1, output_padding)
+    tensors = torch.randn(2, 32, 32, 32), torch.randn(32, 24, 3, 3) / 16, torch.randn(24)
+    grad = torch.randn(2, 24, 63 + output_padding, 63 + output_padding)
+    want = gradients(lambda x, w, b: reference.conv(x, w, b, spec), tensors, grad, torch.float64)
+    yard = gradients(lambda x, w, b: reference.conv(x, w, b, spec), tensors, grad, torch.float32)
+    monkeypatch.setattr(reference, "conv", conv)
+    got = gradients(lambda x, w, b: conv_autograd.convolution(x, w, b, spec), tensors, grad, torch.float32)
+    assert given == [apart]
+    for a, e, y in zip(got, want, yard, strict=True):
+        assert_close(a, e, y)
+
+
 def test_float64_is_left_to_aten() -> None:
     spec = ConvSpec.make(100, 512, 4)
     assert ways(spec, (16, 100, 1, 1), torch.float64) == ("aten", "aten", torch.float64)

@@ -1215,7 +1215,8 @@ MISTOLD: dict[str, Callable[[Any, Tensor], Tensor]] = {
 
 
 @pytest.mark.filterwarnings("error::cnnfast.messages.CnnfastWarning")
-@pytest.mark.parametrize(("last", "train"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", MISTOLD)
 def test_strides_are_eager_modes_where_the_fake_mode_says_others(name: str, last: bool, train: bool) -> None:
     """As it does on a CPU of some calls of channels-last maps."""

@@ -68,25 +68,30 @@ class Between(nn.Module):
         return self.second(F.relu(self.f(F.relu(self.first(x)))))
 
 
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many operators each graph has that is rewritten."""
+    counts: list[int] = []
+
+    def counted(graph: fx.Graph) -> None:
+        as_shuffles(graph)
+        graph.lint()
+        counts.append(sum(node.target is F.channel_shuffle for node in graph.nodes))
+
+    monkeypatch.setattr(rewrite_layout, "as_shuffles", counted)
+    return counts
+
+
 @pytest.mark.filterwarnings("error::cnnfast.messages.CnnfastWarning")
 @pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last], ids=["", "channels_last"])
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("name", SHUFFLES)
-def test_written_out(name: str, gradients: bool, given: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_out(name: str, gradients: bool, given: torch.memory_format, found: list[int]) -> None:
     f, count = SHUFFLES[name]
-    found: list[int] = []
-
-    def seen(graph: fx.Graph) -> None:
-        as_shuffles(graph)
-        graph.lint()
-        found.append(sum(node.target is F.channel_shuffle for node in graph.nodes))
-
-    monkeypatch.setattr(rewrite_layout, "as_shuffles", seen)
     torch.manual_seed(0)
     model = Between(f, 2).eval()
     ours = cnnfast.accelerate(Between(f, 2).eval())
     ours.load_state_dict(model.state_dict())
-    x = torch.randn(2, 16, 8, 8).contiguous(memory_format=given)
     with torch.set_grad_enabled(gradients), accelerate_worth.never_standing():
         for size in (8, 8, 8, 12, 12):
             x = torch.randn(2, 16, size, size).contiguous(memory_format=given)
@@ -111,7 +116,8 @@ def test_written_out(name: str, gradients: bool, given: torch.memory_format, mon
             assert [site.channels_last for site in record.graphs[0].sites] == [True, False], "one stretch"
 
 
-def test_volumes() -> None:
+@pytest.mark.filterwarnings("error::cnnfast.messages.CnnfastWarning")
+def test_volumes(found: list[int]) -> None:
     torch.manual_seed(0)
     model = Between(by_views, 3).eval()
     ours = cnnfast.accelerate(Between(by_views, 3).eval())
@@ -121,3 +127,4 @@ def test_volumes() -> None:
             x = torch.randn(2, 16, 4, 6, 5)
             torch.testing.assert_close(ours(x), model(x), rtol=1e-5, atol=1e-5)
             assert ours(x).stride() == model(x).stride()
+    assert found[0] == 1
