@@ -173,59 +173,29 @@ def restrided(t: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
     return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
-def _by_matrices(t: torch.Tensor, channels_last: bool) -> bool:
-    """Whether `_transposed` is the fastest way: ATen's general copy strides through memory (up to four times slower,
-    docs/facts.md), but on all threads."""
-    if t.device.type != "cpu":
-        return False
-    threads = torch.get_num_threads()
-    image, channels = t.numel() // max(1, t.shape[0]), t.shape[1]
-    if threads > 4 or channels < 16 * threads:
-        return False
-    if channels_last:
-        positions = 16 if threads == 1 else 512 * threads
-        return image >= max(2**15, positions * channels) and t.is_contiguous()
-    return channels >= 32 * threads and image * channels >= 2**24 * threads**2
+def _at_once(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """A dense t in the other format, which is ``channels_last`` or contiguous.
+
+    ATen's channel shuffle of a channels-last map makes each position's channels, as (groups, channels of one), those
+    of (channels of one, groups): a matrix transposition in vectors. A whole image stands for such a position here, so
+    that each has one thread.
+    """
+    n, image = t.shape[0], t.shape[1:].numel()
+    groups = t.shape[1] if channels_last else t.shape[2:].numel()
+    y = torch.native_channel_shuffle(t.as_strided((n, image, 1, 1), (image, 1, image, image)), groups)
+    return y.as_strided(t.shape, new_strides(t.shape, channels_last)).detach()
 
 
-def _transposed(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """A dense t in the other format, which is ``channels_last`` or contiguous, as one matrix transposition for each
-    image: ATen does those in blocks, on one thread."""
-    y = torch.empty_like(t, memory_format=format_of(t.dim(), channels_last))
-    for image, source in zip(y, t, strict=True):
-        if channels_last:
-            image.movedim(0, -1).flatten(0, -2).copy_(source.flatten(1).t())
-        else:
-            image.flatten(1).copy_(source.movedim(0, -1).flatten(0, -2).t())
-    return y
-
-
-_SHUFFLED = 2**17, 2**24  # numbers, from and to: fewer cost more calls, more memory (as much again is taken)
-
-_LEAST_SHUFFLED_16 = 2**20  # likewise, in 16 bits
-
-_LEAST_RUN = 64  # positions: more than a kernel has, as the shuffle reads like one who writes, ending a weight's watch
-
-
-def _by_shuffle(t: torch.Tensor, channels_last: bool) -> bool:
-    """Whether `_shuffled` is faster than `_transposed` and ATen's copy (docs/facts.md)."""
-    least, most = _SHUFFLED
-    if t.is_floating_point() and t.element_size() == 2 and not channels_last and t.shape[1] < 64:
-        least = _LEAST_SHUFFLED_16
-    elif t.dtype != torch.float32:
-        return False
-    if t.device.type != "cpu" or t.shape[1] < 8 or not least <= t.numel() <= most:
-        return False
-    if not t.is_contiguous(memory_format=format_of(t.dim(), not channels_last)):
-        return False
-    run = _run_length(t.shape[2:].numel(), t.shape[-1])
-    return run >= _LEAST_RUN and t.shape[0] * t.shape[2:].numel() >= 2 * run
+def _at_once_16(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """`_at_once` of numbers of 16 bits, of which the shuffle has no vectors: as ones of 32 (three times their memory is
+    taken for the moment)."""
+    wide = t.view(torch.int16).to(torch.int32).view(torch.float32)
+    return _at_once(wide, channels_last).view(torch.int32).to(torch.int16).view(t.dtype)
 
 
 def _shuffled(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
-    """`_transposed` in vectors, on all threads: ATen's channel shuffle of a channels-last map makes each position's
-    channels, as (groups, channels of one), those of (channels of one, groups). A run of positions with its C channels
-    stands for such a position; what is left is a copy of whole runs."""
+    """`_at_once` on all threads: a run of positions with its C channels stands for a position, and what is left is a
+    copy of whole runs (as much memory again is taken for the moment)."""
     n, c, *size = t.shape
     run = _run_length(math.prod(size), size[-1])
 
@@ -241,6 +211,17 @@ def _shuffled(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
     return y
 
 
+def _transposed(t: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """`_at_once` of any dtype, as ATen's copy of a matrix for each image, which is in blocks and on one thread."""
+    y = torch.empty_like(t, memory_format=format_of(t.dim(), channels_last))
+    for image, source in zip(y, t, strict=True):
+        if channels_last:
+            image.movedim(0, -1).flatten(0, -2).copy_(source.flatten(1).t())
+        else:
+            image.flatten(1).copy_(source.movedim(0, -1).flatten(0, -2).t())
+    return y
+
+
 @lru_cache(maxsize=1024)
 def _run_length(positions: int, width: int) -> int:
     """How many of an image's positions are one run: a part of it of 512 to 1024, where it has one."""
@@ -252,11 +233,70 @@ def _run_length(positions: int, width: int) -> int:
     return run
 
 
-class _Transposed(torch.autograd.Function):
-    """`_shuffled` or `_transposed` with a gradient, which is in whatever format it comes."""
+_Way = Callable[[torch.Tensor, bool], torch.Tensor]
+
+# Positions: more than a kernel has, as the shuffle reads like one who writes, ending a weight's watch.
+_LEAST_POSITIONS = 64
+
+# Numbers: fewer are as fast by ATen's copy; an image of so many is worth all threads; writing one of more strides over
+# too much memory; of more, a second copy is too much.
+_LEAST, _MANY, _MOST_WRITTEN, _MOST_TWICE = 2**13, 2**17, 2**21, 2**24
+_LEAST_16, _MOST_16 = 2**15, 2**22  # likewise in 16 bits, to channels-last
+_CONFLICTS_16 = 1024  # positions: multiples lie in the same sets of the cache, which slows ATen's copy
+_ALONE_16, _LEAST_SHUFFLED_16 = (2**17, 2**19), 2**20  # to contiguous, on one thread and in runs
+
+
+@lru_cache(maxsize=4096)
+def _way(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, threads: int) -> _Way | None:
+    """The fastest of a dense tensor on a CPU, or ATen's own copy: on all threads, it strides through memory
+    (docs/facts.md)."""
+    channels, positions, numbers = shape[1], math.prod(shape[2:]), math.prod(shape)
+    if not numbers:
+        return None
+    if channels >= 8 and positions >= _LEAST_POSITIONS:
+        if dtype == torch.float32 and numbers >= _LEAST:
+            return _way_32(shape, channels_last, threads)
+        if dtype in (torch.bfloat16, torch.float16) and (way := _way_16(shape, channels_last, threads)):
+            return way
+    image, many = channels * positions, 16 * threads
+    if channels_last:
+        worth = channels >= many and image >= max(2**15, (16 if threads == 1 else 512 * threads) * channels)
+        worth = worth and not (dtype.itemsize == 2 and positions % _CONFLICTS_16)
+    else:
+        worth = channels >= 2 * many and image * channels >= 2**24 * threads**2
+        worth = worth and (threads == 1 or dtype.itemsize > 2 or numbers > _MOST_TWICE)
+    return _transposed if worth and threads <= 4 else None
+
+
+def _way_32(shape: tuple[int, ...], channels_last: bool, threads: int) -> _Way | None:
+    many = shape[0] < threads and math.prod(shape) >= _MANY
+    if _in_runs(shape) and (many and threads > 2 or not channels_last and math.prod(shape[1:]) > _MOST_WRITTEN):
+        return _shuffled
+    return None if many and threads > 4 else _at_once
+
+
+def _way_16(shape: tuple[int, ...], channels_last: bool, threads: int) -> _Way | None:
+    channels, numbers = shape[1], math.prod(shape)
+    if channels_last:
+        slow = channels >= max(16, 8 * threads) and threads <= 4 and math.prod(shape[2:]) % _CONFLICTS_16 == 0
+        return _at_once_16 if slow and _LEAST_16 <= numbers <= _MOST_16 else None
+    if threads == 1 and channels >= 32 and _ALONE_16[0] <= numbers <= _ALONE_16[1]:
+        return _at_once_16
+    few = channels < 64 or threads > 1
+    return _shuffled if few and numbers >= _LEAST_SHUFFLED_16 and _in_runs(shape) else None
+
+
+def _in_runs(shape: tuple[int, ...]) -> bool:
+    positions = math.prod(shape[2:])
+    run = _run_length(positions, shape[-1])
+    return run >= _LEAST_POSITIONS and shape[0] * positions >= 2 * run and math.prod(shape) <= _MOST_TWICE
+
+
+class _Converted(torch.autograd.Function):
+    """A `_way` with a gradient, which is in whatever format it comes."""
 
     @staticmethod
-    def forward(ctx: Any, t: torch.Tensor, channels_last: bool, way: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def forward(ctx: Any, t: torch.Tensor, channels_last: bool, way: _Way) -> torch.Tensor:
         return way(t, channels_last)
 
     @staticmethod
@@ -271,11 +311,11 @@ def convert(t: torch.Tensor, dtype: torch.dtype, channels_last: bool) -> torch.T
         return t
     if not channels_last and t.is_contiguous():
         return t.to(dtype)
-    way = _shuffled if dtype == t.dtype and _by_shuffle(t, channels_last) else None
-    if way is None and _by_matrices(t, channels_last):
-        way, t = _transposed, t.to(dtype) if channels_last else t.to(dtype, memory_format=format_of(t.dim(), True))
-    if way is not None:
-        return _Transposed.apply(t, channels_last, way) if t.requires_grad else way(t, channels_last)
+    way = _way(t.shape, dtype, channels_last, torch.get_num_threads()) if t.device.type == "cpu" else None
+    if way is not None and t.stride(-1 if channels_last else 1) == 1:
+        # Whole runs are left to copy, if anything. (`to` leaves alone what only suggests the format.)
+        t = t.to(dtype).contiguous(memory_format=format_of(t.dim(), not channels_last))
+        return _Converted.apply(t, channels_last, way) if t.requires_grad else way(t, channels_last)
     if t.dtype == dtype:  # the cheaper call, on a path that counts microseconds
         return t.contiguous(memory_format=memory_format)
     return t.to(dtype, memory_format=memory_format)
