@@ -47,19 +47,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session", autouse=True)
 def small_chains() -> Iterator[None]:
     """Maps of tests are small and stand for larger ones, and layers for generators: chains run fused whatever their
-    size, and so do accelerated models. (Tests of those rules set `backend.SMALL`, the wrapped
-    `backend._saves_conversions` and `accelerate_worth.FINDING` again.)"""
+    size, and so do accelerated models. (Tests of those rules set the wrapped
+    `backend._converts_anyway` and `backend._saves_conversions`, and `accelerate_worth.FINDING`, again.)"""
     from cnnfast.cpu import backend
     from cnnfast.nn import accelerate_worth
 
-    saves = backend._saves_conversions
+    saves, converts = backend._saves_conversions, backend._converts_anyway
 
     @functools.wraps(saves)
     def as_without_gradients(steps: Any, elements: list[int], gradient: bool) -> bool:
         return saves(steps, elements, False)
 
+    @functools.wraps(converts)
+    def always(steps: Any, shapes: Any) -> bool:
+        return True
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "SMALL", 0)
+        patch.setattr(backend, "_converts_anyway", always)
         patch.setattr(backend, "SMALL_IN_TRAINING", 0)
         patch.setattr(backend, "LEAST_SAVED", 0)
         patch.setattr(backend, "_saves_conversions", as_without_gradients)

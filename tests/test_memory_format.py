@@ -99,21 +99,66 @@ WAYS = {
         ((1, 64, 8, 8), torch.float32, True, ["ATen's"] * 5),
         ((4, 1024, 7, 7), torch.float32, True, ["by matrices"] + ["ATen's"] * 4),  # as many positions as a kernel's
         ((1, 64, 64, 64), torch.float64, True, ["by matrices"] * 4 + ["ATen's"]),
-        ((1, 64, 64, 64), torch.bfloat16, True, ["at once, widened"] * 4 + ["ATen's"]),
         ((1, 64, 60, 80), torch.bfloat16, True, ["ATen's"] * 5),
-        ((1, 64, 256, 512), torch.bfloat16, True, ["by matrices"] * 4 + ["ATen's"]),
-        ((1, 64, 64, 64), torch.bfloat16, False, ["at once, widened"] + ["ATen's"] * 4),
         ((1, 64, 128, 128), torch.bfloat16, False, ["by matrices"] + ["in runs"] * 4),
         ((1, 16, 256, 256), torch.float16, False, ["in runs"] * 5),
         ((1, 16, 128, 256), torch.float16, False, ["ATen's"] * 5),
     ],
     ids=str,
 )
+@pytest.mark.parametrize("conflicting", [True, False])
 def test_the_way_of_a_conversion(
-    shape: tuple[int, ...], dtype: torch.dtype, to: bool, ways: list[str], monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    to: bool,
+    ways: list[str],
+    conflicting: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On 1, 2, 3, 4 and 8 threads."""
-    assert [memory_format._way(shape, dtype, to, threads) for threads in (1, 2, 3, 4, 8)] == [WAYS[w] for w in ways]
+    monkeypatch.setattr(memory_format, "_conflicting", lambda: conflicting)
+    assert [_way(shape, dtype, to, threads) for threads in (1, 2, 3, 4, 8)] == ways
+
+
+@pytest.mark.parametrize(
+    ("shape", "to", "ways"),
+    [
+        ((1, 64, 64, 64), True, ["at once, widened"] * 4 + ["ATen's"]),
+        ((1, 64, 256, 512), True, ["by matrices"] * 4 + ["ATen's"]),
+        ((1, 64, 64, 64), False, ["at once, widened"] + ["ATen's"] * 4),
+        ((4, 64, 64, 64), False, ["by matrices"] + ["in runs"] * 4),
+    ],
+    ids=str,
+)
+def test_conflicts_of_the_cache(
+    shape: tuple[int, ...], to: bool, ways: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ATen's copies in 16 bits do not meet them, they are the fastest."""
+    for conflicting, expected in ((True, ways), (False, ["ATen's"] * 5)):
+        monkeypatch.setattr(memory_format, "_conflicting", lambda value=conflicting: value)
+        assert [_way(shape, torch.bfloat16, to, threads) for threads in (1, 2, 3, 4, 8)] == expected
+
+
+@pytest.mark.parametrize(
+    ("processor", "conflicting"),
+    [
+        ({"cpu_name": "AMD EPYC 9R14", "l1d_cache_size": 32768}, True),
+        ({"cpu_name": "AMD EPYC 9R45", "l1d_cache_size": 49152}, False),
+        ({"cpu_name": "Intel Xeon", "l1d_cache_size": 32768}, False),
+        ({}, False),
+    ],
+    ids=["Zen 4", "Zen 5", "Intel", "nothing told"],
+)
+def test_processors_with_conflicts(
+    processor: dict[str, Any], conflicting: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
+    assert memory_format._conflicting.__wrapped__() is conflicting
+
+
+def _way(shape: tuple[int, ...], dtype: torch.dtype, to: bool, threads: int) -> str:
+    found = memory_format._way.__wrapped__(shape, dtype, to, threads)
+    return next(name for name, way in WAYS.items() if way is found)
 
 
 LARGE = [(1, 64, 1, 2048), (3, 64, 24, 25), (1, 32, 65, 64), (2, 32, 8, 16, 16), (1, 64, 72, 72), (2, 256, 1, 130),

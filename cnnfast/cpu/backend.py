@@ -13,6 +13,7 @@ from ..memory_format import convert, has_both
 from ..step import Operands, Step
 from . import inference, norm_inference, tuned
 from .isa import process
+from .methods import by_patches
 from .onednn import adds_by_element
 from .training import run as by_layers
 from .training import stays_contiguous, why_slower_3d
@@ -64,7 +65,7 @@ def arrange(
     reads = [inside[0] or eager[0], *inside]
     why: list[str | None] = [None] * len(steps)
     chosen = (None,) * len(steps) if gradient else tuple(map(_chosen, steps, shapes, reads, inside))
-    converted = any(eager) or sum(elements[1:]) >= SMALL  # whatever the steps gain
+    converted = any(eager) or _converts_anyway(steps, shapes)
     for i, s in enumerate(steps):
         before, after = reads[i : i + 2]
         if s.step.measured and (before or after) and not eager[i + 1] and s.step.norm.kind != "instance":  # type: ignore[union-attr]
@@ -78,8 +79,6 @@ def arrange(
         return nothing
     if not contiguous and (small := _too_small(steps, shapes, eager, why, chosen, gradient)):
         return small
-    if nothing is not None and not (gradient or any(eager)) and _few_vectors(steps, shapes):
-        return nothing
     ready: tuple[Ready | None, ...] = ()
     if not gradient:
         each = zip(steps, shapes[:-1], inside, chosen, why, strict=True)
@@ -97,7 +96,34 @@ def arrange(
 # one dimension whatever the format).
 SMALL, SMALL_IN_TRAINING = 2**21, 2**17
 LEAST_SAVED, _LARGE_WEIGHT = 2**20, 2**21
-_MANY, _MANY_FULL_WIDTH = 6, 4  # convolutions of which none gains by itself
+# Of chains in float32 of which no step gains by itself: positions of the largest result from which two of them are
+# enough, as what oneDNN converts in each convolution outweighs the ends; and so many more, from fewer positions on one
+# thread and on several, where each conversion is a loop over all threads.
+_LARGEST, _LARGE, _LARGE_ON_THREADS, _MANY = 2**14, 2**12, 2**10, 5
+_MANY_SMALL = 6  # of smaller maps, `SMALL` in all, whose channels are whole vectors
+_FEW_BY_PATCHES, _LEAST_BY_PATCHES = 3, 2**15  # convolutions, and elements of their results, as above
+
+
+def _converts_anyway(steps: Sequence[Planned], shapes: Sequence[torch.Size]) -> bool:
+    """Whether channels-last maps inside of a chain whose ends are contiguous pay in inference whatever the steps gain
+    by themselves."""
+    count, elements, now = len(steps), sum(shape.numel() for shape in shapes[1:]), process()
+    if steps[0].ndim != 2 or any(s.dtype != torch.float32 for s in steps):
+        return elements >= SMALL
+    plain = not any(s.step.measured for s in steps)  # norms of small maps gain by being contiguous
+    patches = sum(by_patches(s.step.spec, shape) for s, shape in zip(steps, shapes, strict=False))
+    if plain and now.threads > 1 and patches:
+        if now.full_width:
+            count -= patches  # as fast
+        elif count >= _FEW_BY_PATCHES and elements >= _LEAST_BY_PATCHES:
+            return True
+    if count <= 1:
+        return False
+    positions = max(shape.numel() // shape[1] for shape in shapes[1:])
+    large = _LARGE if now.threads == 1 else _LARGE_ON_THREADS
+    if positions >= _LARGEST or plain and count >= _MANY and positions >= large:
+        return True
+    return elements >= SMALL and (count >= _MANY_SMALL or any(shape[1] % 16 for shape in shapes))
 
 
 def _too_small(
@@ -122,7 +148,7 @@ def _too_small(
         small = small and sum(_passes(s) * after.numel() for s, _, after, _ in gaining) < LEAST_SAVED
     else:
         gains = (no is None and (by is not None or _much_work(s, before)) for s, before, _, no, by in each)
-        small = elements < SMALL and not any(gains)
+        small = not (any(gains) or _converts_anyway(steps, shapes))
     return "the maps are too small: PyTorch's modules are as fast" if small else None
 
 
@@ -196,14 +222,6 @@ def _gain_in_1d(steps: Sequence[Planned], shapes: Sequence[torch.Size], eager: S
             return True
     works = (s.step.spec.macs(shape[0], shape[2:]) for s, shape in zip(steps, shapes, strict=False))
     return eager[-1] and max(works) >= _LEAST_1D
-
-
-def _few_vectors(steps: Sequence[Planned], shapes: Sequence[torch.Size]) -> bool:
-    """Whether the chain has so few convolutions that conversions at its ends cost what those of each would, which
-    oneDNN makes itself, in whole vectors of float32."""
-    whole = all(shape[1] % 16 == 0 for shape in shapes)
-    few = len(steps) < (_MANY_FULL_WIDTH if process().full_width else _MANY)
-    return steps[0].ndim == 2 and few and whole and all(s.dtype == torch.float32 for s in steps)
 
 
 def _outsized(s: Planned, shape: Sequence[int]) -> bool:

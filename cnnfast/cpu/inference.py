@@ -42,7 +42,7 @@ def methods_of(step: Step, shape: tuple[int, ...], dtype: torch.dtype, now: Proc
     return applicable(step.spec, _padded(step, shape), compute, not now.lowered or compute != torch.float32)
 
 
-_CONVERSION = 150  # multiply-adds, times `moving`, while ATen brings a number into or out of channels-last
+_CONVERSION = 50  # multiply-adds, times `moving`, while a number is brought into or out of channels-last
 # Numbers of a weight in 16 bits from which ATen takes longer to bring it into oneDNN's layout than a packed step's
 # calls (docs/facts.md).
 _LEAST_WEIGHT_16 = 2**12

@@ -94,11 +94,15 @@ def instruction_set() -> InstructionSet:
         (InstructionSet.AMX, "_is_amx_tile_supported"),
         (InstructionSet.AMX_FP16, "_is_amx_fp16_supported"),
     ):
-        supported = getattr(torch.cpu, query, None)  # private names, as everything in this file
-        if supported is not None and supported():
+        if _supported(query):
             found = level
     asked = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     return min(found, _LIMITS.get(asked, InstructionSet.AMX_FP16))
+
+
+def _supported(query: str) -> bool:
+    supported = getattr(torch.cpu, query, None)  # private names, as everything in this file
+    return supported is not None and supported()
 
 
 # Models of family 6 with AVX-512 and one unit for it: Cannon, Ice, Tiger and Rocket Lake, of notebooks and desktops.
@@ -111,6 +115,8 @@ def full_width() -> bool:
     AMD from Zen 5 on). With AVX2, and where AVX-512 takes two cycles or has one unit, it is 16."""
     if instruction_set() < InstructionSet.AVX512:
         return False
+    if _supported("_is_amx_tile_supported"):  # of no notebook, whatever model a virtual machine names
+        return True
     vendor, family, model = (*_cpuinfo("vendor_id|cpu family|model"), "", "", "")[:3]
     if vendor == "AuthenticAMD":
         return family.isdigit() and int(family) >= 26

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -12,7 +13,7 @@ from .isa import InstructionSet, Process, cache_bytes
 from .onednn import Convolution, Deconvolution, Gathered, Merged, Method, Projection
 from .winograd import Winograd
 
-__all__ = ["METHODS", "applicable", "by_rule", "gathers", "winograd_gain"]
+__all__ = ["METHODS", "applicable", "by_patches", "by_rule", "gathers", "winograd_gain"]
 
 METHODS: dict[str, type[Method]] = {
     kind.__name__: kind for kind in (Convolution, Deconvolution, Gathered, Merged, Projection, Winograd)
@@ -55,6 +56,15 @@ def by_rule(
     if "Winograd" in right and winograd_gain(spec, shape, now) > 1:
         return Winograd
     return Deconvolution if spec.transposed else Convolution
+
+
+def by_patches(spec: ConvSpec | None, shape: Sequence[int]) -> bool:
+    """Whether PyTorch runs this float32 convolution of a contiguous map (N, C_in, H, W) by patches and a matrix
+    product, not by oneDNN: for a small sample, by its sizes."""
+    if spec is None or spec.transposed or spec.ndim != 2:
+        return False
+    kernel = spec.kernel_size
+    return shape[0] == 1 == spec.groups and math.prod(shape) <= 20480 and max(kernel) > 1 and min(kernel) <= 3
 
 
 def moving(now: Process) -> float:

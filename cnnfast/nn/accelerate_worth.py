@@ -20,10 +20,12 @@ from torch import Tensor, nn
 
 from ..cpu import tuned
 from ..cpu.isa import instruction_set, process, products_dtype
+from ..cpu.methods import by_patches
 from ..dispatch import on_cpu, resolve_backend
 from .chain import Chain
 from .fusion import FusedStep
 from .rewrite import Graph
+from .rewrite_layout import converted
 from .rewrite_quick import state
 from .rewrite_site import Site
 
@@ -56,7 +58,7 @@ _FLOPS, _FLOPS_16, _BYTES = 1e11, 2.5e11, 4e9  # in a second of one thread; by i
 # of a grouped one; and that ATen does. Beside them, seconds of each such convolution on one thread, and on several.
 _BY_ONEDNN, _BY_ONEDNN_GROUPED, _BY_ATEN = 2.2e10, 1.4e10, 3.3e9
 _A_REORDER, _A_REORDER_ON_THREADS = 1.5e-5, 3e-5
-_SAVED_FULL_WIDTH = 0.25  # of a convolution of contiguous maps, where oneDNN's kernel for its own layout is the slower
+_SAVED_FULL_WIDTH = 0.1  # of a convolution of contiguous maps, where oneDNN's kernel for its own layout is the slower
 _MAX_KINDS = 64
 
 
@@ -219,17 +221,19 @@ def _saved_by_chain(site: Site, chain: Chain, threads: int) -> float:
                 plain, size = s.step.unfused(shape[2:])
                 saved += (2 * plain.macs(shape[0], size) - flops) / rate
         elif (alone or site.channels_last is not None and site.given_contiguous) and s.step.spec is not None:
-            saved += _of_contiguous(s, seconds, moved, threads)
+            saved += _of_contiguous(s, shape, seconds, moved, threads)
         shape = after
     if alone and not packed:  # a stretch of its own
-        ends = math.prod(first) + math.prod(shape or ()) * (not bound.runs[-1].channels_last)  # type: ignore[union-attr]
-        saved -= ends * chain.steps[0].dtype.itemsize / _BY_ATEN
+        ends = (first, *([] if bound.runs[-1].channels_last else [shape or first]))  # type: ignore[union-attr]
+        saved -= sum(converted(end, chain.steps[0].dtype) for end in ends) / _BY_ATEN
     return saved
 
 
-def _of_contiguous(s: FusedStep, seconds: float, moved: int, threads: int) -> float:
+def _of_contiguous(s: FusedStep, shape: Sequence[int], seconds: float, moved: int, threads: int) -> float:
     """Seconds of one thread that a convolution of so many takes longer where its maps are contiguous."""
     spec = s.step.spec
+    if by_patches(spec, shape) and (threads == 1 or process().full_width):
+        return 0.0
     saved = moved / (_BY_ONEDNN_GROUPED if spec.groups > 1 else _BY_ONEDNN)
     spatial = max(spec.kernel_size) > 1
     dense = spatial and spec.groups == 1 and spec.out_channels > 16 and not spec.transposed

@@ -52,7 +52,7 @@ class Graph:
     apart: list[Apart] = field(default_factory=list)
     convolutions: int = 0
     runs: int = 0
-    converted: int = 0  # see `keep_channels_last`
+    converted: float = 0.0  # see `keep_channels_last`
     # The state that calls met, how many of them, and what the second settled on; set at once, for other threads.
     _seen: tuple[object, int, Callable[..., Any] | None] = (None, 0, None)
     _off: tuple[int, bool] = (-1, False)

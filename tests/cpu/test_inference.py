@@ -401,19 +401,23 @@ def test_the_limit_of_the_instruction_set_is_honoured(name: str, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("limit", "found", "full"),
+    ("limit", "tiles", "found", "full"),
     [
-        pytest.param("AVX512", ("GenuineIntel", "6", "106"), True, id="Ice Lake, server"),
-        pytest.param("AMX", ("GenuineIntel", "6", "143"), True, id="Sapphire Rapids"),
-        pytest.param("AVX2", ("GenuineIntel", "6", "106"), False, id="limited"),
-        pytest.param("AVX512", ("GenuineIntel", "6", "140"), False, id="Tiger Lake"),
-        pytest.param("AVX512_BF16", ("AuthenticAMD", "25", "17"), False, id="Zen 4"),
-        pytest.param("AVX512_BF16", ("AuthenticAMD", "26", "2"), True, id="Zen 5"),
-        pytest.param("AVX512", (), True, id="nothing told"),
+        pytest.param("AVX512", False, ("GenuineIntel", "6", "106"), True, id="Ice Lake, server"),
+        pytest.param("AMX", True, ("GenuineIntel", "6", "143"), True, id="Sapphire Rapids"),
+        pytest.param("AVX2", True, ("GenuineIntel", "6", "143"), False, id="limited"),
+        pytest.param("AVX512", False, ("GenuineIntel", "6", "140"), False, id="Tiger Lake"),
+        pytest.param("AVX512", True, ("GenuineIntel", "6", "167"), True, id="a model of another name"),
+        pytest.param("AVX512_BF16", False, ("AuthenticAMD", "25", "17"), False, id="Zen 4"),
+        pytest.param("AVX512_BF16", False, ("AuthenticAMD", "26", "2"), True, id="Zen 5"),
+        pytest.param("AVX512", False, (), True, id="nothing told"),
     ],
 )
-def test_full_width(limit: str, found: tuple[str, ...], full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_width(
+    limit: str, tiles: bool, found: tuple[str, ...], full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(isa, "instruction_set", lambda: InstructionSet[limit])
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     monkeypatch.setattr(isa, "_cpuinfo", lambda _: found)
     assert isa.full_width.__wrapped__() is full
 

@@ -331,8 +331,10 @@ class Bare(nn.Sequential):
         pytest.param(Plain(4, 8, 1), (8, 16), 0, 0, id="few calls"),
         pytest.param(Plain(3, 48, 3), (48, 64), 0, 1, id="by the kernel for another layout"),
         pytest.param(Bare(8, 32), (32, 128), 1, 1, id="a chain"),
-        pytest.param(Bare(5, 32), (32, 128), 0, 1, id="a short chain"),
-        pytest.param(Bare(3, 32), (32, 128), 0, 0, id="a shorter one"),
+        pytest.param(Bare(5, 32), (32, 128), 1, 1, id="a short chain"),
+        pytest.param(Bare(3, 32), (32, 128), 0, 1, id="a shorter one"),
+        pytest.param(Plain(8, 64, 3), (64, 32), 1, 1, id="by oneDNN"),
+        pytest.param(Plain(8, 64, 3), (64, 16), 0, 0, id="by patches, which a contiguous map costs nothing"),
     ],
 )
 @pytest.mark.parametrize("width", ["narrow", "full"])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import cnnfast
-from cnnfast.cpu import backend, inference, methods, onednn
+from cnnfast.cpu import backend, inference, isa, methods, onednn
 from cnnfast.dispatch import Planned
 from cnnfast.nn import chain
 from cnnfast.step import Operands
@@ -1063,7 +1063,7 @@ def test_a_chain_that_is_too_small_runs_as_its_modules(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As they stand: bit by bit the same, running statistics included."""
-    monkeypatch.setattr(backend, "SMALL", 2**21)
+    monkeypatch.setattr(backend, "_converts_anyway", backend._converts_anyway.__wrapped__)  # type: ignore[attr-defined]
     monkeypatch.setattr(backend, "SMALL_IN_TRAINING", 2**17)
     monkeypatch.setattr(methods, "winograd_gain", lambda *_: 1.0)  # with which some would gain
     for cached in (inference._way, inference._why_slower_plain):
@@ -1084,6 +1084,52 @@ def test_a_chain_that_is_too_small_runs_as_its_modules(
     cl = x.contiguous(memory_format=torch.channels_last)
     with torch.set_grad_enabled(train):
         assert not train or "too small" not in model.explain(cl), "the caller asks for channels-last"
+
+
+def _plain(count: int, channels: int, kernel: int = 3, norm: bool = False, **kw: Any) -> list[nn.Module]:
+    conv = [nn.Conv2d(channels, channels, kernel, padding=kernel // 2, **kw) for _ in range(count)]
+    return [m for c in conv for m in (c, nn.GroupNorm(4, channels) if norm else nn.Identity(), nn.ReLU())]
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "alone", "together", "together_full_width"),
+    [
+        pytest.param(_plain(1, 16), (1, 16, 128, 128), False, False, False, id="one"),
+        pytest.param(_plain(2, 16), (1, 16, 128, 128), True, True, True, id="large"),
+        pytest.param(_plain(2, 16), (1, 16, 64, 64), False, False, False, id="few"),
+        pytest.param(_plain(5, 16), (1, 16, 64, 64), True, True, True, id="many"),
+        pytest.param(_plain(5, 64), (1, 64, 32, 32), False, True, True, id="many-small"),
+        pytest.param(_plain(3, 64), (1, 64, 16, 16), False, True, False, id="by-patches"),
+        pytest.param(_plain(2, 64), (1, 64, 16, 16), False, False, False, id="few-by-patches"),
+        pytest.param(_plain(3, 8), (1, 8, 16, 16), False, False, False, id="tiny-by-patches"),
+        pytest.param(_plain(3, 64, 5), (1, 64, 16, 16), False, False, False, id="larger-kernel"),
+        pytest.param(_plain(3, 64, groups=2), (1, 64, 16, 16), False, False, False, id="grouped"),
+        pytest.param(_plain(3, 64), (2, 64, 16, 16), False, False, False, id="two-images"),
+        pytest.param(_plain(2, 16, norm=True), (1, 16, 128, 128), True, True, True, id="norms-large"),
+        pytest.param(_plain(5, 64, norm=True), (1, 64, 64, 64), False, False, False, id="norms"),
+        pytest.param(_plain(5, 64, norm=True), (1, 64, 16, 16), False, False, False, id="norms-by-patches"),
+        pytest.param(_plain(6, 512, 1), (1, 512, 28, 28), True, True, True, id="wide"),
+        pytest.param(_plain(3, 1000, 1), (1, 1000, 28, 28), True, True, True, id="odd-channels"),
+        pytest.param(_plain(3, 1008, 1), (1, 1008, 28, 28), False, False, False, id="whole-vectors"),
+    ],
+)
+def test_chains_whose_steps_gain_nothing_are_weighed(
+    layers: list[nn.Module],
+    shape: tuple[int, ...],
+    alone: bool,
+    together: bool,
+    together_full_width: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On one thread, on two, and on two where the processor is of full width."""
+    rule, asked = backend._converts_anyway.__wrapped__, []  # type: ignore[attr-defined]
+    monkeypatch.setattr(backend, "_converts_anyway", lambda *given: asked.append(given) or True)
+    with torch.no_grad():
+        cnnfast.Sequential(*layers).eval()(torch.randn(shape))
+    for threads, full, expected in ((1, False, alone), (2, False, together), (2, True, together_full_width)):
+        now = isa.Process(False, threads, full)
+        monkeypatch.setattr(backend, "process", lambda now=now: now)
+        assert rule(*asked[0]) is expected, (threads, full)
 
 
 @pytest.mark.parametrize(("transposed", "fused"), [(1, False), (2, True)])
