@@ -47,7 +47,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(scope="session", autouse=True)
 def small_chains() -> Iterator[None]:
     """Maps of tests are small and stand for larger ones, and layers for generators: chains run fused whatever their
-    size, and so do accelerated models. (Tests of those rules set the wrapped
+    size, and so do accelerated models. (Tests of those rules set `backend.SMALL`, the wrapped
     `backend._converts_anyway` and `backend._saves_conversions`, and `accelerate_worth.FINDING`, again.)"""
     from cnnfast.cpu import backend
     from cnnfast.nn import accelerate_worth
@@ -63,6 +63,7 @@ def small_chains() -> Iterator[None]:
         return True
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "SMALL", 0)  # of training; in inference it is `_converts_anyway`'s
         patch.setattr(backend, "_converts_anyway", always)
         patch.setattr(backend, "SMALL_IN_TRAINING", 0)
         patch.setattr(backend, "LEAST_SAVED", 0)

@@ -122,7 +122,6 @@ def conv(c_in: int = 64, c_out: int = 64, k: int = 3) -> nn.Conv2d:
 RUNS: dict[str, tuple[list[nn.Module], tuple[int, ...], list[tuple[bool, bool]] | str]] = {
     "chain": ([conv(), nn.SiLU(), conv(), nn.SiLU()], (64, 128, 128), [(True, False), (False, False)]),
     "nothing-to-fuse": ([conv(24, 24), conv(24, 24)], (24, 64, 64), [(True, True), (False, True)]),
-    "nothing-to-fuse-wide": ([conv(48, 48), conv(48, 48)], (48, 64, 64), "a pass over memory saved is too little"),
     "single": ([conv(), nn.SiLU()], (64, 64, 64), "the conversions to channels-last and back"),
     "tiny": ([conv(8, 8), nn.SiLU()], (8, 5, 5), "too few"),
     "1x1": ([conv(k=1), nn.SiLU(), conv(k=1), nn.SiLU()], (64, 60, 60), "the conversions"),

@@ -1064,6 +1064,7 @@ def test_a_chain_that_is_too_small_runs_as_its_modules(
 ) -> None:
     """As they stand: bit by bit the same, running statistics included."""
     monkeypatch.setattr(backend, "_converts_anyway", backend._converts_anyway.__wrapped__)  # type: ignore[attr-defined]
+    monkeypatch.setattr(backend, "SMALL", 2**21)
     monkeypatch.setattr(backend, "SMALL_IN_TRAINING", 2**17)
     monkeypatch.setattr(methods, "winograd_gain", lambda *_: 1.0)  # with which some would gain
     for cached in (inference._way, inference._why_slower_plain):
@@ -1126,6 +1127,7 @@ def test_chains_whose_steps_gain_nothing_are_weighed(
     monkeypatch.setattr(backend, "_converts_anyway", lambda *given: asked.append(given) or True)
     with torch.no_grad():
         cnnfast.Sequential(*layers).eval()(torch.randn(shape))
+    monkeypatch.setattr(backend, "SMALL", 2**21)
     for threads, full, expected in ((1, False, alone), (2, False, together), (2, True, together_full_width)):
         now = isa.Process(False, threads, full)
         monkeypatch.setattr(backend, "process", lambda now=now: now)
