@@ -100,6 +100,7 @@ LEAST_SAVED, _LARGE_WEIGHT = 2**20, 2**21
 # enough, as what oneDNN converts in each convolution outweighs the ends; and so many more, from fewer positions on one
 # thread and on several, where each conversion is a loop over all threads.
 _LARGEST, _LARGE, _LARGE_ON_THREADS, _MANY = 2**14, 2**12, 2**10, 5
+_LARGEST_OF_NORMS = 2**20  # numbers of the largest result for each of two threads: norms are quicker contiguous
 _MANY_SMALL = 6  # of smaller maps, `SMALL` in all, whose channels are whole vectors
 _FEW_BY_PATCHES, _LEAST_BY_PATCHES = 3, 2**15  # convolutions, and elements of their results, as above
 
@@ -110,7 +111,7 @@ def _converts_anyway(steps: Sequence[Planned], shapes: Sequence[torch.Size]) -> 
     count, elements, now = len(steps), sum(shape.numel() for shape in shapes[1:]), process()
     if steps[0].ndim != 2 or any(s.dtype != torch.float32 for s in steps):
         return elements >= SMALL
-    plain = not any(s.step.measured for s in steps)  # norms of small maps gain by being contiguous
+    plain = not any(s.step.measured for s in steps)
     patches = sum(by_patches(s.step.spec, shape) for s, shape in zip(steps, shapes, strict=False))
     if plain and now.threads > 1 and patches:
         if now.full_width:
@@ -121,7 +122,9 @@ def _converts_anyway(steps: Sequence[Planned], shapes: Sequence[torch.Size]) -> 
         return False
     positions = max(shape.numel() // shape[1] for shape in shapes[1:])
     large = _LARGE if now.threads == 1 else _LARGE_ON_THREADS
-    if positions >= _LARGEST or plain and count >= _MANY and positions >= large:
+    if not plain and max(shape.numel() for shape in shapes[1:]) >= _LARGEST_OF_NORMS * min(now.threads, 2):
+        return True
+    if plain and (positions >= _LARGEST or count >= _MANY and positions >= large):
         return True
     return elements >= SMALL and (count >= _MANY_SMALL or any(shape[1] % 16 for shape in shapes))
 
@@ -172,15 +175,18 @@ def _passes(s: Planned) -> int:
 
 def _much_work(s: Planned, shape: Sequence[int]) -> bool:
     """So much that packed operators gain whatever the chain is. (A plain convolution that is a step for its GroupNorm's
-    sake has none.)"""
-    step = s.step
+    sake has none, and several threads make short work of more.)"""
+    step, spec = s.step, s.step.spec
     if step.measured and step.norm.kind == "group":  # type: ignore[union-attr]
         if inference.why_slower_plain(step.bare, shape, s.dtype, norm=False, slopes=0, nchw=False) is not None:
             return False
-    if step.spec.transposed and step.upsample is None and max(shape[2:]) > 1:
+    if spec.transposed and step.upsample is None and max(shape[2:]) > 1:
         return inference.why_slower_transposed(step.bare, tuple(shape), s.dtype, bias=s.bias) is None
-    size = [n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)]
-    return step.spec.macs(shape[0], size) >= (5e5 if step.spec.transposed else 25e6)
+    macs = spec.macs(shape[0], [n + 2 * p for n, p in zip(shape[2:], step.pad, strict=True)])
+    if spec.transposed or step.upsample is not None or s.dtype != torch.float32 or process().threads == 1:
+        return macs >= (5e5 if spec.transposed else 25e6)
+    large = math.prod(spec.weight_shape) * s.dtype.itemsize >= _LARGE_WEIGHT
+    return macs >= 25e6 if large else macs >= 50e6 and not step.measured
 
 
 def _chosen(s: Planned, shape: torch.Size, before: bool, after: bool) -> str | None:

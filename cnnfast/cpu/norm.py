@@ -27,7 +27,7 @@ _FAR_BATCH, _FAR_GROUP = 8.0, 2.0
 
 def is_far(mean: Tensor, inverse: Tensor, limit: float) -> bool:
     """Whether a mean is more than ``limit`` deviations from 0, or no number; ``inverse``: one over these."""
-    farthest = torch.linalg.vector_norm(mean.detach() * inverse.detach(), math.inf).item()
+    farthest = torch.linalg.vector_norm(mean * inverse, math.inf).item()
     return not farthest <= limit
 
 
@@ -43,7 +43,7 @@ def _batch_norm(o: Operands, eps: float, shifted: bool = False) -> Tensor:
     running = o.mean, o.var
     before = [None if t is None else t.detach().clone() for t in running]
     z, mean, inverse = torch.native_batch_norm(o.x, o.scale, o.shift, *running, True, o.momentum, eps)
-    if shifted or not is_far(mean, inverse, _FAR_BATCH):
+    if shifted or not is_far(mean.detach(), inverse.detach(), _FAR_BATCH):
         return z
     # `data`: ATen's own updates are no new version to autograd either, which has the running tensors of earlier calls.
     for t, old in zip(running, before, strict=True):
@@ -107,7 +107,7 @@ class _GroupNorm(torch.autograd.Function):
 
 def _group_norm(o: Operands, norm: Norm, shifted: bool = False) -> Tensor:
     z, mean, inverse = _GroupNorm.apply(o.x, o.scale, o.shift, norm)
-    if shifted or not is_far(mean, inverse, _FAR_GROUP):
+    if shifted or not is_far(mean.detach(), inverse.detach(), _FAR_GROUP):
         return z
     n, c = o.x.shape[:2]
     mean = mean.repeat_interleave(c // norm.groups, 1).view(n, c, *(1,) * (o.x.dim() - 2))

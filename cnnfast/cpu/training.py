@@ -37,7 +37,7 @@ from .norm import normalised
 from .packed import Packed
 from .weight import KeptLike, summed_weight
 
-__all__ = ["Ready", "collapses", "packs", "run", "stays_contiguous", "why_slower_3d"]
+__all__ = ["Ready", "collapses", "is_plain", "packs", "run", "stays_contiguous", "why_slower_3d"]
 
 
 def run(step: Step, o: Operands, channels_last: bool, *, new: bool = False) -> Tensor:
@@ -88,9 +88,7 @@ class Ready:
     @classmethod
     def of(cls, step: Step, o: Operands, channels_last: bool) -> Ready | None:
         """None for other steps."""
-        norm = step.norm
-        moves = not (o.mean is o.var is o.batches is None)
-        if step.spec is None or norm is None or not (norm.measured and norm.per_image) or moves or needs_gradient(o):
+        if not _of_each_image(step, o):
             return None
         bare = _bare(o._replace(x=convert(o.x, o.x.dtype, True)))
         packed = inference.ready(step.bare, bare, True) if packs(step, bare) else None
@@ -120,6 +118,24 @@ class Ready:
             y = _convolved(self._step, o.x, o)
         y = _finished(self._step, o._replace(x=y))
         return convert(y, y.dtype, self._channels_last)
+
+
+def is_plain(step: Step, o: Operands) -> bool:
+    """Whether `Ready` of a step in two dimensions is PyTorch's own convolution of channels-last maps and its norm, and
+    an activation, if any, without weights: calls that who knows what the operands are can make one by one."""
+    spec, dtypes = step.spec, {t.dtype for t in (o.x, o.weight, o.bias) if t is not None}
+    if not _of_each_image(step, o) or spec.ndim != 2 or spec.transposed or step.upsample is not None or any(step.pad):
+        return False
+    plain = len(dtypes) == 1 and products_dtype(o.x.dtype, instruction_set()) == o.x.dtype
+    return plain and o.residual is None and o.slope is None and not packs(step, o)
+
+
+def _of_each_image(step: Step, o: Operands) -> bool:
+    """Whether a norm measures each image and moves no others, and no gradient is wanted."""
+    norm = step.norm
+    moves = not (o.mean is o.var is o.batches is None)
+    measures = step.spec is not None and norm is not None and norm.measured and norm.per_image
+    return measures and not moves and not needs_gradient(o)
 
 
 def stays_contiguous(step: Step, shape: Sequence[int], dtype: torch.dtype) -> Ways | None:

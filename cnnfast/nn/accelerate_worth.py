@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cpu import tuned
+from ..cpu import norm_inference, tuned
 from ..cpu.isa import instruction_set, process, products_dtype
 from ..cpu.methods import by_patches
 from ..dispatch import on_cpu, resolve_backend
@@ -48,11 +48,11 @@ FINDING = 1e-4
 """Seconds that a graph costs in a call, beside those of the modules in it."""
 
 # Seconds that each costs beyond what it does in eager mode: a module, a step, and one with a norm by the image's own
-# statistics (docs/facts.md).
-_A_MODULE, _A_STEP, _A_MEASURED_STEP = 2e-6, 1e-5, 1e-4
+# statistics, of a few calls and of many (docs/facts.md).
+_A_MODULE, _A_STEP, _A_MEASURED_STEP, _A_NORM_OF_MANY = 2e-6, 1e-5, 4e-5, 1e-4
 # Of the time of a step: in three dimensions (but where the processor has instructions for its 16 bits), with a norm
 # folded in, and others.
-_SAVED_3D, _SAVED_FOLDED, _SAVED = 0.5, 0.3, 0.15
+_SAVED_3D, _SAVED_FOLDED, _SAVED = 1.5, 0.3, 0.15
 _FLOPS, _FLOPS_16, _BYTES = 1e11, 2.5e11, 4e9  # in a second of one thread; by instructions for 16 bits
 # Likewise, bytes of maps: that oneDNN brings into a layout of its own where they are contiguous, of a convolution and
 # of a grouped one; and that ATen does. Beside them, seconds of each such convolution on one thread, and on several.
@@ -216,7 +216,7 @@ def _saved_by_chain(site: Site, chain: Chain, threads: int) -> float:
         if not isinstance(bound, str) and bound.runs[k].as_modules is None:
             packed, folded = True, s.step.norm is not None and not s.step.measured
             share = _SAVED_3D if s.ndim == 3 and not fast_16 else _SAVED_FOLDED if folded else _SAVED
-            saved += share * seconds - (_A_MEASURED_STEP if s.step.measured else _A_STEP) * threads
+            saved += share * seconds - _of_its_own(s, after) * threads
             if s.step.upsample is not None:
                 plain, size = s.step.unfused(shape[2:])
                 saved += (2 * plain.macs(shape[0], size) - flops) / rate
@@ -227,6 +227,14 @@ def _saved_by_chain(site: Site, chain: Chain, threads: int) -> float:
         ends = (first, *([] if bound.runs[-1].channels_last else [shape or first]))  # type: ignore[union-attr]
         saved -= sum(converted(end, chain.steps[0].dtype) for end in ends) / _BY_ATEN
     return saved
+
+
+def _of_its_own(s: FusedStep, made: Sequence[int] | None) -> float:
+    """Seconds that a step costs whatever it saves; ``made``: the shape of its result."""
+    if not s.step.measured:
+        return _A_STEP
+    many = made is None or not norm_inference.at_once(s.step.norm, made, s.dtype)  # type: ignore[arg-type]
+    return _A_NORM_OF_MANY if many else _A_MEASURED_STEP
 
 
 def _of_contiguous(s: FusedStep, shape: Sequence[int], seconds: float, moved: int, threads: int) -> float:

@@ -188,12 +188,13 @@ def _tensors(node: fx.Node) -> int:
 
 
 def converts_itself(node: fx.Node) -> bool:
-    """Whether it is an InstanceNorm of images so small that ATen's is taken, which would convert them and back."""
+    """Whether it is an InstanceNorm in 16 bits of images so small that ATen's is taken, which would convert them and
+    back."""
     if isinstance(node.target, NormCall):
         instance = node.target.norm.kind == "instance"
     else:
         instance = isinstance(node.target, Site) and any(c.kind.name == "instance_norm" for c in node.target.calls)
-    return instance and numel(node) <= SMALL["instance"] * value(node).shape[0]
+    return instance and value(node).dtype != torch.float32 and numel(node) <= SMALL["instance"] * value(node).shape[0]
 
 
 def outsized_site(node: fx.Node) -> bool:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..activations import Activation
-from ..dispatch import needs_gradient, watched
+from ..cpu import norm_inference
+from ..dispatch import by_kernels, needs_gradient, on_cpu, resolve_backend, watched
 from ..memory_format import format_of, is_channels_last, reformatted
 from ..norms import Norm
 from ..ops.run import run_step
@@ -39,6 +40,18 @@ class NormCall:
     @cached_property
     def _step(self) -> Step:
         return norm_step(self.norm, activation=self.activation)
+
+    def finishes(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
+        """Whether a call is `finished`, and that alone, as every other of the same kind in the same
+        `rewrite_quick.state` is."""
+        o = Operands(x, scale=weight, shift=bias)
+        last = self.channels_last or self.norm.kind == "group" and is_channels_last(x)
+        here = last and on_cpu(x) and not by_kernels(x, resolve_backend(None)) and not watched(x)
+        return here and norm_inference.why_not(self.norm, o) is None
+
+    def finished(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, ours: bool) -> Tensor:
+        """What `finishes` says a call comes to; it may overwrite x where that is ``ours``."""
+        return norm_inference.finished(self.norm, Operands(x, scale=weight, shift=bias), self.activation, ours=ours)
 
     def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         o = Operands(x, scale=weight, shift=bias)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cpu import inference, tuned
+from ..cpu import inference, training, tuned
 from ..cpu.isa import process
 from ..dispatch import by_kernels, on_cpu, resolve_backend
 from ..memory_format import format_of, in_rows, reformatted
@@ -53,8 +53,9 @@ _PLAIN = nullcontext()
 
 class Planned(NamedTuple):
     """A ``step``, of ``one`` dimension or more; ``places`` of its operands among the site's, from the weight on;
-    whether its weight is ``packed``. Or ``calls`` that run as they stand, on an input that ``converts`` to
-    channels-last. ``channels_last``: the result. ``low``: autocast's dtype, under which the step runs, or None."""
+    whether its weight is ``packed``, or it is ``plain``: PyTorch's own convolution of channels-last maps, then a norm
+    of each image. Or ``calls`` that run as they stand, on an input that ``converts`` to channels-last.
+    ``channels_last``: the result. ``low``: autocast's dtype, under which the step runs, or None."""
 
     step: Step | None
     channels_last: bool | None
@@ -64,15 +65,18 @@ class Planned(NamedTuple):
     calls: tuple[Run, ...] = ()
     converts: bool = False
     low: torch.dtype | None = None
+    plain: bool = False
 
     def met(self, shape: Sequence[int], x: Tensor, operands: Sequence[Any]) -> Planned:
         """This for inputs of ``shape``, otherwise like x, and these operands: whether a weight is packed depends on
         whose memory it is, too."""
-        if self.step is None or self.calls or self.step.measured:
+        if self.step is None or self.calls:
             return self
         like = x.new_empty(shape, dtype=self.low).contiguous(memory_format=format_of(len(shape), True))
         o = Operands(like, *[None if k is None else operands[k] for k in self.places])  # type: ignore[arg-type]
         o = o._replace(weight=in_rows(o.weight)) if self.one else o
+        if self.step.measured:
+            return self._replace(plain=not self.one and self.low is None and training.is_plain(self.step, o))
         return self._replace(packed=inference.why_not(self.step, o, bool(self.channels_last)) is None)
 
     def again(self, x: Tensor, operands: Sequence[Any]) -> Planned:

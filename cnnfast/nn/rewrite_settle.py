@@ -14,12 +14,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..cpu import inference, training
 from ..cpu.weight import KeptLike, outlives
 from ..memory_format import reformatted
 from .rewrite_effects import value
+from .rewrite_norm import NormCall
 from .rewrite_quick import Planned, Quick, Run
 from .rewrite_site import Call, Site, entered, filled
 from .rewrite_spare import Memory
@@ -42,6 +44,8 @@ def settled(gm: fx.GraphModule, now: object, *, gradients: bool) -> Callable[...
         if quick is None:
             new[node] = writer.graph.node_copy(node, new.__getitem__)
             writer.hold(new[node])
+            if isinstance(node.target, NormCall):
+                new[node].target = writer.norm(node.target)
         else:
             new[node] = writer.site(node, quick, [new[n] for n in node.args])
     writer.look_ahead()
@@ -72,6 +76,9 @@ class _Writer:
             operands = [call(entered, (t,)) if k in site.added else t for k, t in enumerate(operands)]
         calls = dict(zip(site.runs, site.calls, strict=True))
         for k, part in enumerate(quick.parts):
+            if part.plain:
+                x = self._plain(part, call(reformatted, (x, True)), operands)
+                continue
             if part.step is not None and not part.calls:
                 used = list(dict.fromkeys(p for p in part.places if p is not None))
                 step = _Settled(part, used, dict(quick.same), self._onto(node, quick, k, calls))
@@ -85,6 +92,22 @@ class _Writer:
             if part.step is not None and part.channels_last is not None:
                 x = call(reformatted, (x, part.channels_last))
         return call(reformatted, (x, False)) if site.channels_last is False else x
+
+    def norm(self, norm: NormCall, *, ours: bool = False) -> Callable[..., Tensor]:
+        """What calls ``norm``, as `_SettledNorm` where no gradient is wanted."""
+        return norm if self.gradients else _SettledNorm(norm, ours=ours)
+
+    def _plain(self, part: Planned, x: fx.Node, operands: Sequence[fx.Node]) -> fx.Node:
+        """Such a step of a channels-last x as its calls: none of our Python between them."""
+        step, call = part.step, self.graph.call_function
+        assert step is not None and step.norm is not None
+        weight, bias, _, _, scale, shift, *_ = (None if k is None else operands[k] for k in part.places)
+        assert weight is not None
+        spec, weight = step.spec, self._in_format(x, weight)
+        x = call(F.conv2d, (x, weight, bias, spec.stride, spec.padding, spec.dilation, spec.groups))
+        norm = self.norm(NormCall(step.norm, step.activation, channels_last=True), ours=True)
+        x = call(norm, (x, scale, shift))
+        return x if part.channels_last else call(reformatted, (x, False))
 
     def _onto(self, node: fx.Node, quick: Quick, k: int, calls: Mapping[Run, Call]) -> bool:
         """Whether a site's step ``k`` may write its result into the memory of the map that it adds."""
@@ -103,7 +126,7 @@ class _Writer:
         if exactly and call.norm is not None:
             function, weight, bias = call.norm
             args: Any = (x, filled(weight, x, operands), filled(bias, x, operands))
-            return self.graph.call_function(function, args)
+            return self.graph.call_function(self.norm(function), args)
         operands = operands if self.gradients else self._kept(call, x, operands)
         args, kwargs = (filled(a, x, operands) for a in (call.args, call.kwargs))
         if isinstance(call.target, str):
@@ -115,11 +138,18 @@ class _Writer:
         dtype; what is made of one it would cast in every call.)"""
         bound = call.kind.bind(call.args, call.kwargs) if call.kind.name in _WITH_WEIGHT else None
         place = -1 if bound is None or torch._C._is_any_autocast_enabled() else bound["weight"].place
-        if place < 0 or not _keeps(operands[place]) or not outlives(value(operands[place])):
+        if place < 0:
             return operands
-        kept = self.graph.call_function(KeptLike(), (x, operands[place]))
-        self._look(kept, [operands[place]])
+        kept = self._in_format(x, operands[place])
         return [kept if k == place else t for k, t in enumerate(operands)]
+
+    def _in_format(self, x: fx.Node, weight: fx.Node) -> fx.Node:
+        """``weight`` as `KeptLike` has it of a convolution of x."""
+        if not _keeps(weight) or not outlives(value(weight)):
+            return weight
+        kept = self.graph.call_function(KeptLike(), (x, weight))
+        self._look(kept, [weight])
+        return kept
 
     def _look(self, node: fx.Node, tensors: list[fx.Node | None]) -> None:
         """Have it known ahead of ``node`` whether these tensors are what they were: at the start of the graph where
@@ -169,6 +199,24 @@ class _Looks:
             found.append(held(*tensors[at : at + count]))
             at += count
         return found
+
+
+class _SettledNorm:
+    """A norm of one graph, without gradients: of maps that lie as those did that it was seen to finish at once.
+    ``ours``: nobody else reads them."""
+
+    __name__ = __qualname__ = "norm"  # as FX writes it into code
+
+    def __init__(self, call: NormCall, *, ours: bool) -> None:
+        self._call, self._ours = call, ours
+        self._strides: tuple[int, ...] | None = None
+
+    def __call__(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        if x.stride() == self._strides:
+            return self._call.finished(x, weight, bias, ours=self._ours)
+        if self._call.finishes(x, weight, bias):
+            self._strides = x.stride()
+        return self._call(x, weight, bias)
 
 
 class _Settled:

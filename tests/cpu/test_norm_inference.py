@@ -64,6 +64,25 @@ def test_of_16_bits_with_float32_vectors(shape: tuple[int, ...], norm: Norm) -> 
     assert verdict(y, exact, exact.bfloat16()) is None
 
 
+@pytest.mark.parametrize("mean", [0.0, 0.4, 1.0, 3.0, 20.0])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("norm", [Norm("group", 1), Norm("group", 4), Norm("instance")], ids=["1", "4", "instance"])
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (32, 32), (32, 39), (64, 64), (25, 14, 16)], ids=str)
+def test_maps_that_are_flat_for_the_most_part(
+    size: tuple[int, ...], norm: Norm, threads: int, mean: float, one_thread: None
+) -> None:
+    """Of which sums of one value after the other are all rounded alike."""
+    torch.set_num_threads(threads)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        x = torch.where(torch.rand(size) < 0.1, torch.randn(1, 8, *size), torch.rand(1, 8, *(1,) * len(size)) * 2 - 1)
+        x = x / x.std() + mean
+        last = x.contiguous(memory_format=format_of(x.dim(), True))
+        y = run_step(norm_step(norm), Operands(last), channels_last=True)
+        exact = plain(norm, x.double(), Operands(x))
+        assert (y - exact).abs().max() <= 1e-5 * exact.abs().max(), seed
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

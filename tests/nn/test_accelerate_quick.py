@@ -17,6 +17,7 @@ from cnnfast.cpu import backend, content, inference, packing, watch, weight
 from cnnfast.memory_format import format_of, is_channels_last, reformatted
 from cnnfast.nn import rewrite_quick, rewrite_settle
 from cnnfast.nn.accelerate_call import plain_call, record_of
+from cnnfast.nn.rewrite_norm import NormCall
 from cnnfast.nn.rewrite_quick import Planned
 from cnnfast.nn.rewrite_site import Site
 
@@ -123,9 +124,14 @@ def test_other_inputs_and_settings(model: nn.Module) -> None:
 
 
 def test_nothing_is_asked_anew(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[Planned] = []
-    finished = Planned.finished
+    ran: list[Planned | NormCall] = []
+    finished, normed = Planned.finished, NormCall.finished
     monkeypatch.setattr(Planned, "finished", lambda self, *rest: ran.append(self) or finished(self, *rest))
+    # A convolution of PyTorch's and its norm stand in the graph as these.
+    monkeypatch.setattr(
+        NormCall, "finished", lambda self, *rest, **more: ran.append(self) or normed(self, *rest, **more)
+    )
+    monkeypatch.setattr(NormCall, "finishes", None)
     monkeypatch.setattr(Planned, "met", None)
     monkeypatch.setattr(backend, "run", None)
     monkeypatch.setattr(rewrite_quick, "parts_of", None)
