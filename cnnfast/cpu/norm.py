@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from ..memory_format import convert
 from ..norms import Norm, per_channel
 from ..reference import of_one_image
 from ..step import Operands
+from .norm_statistics import MOST, is_far, normalise, statistics
 
-__all__ = ["is_far", "normalised"]
+__all__ = ["normalised"]
 
 # --- norm, residual, activation ---------------------------------------------------------------------------------------
 
@@ -25,12 +27,6 @@ __all__ = ["is_far", "normalised"]
 _FAR_BATCH, _FAR_GROUP = 8.0, 2.0
 
 
-def is_far(mean: Tensor, inverse: Tensor, limit: float) -> bool:
-    """Whether a mean is more than ``limit`` deviations from 0, or no number; ``inverse``: one over these."""
-    farthest = torch.linalg.vector_norm(mean * inverse, math.inf).item()
-    return not farthest <= limit
-
-
 def _shifted(o: Operands, mean: Tensor) -> Operands:
     """x less its ``mean`` (broadcast), in float32 at least, and vectors of that dtype."""
     wide = torch.promote_types(o.x.dtype, torch.float32)
@@ -38,11 +34,58 @@ def _shifted(o: Operands, mean: Tensor) -> Operands:
     return o._replace(x=o.x.to(wide) - mean.detach().to(wide), scale=scale, shift=shift)
 
 
+class _BatchNorm(torch.autograd.Function):
+    """BatchNorm of a channels-last y by its ``mean`` and ``inverse`` deviation (C,), and variance."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+    ) -> Tensor:
+        z, _, _ = torch.native_batch_norm(y, weight, bias, mean, var, False, 0.0, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(y, weight, bias, mean, (var + eps).rsqrt_())
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        y, weight, bias, mean, inverse = ctx.saved_tensors
+        need = ctx.needs_input_grad[:3]
+        if not torch.is_grad_enabled() and not is_batched(grad):
+            given = convert(grad, y.dtype, True), convert(y, y.dtype, True), weight, None, None, mean, inverse
+            found = torch.ops.aten.native_batch_norm_backward(*given, True, ctx.eps, need)
+            return *(g if n else None for g, n in zip(found, need, strict=True)), None, None, None
+
+        def plainly(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            return F.batch_norm(y.contiguous(), None, None, weight, bias, True, 0.0, ctx.eps)
+
+        return *_differentiated(plainly, (y, weight, bias), need, grad), None, None, None
+
+
+def _by_parts(o: Operands, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm as `_batch_norm`, of so many values that their sums are taken by parts: with mean and one over the
+    deviation."""
+    x = o.x.detach()
+    values = x.numel() // x.shape[1]
+    mean, var = (t.float() for t in statistics(x.movedim(1, -1).reshape(values, -1), 1))
+    for running, now in ((o.mean, mean), (o.var, var * (values / (values - 1)))):
+        if running is not None:
+            running.data.lerp_(now.to(running.dtype), o.momentum)
+    return _BatchNorm.apply(o.x, o.scale, o.shift, mean, var, eps), mean, (var + eps).rsqrt_()
+
+
+def _long(x: Tensor, values: int) -> bool:
+    """Whether sums of so many values, one after the other, are not exact of a map that is flat for the most part."""
+    return x.dtype == torch.float32 and values > MOST * torch.get_num_threads()
+
+
 def _batch_norm(o: Operands, eps: float, shifted: bool = False) -> Tensor:
     """BatchNorm by the statistics of x (N, C, *size), of more than one value per channel."""
     running = o.mean, o.var
     before = [None if t is None else t.detach().clone() for t in running]
-    z, mean, inverse = torch.native_batch_norm(o.x, o.scale, o.shift, *running, True, o.momentum, eps)
+    if _long(o.x, o.x.numel() // o.x.shape[1]):
+        z, mean, inverse = _by_parts(o, eps)
+    else:
+        z, mean, inverse = torch.native_batch_norm(o.x, o.scale, o.shift, *running, True, o.momentum, eps)
     if shifted or not is_far(mean.detach(), inverse.detach(), _FAR_BATCH):
         return z
     # `data`: ATen's own updates are no new version to autograd either, which has the running tensors of earlier calls.
@@ -73,7 +116,12 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> tuple[Tensor, ...]:
         n, c, *size = y.shape
-        z, mean, rstd = torch.native_group_norm(y, weight, bias, n, c, math.prod(size), norm.groups, norm.eps)
+        if _long(y, math.prod(size)):
+            z = torch.empty_like(y)
+            mean, var = normalise(norm, Operands(y, scale=weight, shift=bias), z)
+            rstd = (var + norm.eps).rsqrt_()
+        else:
+            z, mean, rstd = torch.native_group_norm(y, weight, bias, n, c, math.prod(size), norm.groups, norm.eps)
         ctx.norm = norm
         ctx.save_for_backward(y, weight, bias, mean, rstd)
         ctx.mark_non_differentiable(mean, rstd)
@@ -94,20 +142,29 @@ class _GroupNorm(torch.autograd.Function):
                 grad, y, mean, rstd, weight, n, c, math.prod(size), norm.groups, (True, *need[1:])
             )
             return grads[0] if need[0] else None, *grads[1:], None
-        # Aliases: y may depend on the vectors elsewhere.
-        recorded = torch.is_grad_enabled()
-        with torch.enable_grad():
-            inputs: list[Any] = [None if t is None else t.view_as(t) for t in (y, weight, bias)]
-            y, weight, bias = inputs
-            z = F.group_norm(y.contiguous(), norm.groups, weight, bias, norm.eps)
-            wanted = [t for t, n in zip(inputs, need, strict=True) if n]
-            found = iter(torch.autograd.grad(z, wanted, grad, create_graph=recorded))
-        return *(next(found) if n else None for n in need), None
+
+        def plainly(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            return F.group_norm(y.contiguous(), norm.groups, weight, bias, norm.eps)
+
+        return *_differentiated(plainly, (y, weight, bias), need, grad), None
+
+
+def _differentiated(
+    function: Callable[..., Tensor], given: Sequence[Tensor | None], need: Sequence[bool], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The derivatives of ``function`` by what is needed of what it is ``given``, with a graph of their own."""
+    # Aliases: y may depend on the vectors elsewhere.
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs: list[Any] = [None if t is None else t.view_as(t) for t in given]
+        wanted = [t for t, n in zip(inputs, need, strict=True) if n]
+        found = iter(torch.autograd.grad(function(*inputs), wanted, grad, create_graph=recorded))
+    return tuple([next(found) if n else None for n in need])
 
 
 def _group_norm(o: Operands, norm: Norm, shifted: bool = False) -> Tensor:
     z, mean, inverse = _GroupNorm.apply(o.x, o.scale, o.shift, norm)
-    if shifted or not is_far(mean.detach(), inverse.detach(), _FAR_GROUP):
+    if shifted or _long(o.x, math.prod(o.x.shape[2:])) or not is_far(mean.detach(), inverse.detach(), _FAR_GROUP):
         return z
     n, c = o.x.shape[:2]
     mean = mean.repeat_interleave(c // norm.groups, 1).view(n, c, *(1,) * (o.x.dim() - 2))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cnnfast.activations import Activation
-from cnnfast.cpu import norm_inference
+from cnnfast.cpu import norm_inference, norm_statistics
 from cnnfast.memory_format import format_of
 from cnnfast.norms import Norm
 from cnnfast.ops.run import run_step
@@ -109,9 +109,9 @@ def test_maps_larger_than_a_cache(name: str, dtype: torch.dtype, monkeypatch: py
     """They are read in pieces, the last of which is smaller."""
     torch.manual_seed(0)
     shape, joined = SHAPES[name], []
-    statistics = norm_inference._float32_statistics
-    monkeypatch.setattr(norm_inference, "_float32_statistics", lambda x: joined.append(x.shape[1]) or statistics(x))
-    monkeypatch.setattr(norm_inference, "_READ_TWICE", 7 * 500 * shape[1] * dtype.itemsize)
+    statistics = norm_statistics._float32_statistics
+    monkeypatch.setattr(norm_statistics, "_float32_statistics", lambda x: joined.append(x.shape[1]) or statistics(x))
+    monkeypatch.setattr(norm_statistics, "_READ_TWICE", 7 * 500 * shape[1] * dtype.itemsize)
     monkeypatch.setattr(norm_inference, "_by_aten", lambda *given: None)
     x = (torch.randn(shape) + 3).to(dtype).contiguous(memory_format=torch.channels_last)
     o = Operands(x, scale=torch.randn(shape[1]).to(dtype), shift=torch.randn(shape[1]).to(dtype))
