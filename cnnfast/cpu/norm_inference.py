@@ -1,8 +1,8 @@
 """Norms of channels-last maps in inference on a CPU, and what follows them.
 
 PyTorch's own take E[x^2] - E[x]^2 of such a map (GroupNorm), add up a channel's values one after the other (BatchNorm),
-or convert it to NCHW (InstanceNorm). Here one call gives mean and variance of every channel of every few hundred
-positions, which are merged in float64; one pass scales and shifts, and the rest is in place.
+or convert it to NCHW (InstanceNorm). Here they are taken where the map and its means bear that, and statistics by parts
+(`norm_statistics`) elsewhere; one pass scales and shifts then, and the rest is in place.
 """
 
 from __future__ import annotations

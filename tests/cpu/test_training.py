@@ -772,3 +772,24 @@ def test_norms_of_maps_that_are_flat_for_the_most_part(name: str, one_thread: No
     for k, (ours, exact) in enumerate(zip(*found, strict=True)):
         # The sums of a gradient are ATen's.
         assert (ours - exact).abs().max() <= (2e-5 if k < len(found[0]) - 3 else 2e-4) * exact.abs().max(), k
+
+
+@pytest.mark.parametrize("name", ["batch", "group", "instance"])
+def test_norms_of_many_values_are_differentiated_twice_and_in_batches(name: str, one_thread: None) -> None:
+    x, weight, bias = torch.randn(2, 8, 48, 48) + 0.5, torch.rand(8) + 0.5, torch.randn(8)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        of = x.contiguous(memory_format=torch.channels_last) if dtype == torch.float32 else x
+        y, scale, shift = given = [t.detach().to(dtype).requires_grad_() for t in (of, weight, bias)]
+        if dtype == torch.float32:
+            o = Operands(y, scale=scale, shift=shift, momentum=0.1)
+            z = training._finished(norm_step(Norm(name, 2 if name == "group" else 1)), o)
+        elif name == "group":
+            z = F.group_norm(y, 2, scale, shift)
+        else:
+            z = (F.instance_norm if name == "instance" else F.batch_norm)(y, None, None, scale, shift, True)
+        each = torch.autograd.grad(z, given, torch.stack([z.cos(), z.sin()]), is_grads_batched=True, retain_graph=True)
+        first = torch.autograd.grad(100 * z.sin().square().mean(), given, create_graph=True)
+        found.append((*each, *first, *torch.autograd.grad(sum((g * g.cos()).sum() for g in first), given)))
+    for k, (ours, exact) in enumerate(zip(*found, strict=True)):
+        assert (ours - exact).abs().max() <= 1e-5 * exact.abs().max(), k

@@ -14,6 +14,8 @@ from cnnfast.cpu import isa, tuned
 from cnnfast.nn import accelerate_verify, accelerate_worth
 from cnnfast.nn.accelerate_call import record_of
 from cnnfast.nn.chain import Chain
+from cnnfast.nn.layers import Program
+from cnnfast.nn.modules import read
 
 from .test_accelerate import Generator, images, pair
 
@@ -350,3 +352,28 @@ def test_conversions_saved_are_weighed_against_those_made(
         a, b = ours(x), plain(x)
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize(
+    ("norm", "size", "seconds"),
+    [
+        (nn.ReLU(), 16, accelerate_worth._A_STEP),
+        (nn.BatchNorm2d(16).eval(), 128, accelerate_worth._A_STEP),
+        (nn.GroupNorm(4, 16), 16, accelerate_worth._A_MEASURED_STEP),
+        (nn.GroupNorm(4, 16), 128, accelerate_worth._A_NORM_OF_MANY),
+        (nn.InstanceNorm2d(16), 32, accelerate_worth._A_MEASURED_STEP),
+        (nn.InstanceNorm2d(16), 128, accelerate_worth._A_NORM_OF_MANY),
+    ],
+    ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else None,
+)
+def test_a_norm_of_many_calls_costs_more_than_one_of_few(norm: nn.Module, size: int, seconds: float) -> None:
+    (chain,) = Program.make(read(cnnfast.Sequential(nn.Conv2d(16, 16, 3, padding=1), norm).eval())).items
+    assert accelerate_worth._of_its_own(chain.steps[0], (1, 16, size, size)) == seconds
+
+
+def test_volumes_that_pytorch_convolves_by_loops_go_on() -> None:
+    """Their steps save more than their own time."""
+    for size, ran in ((4, 0), (8, 1)):
+        model = nn.Sequential(*(nn.Conv3d(16, 16, 3, padding=1) for _ in range(2))).eval()
+        cnnfast.accelerate(model)
+        assert settled(model, torch.randn(1, 16, *(size,) * 3)) == ran
