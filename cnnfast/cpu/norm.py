@@ -35,15 +35,22 @@ def _shifted(o: Operands, mean: Tensor) -> Operands:
 
 
 class _BatchNorm(torch.autograd.Function):
-    """BatchNorm of a channels-last y by its ``mean`` and ``inverse`` deviation (C,), and variance."""
+    """BatchNorm of a channels-last y by its ``mean`` and variance (C,), and one over its deviation, ``inverse``."""
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
+        ctx: Any,
+        y: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        inverse: Tensor,
+        eps: float,
     ) -> Tensor:
         z, _, _ = torch.native_batch_norm(y, weight, bias, mean, var, False, 0.0, eps)
         ctx.eps = eps
-        ctx.save_for_backward(y, weight, bias, mean, (var + eps).rsqrt_())
+        ctx.save_for_backward(y, weight, bias, mean, inverse)
         return z
 
     @staticmethod
@@ -53,12 +60,12 @@ class _BatchNorm(torch.autograd.Function):
         if not torch.is_grad_enabled() and not is_batched(grad):
             given = convert(grad, y.dtype, True), convert(y, y.dtype, True), weight, None, None, mean, inverse
             found = torch.ops.aten.native_batch_norm_backward(*given, True, ctx.eps, need)
-            return *(g if n else None for g, n in zip(found, need, strict=True)), None, None, None
+            return *(g if n else None for g, n in zip(found, need, strict=True)), *(None,) * 4
 
         def plainly(y: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
             return F.batch_norm(y.contiguous(), None, None, weight, bias, True, 0.0, ctx.eps)
 
-        return *_differentiated(plainly, (y, weight, bias), need, grad), None, None, None
+        return *_differentiated(plainly, (y, weight, bias), need, grad), *(None,) * 4
 
 
 def _by_parts(o: Operands, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,10 +74,12 @@ def _by_parts(o: Operands, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     x = o.x.detach()
     values = x.numel() // x.shape[1]
     mean, var = (t.float() for t in statistics(x.movedim(1, -1).reshape(values, -1), 1))
-    for running, now in ((o.mean, mean), (o.var, var * (values / (values - 1)))):
-        if running is not None:
-            running.data.lerp_(now.to(running.dtype), o.momentum)
-    return _BatchNorm.apply(o.x, o.scale, o.shift, mean, var, eps), mean, (var + eps).rsqrt_()
+    if o.mean is not None:
+        o.mean.data.lerp_(mean, o.momentum)
+    if o.var is not None:
+        o.var.data.lerp_(var * (values / (values - 1)), o.momentum)
+    inverse = (var + eps).rsqrt_()
+    return _BatchNorm.apply(o.x, o.scale, o.shift, mean, var, inverse, eps), mean, inverse
 
 
 def _long(x: Tensor, values: int) -> bool:
