@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,7 +74,7 @@ def _by_parts(o: Operands, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     deviation."""
     x = o.x.detach()
     values = x.numel() // x.shape[1]
-    mean, var = (t.float() for t in statistics(x.movedim(1, -1).reshape(values, -1), 1))
+    mean, var = (torch.from_numpy(t).float() for t in statistics(x.movedim(1, -1).reshape(values, -1), 1))
     if o.mean is not None:
         o.mean.data.lerp_(mean, o.momentum)
     if o.var is not None:
@@ -127,7 +128,8 @@ class _GroupNorm(torch.autograd.Function):
         n, c, *size = y.shape
         if _long(y, math.prod(size)):
             z = torch.empty_like(y)
-            mean, var = normalise(norm, Operands(y, scale=weight, shift=bias), z)
+            each = normalise(norm, Operands(y, scale=weight, shift=bias), z)
+            mean, var = (torch.from_numpy(np.stack(t)).float() for t in zip(*each, strict=True))
             rstd = (var + norm.eps).rsqrt_()
         else:
             z, mean, rstd = torch.native_group_norm(y, weight, bias, n, c, math.prod(size), norm.groups, norm.eps)

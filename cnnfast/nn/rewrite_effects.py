@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Everything", "is_known", "numel", "sizes", "storages", "touched", "value", "written"]
+__all__ = ["Everything", "is_known", "numel", "sizes", "storages", "switches_autocast", "touched", "value", "written"]
 
 
 class Everything:
@@ -82,6 +82,15 @@ def written(node: fx.Node) -> set[Any]:
     if name in ("batch_norm", "instance_norm", "embedding", "embedding_bag"):  # running statistics; max_norm
         return set().union(*(storages(n) for n in node.all_input_nodes[1:]))
     return _marked(node, target)
+
+
+def switches_autocast(node: fx.Node) -> bool:
+    """Whether it is where autocast begins or ends: that holds for what runs after it (`written`), but writes to
+    nothing and has no say in where results lie."""
+    return node.op == "call_function" and node.target in _AUTOCAST
+
+
+_AUTOCAST = frozenset({torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast})
 
 
 def _is_numpy(target: Any) -> bool:

@@ -5,7 +5,7 @@ A map that is contiguous in eager mode is channels-last inside of a stretch, whe
 stays it): its users are sites, which convolve or add it, and operators that keep the format, or take each
 (`rewrite_formats`); any other user gets a contiguous copy. What is written to is as in eager mode, unless by such an
 operator, and what is returned and viewed. A stretch starts with the first site in it, and in inference that site's
-input is converted.
+input is converted, and what a sum or a concatenation takes in from outside, where that is no larger than the rest.
 
 In inference it goes on through views and copies of maps as tokens (N, positions, C), windows or heads, and back
 (`rewrite_strides`): what such calls give may have other strides than in eager mode as long as each of its users does,
@@ -40,7 +40,7 @@ from ..memory_format import (
     suggests_channels_last,
 )
 from .rewrite_eager import Eager, taken, untold_norm
-from .rewrite_effects import Everything, numel, sizes, storages, touched, value, written
+from .rewrite_effects import Everything, numel, sizes, storages, switches_autocast, touched, value, written
 from .rewrite_formats import (
     SLOW_OF_CONTIGUOUS,
     converts_itself,
@@ -88,6 +88,7 @@ class _Layout:
         self.rearranged: set[fx.Node] = set()  # of what is changed, what is so as tokens may be
         self.copies: set[fx.Node] = set()  # of the maps, those that are copied from what is no map
         self.odd: set[fx.Node] = set()  # of the maps, views with a stride of their one image that ATen does not take
+        self.joined: dict[fx.Node, list[fx.Node]] = {}  # of the maps, those that take in what is outside, and which
         self.kept: set[fx.Node] = set()  # what is among the maps or changed
 
     def apply(self) -> None:
@@ -100,8 +101,8 @@ class _Layout:
         self.eager, self.strides = told.formats, told.strides
         if untold or told.lost:
             return  # each site and norm goes by the input that it gets
-        others = [n for n in nodes if not isinstance(n.target, (Site, NormCall)) and not self._writes_own(n)]
-        changed: set[Any] = set().union(*(written(n) for n in others))
+        others = [n for n in nodes if not isinstance(n.target, (Site, NormCall)) and not switches_autocast(n)]
+        changed: set[Any] = set().union(*(written(n) for n in others if not self._writes_own(n)))
         if Everything in changed:
             return
         formats = {n for n in nodes if self._is_map(n) and keeps(n, self.inference) and not storages(n) & changed}
@@ -135,6 +136,7 @@ class _Layout:
                 node.op, node.target, node.kwargs = "call_function", reshaped_last, {}
                 node.args = (node.args[0], tuple(value(node).shape))
             if node in self.maps:
+                self._join(node)
                 self._end(node)
                 self._straighten(node)
                 self._pooled(node)
@@ -175,7 +177,8 @@ class _Layout:
         that is written to; nor is what is returned a view of it.)"""
         if not self.inference:
             return set()
-        writes: set[Any] = set().union(*(written(n) for n in nodes if not isinstance(n.target, (Site, NormCall))))
+        others = (n for n in nodes if not isinstance(n.target, (Site, NormCall)) and not switches_autocast(n))
+        writes: set[Any] = set().union(*(written(n) for n in others))
         returned: set[Any] = set().union(*(storages(n) for n in nodes[-1].all_input_nodes))
         found = set()
         for node in nodes:
@@ -192,9 +195,9 @@ class _Layout:
         """Find ``maps``, ``changed`` and ``same``, where ``formats`` may be channels-last as what `keeps` the format,
         ``tokens`` may lie otherwise, and ``starts`` may be copied to channels-last maps."""
         self.maps, self.changed, self.same = set(), {}, set()
-        self.rearranged, self.copies, self.odd = set(), set(), set()
+        self.rearranged, self.copies, self.odd, self.joined = set(), set(), set(), {}
         for node in nodes:
-            if node in formats and (isinstance(node.target, Site) or self.maps.issuperset(maps_of(node))):
+            if node in formats and (isinstance(node.target, Site) or self._in_stretch(node)):
                 self.maps.add(node)
                 if self.eager[node] == "contiguous":
                     self.changed[node] = new_strides(value(node).shape, True)
@@ -223,6 +226,22 @@ class _Layout:
                         self.odd.add(node)
                         self.changed[node] = new_strides(t.shape, True)
         self.kept = self.maps | self.changed.keys()
+
+    def _in_stretch(self, node: fx.Node) -> bool:
+        """Whether the maps that it is given are, by bytes, in the stretch for the most part (such are ``joined``), and
+        what is outside can be copied."""
+        given = list(dict.fromkeys(maps_of(node)))
+        outside = [n for n in given if n not in self.maps]
+        if not outside:
+            return True
+        inside = [n for n in given if n in self.maps]
+        dense = all(self.eager.get(n) == "contiguous" and value(n).dim() > 3 for n in outside)
+        if not (self.inference and dense) or storages(node) & touched(node):
+            return False
+        if sum(map(numel, outside)) > sum(map(numel, inside)):
+            return False
+        self.joined[node] = outside
+        return True
 
     def _is_copy(self, node: fx.Node) -> bool:
         """Whether it is a contiguous map with the numbers of something else."""
@@ -253,6 +272,15 @@ class _Layout:
         slow_now = now is not None and not now.is_view and node not in self.copies and strides_over(node, self._now)
         if slow != slow_now:
             self.converted += _bytes(node) * (slow_now - slow)
+
+    def _join(self, node: fx.Node) -> None:
+        """A channels-last copy of what it takes in from outside."""
+        for given in self.joined.get(node, ()):
+            with self.graph.inserting_before(node):
+                copy = self.graph.call_function(reformatted, (given, True))
+            copy.meta = dict(given.meta)
+            node.replace_input_with(given, copy)
+            self.converted += _converted(given)
 
     def _end(self, node: fx.Node) -> None:
         """A copy for each user that has to see it as it is in eager mode."""

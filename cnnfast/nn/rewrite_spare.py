@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from ..memory_format import reformatted, reshaped_last, restrided
 from .rewrite_calls import conv_functions
-from .rewrite_effects import Everything, is_known, storages, touched, value, written
+from .rewrite_effects import Everything, is_known, storages, switches_autocast, touched, value, written
 from .rewrite_formats import follows
 from .rewrite_norm import NormCall
 from .rewrite_site import Site
@@ -30,7 +30,7 @@ class Memory:
         self._same: dict[fx.Node, set[fx.Node]] = {}
         # What lies in memory that is not the graph's own, or may; all, where something changes how the rest runs.
         self._others: set[fx.Node] = set()
-        if any(Everything in written(node) for node in graph.nodes):
+        if any(Everything in written(node) for node in graph.nodes if not switches_autocast(node)):
             self._others.update(graph.nodes)
         for node in graph.nodes:
             self._same[node] = {node}

@@ -974,6 +974,24 @@ def half_normed(m: Any, y: Tensor) -> Tensor:
     return m.second(torch.cat([F.group_norm(a, 4), F.conv2d(b, m.wide[:, :16], padding=1)], 1))
 
 
+def ramp(channels: int) -> Tensor:
+    """A contiguous map that no convolution made, beside those of `Maps`."""
+    return torch.linspace(-1, 1, 2 * channels * 16 * 16).view(2, channels, 16, 16)
+
+
+def onto_what_is_outside(m: Any, y: Tensor) -> Tensor:
+    z = ramp(32)
+    z += y
+    return m.second(z) + z.mean()
+
+
+def without_autocast(m: Any, y: Tensor) -> Tensor:
+    """As quantizers and attention are guarded."""
+    with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+        z = y * 2
+    return m.second(z)
+
+
 BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Any], list[bool | None]]] = {
     "a step with two users": (lambda m, y: m.second(y) + m.second(y * 0.5), [True, False, True]),
     "activations": (lambda m, y: m.second(F.silu(y) + F.relu(y) * 0.5), [True, False]),
@@ -1039,6 +1057,14 @@ BETWEEN: dict[str, tuple[Callable[[Any, Tensor], Any], list[bool | None]]] = {
     "a part of the rows is set": (rows_set, [None, None]),
     "normalized": (lambda m, y: m.second(F.normalize(y, dim=1) + y.norm(dim=1, keepdim=True)), [None, None]),
     "a view is overwritten": (lambda m, y: m.second(twice(y * 2)), [None, None]),
+    "beside a map from outside": (lambda m, y: m.third(torch.cat([ramp(32), y], 1)), [None, None]),
+    "by a map from outside": (lambda m, y: m.second(ramp(32) * y), [None, None]),
+    "written to a map from outside": (onto_what_is_outside, [None, None]),
+    "beside a larger map from outside": (
+        lambda m, y: F.conv2d(torch.cat([y, ramp(96)], 1), m.wide, padding=1),
+        [None, None],
+    ),
+    "autocast that is off": (without_autocast, [True, False]),
 }
 # Without gradients, more stays.
 IN_INFERENCE: dict[str, list[bool | None]] = {
@@ -1071,6 +1097,9 @@ IN_INFERENCE: dict[str, list[bool | None]] = {
     "overwritten": [True, False],
     "padded by channels": [True, False],
     "added to": [True, False],
+    "beside a map from outside": [True, False],
+    "by a map from outside": [True, False],
+    "dropout in the next step": [True, None, False],
 }
 
 
