@@ -318,8 +318,9 @@ def test_steps_of_16_bits_save_less_where_the_processor_has_instructions_for_the
 class Bare(nn.Sequential):
     """A chain of such convolutions, one step behind the other."""
 
-    def __init__(self, count: int, channels: int) -> None:
-        super().__init__(*(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(count)))
+    def __init__(self, count: int, channels: int, dilation: int = 1) -> None:
+        each = [nn.Conv2d(channels, channels, 3, padding=dilation, dilation=dilation) for _ in range(count)]
+        super().__init__(*each)
 
 
 @pytest.mark.parametrize(
@@ -336,6 +337,8 @@ class Bare(nn.Sequential):
         pytest.param(Bare(5, 32), (32, 128), 1, 1, id="a short chain"),
         pytest.param(Bare(3, 32), (32, 128), 0, 1, id="a shorter one"),
         pytest.param(Plain(8, 64, 3), (64, 32), 1, 1, id="by oneDNN"),
+        pytest.param(Bare(8, 16, 4), (16, 32), 1, 1, id="by patches that a loop gathers"),
+        pytest.param(Bare(8, 8, 4), (8, 48), 0, 0, id="likewise, of few channels"),
         pytest.param(Plain(8, 64, 3), (64, 16), 0, 0, id="by patches, which a contiguous map costs nothing"),
     ],
 )
