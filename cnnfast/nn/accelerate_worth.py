@@ -58,8 +58,8 @@ _FLOPS, _FLOPS_16, _BYTES = 1e11, 2.5e11, 4e9  # in a second of one thread; by i
 # of a grouped one; and that ATen does. Beside them, seconds of each such convolution on one thread, and on several.
 _BY_ONEDNN, _BY_ONEDNN_GROUPED, _BY_ATEN = 2.2e10, 1.4e10, 3.3e9
 _A_REORDER, _A_REORDER_ON_THREADS = 1.5e-5, 3e-5
-# Seconds that a dilated one of a small contiguous map takes longer for each number of its patches, which ATen gathers in
-# a loop of one thread, where its channels fill most of a vector.
+# Seconds that a dilated one of a small contiguous map takes longer for each number of its patches, which ATen gathers
+# in a loop of one thread, where its channels fill most of a vector.
 _DILATED, _LEAST_DILATED = 6e-10, 12
 _SAVED_FULL_WIDTH = 0.1  # of a convolution of contiguous maps, where oneDNN's kernel for its own layout is the slower
 _MAX_KINDS = 64
@@ -246,7 +246,8 @@ def _of_contiguous(s: FusedStep, shape: Sequence[int], seconds: float, moved: in
     if by_patches(spec, shape):
         if max(spec.dilation) > 1:
             few = min(spec.in_channels, spec.out_channels) < _LEAST_DILATED
-            return 0.0 if few else threads * _DILATED * math.prod((*spec.output_size(shape[2:]), *spec.weight_shape[1:]))
+            patches = math.prod((*spec.output_size(shape[2:]), *spec.weight_shape[1:]))
+            return 0.0 if few else threads * _DILATED * patches
         if threads == 1 or process().full_width:
             return 0.0
     saved = moved / (_BY_ONEDNN_GROUPED if spec.groups > 1 else _BY_ONEDNN)
