@@ -6,9 +6,9 @@ compiled  machine code of the plans, compiled ahead of time
 avx512    the CPU paths as on a processor without AMX and bfloat16 instructions
 avx2      the CPU paths as on a processor with AVX2 only
 
-Each stage is a process of its own, and two lanes of them run side by side. The first lane is shown as it runs, a stage
-of the other one when it ends. Ends with a line for each stage and a count of all tests; the exit status is 0 if every
-stage passed.
+Each stage is a process of its own, and two lanes of them run side by side: the first two stages in one each, the others
+in whichever is free. The first lane is shown as it runs, a stage of the other one when it ends. Ends with a line for
+each stage and a count of all tests; the exit status is 0 if every stage passed.
 """
 
 from __future__ import annotations
@@ -84,27 +84,26 @@ def kernel_stage() -> tuple[Stage | None, str]:
     return Stage("kernels", ("tests",), "kernel", ttsem=True), "on the CPU under ttsem"
 
 
-def lanes() -> tuple[list[list[Stage]], dict[str, Result]]:
-    """(sequences of stages that run side by side, results of the stages that cannot run, with a note)."""
+def stages() -> tuple[list[Stage], dict[str, Result]]:
+    """(the stages, the longest first; results of those that cannot run, with a note)."""
     none: dict[str, Result] = {}
     one_thread = {"OMP_NUM_THREADS": "1"}
     # A waiting thread must not spin on a core that another stage wants.
-    first = [Stage("cpu", ("tests", f"--ignore={COMPILED_TESTS}"), env={"OMP_WAIT_POLICY": "PASSIVE"})]
-    second = []
+    found = [Stage("cpu", ("tests", f"--ignore={COMPILED_TESTS}"), env={"OMP_WAIT_POLICY": "PASSIVE"})]
     kernels, note = kernel_stage()
     if kernels is None:
         none["kernels"] = Result(note=f"Triton kernels: NOT RUN ({note})")
     else:
         print(f"Triton kernels run {note}", flush=True)
-        second.append(replace(kernels, env=one_thread))
+        found.append(replace(kernels, env=one_thread))
     if importlib.util.find_spec("triton") is None:
         none["compiled"] = Result(note="Plans: NOT COMPILED (triton is not installed)")
     else:
-        second.append(Stage("compiled", (COMPILED_TESTS,), env=one_thread))
+        found.append(Stage("compiled", (COMPILED_TESTS,), env=one_thread))
     # oneDNN uses what the processor has where that is less than the limit.
     for name, value in (("avx512", "AVX512_CORE"), ("avx2", "AVX2")):
-        second.append(Stage(name, CPU_TESTS, env={"ONEDNN_MAX_CPU_ISA": value, **one_thread}))
-    return [first, second], none
+        found.append(Stage(name, CPU_TESTS, env={"ONEDNN_MAX_CPU_ISA": value, **one_thread}))
+    return found, none
 
 
 def command(stage: Stage, report: Path, everything: bool, extra: list[str]) -> list[str]:
@@ -163,18 +162,24 @@ def run(stage: Stage, folder: Path, everything: bool, extra: list[str], live: bo
 
 
 def run_lanes(
-    sequences: list[list[Stage]], folder: Path, everything: bool, extra: list[str], results: dict[str, Result]
+    chosen: list[Stage], folder: Path, everything: bool, extra: list[str], results: dict[str, Result]
 ) -> None:
-    def lane(stages: list[Stage], live: bool) -> None:
-        for stage in stages:
-            results[stage.name] = run(stage, folder, everything, extra, live)
+    lock, waiting = threading.Lock(), iter(chosen)
 
-    threads = [threading.Thread(target=lane, args=(stages, False)) for stages in sequences[1:]]
-    for thread in threads:
-        thread.start()
-    lane(sequences[0], True)
-    for thread in threads:
-        thread.join()
+    def following() -> Stage | None:
+        with lock:
+            return next(waiting, None)
+
+    def lane(stage: Stage | None, live: bool) -> None:
+        while stage is not None:
+            results[stage.name] = run(stage, folder, everything, extra, live)
+            stage = following()
+
+    first, second = following(), following()
+    other = threading.Thread(target=lane, args=(second, False))
+    other.start()
+    lane(first, True)
+    other.join()
 
 
 def main() -> int:
@@ -183,16 +188,16 @@ def main() -> int:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="only these")
     parser.add_argument("--pytest", action="append", default=[], metavar="OPTION", help="hand OPTION on to pytest")
     options = parser.parse_args()
-    sequences, results = lanes()
-    known = [stage.name for stages in sequences for stage in stages] + list(results)
+    found, results = stages()
+    known = [stage.name for stage in found] + list(results)
     if unknown := sorted(set(options.stages) - set(known)):
         parser.error(f"unknown stage {', '.join(unknown)}: expected some of {', '.join(known)}")
     wanted = options.stages or known
     results = {name: result for name, result in results.items() if name in wanted}
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
-        chosen = [[stage for stage in stages if stage.name in wanted] for stages in sequences]
-        run_lanes([stages for stages in chosen if stages] or [[]], Path(folder), options.all, options.pytest, results)
+        chosen = [stage for stage in found if stage.name in wanted]
+        run_lanes(chosen, Path(folder), options.all, options.pytest, results)
     missing = [name for name in wanted if name not in results]
     print(f"\n=== summary, {time.monotonic() - start:.0f} s")
     for name in wanted:

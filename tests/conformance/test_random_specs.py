@@ -24,7 +24,7 @@ from ..conftest import conv_precision
 from ..tolerance import assert_close
 
 SEED = int(os.environ.get("CNNFAST_SEED", "20"))
-COUNT = 200
+COUNT, QUICK = 200, 120  # the others are `slow`: a case takes half a second under the interpreter
 POSITIONS = 80  # of an output image, at most
 
 
@@ -72,7 +72,9 @@ def random_spec(rng: random.Random) -> tuple[ConvSpec, tuple[int, ...]]:
             return spec, tuple(size)
 
 
-@pytest.mark.parametrize("index", range(COUNT))
+@pytest.mark.parametrize(
+    "index", [*range(QUICK), *(pytest.param(k, marks=pytest.mark.slow) for k in range(QUICK, COUNT))]
+)
 def test_random_spec(index: int, device: torch.device, launches: list[str], tally: Tally) -> None:
     rng = random.Random(f"{SEED}/{index}")
     g = torch.Generator().manual_seed(SEED * 1000 + index)
