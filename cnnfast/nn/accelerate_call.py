@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from ..cpu.watch import end_watches
 from ..messages import CnnfastWarning, UsageError, one_line
+from .accelerate_hooks import Hooked, Hooks
 from .accelerate_worth import Calls, as_it_stands, judged, stands, stands_here
 from .layers import plain_now
 from .rewrite import Graph, rewritten
@@ -37,8 +38,9 @@ _numbers = itertools.count()
 @dataclass(eq=False)
 class Record:
     """What became of a module's calls: its ``graphs``; ``failed``: why it runs as it stands from now on, or None;
-    ``calls``: which kinds of them run as they stand."""
+    ``calls``: which kinds of them run as they stand; ``hooks``: those of its modules."""
 
+    hooks: Hooks
     graphs: list[Graph] = field(default_factory=list)
     calls: Calls = field(default_factory=Calls)
     failed: str | None = None
@@ -50,7 +52,9 @@ class Record:
         return sum(not graph.again for graph in self.graphs)
 
     def backend(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The backend that Dynamo is given."""
+        """The backend that Dynamo is given. (It makes its guards after this.)"""
+        if not self.hooks.know(gm.graph):
+            _dynamo().skip_nnmodule_hook_guards = False  # until the call ends: `_settings`
         run, graph = rewritten(gm, self.graphs.append, self.notes.append)
         self.graphs.append(graph)
         if self.compilations == LIMIT:
@@ -108,14 +112,19 @@ def _callable_children(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _set(module: nn.Module) -> None:
-    record = Record()
+    record = Record(Hooks(module))
+    by_hooks: dict[Hooked, Callable[..., Any]] = {}
 
-    def entry(*args: Any, **kwargs: Any) -> Any:
-        return module._call_impl(*args, **kwargs)
+    def compiled_for(hooked: Hooked) -> Callable[..., Any]:
+        def entry(*args: Any, **kwargs: Any) -> Any:
+            return module._call_impl(*args, **kwargs)
 
-    # Dynamo keeps its graphs by code object: one of its own for each module, and its own count of recompilations.
-    entry.__code__ = entry.__code__.replace(co_name=f"accelerated_{next(_numbers)}")
-    compiled = torch.compile(entry, backend=record.backend)
+        # Dynamo keeps its graphs by code object: one of its own for each module, and its own count of recompilations.
+        entry.__code__ = entry.__code__.replace(co_name=f"accelerated_{next(_numbers)}")
+        if len(by_hooks) >= _MAX_HOOKED:
+            by_hooks.clear()
+        compiled = by_hooks[hooked] = torch.compile(entry, backend=record.backend)
+        return compiled
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or record.failed is not None or stands_here() or plain_now():
@@ -126,6 +135,8 @@ def _set(module: nn.Module) -> None:
                 return module._call_impl(*args, **kwargs)
         unknown = kind is not None and kind.gain is None
         before = _runs(module) if unknown else []
+        hooked = record.hooks()
+        compiled = by_hooks.get(hooked) or compiled_for(hooked)
         try:
             with _settings():
                 result = compiled(*args, **kwargs)
@@ -170,21 +181,28 @@ def plain_call(model: nn.Module) -> Iterator[None]:
 
 
 _SETTINGS = {
-    "skip_nnmodule_hook_guards": False,
+    "skip_nnmodule_hook_guards": True,  # `Hooks` sees them
     "recompile_limit": LIMIT,
     "rewrite_assert_with_torch_assert": False,  # it raises a RuntimeError for an AssertionError
 }
+_MAX_HOOKED = 16
+
+
+def _dynamo() -> Any:
+    return torch._dynamo.config
 
 
 @contextmanager
 def _settings() -> Iterator[None]:
     """Dynamo's settings for what it may compile in a call. (Its own context manager takes several times as long.)"""
-    config: Any = torch._dynamo.config
+    config = _dynamo()
     before = [(name, getattr(config, name)) for name in _SETTINGS]
-    for name, wanted in _SETTINGS.items():
-        setattr(config, name, wanted)
+    for (name, was), wanted in zip(before, _SETTINGS.values(), strict=True):
+        if was != wanted:
+            setattr(config, name, wanted)
     try:
         yield
     finally:
         for name, was in before:
-            setattr(config, name, was)
+            if getattr(config, name) != was:
+                setattr(config, name, was)

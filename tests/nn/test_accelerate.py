@@ -177,6 +177,66 @@ def test_hooks_added_and_removed_later(inside: bool) -> None:
     same(ours, plain, images())
 
 
+def doubled(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+    return y * 2
+
+
+def test_hooks_that_come_and_go_are_compiled_once() -> None:
+    ours, plain = pair()
+    found = []
+    for _ in range(3):
+        handles = [m.decoder[0].register_forward_hook(doubled) for m in (ours, plain)]  # type: ignore[union-attr, index, operator]
+        same(ours, plain, images())
+        for handle in handles:
+            handle.remove()
+        same(ours, plain, images())
+        found.append(graphs(ours))
+    assert found == [2, 2, 2]
+
+
+def test_hooks_on_what_took_a_modules_place() -> None:
+    ours, plain = pair()
+    same(ours, plain, images())
+    for model in (ours, plain):
+        model.decoder[0] = copy.deepcopy(model.decoder[0])  # type: ignore[index, operator]
+        model.decoder[0].register_forward_hook(doubled)  # type: ignore[index, operator, union-attr]
+    same(ours, plain, images())
+
+
+class Listed(nn.Module):
+    """Calls modules that are none of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Conv2d(4, 8, 3)
+        self.blocks = [nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU())]
+        object.__setattr__(self, "hidden", nn.Conv2d(8, 4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in [self.own, *self.blocks, self.hidden]:  # type: ignore[list-item]
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("on", ["blocks", "hidden"])
+def test_hooks_on_modules_outside_of_the_tree(on: str) -> None:
+    ours, plain = pair(Listed())
+    x = images(2, 4, 16, 16)
+    same(ours, plain, x)
+    for model in (ours, plain):
+        module: Any = model.blocks[0][0] if on == "blocks" else model.hidden  # type: ignore[index, union-attr]
+        module.register_forward_hook(doubled)
+    same(ours, plain, x)
+
+
+def test_settings_of_dynamo_are_as_they_were() -> None:
+    ours, plain = pair(Listed())
+    names = ("skip_nnmodule_hook_guards", "recompile_limit", "rewrite_assert_with_torch_assert")
+    before = [getattr(torch._dynamo.config, name) for name in names]
+    same(ours, plain, images(2, 4, 16, 16))
+    assert [getattr(torch._dynamo.config, name) for name in names] == before
+
+
 def test_changed_attributes_weights_and_modules() -> None:
     ours, plain = pair()
     same(ours, plain, images())
