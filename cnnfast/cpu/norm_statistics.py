@@ -41,6 +41,7 @@ def is_far(mean: Tensor, inverse: Tensor, limit: float) -> bool:
     return not farthest <= limit
 
 
+@np.errstate(all="ignore")  # of what is not finite, as PyTorch has it
 def normalise(norm: Norm, o: Operands, y: Tensor) -> list[tuple[Array, Array]]:
     """Each image with the statistics of its channels or groups: y, which x may be. Mean and (biased) variance of each,
     (C or groups,)."""
@@ -109,18 +110,18 @@ def _of_channels(join: int, *statistics: Array) -> tuple[Tensor, ...]:
 _FEW = 512  # values whose sum in float32 is about as exact as each of them
 
 
+@np.errstate(all="ignore")
 def statistics(rows: Tensor, join: int) -> tuple[Array, Array]:
     """Mean and (biased) variance of every ``join`` columns of (n, C): (C / join,)."""
     n = len(rows)
     parts, each = _parts(n)
     used = parts * each
-    with np.errstate(all="ignore"):  # of what is not finite, as PyTorch has it
-        mean, var = _merged(rows if n == used else rows[:used], parts, join)
-        if n > used:
-            rest_mean, rest_var = _merged(rows[used:], 1, join)
-            share, difference = (n - used) / n, rest_mean - mean
-            mean = mean + difference * share
-            var = var * (1 - share) + rest_var * share + difference * difference * (share * (1 - share))
+    mean, var = _merged(rows if n == used else rows[:used], parts, join)
+    if n > used:
+        rest_mean, rest_var = _merged(rows[used:], 1, join)
+        share, difference = (n - used) / n, rest_mean - mean
+        mean = mean + difference * share
+        var = var * (1 - share) + rest_var * share + difference * difference * (share * (1 - share))
     return mean, var
 
 

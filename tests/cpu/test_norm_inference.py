@@ -50,6 +50,20 @@ def test_a_value_that_is_no_number_stays_in_its_group(norm: Norm, dtype: torch.d
     assert verdict(y[:, 16:], exact[:, 16:], plainly[:, 16:]) is None
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38], ids=str)
+@pytest.mark.parametrize("norm", [Norm("group", 4), Norm("instance")], ids=["group", "instance"])
+def test_statistics_of_what_is_not_finite_say_nothing(norm: Norm, value: float) -> None:
+    """NumPy would warn of what they are. (A variance may be more than a float32 holds.)"""
+    x = torch.ones(1, 16, 80, 81)
+    x[0, 3, ::2] = value
+    x[0, 3, 1::2] = -value
+    o = Operands(x.contiguous(memory_format=torch.channels_last))
+    assert norm_inference.why_not(norm, o) is None
+    y = norm_inference.finished(norm, o, Activation("identity"), ours=False)
+    assert y[:, 4:].abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("norm", [Norm("group", 2), Norm("instance")], ids=["group", "instance"])
 @pytest.mark.parametrize("shape", [(2, 24, 40, 42), (1, 64, 48, 40), (1, 8, 4, 4)], ids=str)
 def test_of_16_bits_with_float32_vectors(shape: tuple[int, ...], norm: Norm) -> None:
