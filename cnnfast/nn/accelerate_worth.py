@@ -49,7 +49,7 @@ FINDING = 1e-4
 
 # Seconds that each costs beyond what it does in eager mode: a module, a step, and one with a norm by the image's own
 # statistics, of a few calls and of many (docs/facts.md).
-_A_MODULE, _A_STEP, _A_MEASURED_STEP, _A_NORM_OF_MANY = 2e-6, 1e-5, 4e-5, 1e-4
+_A_MODULE, _A_STEP, _A_MEASURED_STEP, _A_NORM_OF_MANY = 5e-7, 1e-5, 4e-5, 1e-4
 # Of the time of a step: in three dimensions (but where the processor has instructions for its 16 bits), with a norm
 # folded in, and others.
 _SAVED_3D, _SAVED_FOLDED, _SAVED = 1.5, 0.3, 0.15
