@@ -77,8 +77,8 @@ class Graph:
 
 
 def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-    """``torch.compile(model, backend="cnnfast")``: what PyTorch runs, with fused steps. `cnnfast.accelerate` is this
-    with guards against hooks that are added later, a recompile limit of its own and eager mode's errors."""
+    """``torch.compile(model, backend="cnnfast")``: what PyTorch runs, with fused steps. `cnnfast.accelerate` is this,
+    which sees hooks that are added later, with a recompile limit of its own and eager mode's errors."""
     return rewritten(gm)[0]
 
 

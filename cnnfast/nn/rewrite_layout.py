@@ -101,8 +101,7 @@ class _Layout:
         self.eager, self.strides = told.formats, told.strides
         if untold or told.lost:
             return  # each site and norm goes by the input that it gets
-        others = [n for n in nodes if not isinstance(n.target, (Site, NormCall)) and not switches_autocast(n)]
-        changed: set[Any] = set().union(*(written(n) for n in others if not self._writes_own(n)))
+        changed = _written([n for n in nodes if not self._writes_own(n)])
         if Everything in changed:
             return
         formats = {n for n in nodes if self._is_map(n) and keeps(n, self.inference) and not storages(n) & changed}
@@ -177,8 +176,7 @@ class _Layout:
         that is written to; nor is what is returned a view of it.)"""
         if not self.inference:
             return set()
-        others = (n for n in nodes if not isinstance(n.target, (Site, NormCall)) and not switches_autocast(n))
-        writes: set[Any] = set().union(*(written(n) for n in others))
+        writes = _written(nodes)
         returned: set[Any] = set().union(*(storages(n) for n in nodes[-1].all_input_nodes))
         found = set()
         for node in nodes:
@@ -228,8 +226,8 @@ class _Layout:
         self.kept = self.maps | self.changed.keys()
 
     def _in_stretch(self, node: fx.Node) -> bool:
-        """Whether the maps that it is given are, by bytes, in the stretch for the most part (such are ``joined``), and
-        what is outside can be copied."""
+        """Whether the maps that it is given are, by their numbers, in the stretch for at least a half (``joined`` are
+        the others), and what is outside can be copied."""
         given = list(dict.fromkeys(maps_of(node)))
         outside = [n for n in given if n not in self.maps]
         if not outside:
@@ -383,6 +381,12 @@ class _Layout:
         added = user.target.added
         others = {a for k, a in enumerate(user.args[1:]) if k not in added}
         return node in taken(user) and node not in others
+
+
+def _written(nodes: Sequence[fx.Node]) -> set[Any]:
+    """What they write to, but for what is ours, and that runs in any format under autocast or not."""
+    others = (n for n in nodes if not isinstance(n.target, (Site, NormCall)) and not switches_autocast(n))
+    return set().union(*(written(n) for n in others))
 
 
 def _bytes(node: Any) -> int:
